@@ -1,0 +1,56 @@
+# A fresh clone, python3 (3.11 or newer) and make are enough: everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := src tests $(wildcard examples benchmarks)
+
+# What the caller's shell sets for another Python must not leak into this one.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS VIRTUAL_ENV
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean force
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(STAMP) ## install Accord and its tools into .venv
+
+demo: setup ## align a small model on this machine and open no connection
+	@$(BIN)/accord demo
+
+test: lint ## check style and types, then run every test
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+lint: setup ## check style and types
+	@$(BIN)/ruff format --check --quiet $(SOURCES)
+	@$(BIN)/ruff check --quiet $(SOURCES)
+	@$(BIN)/mypy --no-error-summary
+
+format: setup ## rewrite the code in the house format
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+clean: ## remove .venv and every cache; runs/ stays
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp holds the folder it was made in: the scripts of a moved environment point to the old place.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): force
+endif
+
+# Without its stamp an environment may be half-made, so it is made anew; the stamp goes first and comes back last.
+# Torch comes before all else, pinned: as another package's dependency it would bring gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Accord needs Python 3.11 or newer, found " + sys.version.split()[0] + "; run: make PYTHON=python3.11 ...")'
+	@test "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" || { echo "making $(VENV) (a few minutes, once)"; \
+		$(PYTHON) -m venv --clear $(VENV); }
+	@rm -f $@
+	@$(BIN)/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@printf '%s\n' "$(CURDIR)" > $@

@@ -1,0 +1,457 @@
+"""Mixture of rewards in one file: three sites that share nothing align one vision-language model.
+
+Lu et al. 2026, arXiv 2605.03426. The paper in five lines:
+
+    1  site k has preference pairs and trains its own reward model           L = − E log σ(R_k(x, y⁺) − R_k(x, y⁻))
+    2  its scores leave it standardised by its own training statistics       R̄_k = (R_k − μ_k) / σ_k
+    3  a router learns whose domain an answer is from, by federated averaging with site numbers as labels
+    4  the server samples answers, asks the one site that the router names, and takes its score as the reward
+    5  GRPO; the result is an ordinary Hugging Face checkpoint
+
+Read it from top to bottom. Only what any VLM script needs is imported from accord: the questions, a checkpoint loader,
+and a collator that encodes an image once however many answers it has. The method is all here. What the package adds is
+care: messages, validation, absent sites, byte counts, resuming.
+
+    python examples/mor_in_one_file.py            a few minutes on two cores
+    python examples/mor_in_one_file.py --quick    under a minute; shows that it runs, learns nothing to speak of
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import tempfile
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, logsigmoid
+from transformers import set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import GRPOConfig, GRPOTrainer
+
+from accord.data.easy_vqa import EASY_VQA_ANSWERS, load_easy_vqa
+from accord.models.inputs import build_batch, model_inputs
+from accord.models.load import load_vlm
+from accord.types import vqa_prompt
+
+arguments = argparse.ArgumentParser(description="the whole method in one file")
+arguments.add_argument("--quick", action="store_true", help="a few steps of everything")
+arguments.add_argument("--seed", type=int, default=0)
+options = arguments.parse_args()
+QUICK = options.quick
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+set_seed(options.seed)
+generator = random.Random(options.seed)
+began = time.monotonic()
+
+
+def say(text: str) -> None:
+    print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Who holds what.
+#
+# easy-VQA: 64-pixel pictures of one coloured shape, three kinds of question, thirteen answers. Each kind is a site's
+# domain, each site runs another architecture, and no picture is at two sites. Shapes are the hardest to see, and get
+# half of the pictures.
+
+
+@dataclass(frozen=True)
+class Holding:
+    question_type: str
+    checkpoint: str
+    sixths: tuple[int, ...]  # of the private images
+
+
+SITES = {
+    "colour": Holding("colour", "accord/llava-siglip-qwen2", (0,)),
+    "shape": Holding("shape", "accord/idefics3", (1, 2, 3)),
+    "yes-no": Holding("yes/no", "accord/llava-clip-llama", (4, 5)),
+}
+POLICY = "accord/llava-clip-llama"
+MAX_TOKENS = 4  # the longest answer has two tokens, and an end token follows
+
+everything = load_easy_vqa()
+number = {image: i for i, image in enumerate(dict.fromkeys(q.image for q in everything))}
+
+
+def of_split(split, count=0):
+    """Questions of a split; with `count`, as many of each type, drawn once and for all."""
+    found = [q for q in everything if q.split == split]
+    if not count:
+        return found
+    kept = []
+    for kind in sorted({q.question_type for q in found}):
+        kept += random.Random(0).sample([q for q in found if q.question_type == kind], count)
+    return kept
+
+
+private = {
+    name: [
+        q
+        for q in of_split("private")
+        if q.question_type == site.question_type and number[q.image] % 6 in site.sixths
+    ]
+    for name, site in SITES.items()
+}
+dev, test = of_split("dev", 60), of_split("test", 30 if QUICK else 300)
+public = of_split("public")  # the server's prompts; their reference answers are never looked at
+say("questions  " + "  ".join(f"{name} {len(questions)}" for name, questions in private.items()))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a VLM does here: hidden states of (image, question, answer), and answers.
+
+
+def picture(question, turned=False):
+    with Image.open(question.image) as opened:
+        image = opened.convert("RGB")
+    if turned:  # no answer changes under the symmetries of the square, and the sites have few pictures
+        image = image.rotate(90 * generator.randrange(4))
+        image = ImageOps.mirror(image) if generator.random() < 0.5 else image
+    return image
+
+
+def hidden_states(vlm, batch):
+    """Last hidden states `[N, T, D]`; the vision tower runs once per image, not once per answer."""
+    inner = vlm.base_model
+    return inner(**model_inputs(inner, batch), use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def answers(vlm, processor, questions, samples=0):
+    """The greedy answer to each question, or `samples` drawn ones; a list of texts per question."""
+    vlm.eval()
+    how = dict(do_sample=True, top_k=0, num_return_sequences=samples) if samples else dict(do_sample=False)
+    said = []
+    for start in range(0, len(questions), 128):
+        chunk = questions[start : start + 128]
+        texts = [processor.apply_chat_template(vqa_prompt(q.text), add_generation_prompt=True) for q in chunk]
+        inputs = processor(images=[[picture(q)] for q in chunk], text=texts, return_tensors="pt", padding=True)
+        ids = vlm.generate(**inputs, max_new_tokens=MAX_TOKENS, **how)[:, inputs["input_ids"].shape[1] :]
+        decoded = processor.batch_decode(ids, skip_special_tokens=True)
+        said += [[t.strip() for t in decoded[i : i + (samples or 1)]] for i in range(0, len(decoded), samples or 1)]
+    return said
+
+
+def accuracy(vlm, processor):
+    right = defaultdict(list)
+    for q, (text,) in zip(test, answers(vlm, processor, test), strict=True):
+        right[q.question_type].append(text.lower() == q.answer)
+    return {kind: sum(hits) / len(hits) for kind, hits in right.items()}
+
+
+def shown(by_type):
+    macro = sum(by_type.values()) / len(by_type)
+    return "  ".join(f"{kind} {value:.1%}" for kind, value in by_type.items()) + f"  macro {macro:.1%}"
+
+
+base, base_processor = load_vlm(POLICY)
+before = accuracy(base, base_processor)
+say(f"base       {shown(before)}")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Preference pairs, at the sites.
+#
+# Nobody judged these: the reference answer is chosen and wrong ones are rejected. Which wrong ones decides everything.
+# With answers of the right type alone ("red" over "blue") the reward model has never seen "red red" or "circle" for a
+# colour, scores them at random, and GRPO finds the random highs within some dozens of steps. So: every other answer of
+# the vocabulary, some malformed ones, and what the base policy really says, which is where the optimiser starts.
+
+
+def candidates(question, said, rejected):
+    """The reference answer first, then `rejected` different wrong ones."""
+    wrong = {*EASY_VQA_ANSWERS, *said, f"{question.answer} {question.answer}", f"{question.answer} yes", ""}
+    return [question.answer, *generator.sample(sorted(wrong - {question.answer}), rejected)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A reward model: a VLM with a scalar head on the last token. Each site makes its own, and it never leaves.
+
+
+class RewardModel(nn.Module):
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.vlm, self.processor = load_vlm(checkpoint)
+        self.head = nn.Linear(self.vlm.config.get_text_config().hidden_size, 1)
+        self.mean, self.deviation = 0.0, 1.0
+
+    def forward(self, prompts, images, completions):
+        """Raw scores `[N]` of all completions, prompt after prompt."""
+        batch = build_batch(self.processor, prompts, images, completions)
+        hidden = hidden_states(self.vlm, batch)
+        return self.head(hidden[torch.arange(len(hidden)), batch.last_token]).squeeze(-1)
+
+    @torch.no_grad()
+    def score(self, prompts, images, completions):
+        """What leaves the site: standardised, then clipped to [0, 2].
+
+        Two reward models share no scale, and GRPO compares their scores within one group: the paper loses 16 points
+        without μ and σ. The clip is ours. Where every answer of a group is bad the differences between them are the
+        reward model's noise, GRPO divides by their deviation, and the noise becomes the gradient; the floor at 0, the
+        average training answer, makes such a group a tie instead.
+        """
+        self.eval()
+        return ((self(prompts, images, completions) - self.mean) / self.deviation).clamp(0.0, 2.0)
+
+
+def steps_of(model, count, learning_rate):
+    """Yield `count` times; after each turn of the loop body the caller's loss is in `.grad` and is applied here."""
+    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=count + 1)
+    model.train()
+    for step in range(count):
+        yield step
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+
+
+def train_reward_model(site, questions, said):
+    model = RewardModel(SITES[site].checkpoint)
+
+    # First the backbone learns its own domain from plain answers. A head on a backbone that does not tell triangles
+    # from circles learns the noise of 16 images a batch; with Bradley–Terry alone the yes/no site stays at chance.
+    for _ in steps_of(model, 3 if QUICK else 150, 1e-3):
+        drawn = generator.sample(questions, 64)
+        batch = build_batch(
+            model.processor,
+            [vqa_prompt(q.text) for q in drawn],
+            [picture(q, turned=True) for q in drawn],
+            [[q.answer] for q in drawn],
+        )
+        logits = model.vlm.lm_head(hidden_states(model.vlm, batch))  # [N, T, vocabulary]
+        cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()).backward()
+
+    # Then Bradley–Terry: every question is a group of one chosen and seven rejected answers, scored together.
+    for _ in steps_of(model, 3 if QUICK else 250, 1e-3):
+        drawn = generator.sample(range(len(questions)), 16)
+        groups = [candidates(questions[i], said[i], 7) for i in drawn]
+        scores = model(
+            [vqa_prompt(questions[i].text) for i in drawn],
+            [picture(questions[i], turned=True) for i in drawn],
+            groups,
+        ).view(16, 8)
+        chosen, rejected = scores[:, :1], scores[:, 1:]
+        # The second term pins the free offset of the scores near zero (Eisenstein et al. 2023); TRL has it too.
+        loss = -logsigmoid(chosen - rejected).mean() + 0.01 * (chosen + rejected).square().mean()
+        loss.backward()
+
+    # μ and σ pool the chosen and the rejected answers of the site's own pairs.
+    drawn = generator.sample(range(len(questions)), 16 if QUICK else 256)
+    model.eval()
+    with torch.no_grad():
+        raw = model(
+            [vqa_prompt(questions[i].text) for i in drawn],
+            [picture(questions[i]) for i in drawn],
+            [candidates(questions[i], said[i], 7) for i in drawn],
+        )
+    model.mean, model.deviation = raw.mean().item(), raw.std().item()
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def ranking(model, questions):
+    """How often the right answer scores above all twelve others.
+
+    Worth more than pair accuracy: reward models that order 80 % of their pairs were hacked by GRPO all the same.
+    """
+    groups = [[q.answer, *(a for a in EASY_VQA_ANSWERS if a != q.answer)] for q in questions]
+    raw = model([vqa_prompt(q.text) for q in questions], [picture(q) for q in questions], groups)
+    scores = raw.view(len(questions), -1)
+    return (scores[:, :1] > scores[:, 1:]).all(dim=1).float().mean().item()
+
+
+judges: dict[str, RewardModel] = {}
+samples: dict[str, list[list[str]]] = {}  # what the base policy says to each site's questions
+for site, questions in private.items():
+    if QUICK:
+        questions = private[site] = questions[:200]
+    samples[site] = answers(base, base_processor, questions, samples=4)
+    judges[site] = train_reward_model(site, questions, samples[site])
+    held_out = [q for q in dev if q.question_type == SITES[site].question_type]
+    say(f"site       {site}: right answer on top of all thirteen {ranking(judges[site], held_out):.1%}")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The router, by federated averaging.
+#
+# It sees (image, question, answer) through the frozen base policy and says whose domain that is. Its labels are the
+# sites' own numbers, so each site holds a single class; nothing is shared but the router's weights. It learns domains,
+# not which judge is right: a site that is wrong about its own domain is still asked.
+#
+# Differs: the paper puts four Transformer layers under the linear head; `accord.routing.router` does too. On a frozen
+# encoder the head alone suffices here, a site encodes its pairs once, and a round costs a hundredth of a second.
+
+
+@torch.no_grad()
+def encode(prompts, images, completions):
+    """Enc(x, y): mean and last hidden state of the frozen base policy, `[N, 2D]`."""
+    batch = build_batch(base_processor, prompts, images, completions)
+    hidden = hidden_states(base, batch)
+    mask = batch.attention_mask.unsqueeze(-1)
+    mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    return torch.cat([mean, hidden[torch.arange(len(hidden)), batch.last_token]], dim=-1)
+
+
+# Hidden states share a large mean, and a site that holds one class first of all learns "this mean is me". The server
+# takes it out, with what the base policy says to its own prompts: no site's data is in these two vectors. Without them
+# the router needs ten times the rounds, and with unequal sites it sends everything to the largest one.
+own = generator.sample(public, 300)
+own_features = encode(
+    [vqa_prompt(q.text) for q in own], [picture(q) for q in own], answers(base, base_processor, own, samples=1)
+)
+centre, spread = own_features.mean(dim=0), own_features.std(dim=0) + 1e-6
+
+
+def features(prompts, images, completions):
+    return (encode(prompts, images, completions) - centre) / spread
+
+
+def encoded_pairs(site):
+    """Features of chosen and rejected answers, `[n_k, 2D]`: the encoder is frozen, so once is enough."""
+    drawn = generator.sample(range(len(private[site])), 200)
+    questions = [private[site][i] for i in drawn]
+    groups = [candidates(private[site][i], samples[site][i], 3) for i in drawn]
+    return features([vqa_prompt(q.text) for q in questions], [picture(q) for q in questions], groups)
+
+
+def local_steps(router, rows, k):
+    """A site's half of a round: from the server's weights, a few steps on its own pairs, all of which are class k."""
+    local = copy.deepcopy(router)
+    optimiser = torch.optim.SGD(local.parameters(), 0.5)
+    target = nn.functional.one_hot(torch.full((len(rows),), k), len(SITES)).float()
+    for _ in range(5):
+        optimiser.zero_grad()
+        binary_cross_entropy_with_logits(local(rows), target).backward()
+        optimiser.step()
+    return local.state_dict()
+
+
+rows_of = {site: encoded_pairs(site) for site in SITES}  # at the sites
+share = {site: len(rows) / sum(map(len, rows_of.values())) for site, rows in rows_of.items()}  # n_k / Σ n_j
+router = nn.Linear(len(centre), len(SITES))
+for _ in range(20 if QUICK else 200):
+    updates = {site: local_steps(router, rows, k) for k, (site, rows) in enumerate(rows_of.items())}
+    router.load_state_dict(
+        {name: sum(share[site] * update[name] for site, update in updates.items()) for name in router.state_dict()}
+    )
+router.requires_grad_(False)
+
+said = answers(base, base_processor, dev, samples=1)
+weights = router(features([vqa_prompt(q.text) for q in dev], [picture(q) for q in dev], said)).softmax(dim=-1)
+names = list(SITES)
+fits = [SITES[names[k]].question_type == q.question_type for q, k in zip(dev, weights.argmax(1).tolist(), strict=True)]
+say(f"router     sends {sum(fits) / len(fits):.1%} of the base policy's answers to the site of their domain")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The federation as one reward function, which is all that TRL sees of it.
+#
+# Routing is per answer and only the top site is asked (MoR, section 3.4), so one group may be judged by several sites.
+# In the package a question to a site is a message, and a site may be absent; here it is a function call.
+
+asked: Counter[str] = Counter()
+
+
+def federation(prompts, completions, completion_ids, **_):
+    # TRL hands over G rows per prompt; a group's image and question are those of its first row.
+    by_prompt = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        image = next(b["image"] for b in prompt[-1]["content"] if b["type"] == "image")
+        text = next(b["text"] for b in prompt[-1]["content"] if b["type"] == "text")
+        by_prompt[row // GROUP].append((row, text, image))
+    texts = [completion[-1]["content"] for completion in completions]
+    texts = [t if isinstance(t, str) else "".join(b["text"] for b in t if b["type"] == "text") for t in texts]
+    asked_about = [vqa_prompt(group[0][1]) for group in by_prompt.values()]
+    images = [group[0][2] for group in by_prompt.values()]
+    order = [row for group in by_prompt.values() for row, _, _ in group]
+
+    everything_said = [[texts[row] for row, _, _ in group] for group in by_prompt.values()]
+    top = router(features(asked_about, images, everything_said)).argmax(dim=-1).tolist()
+    site_of = {row: names[k] for row, k in zip(order, top, strict=True)}
+
+    rewards = [0.0] * len(texts)
+    for site, judge in judges.items():
+        here = [[row for row, _, _ in group if site_of[row] == site] for group in by_prompt.values()]
+        some = [p for p, rows in enumerate(here) if rows]
+        if some:
+            scores = judge.score(
+                [asked_about[p] for p in some], [images[p] for p in some], [[texts[r] for r in here[p]] for p in some]
+            )
+            for row, score in zip([r for p in some for r in here[p]], scores.tolist(), strict=True):
+                rewards[row] = score
+        asked[site] += sum(map(len, here))
+    # A completion without its end token was cut off: it is no answer, whatever its beginning would have scored.
+    end = base_processor.tokenizer.eos_token_id
+    return [reward if end in ids else 0.0 for reward, ids in zip(rewards, completion_ids, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# GRPO through the stock trainer.
+#
+# Prompts take the three types in turn: on the natural mixture four of five groups are yes/no, and the policy learns to
+# say "no". TRL's default β is 0; the method has a KL term, and needs it: without it the policy leaves the region where
+# the reward models were trained. 1e-3 as learning rate ruins the run even with a perfect reward.
+
+PROMPTS, GROUP = (6, 4) if QUICK else (36, 8)
+STEPS = 3 if QUICK else 200
+
+by_type = defaultdict(list)
+for q in public:
+    by_type[q.question_type].append(q)
+turns = [generator.choice(by_type[kind]) for _ in range(STEPS * PROMPTS // 3) for kind in sorted(by_type)]
+dataset = Dataset.from_dict(
+    {"prompt": [[{"role": "user", "content": q.text}] for q in turns], "image": [str(q.image) for q in turns]}
+).cast_column("image", ImageFeature())
+
+policy, processor = load_vlm(POLICY)
+with tempfile.TemporaryDirectory() as scratch:
+    trainer = GRPOTrainer(
+        model=policy,
+        processing_class=processor,
+        reward_funcs=federation,
+        train_dataset=dataset,
+        args=GRPOConfig(
+            output_dir=scratch,
+            seed=options.seed,
+            max_steps=STEPS,
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            max_completion_length=MAX_TOKENS,
+            learning_rate=3e-4,
+            lr_scheduler_type="constant",
+            beta=0.02,
+            loss_type="grpo",
+            shuffle_dataset=False,
+            save_strategy="no",
+            logging_steps=max(STEPS // 10, 1),
+            report_to="none",
+            disable_tqdm=True,
+            bf16=False,
+            activation_checkpointing=False,
+            dataloader_pin_memory=False,
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+for record in trainer.state.log_history:
+    if "reward" in record:
+        say(f"step {record['step']:4d}  reward {record['reward']:.3f}  kl {record['kl']:.3f}")
+total = sum(asked.values())
+say("asked      " + "  ".join(f"{site} {count / total:.1%}" for site, count in asked.items()))
+
+# The gain on yes/no needs a doubt: a policy that never looks reaches 82 % there on the natural mixture, since most
+# answers are "no". Colour and shape have no such prior.
+after = accuracy(policy, processor)
+say(f"base       {shown(before)}")
+say(f"aligned    {shown(after)}")

@@ -1,0 +1,1 @@
+"""Federated vision-language alignment through preferences: no image, annotation or weight leaves a site."""

@@ -1,0 +1,1 @@
+"""GRPO against a federation, which to the trainer is one reward function."""

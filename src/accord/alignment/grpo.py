@@ -1,0 +1,268 @@
+"""Align a policy with GRPO through stock `trl.GRPOTrainer` (MoR, stage 3).
+
+    A_i = (R_i − mean(R)) / (std(R) + ε)                        over the G completions of a prompt
+    J   = E[min(ρ A, clip(ρ, 1 ± ε) A)] − β KL(π_θ ‖ π_ref)     Shao et al. 2024, arXiv 2402.03300
+
+TRL's default β is 0; MoR needs the KL term to the frozen reference, so ours is not. The trainer knows nothing of the
+federation: `reward` is any TRL reward function.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+
+from accord.data.images import image_bytes
+from accord.data.questions import normalise_answer
+from accord.errors import RecipeError
+from accord.models.finetune import draw_balanced
+from accord.models.load import LoraSettings, lora_config
+from accord.types import ImageSource, Message, Prompt, Question
+
+RewardFunction: TypeAlias = Callable[..., list[float | None]]
+"""TRL's own: `(prompts, completions, **columns) -> list[float | None]`."""
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How the policy is aligned."""
+
+    steps: int = 300
+    prompts_per_step: int = 36  # P
+    group_size: int = 8  # G
+    learning_rate: float = 3e-4
+    kl: float = 0.02  # β
+    temperature: float = 1.0
+    max_completion_length: int = 4  # tokens
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    completions_per_device: int = 0  # rows of one forward and backward pass; 0 for all at once
+    gradient_checkpointing: bool = False
+    lora: LoraSettings | None = None
+    evaluate_every: int = 50  # steps between points of the accuracy curve; 0 for none
+    evaluate_on: int = 300  # dev questions of one point
+    save_every: int = 50  # steps between checkpoints
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise RecipeError(
+                f"group_size must be at least 2 to centre rewards, got {self.group_size}; raise alignment.group_size"
+            )
+        rows = self.prompts_per_step * self.group_size
+        if self.completions_per_device and rows % self.completions_per_device:
+            raise RecipeError(
+                f"completions_per_device must divide prompts_per_step × group_size = {rows}, "
+                f"got {self.completions_per_device}"
+            )
+
+
+def exact_match_reward(
+    prompts: Sequence[Prompt], completions: Sequence[Sequence[Message]], answer: Sequence[str], **_: object
+) -> list[float | None]:
+    """Return 1 for a completion equal to the reference answer, else 0: the bound on what learned rewards can reach."""
+    texts = [str(completion[-1]["content"]) for completion in completions]
+    return [float(normalise_answer(t) == normalise_answer(a)) for t, a in zip(texts, answer, strict=True)]
+
+
+def prompt_dataset(questions: Sequence[Question], count: int, generator: random.Random) -> datasets.Dataset:
+    """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
+
+    Images stay compressed until a row is read, and repeated rows share them.
+    """
+    used: dict[ImageSource, dict[str, object]] = {q.image: _cell(q.image) for q in questions}
+    features = datasets.Features(
+        {
+            "prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "image": datasets.Image(),
+            "question_id": datasets.Value("string"),
+            "question_type": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+        }
+    )
+    columns = {
+        "prompt": [[{"role": "user", "content": q.text}] for q in questions],
+        "image": [used[q.image] for q in questions],
+        "question_id": [q.id for q in questions],
+        "question_type": [q.question_type for q in questions],
+        "answer": [q.answer for q in questions],
+    }
+    order = draw_balanced([q.question_type for q in questions], count, generator)
+    return datasets.Dataset.from_dict(columns, features=features).select(order)
+
+
+def _cell(source: ImageSource) -> dict[str, object]:
+    return (
+        {"bytes": None, "path": str(source)}
+        if isinstance(source, Path)
+        else {"bytes": image_bytes(source), "path": None}
+    )
+
+
+def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
+    """Translate our settings into TRL's."""
+    rows = config.prompts_per_step * config.group_size
+    at_once = config.completions_per_device or rows
+    return GRPOConfig(
+        output_dir=str(out),
+        seed=seed,
+        max_steps=config.steps,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=rows // at_once,
+        num_generations=config.group_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        beta=config.kl,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length,
+        loss_type=config.loss,
+        scale_rewards=config.scale_rewards,
+        shuffle_dataset=False,  # `prompt_dataset` already holds the order
+        activation_checkpointing=config.gradient_checkpointing,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=max(config.save_every, 1),
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Record(TrainerCallback):
+    """Pass on what TRL logs, under our names and without wall times."""
+
+    def __init__(self, log: Callable[[Mapping[str, object]], None]) -> None:
+        self.log = log
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        if not logs or "reward" not in logs:
+            return
+        record: dict[str, object] = {"step": state.global_step}
+        for ours, theirs in _NAMES.items():
+            if theirs in logs:
+                record[ours] = logs[theirs]
+        record["routed"] = {
+            name.removeprefix("routed/"): value for name, value in logs.items() if name.startswith("routed/")
+        }
+        if "absent" in logs:
+            record["absent"] = logs["absent"]
+        self.log(record)
+
+
+_NAMES = {
+    "loss": "loss",
+    "reward": "reward",
+    "reward_std": "reward_std",
+    "kl": "kl",
+    "entropy": "entropy",
+    "length": "completions/mean_length",
+    "truncated": "completions/clipped_ratio",
+}
+
+
+class _Curve(TrainerCallback):
+    """Every few steps, measure accuracy on held-out questions."""
+
+    def __init__(
+        self, every: int, measure: Callable[[], Mapping[str, float]], log: Callable[[Mapping[str, object]], None]
+    ) -> None:
+        self.every, self.measure, self.log = every, measure, log
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            by_type = self.measure()
+            macro = sum(by_type.values()) / len(by_type)
+            self.log({"step": state.global_step, "accuracy_macro": macro, "accuracy": dict(by_type)})
+
+
+class _ResumableTrainer(GRPOTrainer):
+    """`GRPOTrainer` that also resumes the weights.
+
+    Vision-language models are saved under their original weight names, which `from_pretrained` alone translates back.
+    The stock trainer finds none of its own names in the file, warns, and goes on from the base weights.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        policy = self.accelerator.unwrap_model(model or self.model)
+        if isinstance(policy, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True)
+            policy.load_state_dict(saved.state_dict())
+
+
+def align(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    reward: RewardFunction,
+    config: AlignmentConfig,
+    *,
+    seed: int,
+    out: Path,
+    measure: Callable[[], Mapping[str, float]] | None = None,
+    log: Callable[[Mapping[str, object]], None] = lambda _: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+) -> PreTrainedModel:
+    """Align `model` in place on the prompts of `questions`; return it, a LoRA adapter merged in.
+
+    Args:
+        model: the policy, loaded from a checkpoint (TRL loads the frozen reference from the same place).
+        processor: its processor.
+        questions: the prompts; their answers train nothing unless `reward` reads them.
+        reward: any TRL reward function.
+        config: settings.
+        seed: of the prompts' order and the sampling.
+        out: folder of the trainer's checkpoints.
+        measure: accuracy by question type on held-out questions, for the curve.
+        log: receives one record per step, and one per point of the curve.
+        callbacks: further trainer callbacks, such as a progress bar.
+        resume: continue from the newest checkpoint in `out`.
+    """
+    data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
+    extra: list[TrainerCallback] = [_Record(log), *callbacks]
+    if measure is not None and config.evaluate_every:
+        extra.append(_Curve(config.evaluate_every, measure, log))
+    peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
+    trainer = _ResumableTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=grpo_config(config, seed=seed, out=out),
+        train_dataset=data,
+        processing_class=processor,
+        callbacks=extra,
+        peft_config=peft,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

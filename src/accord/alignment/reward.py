@@ -1,0 +1,266 @@
+"""A whole federation as one TRL reward function.
+
+    (prompts, completions, **columns) → list[float | None]
+
+For each group of completions that share prompt and image: route every distinct completion, ask only the sites that got
+weight, fuse what came back. To `trl.GRPOTrainer` this is an ordinary reward function; three lines put it into a stock
+script:
+
+    reward = FederatedReward(engine, router)
+    trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=prompts, args=GRPOConfig(beta=0.02, …))
+    trainer.train()
+
+Absent is not zero. TRL turns None into NaN and sums with `nansum`, so that with a single reward function a missing
+reward becomes 0, the worst score there is. `missing="group_mean"` therefore gives such a completion the mean of its
+group's rewards (advantage zero), and a group that nobody scored the same value throughout; `missing="none"` returns
+None, for use beside further reward functions.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast
+
+import torch
+from PIL import Image as PillowImage
+from PIL.Image import Image
+from torch import Tensor
+
+from accord.data.images import image_bytes
+from accord.errors import DataError, ReplyError
+from accord.federation.engine import Engine
+from accord.federation.messages import Absence, ScoreItem, ScoreRequest, check_scores, image_name, to_turns
+from accord.routing.fusion import mixture, per_prompt, top1
+from accord.routing.router import Router
+from accord.types import ImageSource, Message, Prompt
+
+Mode: TypeAlias = Literal["top1", "soft"]
+Scope: TypeAlias = Literal["completion", "prompt"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt: the distinct ones, and which of them each row was."""
+
+    prompt: Prompt
+    image: Image
+    data: bytes  # the image as it travels
+    candidates: tuple[str, ...]
+    rows: tuple[int, ...]  # candidate index of each completion, in order
+
+
+class FederatedReward:
+    """Ask a federation how good completions are.
+
+    Args:
+        engine: carries the questions to the sites.
+        router: whose judgement counts, weights `[N, K]`.
+        mode: "top1" asks only the site with the largest weight; "soft" asks all and mixes.
+        scope: route every completion by itself, or all completions of a prompt alike.
+        unfinished: reward of a completion that was cut off before its end token; None scores it like any other.
+        end_tokens: ids that end a completion; without them no completion counts as cut off.
+        deadline: seconds to wait for the sites.
+        missing: what a completion gets that no site scored (see the module's docstring).
+        sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
+            as PNG.
+    """
+
+    __name__ = "federation"  # TRL names its metrics after it
+
+    def __init__(
+        self,
+        engine: Engine,
+        router: Router,
+        *,
+        mode: Mode = "top1",
+        scope: Scope = "completion",
+        unfinished: float | None = 0.0,
+        end_tokens: Sequence[int] = (),
+        deadline: float | None = None,
+        missing: Literal["group_mean", "none"] = "group_mean",
+        sources: Mapping[str, ImageSource] | None = None,
+    ) -> None:
+        self.engine = engine
+        self.router = router
+        self.mode = mode
+        self.scope = scope
+        self.unfinished = unfinished
+        self.end_tokens = frozenset(end_tokens)
+        self.deadline = deadline
+        self.missing = missing
+        self.sources = sources or {}
+        self._asked = 0
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Message]] | Sequence[str],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        log_metric: Callable[[str, float], None] = lambda _name, _value: None,
+        **columns: object,
+    ) -> list[float | None]:
+        """Return one reward per completion, `[P·G]`."""
+        groups = self.group(prompts, completions, columns)
+        routed, scores = self.judge(groups)
+        distinct = mixture(scores, routed)  # [M] over distinct completions
+        for k, site in enumerate(self.engine.sites):
+            log_metric(f"routed/{site}", routed[:, k].mean().item())
+        rewards: list[float | None] = []
+        start = 0
+        for group in groups:
+            of_group = [distinct[start + row].item() for row in group.rows]
+            start += len(group.candidates)
+            rewards += self._finish(of_group, len(rewards), completion_ids)
+        absent = sum(reward is None or math.isnan(reward) for reward in rewards)
+        log_metric("absent", absent / len(rewards))
+        return self._fill(rewards, [len(group.rows) for group in groups])
+
+    def group(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Message]] | Sequence[str],
+        columns: Mapping[str, object],
+    ) -> list[Group]:
+        """Split rows into groups: consecutive rows with the same conversation and the same image."""
+        ids = cast(Sequence[str] | None, columns.get("question_id"))
+        groups: list[Group] = []
+        key: object = None
+        texts: list[str] = []
+        opening: tuple[Prompt, Image, bytes] | None = None
+
+        def close() -> None:
+            if opening is not None:
+                distinct = tuple(dict.fromkeys(texts))
+                position = {text: i for i, text in enumerate(distinct)}
+                groups.append(Group(*opening, distinct, tuple(position[text] for text in texts)))
+
+        for n, prompt in enumerate(prompts):
+            image = _image_of(prompt, n, columns)
+            plain = [_plain(message) for message in prompt]
+            this = (ids[n],) if ids is not None else (str(plain), image.size, image.mode, image.tobytes())
+            if this != key:
+                close()
+                source = self.sources.get(ids[n]) if ids is not None else None
+                opening, texts, key = (
+                    (plain, image, image_bytes(source) if source is not None else _as_png(image)),
+                    [],
+                    this,
+                )
+            texts.append(_text_of(completions[n]))
+        close()
+        return groups
+
+    def judge(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """Route and score the distinct completions of all groups.
+
+        Returns the weights used and the scores, both `[M, K]`; NaN where a site was not asked or is absent.
+        """
+        sizes = [len(group.candidates) for group in groups]
+        candidates = [group.candidates for group in groups]
+        weights = self.router([g.prompt for g in groups], [g.image for g in groups], candidates)
+        if self.scope == "prompt":
+            weights = per_prompt(weights, sizes)
+        if self.mode == "top1":
+            weights = top1(weights)
+        return weights, self.ask(groups, weights > 0)
+
+    def ask(self, groups: Sequence[Group], wanted: Tensor) -> Tensor:
+        """Ask the sites for the scores that are `wanted` `[M, K]`; return `[M, K]` with NaN where there is none."""
+        scores = torch.full(wanted.shape, torch.nan)
+        requests: dict[str, ScoreRequest] = {}
+        places: dict[str, list[list[int]]] = defaultdict(list)  # per item of a site's request: its rows in `scores`
+        self._asked += 1
+        for k, site in enumerate(self.engine.sites):
+            images: dict[str, bytes] = {}
+            items: list[ScoreItem] = []
+            start = 0
+            for group in groups:
+                rows = [start + i for i in range(len(group.candidates)) if wanted[start + i, k]]
+                start += len(group.candidates)
+                if rows:
+                    name = image_name(group.data)
+                    images[name] = group.data
+                    first = start - len(group.candidates)
+                    items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
+                    places[site].append(rows)
+            if items:
+                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
+        for site, reply in self.engine.ask(requests, deadline=self.deadline).items():
+            k = list(self.engine.sites).index(site)
+            if isinstance(reply, Absence):
+                continue
+            try:
+                checked = check_scores(requests[site], reply)
+            except ReplyError:
+                self.engine.traffic.counts[site, "score"].absences += 1
+                continue
+            for rows, values in zip(places[site], checked, strict=True):
+                if values is not None:
+                    scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
+        return scores
+
+    def _finish(
+        self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None
+    ) -> list[float | None]:
+        """Give completions that were cut off their fixed reward."""
+        if completion_ids is None or self.unfinished is None or not self.end_tokens:
+            return list(rewards)
+        cut = [not self.end_tokens.intersection(completion_ids[offset + i]) for i in range(len(rewards))]
+        return [self.unfinished if c else reward for c, reward in zip(cut, rewards, strict=True)]
+
+    def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:
+        filled: list[float | None] = []
+        for size in sizes:
+            group = rewards[len(filled) : len(filled) + size]
+            known = [r for r in group if r is not None and math.isfinite(r)]
+            neutral = None if self.missing == "none" else sum(known) / len(known) if known else 0.0
+            filled += [r if r is not None and math.isfinite(r) else neutral for r in group]
+        return filled
+
+
+def _image_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> Image:
+    """Find row n's image: in the prompt's content blocks, as TRL puts it there, or in an `image` or `images` column."""
+    for message in prompt:
+        content = message["content"]
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            for block in content:
+                if block["type"] == "image" and isinstance(block.get("image"), PillowImage.Image):
+                    return cast(Image, block["image"])
+    for name in ("image", "images"):
+        column = columns.get(name)
+        if isinstance(column, Sequence) and len(column) > n:
+            found = column[n][0] if isinstance(column[n], Sequence) and column[n] else column[n]
+            if isinstance(found, PillowImage.Image):
+                return found
+    raise DataError(
+        f"row {n} has no image in its prompt and none in an 'image' or 'images' column, got {sorted(columns)}"
+    )
+
+
+def _plain(message: Message) -> dict[str, object]:
+    """Drop the image itself from a turn; its place stays."""
+    content = message["content"]
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = [{"type": "image"} if b["type"] == "image" else {"type": "text", "text": b["text"]} for b in content]
+    return {"role": message["role"], "content": content}
+
+
+def _text_of(completion: Sequence[Message] | str) -> str:
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(
+        str(block["text"]) for block in cast(Sequence[Mapping[str, object]], content) if block["type"] == "text"
+    )
+
+
+def _as_png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,260 @@
+"""The command line: every stage of the main job, alone or together.
+
+    accord demo                              the main job with the embedded defaults
+    accord run RECIPE                        a whole recipe
+    accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
+    accord site train RECIPE NAME            one site's reward model
+    accord router train RECIPE               the router, with all sites
+    accord align RECIPE                      GRPO against the federation
+    accord evaluate …                        a run's evaluation, or any checkpoint on any questions
+    accord report RUN                        the HTML page again
+    accord compare RUN…                      several runs in one table
+    accord preferences RECIPE SITE FILE      write a site's preference pairs
+    accord pretrain OUT                      make the shipped checkpoints again
+
+An error that Accord foresees is printed in one line without a traceback and ends with status 2; Ctrl-C ends with
+status 130, and the same command with --resume goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from accord.errors import AccordError, DataWarning, RunError
+
+if TYPE_CHECKING:
+    from accord.pipeline import Job
+
+DEMO = Path(__file__).parent / "recipes" / "demo.toml"
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
+site_app = typer.Typer(no_args_is_help=True, help="What a site does.")
+router_app = typer.Typer(no_args_is_help=True, help="The router.")
+app.add_typer(site_app, name="site")
+app.add_typer(router_app, name="router")
+console = Console(stderr=True, soft_wrap=True)
+
+RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a TOML file")]
+Out = Annotated[Path | None, typer.Option("--out", help="run folder; by default runs/<name of the recipe>")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")]
+Seed = Annotated[int | None, typer.Option("--seed", help="use this seed instead of the recipe's")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
+
+
+def main() -> None:
+    """Run the command line."""
+    _prepare()
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as ended:
+        raise SystemExit(ended.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        console.print("\nstopped; the same command with [bold]--resume[/] goes on where it was")
+        raise SystemExit(130) from None
+    except AccordError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise SystemExit(2) from None
+    except OSError as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}; free space on the disk or correct the path")
+        raise SystemExit(2) from None
+    except typer.TyperException as error:  # a wrong option or a missing argument
+        console.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}; see accord --help")
+        raise SystemExit(2) from None
+
+
+def _prepare() -> None:
+    """Keep third parties' chatter out of the way, and show our own warnings as lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, DataWarning):
+            console.print(f"[yellow]warning:[/] {escape(str(message))}")
+
+    warnings.showwarning = show
+
+
+@contextmanager
+def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None, quiet: bool) -> Iterator[Job]:
+    """Open the run of a recipe."""
+    from dataclasses import replace
+
+    import transformers
+
+    from accord.pipeline import Job
+    from accord.recipe import load_recipe
+    from accord.runs import Run
+    from accord.toml import dump_toml
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    recipe = load_recipe(recipe_file)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    folder = out or Path("runs") / recipe.name
+    text = dump_toml(recipe)
+    run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
+    with run:
+        yield Job(recipe, run, quiet=quiet)
+
+
+def _whole(recipe: Path, out: Path | None, resume: bool, seed: int | None, quiet: bool) -> None:
+    from accord.evaluation.account import tell
+    from accord.evaluation.summary import read_summary
+    from accord.evaluation.trace import read_metrics
+    from accord.pipeline import execute
+
+    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet) as job:
+        page = execute(job)
+        account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
+    typer.echo(account.verdict)
+    typer.echo(f"report: {page}")
+    typer.echo(f"aligned checkpoint: {page.parent / 'policy'}")
+
+
+@app.command()
+def demo(out: Out = None, resume: Resume = False, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Align a small model to three sites on this machine, with the embedded defaults, into runs/demo."""
+    _whole(DEMO, out, resume, seed, quiet)
+
+
+@app.command()
+def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Run a whole recipe."""
+    _whole(recipe, out, resume, seed, quiet)
+
+
+@app.command()
+def plan(recipe: RecipeFile) -> None:
+    """Show what a recipe would run, with memory and bytes; nothing is downloaded or trained."""
+    from accord.plan import describe
+    from accord.recipe import load_recipe
+
+    typer.echo(describe(load_recipe(recipe)))
+
+
+def _stage(recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None]) -> None:
+    """Run one stage in the recipe's run folder, made if it is not there."""
+    from accord.recipe import load_recipe
+
+    folder = out or Path("runs") / load_recipe(recipe).name
+    with _job(recipe, out, resume=(folder / "recipe.toml").exists(), seed=seed, quiet=quiet) as job:
+        stage(job)
+    typer.echo(f"done: {folder}")
+
+
+@site_app.command("train")
+def site_train(recipe: RecipeFile, name: str, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Train one site's reward model on its private pairs."""
+    from accord.pipeline import train_site
+
+    _stage(recipe, out, seed, quiet, lambda job: train_site(job, name))
+
+
+@router_app.command("train")
+def router_train(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Train the router federatedly with all sites."""
+    from accord.pipeline import train_router
+
+    _stage(recipe, out, seed, quiet, train_router)
+
+
+@app.command("align")
+def align_command(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Align the policy by GRPO against the routed rewards; an interrupted alignment goes on from its checkpoint."""
+    from accord.pipeline import align_policy
+
+    _stage(recipe, out, seed, quiet, align_policy)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    target: Annotated[str, typer.Argument(help="a recipe, or a checkpoint (folder, hub id or accord/<name>)")],
+    out: Out = None,
+    data: Annotated[str, typer.Option("--data", help="easy-vqa or a VQA folder; needed for a checkpoint")] = "",
+    split: Annotated[str, typer.Option("--split", help="which questions of the data")] = "test",
+    questions: Annotated[int, typer.Option("--questions", help="how many at most; 0 for all")] = 0,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run's base and aligned policy, or any checkpoint on any questions."""
+    from accord.pipeline.evaluation import evaluate, evaluate_checkpoint
+
+    if target.endswith(".toml"):
+        _stage(Path(target), out, seed, quiet, evaluate)
+    elif not data:
+        raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
+    else:
+        typer.echo(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write a run's HTML page again."""
+    from accord.evaluation.report import write_report
+
+    typer.echo(write_report(folder))
+
+
+@app.command("compare")
+def compare_command(folders: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
+    """Print several runs as one Markdown table, seeds of one recipe with mean and deviation."""
+    from accord.evaluation.report import compare_runs
+
+    typer.echo(compare_runs(folders))
+
+
+@app.command()
+def preferences(
+    recipe: RecipeFile,
+    site: Annotated[str, typer.Argument(help="the site's name")],
+    file: Annotated[Path, typer.Argument(help="a .jsonl file; images go beside it")],
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write the preference pairs that would be constructed for a site, in TRL's form."""
+    from accord.pipeline.sites import write_site_preferences
+    from accord.recipe import load_recipe
+
+    count = write_site_preferences(load_recipe(recipe), site, file, seed=seed, quiet=quiet)
+    typer.echo(f"{count} constructed pairs: {file}")
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Argument(help="folder for the checkpoints")],
+    family: Annotated[list[str] | None, typer.Option("--family", help="only this family; may be repeated")] = None,
+    recipe: Annotated[Path, typer.Option("--recipe", help="whose base questions and [pretrain] table to use")] = DEMO,
+    quiet: Quiet = False,
+) -> None:
+    """Make the small checkpoints that ship with Accord again, or others for a recipe's questions."""
+    import transformers
+
+    from accord.models.pretrain import pretrain_families
+    from accord.models.tiny import FAMILIES
+    from accord.pipeline.job import load_questions
+    from accord.recipe import load_recipe
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    settings = load_recipe(recipe)
+    questions = load_questions(settings.questions)["base"]
+    for path in pretrain_families(out, questions, settings.pretrain, family or FAMILIES, quiet=quiet):
+        typer.echo(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Questions about images, preferences between answers, and which site holds which of them."""

@@ -1,0 +1,87 @@
+"""Read easy-VQA, the embedded default: 64-pixel pictures of one shape, ready on any machine without a download.
+
+The `easy-vqa` package (Victor Zhou, 2019, MIT, https://github.com/vzhou842/easy-VQA) carries 4,000 training images with
+38,575 questions and 1,000 test images with 9,673. Three question types, told by the answer, make three natural sites.
+The package knows only training and test; its training images are split here by number, so that the server, the sites,
+the choice of settings and the prompts of GRPO never share an image.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Final
+
+from accord.errors import DataError
+from accord.types import Question
+
+BASE_END: Final = 1000
+PRIVATE_END: Final = 2800
+DEV_END: Final = 3000
+
+COLOURS: Final = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES: Final = ("circle", "rectangle", "triangle")
+EASY_VQA_ANSWERS: Final = ("yes", "no", *SHAPES, *COLOURS)
+
+
+def load_easy_vqa() -> list[Question]:
+    """Return all questions, training before test, each side in the package's order; ids are `easy_vqa-<side>-<row>`.
+
+    Rows that repeat an earlier (image, question) are dropped; the ids of the others do not shift.
+
+    Raises:
+        DataError: the package is not installed, or its data are not what they should be.
+    """
+    folder = _folder()
+    return [*_side(folder, "train"), *_side(folder, "test")]
+
+
+def split_of(side: str, image: int) -> str:
+    """Return the split of image number `image` on the package's `train` or `test` side."""
+    if side == "test":
+        return "test"
+    if image < BASE_END:
+        return "base"
+    if image < PRIVATE_END:
+        return "private"
+    return "dev" if image < DEV_END else "public"
+
+
+def type_of(answer: str) -> str:
+    """Return `yes/no`, `shape` or `colour`; each of the 13 answers belongs to one type only."""
+    if answer in SHAPES:
+        return "shape"
+    return "colour" if answer in COLOURS else "yes/no"
+
+
+def _folder() -> Path:
+    # The package's own functions list its folders in no fixed order; its files are read directly.
+    found = importlib.util.find_spec("easy_vqa")
+    if found is None or found.origin is None:
+        raise DataError("the package easy_vqa is not installed; run `pip install easy-vqa`, or name other data")
+    return Path(found.origin).parent / "data"
+
+
+def _side(folder: Path, side: str) -> list[Question]:
+    file = folder / side / "questions.json"
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        images = {path.name: path for path in (folder / side / "images").iterdir()}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot read easy-VQA ({error}); reinstall it with `pip install easy-vqa`") from error
+    seen: set[tuple[int, str]] = set()
+    questions: list[Question] = []
+    for number, (text, answer, image) in enumerate(rows):
+        path = images.get(f"{image}.png")
+        if answer not in EASY_VQA_ANSWERS or path is None:
+            raise DataError(
+                f"{file}: row {number} has the answer {answer!r} and the image {image}.png, of which one is unknown; "
+                "reinstall it with `pip install easy-vqa`"
+            )
+        if (image, text) in seen:
+            continue
+        seen.add((image, text))
+        kind, split = type_of(answer), split_of(side, image)
+        questions.append(Question(f"easy_vqa-{side}-{number}", path, text, answer, kind, split, "easy_vqa"))
+    return questions

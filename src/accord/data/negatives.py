@@ -1,0 +1,113 @@
+"""Draw wrong answers to set against a reference answer.
+
+A reward model trained only on same-type negatives ("red" over "blue") has seen nothing else, and its score is arbitrary
+elsewhere: reinforcement learning finds that out within some dozens of steps and drives the policy to "red red", to a
+shape where a colour was asked for, or to nothing at all, at a rising reward. The rejected answers must therefore cover
+what the policy can say, and come from four sources:
+
+    same type    another answer to questions of this type: what a person would get wrong
+    policy       what the policy really said to this question and is wrong: where the optimiser starts
+    other type   an answer to questions of another type
+    malformed    repetition, two answers joined, one word too many, nothing, an echo of the question
+
+"Wrong" is "differs from the reference once normalised", as exact match has it: another true wording counts as wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+from accord.data.questions import normalise_answer
+from accord.errors import RecipeError
+from accord.types import Question
+
+
+@dataclass(frozen=True)
+class NegativeMix:
+    """The share of each source among the rejected answers; shares are relative, and 0 turns a source off."""
+
+    same_type: float = 0.4
+    policy: float = 0.3
+    other_type: float = 0.2
+    malformed: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse negative shares, and four zeros."""
+        shares = astuple(self)
+        if not all(share >= 0 and math.isfinite(share) for share in shares) or sum(shares) == 0:
+            raise RecipeError(f"the shares of a NegativeMix must be 0 or more and not all 0, got {self}; correct them")
+
+
+class Negatives:
+    """The answers of a data set by question type, and the draw of one question's rejected answers from them."""
+
+    def __init__(self, answers_by_type: Mapping[str, Sequence[str]], mix: NegativeMix) -> None:
+        """Index the answers once; drawing then costs O(n) a question, however large the vocabulary."""
+        self._mix = mix
+        self._same = {kind: _distinct(answers) for kind, answers in answers_by_type.items()}
+        everything = _distinct([answer for answers in self._same.values() for answer in answers])
+        self._other = {kind: _without(everything, answers) for kind, answers in self._same.items()}
+        self._everything = everything
+
+    def draw(self, question: Question, said: Sequence[str], n: int, generator: random.Random) -> list[str]:
+        """Return up to `n` answers that differ from the reference and from each other once normalised.
+
+        Each is drawn from one source, picked by share among those not exhausted, without replacement; fewer than `n`
+        come back only when all are.
+
+        Args:
+            question: gives the reference answer, the type, and words to echo.
+            said: what the policy answered; right answers among it are passed over.
+            n: how many to draw.
+            generator: the only source of chance.
+        """
+        kind = question.question_type
+        same = self._same.get(kind, [])
+        other = self._other.get(kind, self._everything)
+        pools = (same, _distinct(said), other, _malformed(question, same or other, generator))
+        # At most 2n candidates of a pool can be barred (the reference, and what other sources gave), so 2n + 1 do.
+        queues = [generator.sample(pool, min(len(pool), 2 * n + 1)) for pool in pools]
+        shares = astuple(self._mix)
+        barred = {normalise_answer(question.answer)}
+        drawn: list[str] = []
+        while len(drawn) < n:
+            open_sources = [i for i, queue in enumerate(queues) if queue and shares[i] > 0]
+            if not open_sources:
+                break
+            (source,) = generator.choices(open_sources, [shares[i] for i in open_sources])
+            answer = _next(queues[source], barred)
+            if answer is not None:
+                drawn.append(answer)
+        return drawn
+
+
+def _next(queue: list[str], barred: set[str]) -> str | None:
+    while queue:
+        answer = queue.pop()
+        if (key := normalise_answer(answer)) not in barred:
+            barred.add(key)
+            return answer
+    return None
+
+
+def _malformed(question: Question, answers: Sequence[str], generator: random.Random) -> list[str]:
+    words = question.text.rstrip("?!. ").split()
+    right = question.answer
+    joined = [f"{right} {generator.choice(answers)}"] if answers else []
+    one_too_many = [f"{right} {generator.choice(words)}"] if words else []
+    return _distinct([f"{right} {right}", *joined, *one_too_many, "", " ".join(words[-2:])])
+
+
+def _distinct(answers: Sequence[str]) -> list[str]:
+    kept: dict[str, str] = {}
+    for answer in answers:
+        kept.setdefault(normalise_answer(answer), answer.strip())
+    return list(kept.values())
+
+
+def _without(answers: Sequence[str], dropped: Sequence[str]) -> list[str]:
+    keys = {normalise_answer(answer) for answer in dropped}
+    return [answer for answer in answers if normalise_answer(answer) not in keys]

@@ -1,0 +1,257 @@
+"""Read, write and construct preference pairs in TRL's conversational preference form.
+
+One row is `{"prompt": [messages], "chosen": [message], "rejected": [message], "images": [image]}`, what TRL's trainers
+take for a vision-language model, with `question_id`, `question_type` and `constructed` beside it where known. On disk
+it is a JSON Lines file with relative image paths, or a folder of the `datasets` library. Plain strings instead of
+messages are read too.
+
+A pair whose answers agree once normalised is left out: it carries no preference, and its Bradley-Terry loss is log 2
+whatever the model says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import datasets  # type: ignore[import-untyped]
+
+from accord.data.conversation import content_blocks, read_completion, read_prompt
+from accord.data.images import image_bytes, image_format
+from accord.data.negatives import NegativeMix, Negatives
+from accord.data.questions import image_identity, normalise_answer
+from accord.data.rows import BadRow, ImageCell, Row, column, keep_good, read_jsonl
+from accord.data.saved import is_saved, open_dataset, undecoded
+from accord.errors import DataError, RecipeError
+from accord.runs import write_atomic
+from accord.types import ImageSource, PreferencePair, Question, vqa_prompt
+
+__all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", "to_dataset", "write_preferences"]
+
+MIN_PAIRS = 8
+DEFAULT_MIX = NegativeMix()
+REQUIRED = ("prompt", "chosen", "rejected")
+OPTIONAL = ("question_id", "question_type", "constructed")
+EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+
+
+def read_preferences(path: Path | str) -> list[PreferencePair]:
+    """Read a site's pairs from a `.jsonl` file, or from a folder made by `datasets.save_to_disk`.
+
+    Images are in `images` (a list) or `image` (one); in a file, as paths relative to the file's folder. Pairs without a
+    `question_id` get one from their images and prompt.
+
+    Raises:
+        DataError: the file is missing or is not UTF-8 JSON Lines, a column is missing, one `question_id` stands for two
+            prompts, more than 20 % of the rows are bad, or fewer than `MIN_PAIRS` pairs are left.
+
+    Warns:
+        DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image.
+    """
+    path = Path(path)
+    if path.is_dir():
+        rows, images = _saved_rows(path), ImageCell(None)
+    else:
+        rows, images = read_jsonl(path), ImageCell(path.parent)
+    identify = image_identity()
+    content: dict[str, str] = {}
+
+    def parse(where: str, row: Row) -> PreferencePair:
+        pair = _pair(where, row, images)
+        digest = _digest(pair, [identify(source) for source in pair.images])
+        pair = pair if pair.question_id else replace(pair, question_id=digest)
+        if content.setdefault(pair.question_id, digest) != digest:
+            raise DataError(
+                f"{where}: question_id {pair.question_id!r} stands for another prompt or image further up; "
+                "give every prompt and image its own id, or leave the column out"
+            )
+        return pair
+
+    pairs = keep_good(rows, parse, source=str(path))
+    if len(pairs) < MIN_PAIRS:
+        raise DataError(
+            f"{path}: the site has {len(pairs)} pairs, and a reward model needs at least {MIN_PAIRS}; "
+            "collect more preferences, or leave the site out"
+        )
+    return pairs
+
+
+def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None:
+    """Write `pairs` to a `.jsonl` file, and each distinct image once to `images/<sha256>.<ext>` beside it.
+
+    The images come first and the file last, whole or not at all; after a failure the images it added are removed.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+        ImageError: an image of a pair cannot be read.
+    """
+    path = Path(path)
+    added: list[Path] = []
+    stored: dict[ImageSource, str] = {}
+    try:
+        lines: list[str] = []
+        for pair in pairs:
+            for source in pair.images:
+                if source not in stored:
+                    stored[source] = _store(source, path.parent, added)
+            row = {**_columns(pair), "images": [stored[source] for source in pair.images]}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_atomic(path, "".join(lines))
+    except BaseException:
+        for file in added:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not ours to remove while it holds anything, or if it never came to be
+            (path.parent / "images").rmdir()
+        raise
+
+
+def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
+    """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
+
+    Images in files stay references until `save_to_disk` copies them in.
+    """
+    rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
+    text = datasets.Value("string")
+    blocks = datasets.List({"type": text, "text": text})
+    features = datasets.Features(
+        prompt=datasets.List({"role": text, "content": blocks}),
+        chosen=datasets.List({"role": text, "content": text}),
+        rejected=datasets.List({"role": text, "content": text}),
+        question_id=text,
+        question_type=text,
+        constructed=datasets.Value("bool"),
+        images=datasets.List(datasets.Image()),
+    )
+    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+
+
+def build_preferences(
+    questions: Sequence[Question],
+    *,
+    rejected_per_question: int,
+    generator: random.Random,
+    policy_samples: Mapping[str, Sequence[str]] | None = None,
+    answers_by_type: Mapping[str, Sequence[str]] | None = None,
+    mix: NegativeMix = DEFAULT_MIX,
+) -> list[PreferencePair]:
+    """Construct pairs from reference answers: the reference is chosen, wrong answers of four sources are rejected.
+
+    Same-type negatives alone make a reward model that reinforcement learning hacks: it never saw "red red", a shape
+    for a colour or an empty answer, scores them at random, and the policy finds the random highs. See
+    `accord.data.negatives` for the sources. The pairs are marked `constructed`: no person judged them.
+
+    Args:
+        questions: with their reference answers, `[Q]`.
+        rejected_per_question: n, at least 1; a question yields fewer pairs when its sources hold fewer answers.
+        generator: the only source of chance; the same state gives the same pairs.
+        policy_samples: by question id, what the policy answered; only the wrong ones are used.
+        answers_by_type: the known answers of each question type; None collects them from `questions`.
+        mix: shares of the sources.
+
+    Returns:
+        At most Q x n pairs, question by question.
+
+    Raises:
+        RecipeError: `rejected_per_question` is below 1.
+        DataError: no pair could be built.
+    """
+    if rejected_per_question < 1:
+        raise RecipeError(f"rejected_per_question must be at least 1, got {rejected_per_question}; raise it")
+    negatives = Negatives(_answers_by_type(questions) if answers_by_type is None else answers_by_type, mix)
+    samples = policy_samples or {}
+    pairs = [
+        PreferencePair(
+            prompt=vqa_prompt(question.text),
+            chosen=question.answer,
+            rejected=rejected,
+            images=(question.image,),
+            question_id=question.id,
+            question_type=question.question_type,
+            constructed=True,
+        )
+        for question in questions
+        for rejected in negatives.draw(question, samples.get(question.id, ()), rejected_per_question, generator)
+    ]
+    if not pairs:
+        raise DataError(
+            f"no preference pair could be built from {len(questions)} questions with {mix}; "
+            "give questions with more than one answer, or raise the share of another source"
+        )
+    return pairs
+
+
+def _answers_by_type(questions: Sequence[Question]) -> dict[str, list[str]]:
+    answers: dict[str, dict[str, None]] = {}
+    for question in questions:
+        answers.setdefault(question.question_type, {})[question.answer] = None
+    return {kind: list(found) for kind, found in answers.items()}
+
+
+def _columns(pair: PreferencePair) -> dict[str, object]:
+    return {
+        "prompt": [{"role": message["role"], "content": content_blocks(message["content"])} for message in pair.prompt],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+        "question_id": pair.question_id,
+        "question_type": pair.question_type,
+        "constructed": pair.constructed,
+    }
+
+
+def _store(source: ImageSource, folder: Path, added: list[Path]) -> str:
+    data = image_bytes(source)
+    name = f"images/{hashlib.sha256(data).hexdigest()}.{EXTENSIONS[image_format(data)]}"
+    file = folder / name
+    if not (file.is_file() and file.read_bytes() == data):
+        if not file.exists():
+            added.append(file)
+        write_atomic(file, data)
+    return name
+
+
+def _cell(source: ImageSource) -> dict[str, object]:
+    return {"path": str(source), "bytes": None} if isinstance(source, Path) else {"path": None, "bytes": source}
+
+
+def _saved_rows(path: Path) -> Iterable[tuple[str, Row | None]]:
+    if not is_saved(path):
+        raise DataError(
+            f"{path}: the folder was not made by save_to_disk (it has no state.json); "
+            "name a .jsonl file inside it instead"
+        )
+    dataset = open_dataset(str(path), None)
+    image = "image" if "image" in dataset.column_names and "images" not in dataset.column_names else "images"
+    extra = [name for name in OPTIONAL if name in dataset.column_names]
+    dataset = undecoded(dataset, str(path), [*REQUIRED, image, *extra], image, many=image == "images")
+    return ((f"{path} row {number}", row) for number, row in enumerate(dataset))
+
+
+def _pair(where: str, row: Row, images: ImageCell) -> PreferencePair:
+    prompt, chosen, rejected = (column(where, row, name) for name in REQUIRED)
+    cells = [row["image"]] if "image" in row and "images" not in row else column(where, row, "images")
+    if not isinstance(cells, list) or not cells:
+        raise BadRow(f"images must be a list of at least one image, got {cells!r:.60}")
+    messages = read_prompt(prompt, len(cells))
+    right, wrong = read_completion("chosen", chosen), read_completion("rejected", rejected)
+    if not normalise_answer(right):
+        raise BadRow("the chosen answer is empty")
+    if normalise_answer(right) == normalise_answer(wrong):
+        raise BadRow(f"chosen and rejected are the same answer, {right!r:.60}")
+    return PreferencePair(
+        prompt=messages,
+        chosen=right,
+        rejected=wrong,
+        images=tuple(images.source(cell) for cell in cells),
+        question_id="" if row.get("question_id") is None else str(row["question_id"]),
+        question_type=str(row.get("question_type") or ""),
+        constructed=row.get("constructed") is True,
+    )
+
+
+def _digest(pair: PreferencePair, images: list[str]) -> str:
+    return hashlib.sha256(json.dumps([list(pair.prompt), images]).encode()).hexdigest()[:16]

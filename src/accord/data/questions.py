@@ -1,0 +1,200 @@
+"""Read visual questions with reference answers, and split them so that no image is on two sides.
+
+A folder in Accord's own form holds `questions.jsonl` and its images; any Hugging Face data set with an image, a
+question and an answer column is read as well. Images stay undecoded, as they were stored, so that their identity is
+that of the original bytes.
+
+Splits are drawn by image: u, the first 48 bits of SHA-256(purpose, seed, image id) over 2^48, falls into one of the
+intervals that the fractions cut from [0, 1). An image's side depends on nothing but its bytes and the seed: data that
+arrive later move no image. Pictures that only look alike (re-encoded, cropped) count as different.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from accord.data.images import image_id
+from accord.data.rows import BadRow, ImageCell, Row, column, keep_good, read_jsonl, text_of
+from accord.data.saved import open_dataset, undecoded
+from accord.errors import DataError, RecipeError
+from accord.types import ImageSource, Question
+
+SPLITS = ("base", "private", "public", "dev", "test")
+
+
+def normalise_answer(text: str) -> str:
+    """Return `text` as exact match compares it: lower case, single spaces, no final full stop.
+
+    >>> normalise_answer("  Left  Lung. ")
+    'left lung'
+    """
+    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+
+
+def read_vqa_folder(
+    path: Path | str, *, splits: Collection[str] | None = None, type_field: str = "question_type"
+) -> list[Question]:
+    """Read `path/questions.jsonl`; the folder's name becomes the domain.
+
+    Each line has `id`, `image` (relative to the folder), `question`, `answer`; optional are the type in `type_field`
+    (else in `answer_type`, else "all") and `split` (else "test"). With `splits`, other rows' images are not looked at.
+
+    Raises:
+        DataError: the file is missing or is not UTF-8 JSON Lines, a field is missing, an id comes twice, a split is
+            unknown, more than 20 % of the rows are bad, or none is left.
+
+    Warns:
+        DataWarning: rows were left out (empty line, question or answer; image missing, damaged or outside the folder).
+    """
+    folder = Path(path)
+    file = folder / "questions.jsonl"
+    images = ImageCell(folder)
+    lines: dict[str, str] = {}
+    present: dict[str, None] = {}
+
+    def parse(where: str, row: Row) -> Question | None:
+        cells = {name: column(where, row, name) for name in ("id", "image", "question", "answer")}
+        key = text_of("id", cells["id"])
+        if key in lines:
+            raise DataError(f"{where}: the id {key!r} was used before, at {lines[key]}; give every question its own id")
+        lines[key] = where
+        split = _split_of(where, row)
+        present[split] = None
+        if splits is not None and split not in splits:
+            return None
+        text, answer = text_of("question", cells["question"]), _answer(cells["answer"])
+        kind = row.get(type_field) or row.get("answer_type") or "all"
+        return Question(
+            id=key,
+            image=images.source(cells["image"]),
+            text=text,
+            answer=answer,
+            question_type=text_of(type_field, kind),
+            split=split,
+            domain=folder.resolve().name,
+        )
+
+    questions = keep_good(read_jsonl(file), parse, source=str(file))
+    if not questions:
+        wanted = "" if splits is None else f" in {sorted(splits)} (splits present: {', '.join(present) or 'none'})"
+        raise DataError(f"{file}: no question is left{wanted}; ask for a split that is present, or add questions")
+    return questions
+
+
+def read_vqa_dataset(
+    name_or_path: str | Path,
+    *,
+    split: str,
+    image_column: str = "image",
+    question_column: str = "question",
+    answer_column: str = "answer",
+    type_column: str | None = None,
+    domain: str | None = None,
+) -> list[Question]:
+    """Read a Hugging Face data set: a folder made by `datasets.save_to_disk`, else whatever `load_dataset` finds.
+
+    No code of a data set is ever run. The questions carry the data set's own split name; `split_by_image` assigns
+    Accord's. Without `type_column` every question is of type "all"; ids are `<domain>-<split>-<row>`.
+
+    Raises:
+        DataError: the data set, the split or a column is missing, more than 20 % of the rows are bad, or none is left.
+
+    Warns:
+        DataWarning: rows were left out, for the reasons of `read_vqa_folder`.
+    """
+    source = f"{name_or_path}[{split}]"
+    columns = [image_column, question_column, answer_column, *([type_column] if type_column else [])]
+    dataset = undecoded(open_dataset(str(name_or_path), split), source, columns, image_column)
+    name = domain or Path(name_or_path).name
+    images = ImageCell(None)
+    index = itertools.count()
+
+    def parse(where: str, row: Row) -> Question:
+        number = next(index)  # a row that is left out keeps its number
+        return Question(
+            id=f"{name}-{split}-{number}",
+            image=images.source(row[image_column]),
+            text=text_of(question_column, row[question_column]),
+            answer=_answer(row[answer_column]),
+            question_type=text_of(type_column, row[type_column]) if type_column else "all",
+            split=split,
+            domain=name,
+        )
+
+    rows = ((f"{source} row {number}", row) for number, row in enumerate(dataset))
+    questions = keep_good(rows, parse, source=source)
+    if not questions:
+        raise DataError(f"{source}: the data set holds no row; choose another split")
+    return questions
+
+
+def split_by_image(questions: Iterable[Question], fractions: Mapping[str, float], seed: int) -> list[Question]:
+    """Return the questions with their `split` drawn anew, all questions about one image in the same split.
+
+    Args:
+        questions: in any order, which the result keeps.
+        fractions: the share of the images for each split; they sum to 1.
+        seed: another seed gives an independent draw.
+
+    Raises:
+        RecipeError: an unknown split, a negative fraction, or fractions that do not sum to 1.
+    """
+    unknown = [name for name in fractions if name not in SPLITS]
+    if unknown:
+        raise RecipeError(f"fractions names the split {unknown[0]!r}; use {', '.join(SPLITS)}")
+    total = math.fsum(fractions.values())
+    if not all(value >= 0 for value in fractions.values()) or not math.isclose(total, 1, abs_tol=1e-6):
+        raise RecipeError(
+            f"fractions must be 0 or more and sum to 1, got {dict(fractions)} (sum {total:g}); correct them"
+        )
+    names = [name for name, value in fractions.items() if value > 0]
+    ends = list(itertools.accumulate(fractions[name] for name in names))
+    identify = image_identity()
+
+    def side(question: Question) -> str:
+        draw = uniform("split", seed, identify(question.image))
+        return next((name for name, end in zip(names, ends, strict=True) if draw < end), names[-1])
+
+    return [replace(question, split=side(question)) for question in questions]
+
+
+def uniform(purpose: str, seed: int, *parts: str) -> float:
+    """Return a number in [0, 1) that depends on the arguments alone.
+
+    `purpose` keeps draws for different ends independent: were splits and sites cut from the same number, the images of
+    one split would all go to one site.
+    """
+    digest = hashlib.sha256(json.dumps([purpose, seed, *parts]).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def image_identity() -> Callable[[ImageSource], str]:
+    """Return `accord.data.images.image_id` with a memory, so that a file with many questions is read once."""
+    known: dict[ImageSource, str] = {}
+
+    def identify(source: ImageSource) -> str:
+        if source not in known:
+            known[source] = image_id(source)
+        return known[source]
+
+    return identify
+
+
+def _split_of(where: str, row: Row) -> str:
+    split = row.get("split", "test")
+    if split not in SPLITS:
+        raise DataError(f"{where}: unknown split {split!r}; use {', '.join(SPLITS)}, or leave the field out for test")
+    return str(split)
+
+
+def _answer(value: object) -> str:
+    answer = text_of("answer", value)
+    if not normalise_answer(answer):
+        raise BadRow(f"the answer {answer!r} is empty once normalised")
+    return answer

@@ -1,0 +1,44 @@
+"""The exceptions a user of Accord can meet; each message names what was wrong, the value seen, and the remedy.
+
+    AccordError
+    ├── DataError         questions, images, preference pairs
+    │   └── ImageError    one image: missing, corrupt, too large, or of a refused format
+    ├── RecipeError       a recipe or a command-line value
+    ├── CheckpointError   a model folder that is absent, incomplete or of the wrong kind
+    ├── RunError          a run folder: exists, is locked, cannot be written
+    └── ReplyError        a site's reply that must not be used
+
+A site that is late or silent is not an exception: it is an `accord.federation.messages.Absence`.
+"""
+
+
+class AccordError(Exception):
+    """Base of every error that Accord raises on purpose; the command line prints it without a traceback."""
+
+
+class DataError(AccordError):
+    """Questions, images or preference pairs are not what they must be."""
+
+
+class ImageError(DataError):
+    """One image is missing, corrupt, too large, or of a refused format."""
+
+
+class RecipeError(AccordError):
+    """A recipe or a command-line value is wrong."""
+
+
+class CheckpointError(AccordError):
+    """A model folder is absent, incomplete or of the wrong kind."""
+
+
+class RunError(AccordError):
+    """A run folder exists already, is in use, or cannot be written."""
+
+
+class ReplyError(AccordError):
+    """A site's reply failed validation and must not be used."""
+
+
+class DataWarning(UserWarning):
+    """Some rows were left out; the message says how many, where, and why."""

@@ -1,0 +1,84 @@
+"""Choose a few test questions to look at: their images, both answers, and what every site thinks of them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from accord.alignment.reward import FederatedReward, Group
+from accord.data.images import image_bytes, load_image
+from accord.runs import write_atomic
+from accord.types import Question, vqa_prompt
+
+LONGEST_SIDE = 256  # pixels of a shown image
+
+
+def choose(questions: Sequence[Question], before: Sequence[str], after: Sequence[str], count: int) -> list[int]:
+    """Return indices of at most `count` questions, every type in turn; within a type, changed answers first."""
+    by_type: dict[str, list[int]] = defaultdict(list)
+    for i, q in enumerate(questions):
+        by_type[q.question_type].append(i)
+    queues = [sorted(items, key=lambda i: before[i] == after[i]) for _, items in sorted(by_type.items())]
+    chosen: list[int] = []
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    return chosen
+
+
+def write_gallery(
+    run: Path,
+    questions: Sequence[Question],
+    before: Sequence[str],
+    after: Sequence[str],
+    reward: FederatedReward,
+    count: int,
+) -> None:
+    """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not."""
+    chosen = choose(questions, before, after, count)
+    groups = []
+    for i in chosen:
+        q = questions[i]
+        candidates = tuple(dict.fromkeys((before[i], after[i])))
+        rows = (0, len(candidates) - 1)
+        groups.append(Group(vqa_prompt(q.text), load_image(q.image), image_bytes(q.image), candidates, rows))
+    sites = list(reward.engine.sites)
+    everyone = torch.ones(sum(len(g.candidates) for g in groups), len(sites), dtype=torch.bool)
+    scores = reward.ask(groups, everyone)  # [M, K]
+    weights = reward.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
+    lines, first = [], 0
+    for n, (i, group) in enumerate(zip(chosen, groups, strict=True)):
+        q, name = questions[i], f"gallery/{n}.png"
+        image = group.image.copy()
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        write_atomic(run / name, buffer.getvalue())
+        old, new = first + group.rows[0], first + group.rows[1]
+        first += len(group.candidates)
+        lines.append(
+            {
+                "image": name,
+                "question": q.text,
+                "answer": q.answer,
+                "question_type": q.question_type,
+                "before": before[i],
+                "after": after[i],
+                "routed": {site: weights[new, k].item() for k, site in enumerate(sites)},
+                "scores": {
+                    site: {"before": _number(scores[old, k].item()), "after": _number(scores[new, k].item())}
+                    for k, site in enumerate(sites)
+                },
+            }
+        )
+    write_atomic(run / "gallery.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _number(score: float) -> float | None:
+    return None if score != score else score  # NaN: absent

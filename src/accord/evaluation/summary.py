@@ -1,0 +1,232 @@
+"""State a run's result as one small record, `summary.json`, with an interval beside every accuracy.
+
+Per question type, with p = correct / n and z = 1.96, the Wilson score interval (Wilson 1927, "Probable inference, the
+law of succession, and statistical inference", JASA 22:209, https://doi.org/10.1080/01621459.1927.10502953; recommended
+for small n by Brown, Cai and DasGupta 2001, https://doi.org/10.1214/ss/1009213286):
+
+    (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)
+
+The macro mean over T types is a mean of independent strata with equal weights, so its variance is
+Σ_t p_t(1-p_t)/n_t / T² (Cochran 1977, *Sampling Techniques*, ch. 5, without the finite-population term), and its
+interval mean ± z √variance.
+
+Both intervals cover the draw of the test questions alone. They say nothing of another training seed: run several seeds
+and compare them with `accord.evaluation.report.compare_runs`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from accord.errors import DataError, RunError
+from accord.runs import write_atomic
+
+Z_95 = 1.959963984540054
+"""The 97.5 % point of the standard normal distribution: a two-sided 95 % interval."""
+
+Share: TypeAlias = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
+Positive: TypeAlias = Annotated[int, msgspec.Meta(ge=1)]
+# A weight summed in float32 may exceed 1 by rounding, so it has no upper bound.
+NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True, slots=True)
+class TypeAccuracy:
+    """Accuracy on one question type with its 95 % Wilson interval, all in 0..1."""
+
+    accuracy: Share
+    n: Positive
+    correct: Count
+    low: Share
+    high: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Accuracy by question type, their unweighted mean (`macro`) with its interval, and over all questions."""
+
+    n: Positive
+    macro: Share
+    macro_low: Share
+    macro_high: Share
+    overall: Share
+    by_type: Annotated[Mapping[str, TypeAccuracy], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySummary:
+    """The model that was aligned: where it started from, its transformers class, its number of parameters."""
+
+    checkpoint: str
+    architecture: str
+    parameters: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Share of held-out preference pairs that a reward model orders as the site's people did."""
+
+    macro: Share
+    by_type: Mapping[str, Share]
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSummary:
+    """One site: what it holds, its reward model, and the mean and deviation that standardise its scores."""
+
+    name: str
+    architecture: str
+    checkpoint: str
+    parameters: Count
+    questions: Count
+    pairs: Count
+    ranking: Ranking
+    mean: float
+    deviation: NonNegative
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSummary:
+    """The router after its federated rounds; `accuracy`: share of held-out rows sent to the site they came from."""
+
+    rounds: Count
+    accuracy: Share
+    parameters: Count
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSummary:
+    """Accuracy on test questions; None where it was not measured, `compare` empty where no other method was run."""
+
+    base: Accuracy | None
+    aligned: Accuracy
+    question_only: Accuracy | None
+    shuffled_image: Accuracy | None
+    compare: Mapping[str, Accuracy]
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficRow:
+    """Bytes that crossed the border between the server and one site in messages of one kind."""
+
+    site: str
+    kind: str
+    messages: Count
+    bytes_to_site: Count
+    bytes_from_site: Count
+    absences: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished run states about itself; `docs/summary.md` explains each field."""
+
+    schema_version: Literal[1]
+    name: str
+    seed: int
+    accord_version: str
+    created: str
+    constructed_preferences: bool
+    policy: PolicySummary
+    sites: tuple[SiteSummary, ...]
+    router: RouterSummary | None
+    evaluation: EvaluationSummary
+    routing: Mapping[str, Mapping[str, NonNegative]]
+    traffic: tuple[TrafficRow, ...]
+    seconds: Mapping[str, NonNegative]
+    peak_memory_bytes: Count | None
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of `correct` out of `n`, within [0, 1] (Wilson 1927; equation above)."""
+    p, z2 = correct / n, Z_95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # At p = 0 and p = 1 an end is exactly 0 or 1; rounding may put it 1e-17 outside.
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro_variance(result: Accuracy) -> float:
+    """Return the sampling variance of the macro mean, Σ_t p_t(1-p_t)/n_t / T² (Cochran 1977, ch. 5).
+
+    Differs: a type answered all right or all wrong adds nothing, so with few questions the interval is too narrow.
+    """
+    types = result.by_type.values()
+    return sum(t.accuracy * (1 - t.accuracy) / t.n for t in types) / len(types) ** 2
+
+
+def accuracy(correct: Mapping[str, tuple[int, int]]) -> Accuracy:
+    """Return accuracies with 95 % intervals from `{question type: (number correct, number asked)}`.
+
+    Raises:
+        DataError: there is no type, a type has no question, or more are correct than were asked.
+    """
+    if not correct:
+        raise DataError(
+            "an accuracy needs at least one question type, got none; evaluate on a split that has questions"
+        )
+    for name, (right, n) in correct.items():
+        if not 0 <= right <= n or n == 0:
+            raise DataError(
+                f"question type {name!r} has {right} correct answers out of {n}; "
+                "give 0 <= correct <= n with n >= 1, and leave out a type without questions"
+            )
+    by_type = {name: TypeAccuracy(k / n, n, k, *wilson_interval(k, n)) for name, (k, n) in correct.items()}
+    macro = math.fsum(t.accuracy for t in by_type.values()) / len(by_type)
+    total = sum(t.n for t in by_type.values())
+    overall = sum(t.correct for t in by_type.values()) / total
+    half = Z_95 * math.sqrt(macro_variance(Accuracy(total, macro, 0.0, 1.0, overall, by_type)))
+    return Accuracy(total, macro, max(0.0, macro - half), min(1.0, macro + half), overall, by_type)
+
+
+def write_summary(path: Path, summary: Summary) -> None:
+    """Write `summary` as indented JSON, atomically.
+
+    Raises:
+        RunError: a value is of the wrong type, out of range, NaN or infinite; nothing is written.
+    """
+    data = msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n"
+    _decode(data, path)  # NaN encodes as null and dataclasses check nothing: what is written must be readable
+    write_atomic(path, data)
+
+
+def read_summary(path: Path) -> Summary:
+    """Read a `summary.json`; fields this version does not know are ignored.
+
+    Raises:
+        RunError: the file is absent, not JSON, of another schema version, or a field is missing or wrong (named).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(
+            f"cannot read {path}: {error.strerror}; give the folder of a finished run, which holds a summary.json"
+        ) from error
+    return _decode(data, path)
+
+
+def summary_schema() -> str:
+    """Return the JSON Schema (draft 2020-12) of `summary.json`; `docs/summary.schema.json` holds a copy.
+
+    Renew that copy with
+    `python -c "from accord.evaluation.summary import *; print(summary_schema(), end='')" > docs/summary.schema.json`.
+    """
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | msgspec.json.schema(Summary)
+    return msgspec.json.format(msgspec.json.encode(schema), indent=2).decode() + "\n"
+
+
+def _decode(data: bytes, path: Path) -> Summary:
+    try:
+        return msgspec.json.decode(data, type=Summary)
+    except msgspec.DecodeError as error:  # ValidationError, which names the field, is one of these
+        raise RunError(
+            f"{path} is not a summary of schema version 1: {error}; "
+            "correct that field, or finish the run with this version of Accord to write the file anew"
+        ) from error

@@ -1,0 +1,214 @@
+"""The closed set of messages between the server and a site.
+
+No type here can hold a preference pair, an annotation or a model of a site.
+
+    server → site                          site → server
+    ScoreRequest   images, prompts,        ScoreReply    standardised scores, one list per question
+                   candidate answers
+    RouterRequest  router weights          RouterReply   router weights after local steps, number of examples
+    CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
+
+Messages are typed MessagePack (msgspec, strict); weights inside them are safetensors bytes. Nothing is ever unpickled
+or executed. An image is named by the SHA-256 of its stored bytes and sent once per message, however many candidates it
+has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, TypeVar, cast
+
+import msgspec
+
+from accord.errors import ReplyError
+from accord.types import Prompt
+
+
+class ImageBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="image", tag_field="type"):
+    """Where the image stands in a turn."""
+
+
+class TextBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="text", tag_field="type"):
+    """A piece of text in a turn."""
+
+    text: str
+
+
+class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[ImageBlock | TextBlock]
+
+
+class ScoreItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One question about candidate answers."""
+
+    image: str  # SHA-256 of the image's bytes
+    prompt: list[Turn]
+    candidates: list[str]
+
+
+class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="score"):
+    """Ask a site how good candidate answers are."""
+
+    id: str
+    images: dict[str, bytes]
+    items: list[ScoreItem]
+
+
+class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="scores"):
+    """Standardised scores, in the order of the request."""
+
+    id: str
+    scores: list[list[float]]
+
+
+class RouterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router"):
+    """Ask a site to improve the router on its pairs for a few steps."""
+
+    id: str
+    round: int
+    site: int  # which of the router's K outputs is this site's
+    weights: bytes  # safetensors
+    seed: int
+
+
+class RouterReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router_update"):
+    """The router after a site's local steps."""
+
+    id: str
+    weights: bytes  # safetensors
+    examples: int  # n_k, the weight of this site in the average
+    loss: float
+
+
+class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card"):
+    """Ask a site to describe itself for the report."""
+
+    id: str
+
+
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card_reply"):
+    """What a site says of itself: sizes and quality, nothing of its content."""
+
+    id: str
+    architecture: str
+    parameters: int
+    questions: int
+    pairs: int
+    constructed: bool
+    ranking: dict[str, float]
+
+
+class Absence(msgspec.Struct, frozen=True):
+    """A site that did not answer. Absent is not zero: whoever reads scores must leave the site out."""
+
+    site: str
+    reason: Literal["error", "late", "refused", "invalid"]
+
+
+Request: TypeAlias = ScoreRequest | RouterRequest | CardRequest
+Reply: TypeAlias = ScoreReply | RouterReply | Card
+T = TypeVar("T")
+
+MAX_SCORE = 1e4
+"""A standardised score beyond this is no score; it would drown every other site's."""
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_replies = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """Return the bytes that cross the border."""
+    return _encoder.encode(message)
+
+
+def decode_request(data: bytes) -> Request:
+    """Parse a request at a site.
+
+    Raises:
+        ReplyError: it is not one of the closed set.
+    """
+    return cast(Request, _decode(_requests, data))
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Parse a reply at the server.
+
+    Raises:
+        ReplyError: it is not one of the closed set.
+    """
+    return cast(Reply, _decode(_replies, data))
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise ReplyError(f"cannot read a message of {len(data)} bytes: {error}") from error
+
+
+def to_turns(prompt: Prompt) -> list[Turn]:
+    """Convert a chat-form prompt for the wire; an image inside a block is dropped, it travels by its name."""
+    turns = []
+    for message in prompt:
+        content = message["content"]
+        if not isinstance(content, str):
+            assert isinstance(content, Sequence)
+            content = [ImageBlock() if block["type"] == "image" else TextBlock(block["text"]) for block in content]
+        turns.append(Turn(message["role"], content))  # type: ignore[arg-type]
+    return turns
+
+
+def from_turns(turns: Sequence[Turn]) -> list[dict[str, object]]:
+    """Convert a prompt from the wire back to the chat form."""
+    built: list[dict[str, object]] = msgspec.to_builtins(list(turns))
+    return built
+
+
+def image_name(data: bytes) -> str:
+    """Return the name under which an image travels: the SHA-256 of its bytes, as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_images(images: Mapping[str, bytes], items: Sequence[ScoreItem]) -> None:
+    """Check at the site that each item's image came along and is what its name says.
+
+    Raises:
+        ReplyError: an image is missing or does not match its name.
+    """
+    for name, data in images.items():
+        if image_name(data) != name:
+            raise ReplyError(f"image {name[:12]}… does not match its SHA-256; it was changed on its way")
+    for item in items:
+        if item.image not in images:
+            raise ReplyError(f"image {item.image[:12]}… is asked about but was not sent")
+
+
+def check_scores(request: ScoreRequest, reply: Reply) -> list[list[float] | None]:
+    """Validate a site's scores before use; a group with a non-finite score becomes None: the site is absent for it.
+
+    Raises:
+        ReplyError: wrong type, request id, or shape, or a score beyond `MAX_SCORE`.
+    """
+    if not isinstance(reply, ScoreReply):
+        raise ReplyError(f"expected scores, got a {type(reply).__name__}")
+    if reply.id != request.id:
+        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    if len(reply.scores) != len(request.items):
+        raise ReplyError(f"scores for {len(reply.scores)} questions, expected {len(request.items)}")
+    checked: list[list[float] | None] = []
+    for item, scores in zip(request.items, reply.scores, strict=True):
+        if len(scores) != len(item.candidates):
+            raise ReplyError(f"{len(scores)} scores for {len(item.candidates)} candidates")
+        if not all(map(math.isfinite, scores)):
+            checked.append(None)
+            continue
+        if any(abs(score) > MAX_SCORE for score in scores):
+            raise ReplyError(f"a standardised score of {max(scores, key=abs):.3g}, beyond the limit of {MAX_SCORE:g}")
+        checked.append(scores)
+    return checked

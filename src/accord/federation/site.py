@@ -1,0 +1,119 @@
+"""A site: what a hospital runs.
+
+It holds private pairs and a reward model, and answers the three requests of the protocol. Nothing it returns contains
+an image, a question, an annotation or a weight of its reward model: scores, router weights, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from accord.data.images import load_image
+from accord.errors import ReplyError
+from accord.federation.messages import (
+    Card,
+    CardRequest,
+    Reply,
+    Request,
+    RouterReply,
+    RouterRequest,
+    ScoreReply,
+    ScoreRequest,
+    check_images,
+    from_turns,
+)
+from accord.models.load import parameter_count
+from accord.rewards.model import RewardModel
+from accord.routing.fit import LocalRouterTraining
+
+
+@dataclass(frozen=True)
+class ScoreRange:
+    """The range to which a site clips its standardised scores before they leave it.
+
+    The one-sided default keeps a group in which every answer is poor from turning the reward model's small noise into
+    advantages.
+    """
+
+    low: float = 0.0
+    high: float = 2.0
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What a site noted of itself when it trained, for its card."""
+
+    questions: int = 0
+    pairs: int = 0
+    constructed: bool = False  # whether its pairs were built from reference answers
+    ranking: Mapping[str, float] = field(default_factory=dict)  # by question type, on its held-out questions
+
+
+class Site:
+    """Answer requests with a reward model.
+
+    Args:
+        name: the site's name.
+        reward_model: trained, standardised.
+        record: sizes and quality, for its card.
+        score_range: clipping of standardised scores, None for none.
+        router_training: how the router is trained on this site's pairs; None refuses router requests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        reward_model: RewardModel,
+        record: SiteRecord | None = None,
+        *,
+        score_range: ScoreRange | None = None,
+        router_training: LocalRouterTraining | None = None,
+    ) -> None:
+        self.name = name
+        self.reward_model = reward_model
+        self.record = record or SiteRecord()
+        self.score_range = score_range
+        self.router_training = router_training
+
+    def answer(self, request: Request) -> Reply:
+        """Answer one request.
+
+        Raises:
+            ReplyError: the request is not one that this site answers.
+        """
+        if isinstance(request, ScoreRequest):
+            return ScoreReply(request.id, self.scores(request))
+        if isinstance(request, RouterRequest):
+            if self.router_training is None:
+                raise ReplyError(f"site {self.name} does not train routers")
+            weights, loss = self.router_training(request.weights, request.site, request.seed)
+            return RouterReply(request.id, weights, len(self.router_training.pairs), loss)
+        if isinstance(request, CardRequest):
+            return self.card(request)
+        raise ReplyError(f"site {self.name} does not answer a {type(request).__name__}")
+
+    def scores(self, request: ScoreRequest) -> list[list[float]]:
+        """Score the candidates of every item: standardised by this site's training statistics, then clipped."""
+        check_images(request.images, request.items)
+        images = {name: load_image(data) for name, data in request.images.items()}
+        scored = self.reward_model.score(
+            [from_turns(item.prompt) for item in request.items],
+            [images[item.image] for item in request.items],
+            [item.candidates for item in request.items],
+        )
+        if self.score_range is not None:
+            scored = [s.clamp(self.score_range.low, self.score_range.high) for s in scored]
+        return [s.tolist() for s in scored]
+
+    def card(self, request: CardRequest) -> Card:
+        """Describe this site for the report."""
+        return Card(
+            request.id,
+            architecture=self.reward_model.architecture,
+            parameters=parameter_count(self.reward_model),
+            questions=self.record.questions,
+            pairs=self.record.pairs,
+            constructed=self.record.constructed,
+            ranking=dict(self.record.ranking),
+        )

@@ -1,0 +1,155 @@
+"""Supervised fine-tuning of a VLM on questions with answers, through `transformers.Trainer`.
+
+    L(θ) = − Σ_t log π_θ(a_t | image, question, a_<t)          over the tokens of the answer, its end token included
+
+A site uses it to make its own backbone; the pre-training script uses it to make the small checkpoints that ship with
+Accord. Question types are drawn equally often, because on natural VQA mixtures the commonest type (yes/no) stays at its
+prior for most of the training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from PIL.Image import Image, Transpose
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from accord.data.images import load_image
+from accord.models.inputs import build_batch
+from accord.types import Question, vqa_prompt
+
+SYMMETRIES: tuple[tuple[Transpose, ...], ...] = (
+    (),
+    (Transpose.FLIP_LEFT_RIGHT,),
+    (Transpose.FLIP_TOP_BOTTOM,),
+    (Transpose.ROTATE_180,),
+    (Transpose.TRANSPOSE,),
+    (Transpose.ROTATE_90,),
+    (Transpose.ROTATE_270,),
+    (Transpose.TRANSVERSE,),
+)
+"""The eight symmetries of the square. For questions whose answer does not depend on left, right, above or below."""
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How a backbone is fine-tuned on questions."""
+
+    steps: int = 200
+    batch_size: int = 64  # questions
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # share of the steps
+    symmetries: bool = False  # augment with the symmetries of the square
+    gradient_checkpointing: bool = False
+    gradient_accumulation: int = 1
+
+
+def transform(image: Image, symmetry: int) -> Image:
+    """Apply one of the eight `SYMMETRIES`."""
+    for operation in SYMMETRIES[symmetry]:
+        image = image.transpose(operation)
+    return image
+
+
+def draw_balanced(types: Sequence[str], count: int, generator: random.Random) -> list[int]:
+    """Draw `count` indices so that every type comes equally often; within a type, in reshuffled passes."""
+    by_type: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(types):
+        by_type[name].append(i)
+    names = sorted(by_type)
+    queues: dict[str, list[int]] = {name: [] for name in names}
+    drawn = []
+    for n in range(count):
+        queue = queues[names[n % len(names)]]
+        if not queue:
+            queue.extend(by_type[names[n % len(names)]])
+            generator.shuffle(queue)
+        drawn.append(queue.pop())
+    return drawn
+
+
+class _Drawn(Dataset[tuple[Question, int]]):
+    """The questions of a whole training in their order, each with its symmetry; the generator alone decides them."""
+
+    def __init__(self, questions: Sequence[Question], config: FineTuneConfig, generator: random.Random) -> None:
+        count = config.steps * config.batch_size * config.gradient_accumulation
+        order = draw_balanced([q.question_type for q in questions], count, generator)
+        choices = len(SYMMETRIES) if config.symmetries else 1
+        self.items = [(questions[i], generator.randrange(choices)) for i in order]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[Question, int]:
+        return self.items[i]
+
+
+def finetune(
+    model: PreTrainedModel | PeftModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    config: FineTuneConfig,
+    *,
+    seed: int,
+    out: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Fine-tune `model` in place on `questions`; return the mean training loss (nats per answer token)."""
+
+    def collate(items: Sequence[tuple[Question, int]]) -> dict[str, torch.Tensor]:
+        batch = build_batch(
+            processor,
+            [vqa_prompt(q.text) for q, _ in items],
+            [transform(load_image(q.image), s) for q, s in items],
+            [[q.answer] for q, _ in items],
+        )
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+        return inputs | batch.image_inputs
+
+    arguments = trainer_arguments(
+        out,
+        seed=seed,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup * config.steps),
+        gradient_accumulation_steps=config.gradient_accumulation,
+        activation_checkpointing=config.gradient_checkpointing,
+    )
+    data = _Drawn(questions, config, random.Random(seed))
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
+    trainer.remove_callback(PrinterCallback)  # it writes every log line to standard output
+    return float(trainer.train().training_loss)
+
+
+def trainer_arguments(out: Path, *, seed: int, **settings: object) -> TrainingArguments:
+    """Return what all of Accord's supervised stages share: cosine decay, no external reporting, our own bars."""
+    shared: dict[str, object] = {
+        "output_dir": str(out),
+        "seed": seed,
+        "lr_scheduler_type": "cosine",
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+    }
+    return TrainingArguments(**(shared | settings))  # type: ignore[arg-type]

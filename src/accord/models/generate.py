@@ -1,0 +1,66 @@
+"""Let a VLM answer questions: greedily for evaluation, sampled for negatives that cover what a policy really says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL.Image import Image
+from transformers import PreTrainedModel, ProcessorMixin
+
+from accord.data.images import load_image
+from accord.models.inputs import prompt_text
+from accord.types import Question, vqa_prompt
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int,
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    view: Callable[[Image], Image] = lambda image: image,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[list[str]]:
+    """Return the answers to every question: the greedy one, or `samples` sampled ones.
+
+    Args:
+        model: the policy, put into evaluation mode and back.
+        processor: its processor.
+        questions: what is asked.
+        max_new_tokens: length limit of an answer.
+        samples: 0 for the greedy answer; otherwise how many to draw, from the whole distribution at `temperature`.
+        temperature: of the samples.
+        seed: of the samples.
+        batch_size: questions at once.
+        view: applied to every image first.
+        on_batch: told how many questions were answered.
+    """
+    training = model.training
+    model.eval()
+    out: list[list[str]] = []
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(questions), batch_size):
+            chunk = questions[start : start + batch_size]
+            inputs = processor(
+                images=[[view(load_image(q.image))] for q in chunk],
+                text=[prompt_text(processor, vqa_prompt(q.text)) for q in chunk],
+                return_tensors="pt",
+                padding=True,
+            ).to(model.device)
+            ids = model.generate(  # type: ignore[operator]  # a mixin of every such model
+                **inputs, max_new_tokens=max_new_tokens, **(drawing if samples else {"do_sample": False})
+            )
+            texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            each = samples or 1
+            out += [[t.strip() for t in texts[i * each : (i + 1) * each]] for i in range(len(chunk))]
+            on_batch(len(chunk))
+    model.train(training)
+    return out

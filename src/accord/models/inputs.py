@@ -1,0 +1,135 @@
+"""Turn prompts, images and candidate answers into one batch in which every image is encoded once.
+
+The candidates of a prompt share its image. The processor runs once per prompt and the vision tower once per image; the
+image features are then handed to the language model for every candidate through transformers' own `mm_encoder_outputs`:
+
+    rows  n = 1 … N  (a prompt with one candidate)      image features  [P, tokens, D]  →  [N, tokens, D]  by index
+
+Families that do not take `mm_encoder_outputs` get their pixel values repeated instead: slower, same numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from accord.types import Message, Prompt
+
+_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_PER_IMAGE_KEYS = ("image_grid_thw", "image_sizes")  # read by the language side too: position ids, feature splitting
+
+
+class _EncodesImages(Protocol):
+    def get_image_features(self, **kwargs: object) -> object: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N rows over P prompts, padded on the right to T tokens."""
+
+    input_ids: Tensor  # [N, T]
+    attention_mask: Tensor  # [N, T]
+    labels: Tensor  # [N, T], -100 outside the completion
+    prompt_index: Tensor  # [N], which prompt (and image) a row belongs to
+    image_inputs: dict[str, Tensor]  # what the processor made of the P images
+    token_types: Tensor | None = None  # [N, T], for families with multi-axis positions
+
+    @property
+    def last_token(self) -> Tensor:
+        """Index of each row's last real token, `[N]`."""
+        return self.attention_mask.sum(dim=1) - 1
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.prompt_index.to(device),
+            {name: tensor.to(device) for name, tensor in self.image_inputs.items()},
+            None if self.token_types is None else self.token_types.to(device),
+        )
+
+
+def prompt_text(processor: ProcessorMixin, prompt: Prompt) -> str:
+    """Render a conversation up to where the assistant's answer begins."""
+    return processor.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
+
+
+def completion_text(processor: ProcessorMixin, prompt: Prompt, completion: str) -> str:
+    """Render the assistant's turn alone, its end token included, as the chat template would after `prompt`."""
+    opening = prompt_text(processor, prompt)
+    turn: Message = {"role": "assistant", "content": [{"type": "text", "text": completion}]}
+    whole = processor.apply_chat_template(_turns([*prompt, turn]), tokenize=False)
+    if whole.startswith(opening):
+        return whole[len(opening) :]
+    return completion + cast(str, processor.tokenizer.eos_token)
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    # transformers types a turn's content as text, and takes blocks as well.
+    return cast(list[dict[str, str]], list(prompt))
+
+
+def build_batch(
+    processor: ProcessorMixin, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+) -> Batch:
+    """Tokenise `completions[p]` after `prompts[p]` for every p; image p is processed once.
+
+    Returns a `Batch` of `N = sum(len(c) for c in completions)` rows in the order of the prompts.
+    """
+    texts = [prompt_text(processor, prompt) for prompt in prompts]
+    encoded = processor(images=[[image] for image in images], text=texts, return_tensors="pt", padding=True)
+    tokenizer = processor.tokenizer
+    rows: list[list[int]] = []
+    starts: list[int] = []
+    types: list[list[int]] = []
+    index: list[int] = []
+    for p, prompt in enumerate(prompts):
+        keep = encoded["attention_mask"][p].bool()
+        prefix = encoded["input_ids"][p][keep].tolist()
+        prefix_types = encoded["mm_token_type_ids"][p][keep].tolist() if "mm_token_type_ids" in encoded else None
+        endings = [completion_text(processor, prompt, completion) for completion in completions[p]]
+        for ids in tokenizer(endings, add_special_tokens=False)["input_ids"] if endings else []:
+            rows.append(prefix + ids)
+            starts.append(len(prefix))
+            index.append(p)
+            if prefix_types is not None:
+                types.append(prefix_types + [0] * len(ids))
+    longest = max(map(len, rows))
+    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    token_types = torch.zeros_like(input_ids) if types else None
+    for n, row in enumerate(rows):
+        input_ids[n, : len(row)] = torch.tensor(row)
+        attention_mask[n, : len(row)] = 1
+        labels[n, starts[n] : len(row)] = input_ids[n, starts[n] : len(row)]
+        if token_types is not None:
+            token_types[n, : len(row)] = torch.tensor(types[n])
+    image_inputs = {name: value for name, value in encoded.items() if name not in _TEXT_KEYS}
+    return Batch(input_ids, attention_mask, labels, torch.tensor(index), image_inputs, token_types)
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
+    """Return the arguments of `model(...)` for all N rows, each image encoded once (with gradients, if enabled)."""
+    index = batch.prompt_index
+    inputs: dict[str, object] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.token_types is not None:
+        inputs["mm_token_type_ids"] = batch.token_types
+    if not batch.image_inputs:
+        return inputs
+    per_row = {name: batch.image_inputs[name][index] for name in _PER_IMAGE_KEYS if name in batch.image_inputs}
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return inputs | {name: tensor[index] for name, tensor in batch.image_inputs.items()}
+    encoded = cast(_EncodesImages, model).get_image_features(**batch.image_inputs, return_dict=True)
+    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D]
+    encoded.pooler_output = [features[p] for p in index.tolist()]  # type: ignore[attr-defined]
+    return inputs | per_row | {"mm_encoder_outputs": {"image": encoded}}

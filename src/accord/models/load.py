@@ -1,0 +1,128 @@
+"""Load Hugging Face vision-language checkpoints, shipped, local or from the hub, and adapt them with LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+from accord.errors import CheckpointError
+from accord.runs import replace_folder
+
+SHIPPED = Path(__file__).parent / "checkpoints"
+PREFIX = "accord/"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter on the linear layers of the language model (Hu et al. 2021); the vision tower stays frozen."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = (
+        r".*(language_model|text_model|model\.layers).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    )
+
+
+def locate(checkpoint: str) -> str:
+    """Return where `checkpoint` is: a shipped one (`accord/<name>`), a folder, or an id on the Hugging Face hub.
+
+    Raises:
+        CheckpointError: no such shipped checkpoint, or a path-like name without a folder.
+    """
+    if checkpoint.startswith(PREFIX):
+        folder = SHIPPED / checkpoint.removeprefix(PREFIX)
+        if not (folder / "config.json").is_file():
+            have = (
+                ", ".join(sorted(PREFIX + p.name for p in SHIPPED.iterdir() if p.is_dir()))
+                if SHIPPED.is_dir()
+                else "none"
+            )
+            raise CheckpointError(f"{checkpoint!r} does not ship with Accord; shipped are: {have}")
+        return str(folder)
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: no config.json, so this is not a Hugging Face checkpoint; name the folder that holds one"
+            )
+        return str(path)
+    if checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1:
+        raise CheckpointError(
+            f"{checkpoint!r}: there is no such folder; name a checkpoint folder or a Hugging Face model id"
+        )
+    return checkpoint
+
+
+def load_vlm(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model that answers questions about images, and its processor. Code from the checkpoint is never run.
+
+    Raises:
+        CheckpointError: it is absent, incomplete, or of another kind (a text-only or vision-only model).
+    """
+    place = locate(checkpoint)
+    try:
+        config = AutoConfig.from_pretrained(place)
+        if type(config) not in AutoModelForImageTextToText._model_mapping:
+            raise CheckpointError(
+                f"{checkpoint}: a {config.model_type!r} model cannot answer questions about images; "
+                "use a checkpoint that AutoModelForImageTextToText loads"
+            )
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            place, dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+        model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
+        processor = AutoProcessor.from_pretrained(place)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint}: cannot load the checkpoint ({reason}); check the name and that the folder is complete"
+        ) from error
+    if found["missing_keys"]:  # transformers draws these at random and goes on
+        raise CheckpointError(
+            f"{checkpoint}: {len(found['missing_keys'])} weights are missing, {min(found['missing_keys'])} first; "
+            "the folder is incomplete or mixes two models, save the checkpoint again"
+        )
+    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+        raise CheckpointError(
+            f"{checkpoint}: no image processor or no tokenizer; save the processor into the same folder"
+        )
+    processor.tokenizer.padding_side = "left"  # generation continues from the last column
+    return model, cast(ProcessorMixin, processor)
+
+
+def save_vlm(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> str:
+    """Write an ordinary Hugging Face checkpoint to the folder `path`, whole or not at all; return the path."""
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    replace_folder(path, write)
+    return str(path)
+
+
+def lora_config(settings: LoraSettings) -> LoraConfig:
+    """Translate our settings into PEFT's."""
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Freeze `model` and add a trainable adapter to its language layers."""
+    return cast(PeftModel, get_peft_model(model, lora_config(settings)))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return how many parameters `model` has."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,159 @@
+"""Make small checkpoints such as those that ship with Accord: `accord pretrain OUT`.
+
+They stand for what a consortium downloads: a VLM that sees well and speaks, but answers poorly. Two steps, on
+easy-VQA's `base` split alone (images that no site holds, no prompt uses and no test contains):
+
+1. *Vision warm-up.* Each open question type gets a linear head on the mean image feature; its answers are the
+labels. All 1,000 images, with
+   the eight symmetries of the square. Without it a tower this small does not tell shapes apart (it needs thousands
+   of steps; the fine-tuning of step 2 is too short).
+2. *Instruction tuning* on the questions of the first few images only, so that the model answers fluently and often
+wrongly: that is the room
+   which preferences can fill.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from accord.data.images import load_image
+from accord.errors import RecipeError
+from accord.models.finetune import FineTuneConfig, finetune
+from accord.models.load import save_vlm
+from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
+from accord.progress import ProgressBarCallback, stage_bar
+from accord.types import ImageSource, Question
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How a small checkpoint is made."""
+
+    tiny: TinyConfig = TinyConfig()
+    vision_steps: int = 6000
+    vision_batch: int = 64  # images
+    vision_learning_rate: float = 3e-3
+    vision_weight_decay: float = 0.05
+    symmetries: bool = True
+    instruction_images: int = 20  # 0 for all
+    vocabulary: int = 512  # tokens
+    instruction: FineTuneConfig = FineTuneConfig(steps=100, batch_size=64, learning_rate=2e-3)
+    seed: int = 0
+
+
+def pretrain(
+    family: Family, questions: Sequence[Question], config: PretrainConfig, *, quiet: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Build, warm up and tune one small model on `questions`; one seed gives one result on one machine."""
+    set_seed(config.seed)
+    tokenizer = train_tokenizer([text for q in questions for text in (q.text, q.answer)], config.vocabulary)
+    model, processor = build_tiny(family, tokenizer, config.tiny, seed=config.seed)
+    _warm_up(model, processor, questions, config, description=f"{family}: vision", quiet=quiet)
+    images = sorted({str(q.image) for q in questions})
+    few = set(images[: config.instruction_images or None])
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProgressBarCallback(f"{family}: instruction", quiet=quiet) as bar,
+    ):
+        finetune(
+            model,
+            processor,
+            [q for q in questions if str(q.image) in few],
+            config.instruction,
+            seed=config.seed,
+            out=Path(scratch),
+            callbacks=[bar],
+        )
+    return model.eval(), processor
+
+
+def _warm_up(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    config: PretrainConfig,
+    *,
+    description: str,
+    quiet: bool,
+) -> None:
+    """Train tower and projector to tell apart the answers to open questions, one linear head per question type."""
+    images, types, labels = _labels(questions)
+    pixels = processor.image_processor([load_image(i) for i in images], return_tensors="pt")["pixel_values"]
+    pixels = pixels.reshape(len(images), 1, *pixels.shape[-3:]) if pixels.dim() == 5 else pixels
+    width = model.config.get_text_config().hidden_size
+    heads = nn.ModuleList([nn.Linear(width, int(labels[:, t].max()) + 1) for t in range(len(types))])
+    parameters = [*model.parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(parameters, config.vision_learning_rate, weight_decay=config.vision_weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, config.vision_learning_rate, total_steps=config.vision_steps
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    model.train()
+    with stage_bar(description, config.vision_steps, quiet=quiet) as advance:
+        for _ in range(config.vision_steps):
+            index = torch.randint(len(images), (config.vision_batch,), generator=generator)
+            batch = pixels[index]
+            if config.symmetries:
+                batch = _turned(batch, torch.randint(8, (len(batch),), generator=generator))
+            encode = cast(Callable[..., BaseModelOutputWithPooling], model.get_image_features)
+            features = encode(pixel_values=batch, return_dict=True).pooler_output
+            pooled = torch.stack(list(cast(Sequence[Tensor], features))).mean(dim=1)  # [batch, D]
+            losses = [cross_entropy(head(pooled), labels[index, t]) for t, head in enumerate(heads)]
+            optimiser.zero_grad()
+            torch.stack([loss for loss in losses if not loss.isnan()]).sum().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            advance()
+
+
+def _labels(questions: Sequence[Question]) -> tuple[list[ImageSource], list[str], Tensor]:
+    """Return the images, the open question types, and class indices `[images, types]`, −100 without an answer."""
+    images = sorted({q.image for q in questions}, key=str)
+    open_ones = [q for q in questions if q.answer not in ("yes", "no")]  # the answer to those needs the question too
+    types = sorted({q.question_type for q in open_ones})
+    classes = {t: sorted({q.answer for q in open_ones if q.question_type == t}) for t in types}
+    row = {image: i for i, image in enumerate(images)}
+    labels = torch.full((len(images), len(types)), -100)
+    for q in open_ones:
+        labels[row[q.image], types.index(q.question_type)] = classes[q.question_type].index(q.answer)
+    return images, types, labels
+
+
+def _turned(batch: Tensor, symmetry: Tensor) -> Tensor:
+    """Turn each image of `[N, …, H, W]` by `symmetry % 4` quarters, and flip it from 4 on."""
+    turned = torch.stack([torch.rot90(image, int(s) % 4, (-2, -1)) for image, s in zip(batch, symmetry, strict=True)])
+    flip = (symmetry > 3).view(-1, *[1] * (batch.dim() - 1))
+    return torch.where(flip, turned.flip(-1), turned)
+
+
+def pretrain_families(
+    out: Path,
+    questions: Sequence[Question],
+    config: PretrainConfig,
+    families: Sequence[str] = FAMILIES,
+    *,
+    quiet: bool = False,
+) -> list[Path]:
+    """Make the checkpoints of `families` on `questions` under `out`; return their folders.
+
+    Raises:
+        RecipeError: an unknown family.
+    """
+    made = []
+    for name in families:
+        if name not in FAMILIES:
+            raise RecipeError(f"there is no family {name!r}; use one of {', '.join(FAMILIES)}")
+        model, processor = pretrain(name, questions, config, quiet=quiet)
+        made.append(Path(save_vlm(model, processor, out / name)))
+    return made

@@ -1,0 +1,40 @@
+"""The main job, stage by stage: sites, router, alignment, comparisons, evaluation, report.
+
+    questions ──► site k: pairs ──► reward model k ──┐
+    (dealt out)                                      ├──► router (federated) ──► GRPO ──► evaluation ──► report
+    base policy ─────────────────────────────────────┘
+
+Every stage reads what the stages before it left in the run folder and can be run alone, repeated, or resumed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accord.evaluation.report import write_report
+from accord.pipeline.alignment import align_policy
+from accord.pipeline.comparison import compare
+from accord.pipeline.evaluation import evaluate
+from accord.pipeline.job import Job
+from accord.pipeline.routing import train_router
+from accord.pipeline.sites import train_site
+
+__all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "train_router", "train_site"]
+
+
+def execute(job: Job) -> Path:
+    """Run every stage that is not done; return the report's path."""
+    recipe = job.recipe
+    for site in recipe.sites:
+        if not job.run.done(f"site {site.name}"):
+            train_site(job, site.name)
+    if not job.run.done("router"):
+        train_router(job)
+    if not job.run.done("align"):
+        align_policy(job)
+    for arm in recipe.compare:
+        if not job.run.done(f"compare {arm}"):
+            compare(job, arm)
+    if not job.run.done("evaluation"):
+        evaluate(job)
+    return write_report(job.path)

@@ -1,0 +1,173 @@
+"""Stage 4: accuracy with its controls, the gallery, and the summary; or any checkpoint on any questions."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from accord.errors import DataError, RunError
+from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
+from accord.evaluation.gallery import write_gallery
+from accord.evaluation.summary import (
+    Accuracy,
+    EvaluationSummary,
+    PolicySummary,
+    Ranking,
+    RouterSummary,
+    SiteSummary,
+    Summary,
+    TrafficRow,
+    accuracy,
+    write_summary,
+)
+from accord.federation.engine import Traffic
+from accord.federation.messages import Card, CardRequest
+from accord.models.generate import answer
+from accord.models.load import load_vlm, parameter_count
+from accord.pipeline.alignment import federated_reward
+from accord.pipeline.comparison import arm_accuracy
+from accord.pipeline.job import Job, read_source
+from accord.pipeline.routing import route
+from accord.pipeline.sites import open_federation
+from accord.pipeline.traffic import load_all_traffic
+from accord.progress import stage_bar
+from accord.recipe import Source
+from accord.rewards.model import RewardModel
+from accord.routing.router import LearnedRouter, load_router
+from accord.runs import peak_memory_bytes
+from accord.version import VERSION
+
+
+def evaluate(job: Job) -> None:
+    """Measure base and aligned policy with their controls, and write `summary.json` and the gallery."""
+    recipe = job.recipe
+    with job.run.doing("evaluation"):
+        questions = job.evaluated
+        base, processor = load_vlm(recipe.policy.checkpoint)
+        aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE")))
+        shuffled = shuffle_images(questions, seed=recipe.seed)
+        answers: dict[str, list[str]] = {}
+        with stage_bar("evaluation", 3 * len(questions), quiet=job.quiet) as advance:
+            for name, model, asked in (
+                ("base", base, questions),
+                ("aligned", aligned, questions),
+                ("shuffled_image", aligned, shuffled),
+            ):
+                given = answer(
+                    model,
+                    processor,
+                    asked,
+                    max_new_tokens=recipe.alignment.max_completion_length,
+                    on_batch=lambda n: advance(n),
+                )
+                answers[name] = [texts[0] for texts in given]
+        known = [*job.questions.get("base", []), *job.questions["dev"]]
+        answers["question_only"] = question_only(known, questions)
+        measured = {name: accuracy(count_correct(questions, given)) for name, given in answers.items()}
+        for name, result in measured.items():
+            by_type = {kind: value.accuracy for kind, value in result.by_type.items()}
+            job.run.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
+
+        engine = open_federation(job)
+        engine.traffic = Traffic()  # the gallery's questions are for the page, not part of the run
+        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE")))
+        shown = federated_reward(job, engine, router)
+        write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
+        weights = route(router, questions, [[text] for text in answers["aligned"]])
+        write_summary(job.path / "summary.json", _summary(job, measured, weights))
+
+
+def _summary(job: Job, measured: Mapping[str, Accuracy], weights: Tensor) -> Summary:
+    recipe = job.recipe
+    names = [site.name for site in recipe.sites]
+    by_type: dict[str, list[Tensor]] = defaultdict(list)
+    for q, row in zip(job.evaluated, weights, strict=True):
+        by_type[q.question_type].append(row)
+    engine = open_federation(job)
+    engine.traffic = Traffic()
+    sites, constructed = [], False
+    for config in recipe.sites:
+        card = engine.ask({config.name: CardRequest(f"card-{config.name}")})[config.name]
+        reward = RewardModel.load(job.path / "sites" / config.name / "reward")
+        if not isinstance(card, Card):
+            raise RunError(f"site {config.name} did not describe itself; check its log and start again with --resume")
+        constructed = constructed or card.constructed
+        macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else 0.0
+        sites.append(
+            SiteSummary(
+                name=config.name,
+                architecture=card.architecture,
+                checkpoint=config.checkpoint,
+                parameters=card.parameters,
+                questions=card.questions,
+                pairs=card.pairs,
+                ranking=Ranking(macro, card.ranking),
+                mean=reward.standardisation.mean,
+                deviation=reward.standardisation.deviation,
+            )
+        )
+    router = load_router(job.path / "router")
+    routed = json.loads((job.path / "router" / "measured.json").read_text())
+    compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
+    manifest = json.loads((job.path / "manifest.json").read_text())
+    policy = job.encoder.model
+    load_all_traffic(job)
+    return Summary(
+        schema_version=1,
+        name=recipe.name,
+        seed=recipe.seed,
+        accord_version=VERSION,
+        created=manifest["started"],
+        constructed_preferences=constructed,
+        policy=PolicySummary(recipe.policy.checkpoint, type(policy).__name__, parameter_count(policy)),
+        sites=tuple(sites),
+        router=RouterSummary(recipe.router.rounds, routed["accuracy"], parameter_count(router)),
+        evaluation=EvaluationSummary(
+            base=measured["base"],
+            aligned=measured["aligned"],
+            question_only=measured["question_only"],
+            shuffled_image=measured["shuffled_image"],
+            compare=compared,
+        ),
+        routing={
+            name: {site: float(torch.stack(rows).mean(0)[k]) for k, site in enumerate(names)}
+            for name, rows in sorted(by_type.items())
+        },
+        traffic=tuple(
+            TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
+            for (site, kind), c in sorted(job.traffic.counts.items())
+        ),
+        seconds=job.run.seconds(),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, quiet: bool) -> str:
+    """Measure any checkpoint on any questions, with a shuffled-image control; return a Markdown table.
+
+    Raises:
+        DataError: the data has no question of that split.
+    """
+    everything = read_source(Source() if data == "easy-vqa" else Source(kind="folder", path=data))
+    questions = sample_questions([q for q in everything if q.split == split], limit, seed=0)
+    if not questions:
+        splits = sorted({q.split for q in everything})
+        raise DataError(f"{data} has no question of split {split!r}; it has {', '.join(splits)}")
+    model, processor = load_vlm(checkpoint)
+    longest = max(len(processor.tokenizer(q.answer)["input_ids"]) for q in everything) + 1
+    columns: dict[str, Accuracy] = {}
+    with stage_bar("evaluation", 2 * len(questions), quiet=quiet) as advance:
+        for name, asked in (("accuracy", questions), ("shuffled image", shuffle_images(questions, seed=0))):
+            given = answer(model, processor, asked, max_new_tokens=longest, on_batch=lambda n: advance(n))
+            columns[name] = accuracy(count_correct(questions, [texts[0] for texts in given]))
+    seen, blind = columns["accuracy"], columns["shuffled image"]
+    lines = ["| question type | n | accuracy (95 % interval) | shuffled image |", "|---|---|---|---|"]
+    for name, value in seen.by_type.items():
+        interval = f"{value.accuracy:.1%} ({value.low:.1%} to {value.high:.1%})"
+        lines.append(f"| {name} | {value.n} | {interval} | {blind.by_type[name].accuracy:.1%} |")
+    macro = f"{seen.macro:.1%} ({seen.macro_low:.1%} to {seen.macro_high:.1%})"
+    return "\n".join([*lines, f"| macro | {seen.n} | {macro} | {blind.macro:.1%} |"])

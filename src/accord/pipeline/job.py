@@ -1,0 +1,122 @@
+"""What the stages share: the recipe, the run folder, the questions, the frozen encoder."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from accord.data.easy_vqa import load_easy_vqa
+from accord.data.questions import read_vqa_dataset, read_vqa_folder, split_by_image
+from accord.data.sites import share_out
+from accord.errors import DataError, RunError
+from accord.evaluation.accuracy import sample_questions
+from accord.federation.engine import Traffic
+from accord.models.load import load_vlm
+from accord.recipe import Recipe, SiteConfig, Source
+from accord.routing.router import Encoder
+from accord.runs import Run
+from accord.types import PreferencePair, Question
+
+
+def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
+    """Read every source; return the questions by split.
+
+    Raises:
+        DataError: a source cannot be read, or a split that the job needs is empty.
+    """
+    splits: dict[str, list[Question]] = defaultdict(list)
+    for source in sources:
+        questions = read_source(source)
+        if source.fractions:
+            questions = split_by_image(questions, source.fractions, seed=0)
+        if source.domain:
+            questions = [replace(q, domain=source.domain) for q in questions]
+        if source.type_prefix:
+            questions = [replace(q, question_type=f"{q.domain}/{q.question_type}") for q in questions]
+        for q in questions:
+            splits[q.split].append(q)
+    for needed in ("private", "public", "dev", "test"):
+        if not splits[needed]:
+            have = {name: len(items) for name, items in splits.items() if items}
+            raise DataError(
+                f"no question has the split {needed!r}; the sources have {have}. "
+                "Give the questions a `split`, or the source `fractions` such as { private = 0.5, public = 0.2, … }"
+            )
+    return dict(splits)
+
+
+def read_source(source: Source) -> list[Question]:
+    """Read the questions of one source."""
+    if source.kind == "easy-vqa":
+        return load_easy_vqa()
+    if source.kind == "folder":
+        return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
+    return read_vqa_dataset(
+        source.path,
+        split=source.split,
+        image_column=source.image_column,
+        question_column=source.question_column,
+        answer_column=source.answer_column,
+        type_column=source.type_column or None,
+        domain=source.domain or None,
+    )
+
+
+@dataclass
+class Job:
+    """A recipe, the folder it runs in, and what its stages share."""
+
+    recipe: Recipe
+    run: Run
+    quiet: bool = False
+    traffic: Traffic = field(default_factory=Traffic)
+    pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run.path
+
+    @cached_property
+    def questions(self) -> dict[str, list[Question]]:
+        """All questions by split."""
+        return load_questions(self.recipe.questions)
+
+    @cached_property
+    def private(self) -> dict[str, list[Question]]:
+        """Each site's private questions."""
+        shares = [site.share for site in self.recipe.sites]
+        return share_out(
+            self.questions["private"], shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images
+        )
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The router's frozen encoder: the base policy."""
+        return Encoder(*load_vlm(self.recipe.policy.checkpoint))
+
+    @cached_property
+    def evaluated(self) -> list[Question]:
+        """The test questions."""
+        return sample_questions(self.questions["test"], self.recipe.evaluation.questions, seed=0)
+
+    def site(self, name: str) -> SiteConfig:
+        """Return the site's configuration."""
+        for site in self.recipe.sites:
+            if site.name == name:
+                return site
+        raise RunError(f"the recipe has no site {name!r}; it has {', '.join(s.name for s in self.recipe.sites)}")
+
+    def need(self, place: str, command: str) -> Path:
+        """Return a folder that an earlier stage made.
+
+        Raises:
+            RunError: it is not there; says which command makes it.
+        """
+        path = self.path / place
+        if not path.exists():
+            raise RunError(f"{path} is missing; make it with `{command}`, or run the whole recipe with `accord run`")
+        return path

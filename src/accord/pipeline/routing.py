@@ -1,0 +1,95 @@
+"""Stage 2: the sites train the router together; nothing but its weights travels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import set_seed
+
+from accord.data.images import load_image
+from accord.evaluation.accuracy import sample_questions
+from accord.models.generate import answer
+from accord.pipeline.job import Job
+from accord.pipeline.sites import open_federation
+from accord.pipeline.traffic import save_traffic
+from accord.progress import stage_bar
+from accord.routing.fit import fit_router
+from accord.routing.router import LearnedRouter, Router, save_router
+from accord.runs import write_atomic
+from accord.types import Prompt, Question, vqa_prompt
+
+
+def train_router(job: Job) -> None:
+    """Train the router with all sites, and measure on held-out policy answers whether it picks a fitting site."""
+    config = job.recipe.router
+    with job.run.doing("router"):
+        set_seed(job.recipe.seed)
+        engine = open_federation(job, router_training=True)
+        with stage_bar("router", config.rounds, quiet=job.quiet) as advance:
+
+            def on_round(number: int, loss: float) -> None:
+                job.run.log({"stage": "router", "step": number, "loss": loss})
+                advance(text=f"loss {loss:.3f}")
+
+            network = fit_router(engine, job.encoder.features, config, seed=job.recipe.seed, on_round=on_round)
+        right = routing_accuracy(job, LearnedRouter(job.encoder, network))
+        job.run.log({"stage": "router", "step": config.rounds, "accuracy": right})
+        save_router(job.path / "router", network)
+        write_atomic(job.path / "router" / "measured.json", json.dumps({"accuracy": right}) + "\n")
+        save_traffic(job, "router")
+
+
+def routing_accuracy(job: Job, router: Router) -> float:
+    """Return how often the top site, for sampled answers to dev questions, holds questions of that domain and type."""
+    shares = [site.share for site in job.recipe.sites]
+    known = [q for q in job.questions["dev"] if any(share.wants(q) for share in shares)]
+    asked = sample_questions(known, 300, seed=0)
+    said = answer(
+        job.encoder.model,
+        job.encoder.processor,
+        asked,
+        max_new_tokens=job.recipe.alignment.max_completion_length,
+        samples=1,
+        seed=0,
+    )
+    chosen: list[int] = route(router, asked, said).argmax(dim=-1).tolist()
+    return sum(shares[k].wants(q) for q, k in zip(asked, chosen, strict=True)) / len(asked)
+
+
+def route(router: Router, questions: Sequence[Question], completions: Sequence[Sequence[str]]) -> Tensor:
+    """Return the router's weights for the completions of every question, `[N, K]`, in batches."""
+    parts = []
+    for start in range(0, len(questions), 128):
+        chunk = questions[start : start + 128]
+        parts.append(
+            router(
+                [vqa_prompt(q.text) for q in chunk],
+                [load_image(q.image) for q in chunk],
+                completions[start : start + 128],
+            )
+        )
+    return torch.cat(parts)
+
+
+def constant_router(weights: Sequence[float]) -> Router:
+    """Return a router that gives every completion the same weights `[K]`."""
+
+    def route(prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /) -> Tensor:
+        return torch.tensor(weights).expand(sum(map(len, completions)), -1)
+
+    return route
+
+
+def random_router(sites: int, seed: int) -> Router:
+    """Return a router that sends every completion to a site drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def route(prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /) -> Tensor:
+        drawn = torch.randint(sites, (sum(map(len, completions)),), generator=generator)
+        return torch.nn.functional.one_hot(drawn, sites).float()
+
+    return route

@@ -1,0 +1,166 @@
+"""Stage 1: each site makes its pairs, its own backbone, and its reward model; then it can be opened to answer."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import msgspec
+from peft import PeftModel
+from transformers import PreTrainedModel, set_seed
+
+from accord.data.preferences import build_preferences, read_preferences, write_preferences
+from accord.federation.engine import InProcessEngine
+from accord.federation.site import Site, SiteRecord
+from accord.models.finetune import FineTuneConfig, finetune
+from accord.models.generate import answer
+from accord.models.load import LoraSettings, add_lora, load_vlm, save_vlm
+from accord.pipeline.job import Job
+from accord.progress import ProgressBarCallback, stage_bar
+from accord.recipe import Recipe
+from accord.rewards.model import RewardModel
+from accord.rewards.train import RewardConfig, train_reward_model
+from accord.routing.fit import LocalRouterTraining
+from accord.runs import Run, write_atomic
+from accord.types import PreferencePair, Question
+
+
+def train_site(job: Job, name: str) -> None:
+    """Make a site's reward model: pairs, its own backbone fine-tuned on its questions, a Bradley–Terry head."""
+    site, seed = job.site(name), site_seed(job, name)
+    with job.run.doing(f"site {name}"):
+        set_seed(seed)
+        questions, pairs = job.private[name], site_pairs(job, name)
+        model, ranking = fit_reward_model(
+            job,
+            name,
+            site.checkpoint,
+            site.finetune,
+            site.reward_model,
+            lora=site.lora,
+            questions=questions,
+            pairs=pairs,
+            held_out=[q for q in job.questions["dev"] if site.share.wants(q)],
+            seed=seed,
+            log=lambda record: job.run.log({"stage": "site", "site": name, **record}),
+        )
+        folder = job.path / "sites" / name
+        model.save(folder / "reward")
+        record = SiteRecord(len(questions), len(pairs), any(pair.constructed for pair in pairs), ranking)
+        write_atomic(folder / "card.json", msgspec.json.format(msgspec.json.encode(record)))
+
+
+def site_seed(job: Job, name: str) -> int:
+    """Return the seed of everything a site does; it depends on no other site."""
+    return job.recipe.seed * 1000 + [site.name for site in job.recipe.sites].index(name)
+
+
+def site_pairs(job: Job, name: str) -> list[PreferencePair]:
+    """Return a site's pairs: its own, or constructed from its questions and from what the base policy says to them."""
+    if name in job.pairs:
+        return job.pairs[name]
+    site, questions, settings, seed = job.site(name), job.private[name], job.recipe.preferences, site_seed(job, name)
+    if site.preferences:
+        job.pairs[name] = read_preferences(Path(site.preferences))
+        return job.pairs[name]
+    model, processor = load_vlm(job.recipe.policy.checkpoint)
+    with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
+        said = answer(
+            model,
+            processor,
+            questions,
+            max_new_tokens=job.recipe.alignment.max_completion_length,
+            samples=settings.policy_samples,
+            seed=seed,
+            on_batch=lambda n: advance(n),
+        )
+    job.pairs[name] = build_preferences(
+        questions,
+        rejected_per_question=settings.rejected_per_question,
+        generator=random.Random(seed),
+        policy_samples={q.id: texts for q, texts in zip(questions, said, strict=True)},
+        answers_by_type=_answers_by_type([*job.questions.get("base", []), *questions]),
+        mix=settings.mix,
+    )
+    return job.pairs[name]
+
+
+def fit_reward_model(
+    job: Job,
+    name: str,
+    checkpoint: str,
+    tuning: FineTuneConfig | None,
+    reward: RewardConfig,
+    *,
+    lora: LoraSettings | None,
+    questions: Sequence[Question],
+    pairs: Sequence[PreferencePair],
+    held_out: Sequence[Question],
+    seed: int,
+    log: Callable[[Mapping[str, object]], None],
+) -> tuple[RewardModel, dict[str, float]]:
+    """Fine-tune a backbone, put a head on it and train it; return the model and its ranking by question type."""
+    scratch = job.path / "checkpoints" / name
+    if tuning is not None:
+        backbone, processor = load_vlm(checkpoint)
+        tuned = add_lora(backbone, lora) if lora else backbone
+        with ProgressBarCallback(f"{name}: fine-tuning", quiet=job.quiet) as bar:
+            finetune(tuned, processor, questions, tuning, seed=seed, out=scratch, callbacks=[bar])
+        if isinstance(tuned, PeftModel):
+            backbone = cast(PreTrainedModel, tuned.merge_and_unload())
+        checkpoint = save_vlm(backbone, processor, job.path / "sites" / name / "backbone")
+    model = RewardModel.from_checkpoint(checkpoint, lora=lora)
+    vocabulary = common_answers([*job.questions.get("base", []), *questions], reward.vocabulary)
+    with ProgressBarCallback(f"{name}: reward model", quiet=job.quiet) as bar:
+        ranking = train_reward_model(
+            model, pairs, held_out, vocabulary, reward, seed=seed, out=scratch, callbacks=[bar], log=log
+        )
+    shutil.rmtree(scratch, ignore_errors=True)
+    return model, dict(ranking.by_type)
+
+
+def common_answers(questions: Sequence[Question], limit: int) -> list[str]:
+    """Return the `limit` commonest answers: what a policy might say to any question."""
+    counts = Counter(q.answer for q in questions)
+    return [a for a, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]]
+
+
+def _answers_by_type(questions: Sequence[Question]) -> dict[str, list[str]]:
+    by_type: dict[str, set[str]] = defaultdict(set)
+    for q in questions:
+        by_type[q.question_type].add(q.answer)
+    return {name: sorted(answers) for name, answers in sorted(by_type.items())}
+
+
+def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
+    """Start every site in this process: each with its reward model, and for router training also its pairs."""
+    handlers = {}
+    for site in job.recipe.sites:
+        folder = job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}")
+        training = None
+        if router_training:
+            pairs = site_pairs(job, site.name)
+            training = LocalRouterTraining(job.encoder, pairs, len(job.recipe.sites), job.recipe.router)
+        handlers[site.name] = Site(
+            site.name,
+            RewardModel.load(folder),
+            msgspec.json.decode((folder.parent / "card.json").read_bytes(), type=SiteRecord),
+            score_range=job.recipe.scores,
+            router_training=training,
+        ).answer
+    engine = InProcessEngine(handlers)
+    engine.traffic = job.traffic
+    return engine
+
+
+def write_site_preferences(recipe: Recipe, site: str, file: Path, *, seed: int | None, quiet: bool) -> int:
+    """Write the pairs that would be constructed for `site` to a JSONL file, images beside it; return their number."""
+    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    pairs = site_pairs(Job(recipe, cast(Run, None), quiet=quiet), site)
+    write_preferences(file, pairs)
+    return len(pairs)

@@ -1,0 +1,69 @@
+"""Keep the byte counts of a run across its stages and interruptions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeAlias, cast
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from accord.federation.engine import Traffic
+from accord.pipeline.job import Job
+from accord.runs import write_atomic
+
+Row: TypeAlias = tuple[str, str, int, int, int, int]
+"""Site, kind, messages, bytes to the site, bytes from it, absences."""
+
+
+def traffic_rows(traffic: Traffic) -> list[Row]:
+    """Return the counts as rows for a file."""
+    return [
+        (site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
+        for (site, kind), c in sorted(traffic.counts.items())
+    ]
+
+
+def write_traffic(job: Job, path: Path) -> None:
+    """Write the current counts."""
+    write_atomic(path, json.dumps(traffic_rows(job.traffic)) + "\n")
+
+
+def load_traffic(job: Job, path: Path) -> None:
+    """Replace the current counts by those of a file; without it they are zero."""
+    job.traffic.counts.clear()
+    if path.is_file():
+        for site, kind, messages, down, up, absences in cast(list[Row], json.loads(path.read_text())):
+            count = job.traffic.counts[site, kind]
+            count.messages, count.bytes_to_site, count.bytes_from_site, count.absences = messages, down, up, absences
+
+
+def save_traffic(job: Job, stage: str) -> None:
+    """Write what a stage sent, and start counting afresh."""
+    write_traffic(job, job.path / "traffic" / f"{stage}.json")
+    job.traffic.counts.clear()
+
+
+def load_all_traffic(job: Job) -> None:
+    """Sum the stages' counts."""
+    total = Traffic()
+    for file in sorted((job.path / "traffic").glob("*.json")):
+        load_traffic(job, file)
+        for key, count in job.traffic.counts.items():
+            there = total.counts[key]
+            there.messages += count.messages
+            there.bytes_to_site += count.bytes_to_site
+            there.bytes_from_site += count.bytes_from_site
+            there.absences += count.absences
+    job.traffic = total
+
+
+class SaveTraffic(TrainerCallback):
+    """Keep the byte counts with every checkpoint, so that a resumed run counts on."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Write the counts into the new checkpoint."""
+        write_traffic(self.job, Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "traffic.json")

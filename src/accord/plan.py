@@ -1,0 +1,139 @@
+"""Say what a recipe would run before anything is downloaded or trained: models, memory, rows and bytes per step.
+
+Memory of a trained model, per parameter: weights in the training type, and for those that are trained a gradient and
+AdamW's two moments. It leaves out activations, which depend on the sequence length and on gradient checkpointing.
+Sizes of checkpoints that are not on this machine are read from their names (`…-7B-…`), and said to be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+
+from accord.errors import CheckpointError
+from accord.models.load import locate
+from accord.recipe import Recipe
+
+IMAGE_BYTES = 150_000
+"""A photograph of about one megapixel as JPEG, where the data is not at hand."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many parameters a checkpoint has, and how that is known."""
+
+    parameters: float
+    known: str
+
+
+def size_of(checkpoint: str) -> Size:
+    """Read a local checkpoint's size from its safetensors headers, another's from its name."""
+    try:
+        place = Path(locate(checkpoint))
+    except CheckpointError:
+        return Size(0.0, "not there")
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else []
+    if files:
+        total = 0
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    shape = tensors.get_slice(name).get_shape()
+                    count = 1
+                    for side in shape:
+                        count *= side
+                    total += count
+        return Size(float(total), "counted")
+    named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", checkpoint, re.IGNORECASE)
+    if named:
+        return Size(float(named[1]) * (1e9 if named[2].lower() == "b" else 1e6), "by its name, to be downloaded")
+    return Size(0.0, "unknown, to be downloaded")
+
+
+def _gigabytes(size: Size, *, trained: bool, lora_rank: int = 0) -> str:
+    if not size.parameters:
+        return "?"
+    weights = 2 * size.parameters  # bf16
+    # A rank-r adapter on the linear layers of a transformer of width d adds about 2 r / d of its parameters; d ~ 4096.
+    tuned = size.parameters * (2 * lora_rank / 4096) if lora_rank else size.parameters
+    total = weights + (tuned * 14 if trained else 0)  # gradient 2, master copy and two moments 12
+    return f"{total / 1e9:.1f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
+
+
+def _count(size: Size) -> str:
+    number = size.parameters
+    text = f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M" if number else "?"
+    return f"{text} ({size.known})"
+
+
+def describe(recipe: Recipe) -> str:
+    """Return the plan as text."""
+    a = recipe.alignment
+    policy = size_of(recipe.policy.checkpoint)
+    lines = [
+        f"plan of {recipe.name}, seed {recipe.seed}",
+        "",
+        "questions",
+        *[f"  {s.kind:<12} {s.path or 'from the package easy-vqa'}" for s in recipe.questions],
+        "",
+        f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} memory while training, without activations",
+    ]
+    for site in recipe.sites:
+        size = size_of(site.checkpoint)
+        rank = site.lora.rank if site.lora else 0
+        how = f"LoRA rank {rank}, " if rank else ""
+        lines.append(
+            f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} "
+            f"{how}{_gigabytes(size, trained=True, lora_rank=rank)}"
+        )
+        tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
+        reward = site.reward_model
+        lines.append(
+            f"{'':<22} {tuning}{reward.steps} steps of Bradley–Terry, "
+            f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})"
+        )
+    r = recipe.router
+    lines.append(
+        f"{'router':<22} {recipe.policy.checkpoint:<40} {'frozen encoder':<36} "
+        f"{_gigabytes(policy, trained=False)}, at every site too"
+    )
+    lines.append(f"{'':<22} {r.layers} layers of width {r.width}, {r.rounds} rounds of {r.local_steps} local steps")
+    rank = a.lora.rank if a.lora else 0
+    lines.append(
+        f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} "
+        f"{_gigabytes(policy, trained=True, lora_rank=rank)} + reference "
+        f"{'(shared)' if rank else _gigabytes(policy, trained=False)}"
+    )
+    lines.append(
+        f"{'':<22} {a.steps} steps of {a.prompts_per_step} prompts × {a.group_size} completions, KL weight {a.kl}, "
+        f"learning rate {a.learning_rate}"
+    )
+    lines += [f"{'compare':<22} {arm}" for arm in recipe.compare]
+    asked = 1 if recipe.routing.mode == "top1" else len(recipe.sites)
+    image = 300 if all(s.kind == "easy-vqa" for s in recipe.questions) else IMAGE_BYTES
+    text = a.max_completion_length * 4
+    # With top-1 routing per completion a prompt's image may go to several sites; one is the least, all of them the
+    # most.
+    least = a.prompts_per_step * (asked * image + asked * a.group_size * text)
+    most = a.prompts_per_step * (len(recipe.sites) * image + asked * a.group_size * text)
+    back = a.prompts_per_step * a.group_size * asked * 9
+    lines += [
+        "",
+        f"to the sites, per GRPO step: {_bytes(least)} to {_bytes(most)} "
+        f"(images of {_bytes(image)}, at most {text} bytes of text a completion)",
+        f"from the sites, per GRPO step: {_bytes(back)} of scores; "
+        f"in all {a.steps} steps: at most {_bytes(a.steps * most)} down, {_bytes(a.steps * back)} up",
+        "stays at each site: its images, questions, preference pairs and reward model",
+    ]
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,157 @@
+"""A run's configuration: which questions, policy and sites, and how each stage is done.
+
+A recipe is a TOML file; its tables are the dataclasses that the stages' own modules define, composed here. An
+unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from accord.alignment.grpo import AlignmentConfig
+from accord.alignment.reward import Mode, Scope
+from accord.data.preferences import NegativeMix
+from accord.data.sites import SiteShare
+from accord.errors import RecipeError
+from accord.federation.site import ScoreRange
+from accord.models.finetune import FineTuneConfig
+from accord.models.load import LoraSettings
+from accord.models.pretrain import PretrainConfig
+from accord.rewards.train import RewardConfig
+from accord.routing.router import RouterConfig
+from accord.toml import build, load_toml
+
+ARMS = ("average", "random", "best-site", "pooled", "ground-truth")
+"""What `compare` may name, besides `site <name>`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where questions come from."""
+
+    kind: Literal["easy-vqa", "folder", "huggingface"] = "easy-vqa"
+    path: str = ""  # of the folder, or name or path of the Hugging Face data set
+    domain: str = ""  # what to call it; by default the folder's or data set's name
+    split: str = "train"  # of a Hugging Face data set
+    image_column: str = "image"
+    question_column: str = "question"
+    answer_column: str = "answer"
+    type_column: str = ""  # for a folder, the field of `questions.jsonl`
+    fractions: dict[str, float] = field(
+        default_factory=dict
+    )  # base, private, public, dev, test of a set without splits
+    type_prefix: bool = False  # name types `domain/type`, where several domains use one name
+
+    def __post_init__(self) -> None:
+        """Refuse a source without its path."""
+        if self.kind != "easy-vqa" and not self.path:
+            raise RecipeError(f'a source of kind {self.kind!r} needs a path, got none; add path = "…"')
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model that is aligned, which is also the router's frozen encoder."""
+
+    checkpoint: str = "accord/llava-clip-llama"
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """One site: what it holds, which model it starts from, and how it trains it."""
+
+    name: str
+    checkpoint: str
+    domains: tuple[str, ...] = ()
+    question_types: tuple[str, ...] = ()
+    fraction: float = 1.0
+    preferences: str = ""  # JSONL or data set of the site's own pairs; empty: construct them from its questions
+    finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
+    reward_model: RewardConfig = RewardConfig()
+    lora: LoraSettings | None = None  # train the reward model as an adapter
+
+    @property
+    def share(self) -> SiteShare:
+        """What it holds, as the dealer of questions wants it."""
+        return SiteShare(self.name, self.domains, self.question_types, self.fraction)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """How preference pairs are constructed from questions with reference answers."""
+
+    rejected_per_question: int = 7
+    policy_samples: int = 4  # answers drawn from the base policy per question
+    mix: NegativeMix = NegativeMix()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the router's weights are used."""
+
+    mode: Mode = "top1"
+    scope: Scope = "completion"
+    deadline: float | None = None  # seconds to wait for a site
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The one reward model of the `pooled` comparison, trained on all sites' pairs in one place."""
+
+    checkpoint: str = "accord/idefics3"
+    finetune: FineTuneConfig | None = FineTuneConfig()
+    reward_model: RewardConfig = RewardConfig()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured in the end."""
+
+    questions: int = 0  # test questions, 0 for all
+    gallery: int = 24  # questions shown with images
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is."""
+
+    name: str
+    sites: tuple[SiteConfig, ...]
+    seed: int = 0
+    compare: tuple[str, ...] = ()
+    disjoint_images: bool = True  # no image is at two sites
+    questions: tuple[Source, ...] = (Source(),)
+    policy: Policy = Policy()
+    preferences: Preferences = Preferences()
+    scores: ScoreRange | None = ScoreRange()
+    router: RouterConfig = RouterConfig()
+    routing: Routing = Routing()
+    alignment: AlignmentConfig = AlignmentConfig()
+    pooled: Pooled = Pooled()
+    pretrain: PretrainConfig = PretrainConfig()  # only for `accord pretrain --recipe`
+    evaluation: Evaluation = Evaluation()
+
+    def __post_init__(self) -> None:
+        """Refuse names that collide, and comparisons that do not exist."""
+        names = [site.name for site in self.sites]
+        if not names:
+            raise RecipeError("a recipe needs at least one [[sites]] table, got none")
+        if len(set(names)) < len(names):
+            raise RecipeError(f"two sites have the same name in {names}; name each differently")
+        for name in names:
+            if not name or not name.replace("-", "").replace("_", "").isalnum():
+                raise RecipeError(f"a site's name is letters, digits, - and _, since it names a folder; got {name!r}")
+        known = [*ARMS, *(f"site {name}" for name in names)]
+        for arm in self.compare:
+            if arm not in known:
+                raise RecipeError(f"compare names {arm!r}; it may name {', '.join(known)}")
+
+
+def load_recipe(path: Path | str) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        RecipeError: the file is absent or wrong; the message names the place, the value and the remedy.
+    """
+    return build(Recipe, load_toml(path))

@@ -1,0 +1,1 @@
+"""Reward models: train with Bradley–Terry, score standardised."""

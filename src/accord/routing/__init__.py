@@ -1,0 +1,1 @@
+"""Whom to ask, and how to fuse what they say."""

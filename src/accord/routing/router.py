@@ -1,0 +1,192 @@
+"""The learned router of MoR: whose judgement counts for this image, prompt and answer?
+
+    h = Enc(x, y) ∈ R^{T×D}     last hidden states of a frozen VLM over image, prompt and completion
+    z = g_φ(h) ∈ R^K            four pre-norm Transformer layers, mean over the tokens, a linear head
+    α = softmax(z)              the weight of each site
+
+Source: Lu et al. 2026, arXiv 2605.03426, section 3.3. Differs: the paper names neither the encoder nor the width; ours
+are the base policy and a width in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import msgspec
+import torch
+from PIL.Image import Image
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from accord.errors import CheckpointError, RecipeError
+from accord.models.inputs import build_batch, model_inputs
+from accord.runs import replace_folder, write_atomic
+from accord.types import Prompt
+
+
+class Router(Protocol):
+    """Says whose judgement counts: weights `[N, K]`, non-negative, rows summing to 1; a plain function qualifies."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+    ) -> Tensor:
+        """Return one row per completion, in the order of the prompts, `N = sum(len(c) for c in completions)`."""
+        ...
+
+
+class Encoder:
+    """A frozen VLM that turns (image, prompt, completion) into hidden states."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+
+    @property
+    def features(self) -> int:
+        """D, the size of a hidden state."""
+        return cast(int, self.model.config.get_text_config().hidden_size)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
+        batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
+        inner = self.model.base_model
+        hidden = inner(**model_inputs(inner, batch), use_cache=False).last_hidden_state
+        return hidden.float(), batch.attention_mask.bool()
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Size of the router and its federated training."""
+
+    layers: int = 4
+    width: int = 64
+    heads: int = 4
+    rounds: int = 60
+    local_steps: int = 2
+    pairs_per_batch: int = 32
+    pairs_per_site: int = 500  # drawn once: features are kept, and no site's size drowns the others
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if self.heads < 1 or self.width % self.heads:
+            raise RecipeError(
+                f"width must be a multiple of heads, got {self.width} and {self.heads}; "
+                "change router.width or router.heads"
+            )
+
+
+class RouterNetwork(nn.Module):
+    """g_φ: hidden states `[N, T, D]` → logits `[N, K]`."""
+
+    def __init__(self, features: int, sites: int, config: RouterConfig) -> None:
+        super().__init__()
+        self.shape = (features, sites)
+        self.config = config
+        self.enter = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.width))
+        layer = nn.TransformerEncoderLayer(
+            config.width, config.heads, 4 * config.width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.body = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, sites)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return logits z `[N, K]` for hidden states `[N, T, D]` and their mask `[N, T]`."""
+        tokens = self.body(self.enter(hidden), src_key_padding_mask=~mask)
+        weights = mask.unsqueeze(-1).to(tokens.dtype)
+        pooled = (self.norm(tokens) * weights).sum(dim=1) / weights.sum(dim=1)
+        return cast(Tensor, self.head(pooled))
+
+    def to_bytes(self) -> bytes:
+        """Return the weights as safetensors bytes, as they travel."""
+        return save({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+
+    def from_bytes(self, data: bytes) -> None:
+        """Take weights that travelled.
+
+        Raises:
+            CheckpointError: names, shapes or types do not match, or a value is not finite.
+        """
+        self.load_state_dict(read_weights(data, self.state_dict()))
+
+
+def read_weights(data: bytes, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parse safetensors bytes from another party and check them against `expected` before anything uses them.
+
+    Raises:
+        CheckpointError: names, shapes or types do not match, or a value is not finite.
+    """
+    try:
+        weights = load(data)
+    except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
+        raise CheckpointError(f"router weights of {len(data)} bytes cannot be read: {error}") from error
+    if weights.keys() != expected.keys():
+        raise CheckpointError(f"router weights have other names: {sorted(weights.keys() ^ expected.keys())[:5]}")
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
+            want = f"{tuple(expected[name].shape)} {expected[name].dtype}"
+            raise CheckpointError(f"router weight {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want}")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"router weight {name} holds a value that is not finite")
+    return weights
+
+
+class LearnedRouter:
+    """Encoder and network together: a `Router`."""
+
+    def __init__(self, encoder: Encoder, network: RouterNetwork) -> None:
+        self.encoder = encoder
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+    ) -> Tensor:
+        """Return `softmax(g_φ(Enc(x, y)))`, `[N, K]`."""
+        hidden, mask = self.encoder(prompts, images, completions)
+        logits: Tensor = self.network(hidden, mask)
+        return logits.softmax(dim=-1).cpu()
+
+
+def save_router(path: Path, network: RouterNetwork) -> None:
+    """Write the network to the folder `path`, whole or not at all."""
+
+    def write(folder: Path) -> None:
+        write_atomic(folder / "router.safetensors", network.to_bytes())
+        described = {
+            "features": network.shape[0],
+            "sites": network.shape[1],
+            "config": msgspec.to_builtins(network.config),
+        }
+        write_atomic(folder / "router.json", msgspec.json.format(msgspec.json.encode(described)))
+
+    replace_folder(path, write)
+
+
+class _Described(msgspec.Struct, forbid_unknown_fields=True):
+    features: int
+    sites: int
+    config: RouterConfig
+
+
+def load_router(path: Path) -> RouterNetwork:
+    """Load what `save_router` wrote.
+
+    Raises:
+        CheckpointError: the folder is absent, damaged or of another kind.
+    """
+    try:
+        described = msgspec.json.decode((path / "router.json").read_bytes(), type=_Described)
+        weights = (path / "router.safetensors").read_bytes()
+        network = RouterNetwork(described.features, described.sites, described.config)
+    except (OSError, RuntimeError, msgspec.MsgspecError, RecipeError) as error:
+        raise CheckpointError(f"{path}: not a router ({error}); train one with `accord router train`") from error
+    network.from_bytes(weights)
+    return network.eval()

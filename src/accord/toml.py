@@ -1,0 +1,188 @@
+"""Turn a recipe (TOML) into frozen dataclasses, strictly: every key is known, every value has its declared type.
+
+A dataclass is the schema. Its fields may be bool, int, float, str, Path, Literal, another dataclass, a tuple, a dict
+from names, a union, or Optional (a key that is left out; TOML has no null). What a value may be beyond its type, the
+dataclass checks in `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tomli_w
+
+from accord.errors import RecipeError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+
+def load_toml(path: Path | str) -> dict[str, object]:
+    """Read a TOML file.
+
+    Raises:
+        RecipeError: the file is absent, unreadable or not TOML; the message gives the line.
+    """
+    try:
+        # Editors on Windows put a byte order mark before the text, which TOML does not allow.
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {path} does not exist; check the path") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"recipe {path} is not TOML: {error}; correct that line") from error
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}; pass a readable file") from error
+
+
+def build(cls: type[T], table: Mapping[str, object], where: str = "") -> T:
+    """Make a `cls` from a TOML table, and the dataclasses within it from the tables within.
+
+    Args:
+        cls: a dataclass.
+        table: what `load_toml` returned, or a table of it.
+        where: the dotted place of `table` in the recipe, for messages; empty at the top.
+
+    Raises:
+        RecipeError: a key is unknown or missing, a value has the wrong type, or a dataclass refused its values.
+    """
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in table:
+        if key not in fields:
+            raise RecipeError(_unknown(key, list(fields), where))
+    values: dict[str, object] = {}
+    for name, field in fields.items():
+        place = f"{where}.{name}" if where else name
+        if name in table:
+            values[name] = _convert(hints[name], table[name], place)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"{place} is missing; add it, with a value that is {_expected(hints[name])}")
+    try:
+        return cls(**values)
+    except (ValueError, RecipeError) as error:
+        raise RecipeError(f"[{where}] {error}" if where else str(error)) from error
+
+
+def dump_toml(obj: DataclassInstance) -> str:
+    """Render a dataclass as TOML from which `build` makes an equal one.
+
+    Raises:
+        ValueError: a field is None though its default is not, which a left-out key cannot say.
+    """
+    return tomli_w.dumps(_table(obj))
+
+
+def _convert(hint: object, value: object, place: str) -> object:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        members = [member for member in arguments if member is not type(None)]
+        if len(members) == 1:
+            # The one member's own message is more exact than a message about the union.
+            return _convert(members[0], value, place)
+        for member in members:
+            with contextlib.suppress(RecipeError):
+                return _convert(member, value, place)
+    elif origin is Literal:
+        # Types are compared too, for True == 1.
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin is tuple and isinstance(value, list | tuple):
+        many = len(arguments) == 2 and arguments[1] is Ellipsis
+        kinds = arguments[:1] * len(value) if many else arguments
+        if len(kinds) == len(value):
+            pairs = enumerate(zip(kinds, value, strict=True))
+            return tuple(_convert(kind, item, f"{place}[{i}]") for i, (kind, item) in pairs)
+    elif origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return build(hint, value, place)
+    elif isinstance(hint, type) and (scalar := _scalar(hint, value)) is not None:
+        return scalar
+    raise RecipeError(f"{place} must be {_expected(hint)}, got {_shown(value)}")
+
+
+def _scalar(kind: type, value: object) -> object:
+    """Return `value` as a `kind`, or None if it is not one."""
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return None if math.isnan(value) else float(value)
+    if kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    if kind is object or (kind in (bool, int, str) and type(value) is kind):
+        return value
+    if kind not in (bool, int, float, str, Path):
+        raise TypeError(f"a recipe cannot hold a {kind.__name__}; see the module's docstring for the types it can")
+    return None
+
+
+def _expected(hint: object) -> str:
+    arguments = get_args(hint)
+    origin = get_origin(hint)
+    if origin in (types.UnionType, Union):
+        return " or ".join(_expected(member) for member in arguments if member is not type(None))
+    if origin is Literal:
+        return f"one of {', '.join(_shown(choice) for choice in arguments)}"
+    if origin is tuple:
+        many = len(arguments) == 2 and arguments[1] is Ellipsis
+        each = f"each {_expected(arguments[0])}" if many else ", ".join(_expected(member) for member in arguments)
+        return f"a list ({each})"
+    if origin in (dict, Mapping):
+        return f"a table (each value {_expected(arguments[1])})"
+    if dataclasses.is_dataclass(hint):
+        return "a table"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path (text)"}
+    return next((name for kind, name in names.items() if hint is kind), "a value")
+
+
+def _shown(value: object) -> str:
+    """Render a value as the recipe spells it, shortened."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"a table with {', '.join(map(str, value)) or 'nothing in it'}"
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _unknown(key: str, names: list[str], where: str) -> str:
+    place = f"{where}.{key}" if where else key
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    valid = f"valid in [{where}]" if where else "valid at the top"
+    return f"{place} is not a setting; {hint}{valid}: {', '.join(sorted(names)) or 'nothing'}"
+
+
+def _table(obj: DataclassInstance) -> dict[str, object]:
+    table: dict[str, object] = {}
+    for field in dataclasses.fields(obj):
+        value = getattr(obj, field.name)
+        if value is not None:
+            table[field.name] = _toml(value)
+        elif field.init and field.default is not None:
+            raise ValueError(
+                f"{type(obj).__name__}.{field.name} is None, which TOML cannot say, and its default is "
+                f"{field.default!r}; make None its default"
+            )
+    return table
+
+
+def _toml(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _table(value)
+    if isinstance(value, Mapping):
+        return {key: _toml(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_toml(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,355 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from pytest import approx
+from trl import GRPOConfig, GRPOTrainer
+
+from accord.alignment.reward import FederatedReward
+from accord.data.images import load_image
+from accord.errors import DataError
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
+from accord.federation.site import ScoreRange, Site
+from accord.models.load import load_vlm
+from accord.rewards.model import RewardModel
+from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
+from accord.types import vqa_prompt
+
+RED, BLUE = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
+WEIGHTS = {"a": (0.9, 0.1), "b": (0.2, 0.8), "c": (0.6, 0.4)}
+HERE = {"a": 1.0, "b": 2.0, "c": 3.0}
+THERE = {"a": -1.0, "b": -2.0, "c": -3.0}
+
+
+def route(prompts, images, completions):
+    return torch.tensor([WEIGHTS[text] for group in completions for text in group], dtype=torch.float64)
+
+
+def judge(table):
+    """A site with a written-down score for every candidate."""
+    return lambda request: ScoreReply(request.id, [[table[c] for c in item.candidates] for item in request.items])
+
+
+def gone(request):
+    raise RuntimeError("gone")
+
+
+class Spy(InProcessEngine):
+    """The in-process engine, which also keeps the score requests that it carried."""
+
+    def __init__(self, **handlers):
+        super().__init__(handlers)
+        self.asked = []
+
+    def ask(self, requests, *, deadline=None):
+        self.asked.append(dict(requests))
+        self.deadline = deadline
+        return super().ask(requests, deadline=deadline)
+
+
+def spy(here=None, there=None):
+    return Spy(here=here or judge(HERE), there=there or judge(THERE))
+
+
+def ask(reward, texts, images=None, prompts=None, **columns):
+    """Call as TRL does for a conversational data set with an `image` column; one group unless told otherwise."""
+    images = images or [RED] * len(texts)
+    prompts = prompts or ["what?"] * len(texts)
+    turns = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for text, image in zip(prompts, images, strict=True)
+    ]
+    completions = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in texts]
+    return reward(turns, completions, **columns)
+
+
+@pytest.mark.parametrize(
+    ("mode", "scope", "expected"),
+    [
+        ("top1", "completion", [1.0, -2.0, 3.0]),
+        ("top1", "prompt", [1.0, 2.0, 3.0]),
+        ("soft", "completion", [0.8, -1.2, 0.6]),
+        ("soft", "prompt", [2 / 15, 4 / 15, 6 / 15]),
+    ],
+)
+def test_rewards_by_hand(mode, scope, expected):
+    """Weights a (.9, .1), b (.2, .8), c (.6, .4); scores here 1, 2, 3 and there -1, -2, -3.
+
+    top1/completion: here, there, here: 1, -2, 3.
+    top1/prompt:     the mean weights are (1.7, 1.3) / 3, so here judges all: 1, 2, 3.
+    soft/completion: .9 - .1 = .8; 2 (.2 - .8) = -1.2; 3 (.6 - .4) = .6.
+    soft/prompt:     (1.7 - 1.3) / 3 = 2/15 times 1, 2, 3.
+    """
+    assert ask(FederatedReward(spy(), route, mode=mode, scope=scope), ["a", "b", "c"]) == approx(expected, abs=1e-6)
+
+
+def test_a_site_is_asked_for_what_was_routed_to_it_alone():
+    engine = spy()
+    ask(FederatedReward(engine, route), ["a", "b", "c"])
+    (requests,) = engine.asked
+    assert {site: request.items[0].candidates for site, request in requests.items()} == {
+        "here": ["a", "c"],
+        "there": ["b"],
+    }
+    ask(FederatedReward(engine, route), ["a", "c"])
+    assert list(engine.asked[1]) == ["here"]
+
+
+def test_equal_completions_are_scored_once_and_rewarded_alike():
+    """Four completions, two distinct: a scored 1 here, b scored -2 there."""
+    engine = spy()
+    assert ask(FederatedReward(engine, route), ["a", "b", "a", "a"]) == [1.0, -2.0, 1.0, 1.0]
+    assert [request.items[0].candidates for request in engine.asked[0].values()] == [["a"], ["b"]]
+
+
+def test_the_mean_over_a_prompt_is_over_distinct_completions():
+    """a twice and b once: (.9 + .2, .1 + .8) / 2 = (.55, .45), so here judges; soft: (.55 - .45) = .1 times 1, 1, 2."""
+    assert ask(FederatedReward(spy(), route, mode="soft", scope="prompt"), ["a", "a", "b"]) == approx([0.1, 0.1, 0.2])
+
+
+def test_an_image_travels_once_per_message():
+    """Two groups about one picture, two sites: each message holds one image, each item its name."""
+    engine = spy()
+    ask(FederatedReward(engine, route, mode="soft"), ["a", "b", "c", "a"], prompts=["one?", "one?", "two?", "two?"])
+    for request in engine.asked[0].values():
+        ((name, data),) = request.images.items()
+        assert name == image_name(data) and load_image(data).tobytes() == RED.tobytes()
+        assert [(item.image, item.candidates) for item in request.items] == [(name, ["a", "b"]), (name, ["c", "a"])]
+
+
+def test_the_prompt_arrives_without_the_picture():
+    engine = spy()
+    ask(FederatedReward(engine, route), ["a"])
+    item = engine.asked[0]["here"].items[0]
+    assert from_turns(item.prompt) == vqa_prompt("what?")
+
+
+def test_groups_are_split_by_image_even_if_the_text_is_the_same():
+    """Both groups have completions a, b; were they one group, candidates would be asked about one picture only."""
+    engine = spy()
+    images = [RED, RED, BLUE, BLUE]
+    assert ask(FederatedReward(engine, route), ["a", "b", "a", "b"], images) == [1.0, -2.0, 1.0, -2.0]
+    items = engine.asked[0]["here"].items
+    assert [load_image(engine.asked[0]["here"].images[i.image]).getpixel((0, 0)) for i in items] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
+
+
+@pytest.mark.parametrize("ids", [None, ["x", "x", "y", "y"]])
+def test_groups_are_split_by_text_and_by_id(ids):
+    engine = spy()
+    columns = {} if ids is None else {"question_id": ids}
+    prompts = ["one?", "one?", "two?", "two?"] if ids is None else None
+    ask(FederatedReward(engine, route, mode="soft"), ["a", "b", "c", "b"], prompts=prompts, **columns)
+    assert [item.candidates for item in engine.asked[0]["here"].items] == [["a", "b"], ["c", "b"]]
+
+
+def test_the_stored_image_travels_if_it_is_known(square):
+    """The original bytes of question x; for y, which has none, a PNG of the picture."""
+    engine = spy()
+    stored = square("red", (4, 4))
+    reward = FederatedReward(engine, route, sources={"x": stored})
+    ask(reward, ["a", "a"], [RED, BLUE], question_id=["x", "y"])
+    images = engine.asked[0]["here"].images
+    assert images[image_name(stored)] == stored and len(images) == 2
+
+
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_may_come_in_a_column(column):
+    """With text-only prompts, as TRL passes them for data sets that keep the picture apart."""
+    cells = {"image": [RED, BLUE], "images": [[RED], [BLUE]]}[column]
+    prompts = [[{"role": "user", "content": "what?"}]] * 2
+    engine = spy()
+    assert FederatedReward(engine, route)(prompts, ["a", "c"], **{column: cells}) == [1.0, 3.0]
+    assert len(engine.asked[0]["here"].images) == 2
+
+
+def test_a_row_without_an_image():
+    with pytest.raises(DataError, match=r"row 0 has no image .*got \['answer'\]"):
+        FederatedReward(spy(), route)([[{"role": "user", "content": "what?"}]], ["a"], answer=["a"])
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        gone,
+        judge({"b": math.nan}),
+        judge({"b": math.inf}),
+        judge({"b": -math.inf}),
+        judge({"b": 1e9}),
+        lambda request: ScoreReply(request.id, [[0.0, 0.0]]),
+        lambda request: ScoreReply(request.id, []),
+        lambda request: ScoreReply("another id", [[0.0]]),
+        lambda request: ScoreReply(request.id, [["high"]]),
+        lambda request: CardRequest(request.id),
+    ],
+    ids=["gone", "nan", "inf", "-inf", "range", "shape", "empty", "id", "type", "kind"],
+)
+def test_a_bad_reply_is_an_absence_and_no_zero(there, caplog):
+    """b was routed there: it gets the mean of its group, (1 + 3) / 2 = 2, or None."""
+    assert ask(FederatedReward(spy(there=there), route), ["a", "b", "c"]) == [1.0, 2.0, 3.0]
+    assert ask(FederatedReward(spy(there=there), route, missing="none"), ["a", "b", "c"]) == [1.0, None, 3.0]
+
+
+def test_the_group_mean_counts_completions(caplog):
+    """a three times and c once are known: (1 + 1 + 1 + 3) / 4 = 1.5. The other group's 3 does not enter."""
+    reward = FederatedReward(spy(there=gone), route)
+    texts = ["a", "a", "b", "a", "c", "c"]
+    assert ask(reward, texts, [RED] * 5 + [BLUE]) == [1.0, 1.0, 1.5, 1.0, 3.0, 3.0]
+
+
+def test_a_group_that_nobody_scored_is_flat(caplog):
+    """Advantages are centred in a group, so any one value makes them 0."""
+    reward = FederatedReward(spy(gone, gone), route)
+    assert len(set(ask(reward, ["a", "b", "c"]))) == 1
+    assert ask(FederatedReward(spy(gone, gone), route, missing="none"), ["a", "b"]) == [None, None]
+
+
+def test_an_absent_site_leaves_the_mixture_to_the_rest(caplog):
+    """Soft: only here answers, so its scores stand unweighted: 1, 2, 3."""
+    assert ask(FederatedReward(spy(there=gone), route, mode="soft"), ["a", "b", "c"]) == approx([1.0, 2.0, 3.0])
+
+
+def test_a_group_with_nan_leaves_the_other_groups(caplog):
+    """There, b about the red square is NaN and b about the blue one -2; red: mean of a alone, 1."""
+
+    def there(request):
+        return ScoreReply(request.id, [[math.nan], [-2.0]])
+
+    reward = FederatedReward(spy(there=there), route)
+    assert ask(reward, ["a", "b", "a", "b"], [RED, RED, BLUE, BLUE]) == [1.0, 1.0, 1.0, -2.0]
+
+
+def test_a_bad_reply_counts_as_an_absence():
+    engine = spy(there=lambda request: ScoreReply("another id", [[0.0]]))
+    ask(FederatedReward(engine, route), ["a", "b"])
+    assert {site: engine.traffic.counts[site, "score"].absences for site in engine.sites} == {"here": 0, "there": 1}
+
+
+def test_unfinished_completions():
+    """b does not end with token 2: its reward is 0 whatever the site says, and 0 enters the mean for c, (1 + 0) / 2."""
+    ids = [[5, 2], [5, 6], [7, 2]]
+    columns = {"completion_ids": ids}
+    assert ask(FederatedReward(spy(), route, end_tokens=[2]), ["a", "b", "c"], **columns) == [1.0, 0.0, 3.0]
+    absent = FederatedReward(spy(here=judge({"a": 1.0, "c": math.nan})), route, end_tokens=[2])
+    assert len(ask(absent, ["a", "b", "c"], **columns)) == 3
+    for open_ended in (
+        FederatedReward(spy(), route, end_tokens=[2], unfinished=None),
+        FederatedReward(spy(), route),
+    ):
+        assert ask(open_ended, ["a", "b", "c"], **columns) == [1.0, -2.0, 3.0]
+    assert ask(FederatedReward(spy(), route, end_tokens=[2], unfinished=-1.0), ["a", "b", "c"], **columns)[1] == -1.0
+
+
+def test_unfinished_completions_of_later_groups():
+    """Token ids run over all rows: row 2, the first of the second group, is the one cut off."""
+    reward = FederatedReward(spy(), route, end_tokens=[2])
+    ids = [[2], [2], [5], [2]]
+    assert ask(reward, ["a", "c", "a", "c"], [RED, RED, BLUE, BLUE], completion_ids=ids) == [1.0, 3.0, 0.0, 3.0]
+
+
+def test_metrics_say_who_was_asked_and_who_was_missing(caplog):
+    """a, c here and b there: 2/3 and 1/3 of the distinct completions; 1 of 4 completions is absent."""
+    told = {}
+    reward = FederatedReward(spy(there=gone), route)
+    ask(reward, ["a", "b", "c", "a"], log_metric=told.__setitem__)
+    assert told == {"routed/here": approx(2 / 3), "routed/there": approx(1 / 3), "absent": 0.25}
+    assert reward.__name__ == "federation"
+
+
+def test_the_deadline_reaches_the_engine():
+    engine = spy()
+    ask(FederatedReward(engine, route, deadline=3.5), ["a"])
+    assert engine.deadline == 3.5
+
+
+def test_request_ids_do_not_repeat():
+    engine = spy()
+    reward = FederatedReward(engine, route)
+    for _ in range(2):
+        ask(reward, ["a", "b"])
+    assert len({request.id for requests in engine.asked for request in requests.values()}) == 4
+
+
+def test_completions_may_be_plain_text():
+    reward = FederatedReward(spy(), route)
+    prompts = [[{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what?"}]}]] * 2
+    assert reward(prompts, ["a", "c"]) == [1.0, 3.0]
+    assert reward(prompts, [[{"role": "assistant", "content": text}] for text in "ac"]) == [1.0, 3.0]
+
+
+class TestInStockTrl:
+    """Two sites of different families, a learned router, and `GRPOTrainer` as it comes."""
+
+    @pytest.fixture
+    def federation(self, checkpoints):
+        torch.manual_seed(0)
+        sites = {
+            name: Site(name, RewardModel.from_checkpoint(checkpoints[family]).eval(), score_range=ScoreRange(-2.0, 2.0))
+            for name, family in (("colour", "llava-siglip-qwen2"), ("number", "idefics3"))
+        }
+        router = LearnedRouter(
+            Encoder(*load_vlm(checkpoints["llava-clip-llama"])),
+            RouterNetwork(32, 2, RouterConfig(layers=1, width=8, heads=2)),
+        )
+        return Spy(**{name: site.answer for name, site in sites.items()}), router
+
+    @pytest.fixture
+    def prompts(self, square):
+        features = Features(
+            {"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()}
+        )
+        rows = [("what colour is it?", "red"), ("what colour is it?", "blue"), ("is it red?", "green")]
+        columns = {
+            "prompt": [[{"role": "user", "content": text}] for text, _ in rows],
+            "image": [{"bytes": square(colour), "path": None} for _, colour in rows],
+        }
+        return Dataset.from_dict(columns, features=features)
+
+    @pytest.mark.parametrize("mode", ["top1", "soft"])
+    def test_two_steps(self, federation, prompts, llava, tmp_path, mode):
+        """2 prompts with 4 completions a step: rewards reach the trainer, the policy moves, and KL is measured."""
+        engine, router = federation
+        model, processor = load_vlm(llava)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=FederatedReward(engine, router, mode=mode),
+            args=GRPOConfig(
+                output_dir=str(tmp_path),
+                max_steps=2,
+                per_device_train_batch_size=8,
+                num_generations=4,
+                max_completion_length=3,
+                beta=0.02,
+                learning_rate=1e-3,
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                save_strategy="no",
+                activation_checkpointing=False,
+                bf16=False,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=prompts,
+            processing_class=processor,
+        )
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        assert len(logs) == len(engine.asked) == 2
+        for entry in logs:
+            assert {"kl", "rewards/federation/mean", "routed/colour", "routed/number", "absent"} <= entry.keys()
+            assert -2.0 <= entry["reward"] <= 2.0 and entry["absent"] == 0.0
+            assert entry["routed/colour"] + entry["routed/number"] == approx(1, abs=1e-5)
+        assert logs[0]["kl"] == approx(0, abs=1e-6) and logs[1]["kl"] > 0
+        assert not torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
+        for requests in engine.asked:
+            for request in requests.values():
+                assert isinstance(request, ScoreRequest) and len(request.items) <= 2
+                assert all(len(set(item.candidates)) == len(item.candidates) <= 4 for item in request.items)
+        assert sum(count.absences for count in engine.traffic.counts.values()) == 0

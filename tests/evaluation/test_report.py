@@ -1,0 +1,250 @@
+"""The page is complete, self-contained, the same each time, and safe whatever the run says."""
+
+from __future__ import annotations
+
+import dataclasses
+import html.parser
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from accord.errors import RunError
+from accord.evaluation.report import compare_runs, write_report
+from accord.evaluation.summary import EvaluationSummary, Summary, TrafficRow, accuracy
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page with their attributes, and its words."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def _page(run: Path) -> tuple[str, Page]:
+    text = write_report(run).read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def _assert_self_contained(text: str, page: Page) -> None:
+    allowed = {"http-equiv", "aria-label"}
+    for tag, attributes in page.tags:
+        assert tag not in {
+            "script",
+            "link",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "form",
+            "video",
+            "audio",
+            "foreignobject",
+        }
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name == "src":
+                assert (value or "").startswith("data:image/")
+            if name in {"href", "xlink:href"}:
+                assert (value or "").startswith("#")
+            if re.search(r"https?:|javascript:", value or ""):
+                assert name in allowed or name.startswith("xmlns"), (tag, name, value)
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)\)", text))
+
+
+def test_the_page_holds_every_part_in_order(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    text, page = _page(run)
+    assert write_report(run) == run / "report.html"
+    headings = re.findall(r"<h2>(.*?)</h2>", text)
+    assert headings == [
+        "Accuracy before and after",
+        "Compared with other methods",
+        "Training curves",
+        "Which site judged what",
+        "Sites",
+        "What crossed the border",
+        "Gallery",
+        "Time",
+        "Reproduce",
+    ]
+    for words in ("three sites", "Accuracy rose from", "accord run recipe.toml", "central reward model", "beta = 0.04"):
+        assert words in page.words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 10  # five figures, each for a desk and for a phone
+    assert sum(tag == "img" for tag, _ in page.tags) == 8
+    assert ("✓ right" in page.words) and ("✗ wrong" in page.words)
+
+
+def test_the_page_is_self_contained(make_run: Callable[..., Path]) -> None:
+    text, page = _page(make_run())
+    _assert_self_contained(text, page)
+    policies = [tag[1]["content"] for tag in page.tags if tag[1].get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_the_same_folder_gives_the_same_bytes(make_run: Callable[..., Path]) -> None:
+    one, two = write_report(make_run("one")), write_report(make_run("two"))
+    first = one.read_bytes()
+    assert first == two.read_bytes()
+    assert write_report(one.parent).read_bytes() == first
+
+
+def test_hostile_text_stays_text(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    full = make_summary()
+    hostile = accuracy({HOSTILE: (3, 9), "shape": (5, 9)})
+    summary = dataclasses.replace(
+        full,
+        name=HOSTILE,
+        created=HOSTILE,
+        policy=dataclasses.replace(full.policy, checkpoint=HOSTILE, architecture=HOSTILE),
+        sites=(dataclasses.replace(full.sites[0], name=HOSTILE, architecture=HOSTILE),),
+        evaluation=EvaluationSummary(hostile, hostile, hostile, hostile, {HOSTILE: hostile}),
+        routing={HOSTILE: {HOSTILE: 1.0}},
+        traffic=(TrafficRow(HOSTILE, HOSTILE, 1, 10, 10, 1),),
+        seconds={HOSTILE: 1.0},
+    )
+    row = {
+        "image": "gallery/0.png",
+        "question": HOSTILE,
+        "answer": HOSTILE,
+        "question_type": HOSTILE,
+        "before": HOSTILE,
+        "after": "",
+        "routed": {HOSTILE: 1.0},
+        "scores": {HOSTILE: {"before": None, "after": 1.0}},
+    }
+    run = make_run(summary=summary, gallery=[row])
+    (run / "recipe.toml").write_text(f"# {HOSTILE}\n</pre></details>")
+    text, page = _page(run)
+    _assert_self_contained(text, page)
+    assert "<script" not in text and "<img src=x" not in text
+    assert page.words.count(HOSTILE) >= 10
+    assert sum(tag == "img" for tag, _ in page.tags) == 1
+
+
+def test_a_run_with_little_to_show(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    full = make_summary()
+    evaluation = EvaluationSummary(None, full.evaluation.aligned, None, None, {})
+    summary = dataclasses.replace(
+        full, evaluation=evaluation, router=None, routing={}, traffic=(), seconds={}, peak_memory_bytes=None
+    )
+    run = make_run(summary=summary)
+    for name in ("metrics.jsonl", "gallery.jsonl", "recipe.toml"):
+        (run / name).unlink()
+    text, page = _page(run)
+    assert "No curve was recorded." in page.words
+    assert "No routing was recorded." in page.words
+    assert "No traffic was recorded." in page.words
+    assert "Gallery" not in re.findall(r"<h2>(.*?)</h2>", text)
+
+
+def test_a_warning_stands_at_the_top(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    before, after = accuracy({"colour": (60, 100)}), accuracy({"colour": (20, 100)})
+    run = make_run(summary=make_summary(evaluation=EvaluationSummary(before, after, None, None, {})))
+    text, _ = _page(run)
+    assert text.index("reward hacking") < text.index("<h2>")
+
+
+def test_an_absent_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no run folder .*accord run recipe.toml"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"holds no run"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("begun", "done", "missing"),
+    [
+        (["site"], None, "router"),
+        (["site", "router"], ["site colour", "router"], "align"),
+        (["site", "align"], ["site colour"], "align"),
+        (["site", "router", "align"], ["site colour", "router", "align"], "evaluation"),
+    ],
+)
+def test_an_unfinished_run_names_the_missing_stage(
+    tmp_path: Path, begun: list[str], done: list[str] | None, missing: str
+) -> None:
+    lines = [{"stage": stage, "step": 1} | ({"site": "colour"} if stage == "site" else {}) for stage in begun]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if done is not None:
+        (tmp_path / "stages.json").write_text(json.dumps({"done": done}))
+    with pytest.raises(RunError, match=rf"stage '{missing}' is missing.*--resume"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"stage": "align", "st', "[1]", '{"stage": "align", "step": "two"}', '{"step": 1}'])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "gallery.jsonl"])
+def test_a_damaged_line_is_named(make_run: Callable[..., Path], name: str, line: str) -> None:
+    run = make_run()
+    lines = (run / name).read_text().splitlines()
+    lines[2] = line
+    (run / name).write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=rf"{name}, line 3,"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_gallery_image_outside_the_run_is_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    (tmp_path / "secret.png").write_bytes((run / "gallery" / "0.png").read_bytes())
+    text = (run / "gallery.jsonl").read_text()
+    (run / "gallery.jsonl").write_text(text.replace("gallery/1.png", "../secret.png"))
+    with pytest.raises(RunError, match="outside the run folder"):
+        write_report(run)
+
+
+def test_a_gallery_image_that_is_none_is_refused(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    (run / "gallery" / "1.png").write_text("<svg onload=alert(1)>")
+    with pytest.raises(RunError, match="neither PNG nor JPEG"):
+        write_report(run)
+    (run / "gallery" / "1.png").unlink()
+    with pytest.raises(RunError, match="cannot read gallery image"):
+        write_report(run)
+
+
+def _seed(make_summary: Callable[..., Summary], seed: int, right: int) -> Summary:
+    evaluation = EvaluationSummary(accuracy({"t": (5, 10)}), accuracy({"t": (right, 10)}), None, None, {})
+    return make_summary(name="mixed | <b>", seed=seed, evaluation=evaluation)
+
+
+def test_seeds_that_share_a_name_are_one_row(
+    make_run: Callable[..., Path], make_summary: Callable[..., Summary]
+) -> None:
+    """After: 60, 70 and 80 %: mean 70, sample deviation √((100 + 0 + 100) / 2) = 10; before: 50 each, deviation 0."""
+    runs = [make_run(f"s{seed}", summary=_seed(make_summary, seed, 6 + seed)) for seed in range(3)]
+    table = compare_runs([*runs, make_run("other")]).splitlines()
+    assert table[2] == (
+        "| mixed \\| &lt;b> | 0, 1, 2 | 50.0 ± 0.0 → 70.0 ± 10.0 | +20.0 ± 10.0 | 50.0 ± 0.0 → 70.0 ± 10.0 "
+        "| – → – | – → – | – → – |"
+    )
+    assert table[3].startswith("| three sites | 0 | 55.1 → 83.9 | +28.8 | – → – | 25.7 → 84.0 |")
+
+
+def test_one_seed_twice_is_refused(make_run: Callable[..., Path]) -> None:
+    with pytest.raises(RunError, match="seed 0"):
+        compare_runs([make_run("one"), make_run("two")])
+
+
+def test_nothing_to_compare() -> None:
+    with pytest.raises(RunError, match="at least one"):
+        compare_runs([])

@@ -1,0 +1,175 @@
+"""Intervals by hand, and a summary file that is read back as written or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accord.errors import DataError, RunError
+from accord.evaluation.summary import (
+    PolicySummary,
+    Summary,
+    accuracy,
+    read_summary,
+    summary_schema,
+    wilson_interval,
+    write_summary,
+)
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def test_wilson_interval() -> None:
+    """p = 0.25, n = 100, z² = 3.841459: centre (0.25 + 0.0192073) / 1.0384146 = 0.2592484;
+    half 1.959964 √(0.001875 + 0.0000960365) / 1.0384146 = 1.959964 · 0.0443964 / 1.0384146 = 0.0837963.
+    """
+    assert wilson_interval(25, 100) == pytest.approx((0.1754521, 0.3430447), abs=1e-6)
+
+
+def test_wilson_interval_at_the_ends() -> None:
+    """At p = 0 the upper end is z² / (n + z²) = 3.841459 / 13.841459 = 0.2775328; p = 1 mirrors it."""
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-6)
+    assert wilson_interval(10, 10) == pytest.approx((0.7224672, 1.0), abs=1e-6)
+    assert wilson_interval(0, 10)[0] >= 0.0
+    assert wilson_interval(10, 10)[1] <= 1.0
+
+
+def test_macro_interval() -> None:
+    """p = 0.25 and 0.80 with n = 100 and 400: mean 0.525; variance (0.1875/100 + 0.16/400) / 4 = 0.00056875;
+    half 1.959964 · 0.0238485 = 0.0467422. Overall (25 + 320) / 500 = 0.69.
+    """
+    result = accuracy({"colour": (25, 100), "shape": (320, 400)})
+    assert (result.n, result.macro, result.overall) == (500, pytest.approx(0.525), pytest.approx(0.69))
+    assert (result.macro_low, result.macro_high) == pytest.approx((0.4782578, 0.5717422), abs=1e-6)
+    assert (result.by_type["colour"].correct, result.by_type["colour"].n) == (25, 100)
+
+
+def test_macro_interval_stays_within_its_range() -> None:
+    result = accuracy({"colour": (1, 2), "shape": (4, 4)})
+    assert result.macro_high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "named"), [({}, "at least one"), ({"colour": (0, 0)}, "colour"), ({"shape": (5, 4)}, "shape")]
+)
+def test_impossible_counts_are_refused(counts: dict[str, tuple[int, int]], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        accuracy(counts)
+
+
+def test_a_summary_is_read_back_as_written(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, make_summary())
+    assert read_summary(path) == make_summary()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_what_was_not_measured_is_null(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    full = make_summary()
+    evaluation = dataclasses.replace(full.evaluation, base=None, question_only=None, shuffled_image=None, compare={})
+    summary = dataclasses.replace(full, evaluation=evaluation, router=None, peak_memory_bytes=None)
+    write_summary(tmp_path / "summary.json", summary)
+    assert read_summary(tmp_path / "summary.json") == summary
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_number_that_json_cannot_hold_is_not_written(
+    tmp_path: Path, make_summary: Callable[..., Summary], value: float
+) -> None:
+    with pytest.raises(RunError, match=r"seconds"):
+        write_summary(tmp_path / "summary.json", make_summary(seconds={"align": value}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_type_is_not_written(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    policy = PolicySummary("base", "Llava", parameters="many")  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"\$\.policy\.parameters"):
+        write_summary(tmp_path / "summary.json", make_summary(policy=policy))
+
+
+def _without(record: dict[str, Any]) -> None:
+    del record["policy"]["architecture"]
+
+
+def _of_text(record: dict[str, Any]) -> None:
+    record["seed"] = "zero"
+
+
+def _above_one(record: dict[str, Any]) -> None:
+    record["evaluation"]["aligned"]["macro"] = 55.0
+
+
+def _of_tomorrow(record: dict[str, Any]) -> None:
+    record["schema_version"] = 2
+
+
+def _without_types(record: dict[str, Any]) -> None:
+    record["evaluation"]["aligned"]["by_type"] = {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_without, "architecture.*policy"),
+        (_of_text, "seed"),
+        (_above_one, "evaluation.aligned.macro"),
+        (_of_tomorrow, "schema_version"),
+        (_without_types, "by_type"),
+    ],
+)
+def test_a_damaged_field_is_named(
+    tmp_path: Path, make_summary: Callable[..., Summary], damage: Callable[[dict[str, Any]], None], named: str
+) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, make_summary())
+    record = json.loads(path.read_text())
+    damage(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(RunError, match=f"(?s)summary.json.*{named}"):
+        read_summary(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
+def test_what_is_not_a_summary_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"not a summary"):
+        read_summary(tmp_path / "summary.json")
+
+
+def test_an_absent_summary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="finished run"):
+        read_summary(tmp_path / "summary.json")
+
+
+def test_a_field_of_a_later_version_is_ignored(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    path = tmp_path / "summary.json"
+    write_summary(path, make_summary())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"carbon_grams": 3}))
+    assert read_summary(path) == make_summary()
+
+
+def test_the_committed_schema_is_current() -> None:
+    assert (DOCS / "summary.schema.json").read_text(encoding="utf-8") == summary_schema()
+
+
+def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[..., Summary]) -> None:
+    schema = json.loads(summary_schema())
+    definitions = schema["$defs"]
+    assert set(definitions["Summary"]["required"]) == {field.name for field in dataclasses.fields(make_summary())}
+    assert all(set(record["required"]) == set(record["properties"]) for record in definitions.values())
+    assert {name for name in re.findall(r'"#/\$defs/(\w+)"', summary_schema())} == set(definitions)
+
+
+def test_the_manual_explains_every_field() -> None:
+    manual = (DOCS / "summary.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `([\w.]+)`", manual, re.MULTILINE))
+    for name, record in json.loads(summary_schema())["$defs"].items():
+        section = "" if name == "Summary" else f"{name}."
+        assert {f"{section}{field}" for field in record["properties"]} <= explained

@@ -1,0 +1,266 @@
+import contextlib
+import math
+import typing
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accord.errors import ReplyError
+from accord.federation import messages
+from accord.federation.messages import (
+    MAX_SCORE,
+    Card,
+    CardRequest,
+    ImageBlock,
+    RouterReply,
+    RouterRequest,
+    ScoreItem,
+    ScoreReply,
+    ScoreRequest,
+    TextBlock,
+    Turn,
+    check_images,
+    check_scores,
+    decode_reply,
+    decode_request,
+    encode,
+    from_turns,
+    image_name,
+    to_turns,
+)
+from accord.types import vqa_prompt
+
+TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
+ITEM = ScoreItem(image_name(b"png"), TURNS, ["left", ""])
+REQUEST = ScoreRequest("s1", {image_name(b"png"): b"png"}, [ITEM, ITEM])
+REQUESTS = [REQUEST, RouterRequest("r1", 2, 1, b"weights", 7), CardRequest("c1")]
+CARD = Card("c1", "LlavaForConditionalGeneration", 9, 5, 20, True, {"colour": 0.75})
+REPLIES = [
+    ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),
+    RouterReply("r1", b"weights", 20, 0.5),
+    CARD,
+]
+
+FIELDS = {
+    "ScoreRequest": {"id": str, "images": dict[str, bytes], "items": list[ScoreItem]},
+    "ScoreItem": {"image": str, "prompt": list[Turn], "candidates": list[str]},
+    "Turn": {"role": typing.Literal["system", "user", "assistant"], "content": str | list[ImageBlock | TextBlock]},
+    "ImageBlock": {},
+    "TextBlock": {"text": str},
+    "ScoreReply": {"id": str, "scores": list[list[float]]},
+    "RouterRequest": {"id": str, "round": int, "site": int, "weights": bytes, "seed": int},
+    "RouterReply": {"id": str, "weights": bytes, "examples": int, "loss": float},
+    "CardRequest": {"id": str},
+    "Card": {
+        "id": str,
+        "architecture": str,
+        "parameters": int,
+        "questions": int,
+        "pairs": int,
+        "constructed": bool,
+        "ranking": dict[str, float],
+    },
+}
+"""Everything that can cross the border. Whoever adds a field here has read the threat model."""
+
+
+def reachable(kind, found):
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        fields = typing.get_type_hints(kind)
+        if kind.__name__ not in found:
+            found[kind.__name__] = fields
+            for inner in fields.values():
+                reachable(inner, found)
+    for inner in typing.get_args(kind):
+        reachable(inner, found)
+    return found
+
+
+def raw(message, **changes):
+    """Return the message as a MessagePack mapping with some fields changed."""
+    return msgspec.msgpack.encode({**msgspec.to_builtins(message, builtin_types=(bytes,)), **changes})
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda m: type(m).__name__)
+def test_a_request_survives_the_wire(message):
+    assert decode_request(encode(message)) == message
+
+
+@pytest.mark.parametrize("message", REPLIES, ids=lambda m: type(m).__name__)
+def test_a_reply_survives_the_wire(message):
+    assert decode_reply(encode(message)) == message
+
+
+def test_the_set_is_closed():
+    assert reachable(messages.Request | messages.Reply, {}) == FIELDS
+
+
+def test_no_reply_can_hold_a_pair_or_an_image():
+    """Text that leaves a site: its request's id, an architecture, names of question types. Bytes: router weights."""
+    fields = reachable(messages.Reply, {})
+    texts = {(kind, name) for kind, named in fields.items() for name, hint in named.items() if "str" in str(hint)}
+    assert texts == {
+        ("ScoreReply", "id"),
+        ("RouterReply", "id"),
+        ("Card", "id"),
+        ("Card", "architecture"),
+        ("Card", "ranking"),
+    }
+    assert [(kind, name) for kind, named in fields.items() for name, hint in named.items() if "bytes" in str(hint)] == [
+        ("RouterReply", "weights")
+    ]
+
+
+@pytest.mark.parametrize("union", [messages.Request, messages.Reply])
+def test_no_message_says_which_answer_was_preferred(union):
+    names = {name for named in reachable(union, {}).values() for name in named}
+    assert not names & {"chosen", "rejected", "pairs_data", "preferred", "answer", "question"}
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_message_or_a_reply_error(data):
+    for decode in (decode_request, decode_reply):
+        try:
+            message = decode(data)
+        except ReplyError as error:
+            assert f"a message of {len(data)} bytes" in str(error)
+        else:
+            assert isinstance(message, typing.get_args(messages.Request | messages.Reply))
+
+
+@given(st.sampled_from(REQUESTS + REPLIES), st.data())
+def test_a_damaged_message_is_a_message_or_a_reply_error(message, data):
+    sent = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        sent[data.draw(st.integers(0, len(sent) - 1))] = data.draw(st.integers(0, 255))
+    for decode in (decode_request, decode_reply):
+        with contextlib.suppress(ReplyError):
+            decode(bytes(sent))
+
+
+@pytest.mark.parametrize("message", REQUESTS + REPLIES, ids=lambda m: type(m).__name__)
+def test_a_truncated_message(message):
+    sent = encode(message)
+    for decode in (decode_request, decode_reply):
+        for length in range(len(sent)):
+            with pytest.raises(ReplyError, match=f"of {length} bytes"):
+                decode(sent[:length])
+        with pytest.raises(ReplyError):
+            decode(sent + b"\x00")
+
+
+@pytest.mark.parametrize("byte", [b"\x91", b"\x81", b"\xdc\x00\x01"], ids=["list", "map key", "long list"])
+def test_a_deeply_nested_message(byte):
+    for decode in (decode_request, decode_reply):
+        with pytest.raises(ReplyError):
+            decode(byte * 100_000)
+
+
+def test_deep_nesting_inside_a_good_message():
+    head = raw(REPLIES[0])
+    assert head.endswith(b"\xcb" + msgspec.msgpack.encode(1e-300)[1:])
+    with pytest.raises(ReplyError):
+        decode_reply(head[:-9] + b"\x91" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"type": "router_update"},
+        {"type": "no such"},
+        {"type": 1},
+        {"id": 7},
+        {"id": None},
+        {"scores": None},
+        {"scores": [0.1]},
+        {"scores": [["0.1"]]},
+        {"scores": [[True]]},
+        {"scores": {"0": [0.1]}},
+        {"chosen": "red"},
+    ],
+    ids=str,
+)
+def test_a_score_reply_of_another_form(changes):
+    with pytest.raises(ReplyError):
+        decode_reply(raw(REPLIES[0], **changes))
+
+
+@pytest.mark.parametrize("message", [REQUESTS[0], ITEM, TURNS[1]], ids=lambda m: type(m).__name__)
+def test_an_unknown_field_is_refused_wherever_it_is(message):
+    changed = msgspec.to_builtins(REQUEST, builtin_types=(bytes,))
+    place = {ScoreRequest: changed, ScoreItem: changed["items"][0], Turn: changed["items"][0]["prompt"][1]}
+    place[type(message)]["rejected"] = "blue"
+    with pytest.raises(ReplyError, match="rejected"):
+        decode_request(msgspec.msgpack.encode(changed))
+
+
+def test_a_reply_is_no_request_and_the_other_way_round():
+    for message in REPLIES:
+        with pytest.raises(ReplyError):
+            decode_request(encode(message))
+    for message in REQUESTS:
+        with pytest.raises(ReplyError):
+            decode_reply(encode(message))
+
+
+def test_a_prompt_survives_and_loses_its_image():
+    """TRL puts the picture itself into the block; only its place travels."""
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "image": object()}, {"type": "text", "text": "where?"}]},
+    ]
+    expected = [prompt[0], *vqa_prompt("where?")]
+    assert from_turns(to_turns(prompt)) == expected
+    assert decode_request(encode(ScoreRequest("s", {}, [ScoreItem("", to_turns(prompt), [])]))).items[0].prompt == [
+        Turn("system", "Be brief."),
+        Turn("user", [ImageBlock(), TextBlock("where?")]),
+    ]
+
+
+def test_the_name_of_an_image():
+    """SHA-256 of the empty text, from FIPS 180-2's test vectors."""
+    assert image_name(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_images_that_do_not_fit_their_items():
+    check_images(REQUEST.images, REQUEST.items)
+    with pytest.raises(ReplyError, match="does not match its SHA-256"):
+        check_images({ITEM.image: b"png!"}, REQUEST.items)
+    with pytest.raises(ReplyError, match="was not sent"):
+        check_images({}, REQUEST.items)
+
+
+def test_good_scores_pass():
+    scores = [[0.1, -2.0], [MAX_SCORE, -MAX_SCORE]]
+    assert check_scores(REQUEST, ScoreReply("s1", scores)) == scores
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_makes_the_site_absent_for_its_group_alone(bad):
+    sent = decode_reply(encode(ScoreReply("s1", [[0.5, bad], [1.0, 2.0]])))
+    assert check_scores(REQUEST, sent) == [None, [1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (ScoreReply("s2", [[0.0, 0.0]] * 2), "reply to request 's2', expected 's1'"),
+        (ScoreReply("s1", [[0.0, 0.0]]), "scores for 1 questions, expected 2"),
+        (ScoreReply("s1", [[0.0, 0.0]] * 3), "scores for 3 questions, expected 2"),
+        (ScoreReply("s1", [[0.0, 0.0], [0.0]]), "1 scores for 2 candidates"),
+        (ScoreReply("s1", [[0.0, 0.0], [0.0] * 3]), "3 scores for 2 candidates"),
+        (ScoreReply("s1", [[0.0, -10_001.0], [0.0, 0.0]]), "of -1e.04, beyond the limit of 10000"),
+        (CARD, "expected scores, got a Card"),
+    ],
+    ids=["id", "too few", "too many", "short group", "long group", "range", "type"],
+)
+def test_scores_that_must_not_be_used(reply, message):
+    with pytest.raises(ReplyError, match=message):
+        check_scores(REQUEST, reply)
+
+
+def test_messages_are_immutable():
+    with pytest.raises(AttributeError):
+        REQUEST.id = "other"

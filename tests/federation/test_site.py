@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+from accord.data.images import load_image
+from accord.errors import ImageError, ReplyError
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import (
+    Absence,
+    Card,
+    CardRequest,
+    RouterReply,
+    RouterRequest,
+    ScoreItem,
+    ScoreReply,
+    ScoreRequest,
+    encode,
+    image_name,
+    to_turns,
+)
+from accord.federation.site import ScoreRange, Site, SiteRecord
+from accord.models.load import load_vlm
+from accord.rewards.model import RewardModel, Standardisation
+from accord.routing.fit import LocalRouterTraining
+from accord.routing.router import Encoder, RouterConfig, RouterNetwork
+from accord.types import vqa_prompt
+
+SECRET = "Mrs Marple, ward 7"
+SMALL = RouterConfig(layers=1, width=8, heads=2, local_steps=2)
+
+
+@pytest.fixture(scope="module")
+def reward_model(checkpoints):
+    torch.manual_seed(0)
+    model = RewardModel.from_checkpoint(checkpoints["llava-siglip-qwen2"])
+    model.standardisation = Standardisation(0.05, 0.01)
+    return model.eval()
+
+
+@pytest.fixture
+def request_(square):
+    """Two questions about two images; the first has three candidates, the second one."""
+    red, blue = square("red"), square("blue")
+    return ScoreRequest(
+        "s1",
+        {image_name(red): red, image_name(blue): blue},
+        [
+            ScoreItem(image_name(red), to_turns(vqa_prompt("what colour is it?")), ["red", "blue", "as you like"]),
+            ScoreItem(image_name(blue), to_turns(vqa_prompt("is it red?")), ["no"]),
+        ],
+    )
+
+
+class Fixed:
+    """A reward model whose standardised scores are written down."""
+
+    def score(self, prompts, images, completions):
+        return [torch.tensor([-3.0, 0.5, 7.0][: len(group)]) for group in completions]
+
+
+def test_scores_are_those_of_the_reward_model(reward_model, request_):
+    reply = Site("colour", reward_model).answer(request_)
+    assert isinstance(reply, ScoreReply)
+    assert (reply.id, [len(group) for group in reply.scores]) == ("s1", [3, 1])
+    expected = reward_model.score(
+        [vqa_prompt("what colour is it?"), vqa_prompt("is it red?")],
+        [load_image(data) for data in request_.images.values()],
+        [item.candidates for item in request_.items],
+    )
+    assert reply.scores == [scores.tolist() for scores in expected]
+
+
+@pytest.mark.parametrize(
+    ("score_range", "expected"),
+    [
+        (None, [[-3.0, 0.5, 7.0], [-3.0]]),
+        (ScoreRange(), [[0.0, 0.5, 2.0], [0.0]]),
+        (ScoreRange(-1.5, 1.5), [[-1.5, 0.5, 1.5], [-1.5]]),
+    ],
+    ids=["none", "one-sided", "two-sided"],
+)
+def test_scores_are_clipped(request_, score_range, expected):
+    assert Site("colour", Fixed(), score_range=score_range).answer(request_).scores == expected
+
+
+def test_scores_leave_standardised(reward_model, request_):
+    """(R - 0.05) / (0.01 + 1e-6), R the score of the same model with mean 0 and deviation 1 - 1e-6."""
+    standardised = Site("colour", reward_model).answer(request_).scores
+    kept, reward_model.standardisation = reward_model.standardisation, Standardisation(0.0, 1 - 1e-6)
+    plain = Site("colour", reward_model).answer(request_).scores
+    reward_model.standardisation = kept
+    for group, raw in zip(standardised, plain, strict=True):
+        expected = [(value - 0.05) / (0.01 + 1e-6) for value in raw]
+        assert group == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_an_image_that_was_swapped_is_refused(request_, square):
+    images = {name: square("green") for name in request_.images}
+    with pytest.raises(ReplyError, match="SHA-256"):
+        Site("colour", Fixed()).answer(ScoreRequest("s1", images, request_.items))
+
+
+def test_an_image_that_cannot_be_read_is_an_absence(caplog):
+    bad = ScoreRequest("s1", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
+    site = Site("colour", Fixed())
+    with pytest.raises(ImageError):
+        site.answer(bad)
+    assert InProcessEngine({"colour": site.answer}).ask({"colour": bad}) == {"colour": Absence("colour", "error")}
+
+
+def test_a_site_without_training_refuses_router_requests():
+    with pytest.raises(ReplyError, match="colour does not train routers"):
+        Site("colour", Fixed()).answer(RouterRequest("r", 0, 0, b"", 0))
+
+
+def test_the_card(reward_model):
+    site = Site("colour", reward_model, SiteRecord(5, 2, True, {"colour": 0.5}))
+    parameters = sum(p.numel() for p in reward_model.parameters())
+    assert site.answer(CardRequest("c")) == Card(
+        "c", "LlavaForConditionalGeneration", parameters, 5, 2, True, {"colour": 0.5}
+    )
+    assert Site("colour", reward_model).answer(CardRequest("c")).pairs == 0
+
+
+def test_no_reply_holds_private_text(reward_model, llava, prefer, request_, square):
+    """The secret stands in prompt, both answers, id and type of every pair; no encoded reply contains a word of it."""
+    pairs = [
+        prefer(
+            n,
+            f"{SECRET} chosen",
+            f"{SECRET} rejected",
+            prompt=vqa_prompt(f"{SECRET}?"),
+            images=(square("red"),),
+            question_id=f"{SECRET} {n}",
+            question_type=SECRET,
+        )
+        for n in range(3)
+    ]
+    encoder = Encoder(*load_vlm(llava))
+    training = LocalRouterTraining(encoder, pairs, 2, SMALL)
+    site = Site("colour", reward_model, SiteRecord(3, 3), router_training=training)
+    weights = RouterNetwork(encoder.features, 2, SMALL).to_bytes()
+    replies = [site.answer(r) for r in (request_, RouterRequest("r", 0, 1, weights, 3), CardRequest("c"))]
+    assert isinstance(replies[1], RouterReply) and replies[1].weights != weights and replies[1].examples == 3
+    for reply in replies:
+        sent = encode(reply)
+        for word in ("Marple", "ward", "chosen", "rejected"):
+            assert word.encode() not in sent
+        assert square("red") not in sent
+
+
+def test_an_unknown_request_is_refused():
+    with pytest.raises(ReplyError, match="does not answer a Card"):
+        Site("colour", Fixed()).answer(Card("c", "", 0, 0, 0, False, {}))

@@ -1,0 +1,209 @@
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from accord.errors import CheckpointError, RecipeError
+from accord.models.load import load_vlm
+from accord.routing.router import (
+    Encoder,
+    LearnedRouter,
+    RouterConfig,
+    RouterNetwork,
+    load_router,
+    read_weights,
+    save_router,
+)
+from accord.types import vqa_prompt
+
+SMALL = RouterConfig(layers=2, width=8, heads=2)
+PROMPTS = [vqa_prompt("what colour is it?"), vqa_prompt("is it red?")]
+IMAGES = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")]
+ANSWERS = [["red", "blue", "no idea at all"], ["yes"]]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return RouterNetwork(32, 3, SMALL).eval()
+
+
+@pytest.fixture
+def encoder(llava):
+    return Encoder(*load_vlm(llava))
+
+
+@pytest.fixture
+def saved(network, tmp_path):
+    save_router(tmp_path / "router", network)
+    return tmp_path / "router"
+
+
+def states(n=4, t=5):
+    return torch.randn(n, t, 32, generator=torch.Generator().manual_seed(1)), torch.ones(n, t, dtype=torch.bool)
+
+
+def test_the_encoder_is_frozen_and_gives_the_models_hidden_states(vlm):
+    """Row by row, they are transformers' own last hidden states; its weights get no gradient."""
+    model, processor = vlm
+    encoder = Encoder(model, processor)
+    hidden, mask = encoder(PROMPTS, IMAGES, ANSWERS)
+    assert (hidden.shape[0], hidden.shape[2], mask.shape) == (4, encoder.features, hidden.shape[:2])
+    assert encoder.features == 32
+    assert not hidden.requires_grad and not any(p.requires_grad for p in encoder.model.parameters())
+    assert not encoder.model.training
+    for n, (p, answer) in enumerate([(0, "red"), (0, "blue"), (0, "no idea at all"), (1, "yes")]):
+        turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        text = processor.apply_chat_template([*PROMPTS[p], turn], tokenize=False)
+        inputs = processor(images=[[IMAGES[p]]], text=[text], return_tensors="pt")
+        with torch.no_grad():
+            alone = model(**inputs, output_hidden_states=True).hidden_states[-1][0]
+        torch.testing.assert_close(hidden[n][mask[n]], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_has_no_influence(network):
+    hidden, mask = states()
+    padded = torch.cat([hidden, torch.full((4, 3, 32), 1e3)], dim=1)
+    wide = torch.cat([mask, torch.zeros(4, 3, dtype=torch.bool)], dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(network(padded, wide), network(hidden, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_are_routed_by_themselves(network):
+    hidden, mask = states()
+    with torch.no_grad():
+        together = network(hidden, mask)
+        for n in range(4):
+            torch.testing.assert_close(
+                network(hidden[n : n + 1], mask[n : n + 1])[0], together[n], atol=1e-6, rtol=1e-5
+            )
+
+
+def test_a_network_has_the_layers_it_is_asked_for(network):
+    assert (len(network.body.layers), network.head.out_features, network.enter[1].out_features) == (2, 3, 8)
+
+
+def test_a_learned_router_gives_weights(encoder, network):
+    """[N, K] = [3 + 1, 3]; rows sum to 1; equal to the softmax of the network's logits."""
+    router = LearnedRouter(encoder, network.train())
+    weights = router(PROMPTS, IMAGES, ANSWERS)
+    assert weights.shape == (4, 3) and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4))
+    with torch.no_grad():
+        torch.testing.assert_close(weights, network(*encoder(PROMPTS, IMAGES, ANSWERS)).softmax(dim=-1))
+    assert not weights.requires_grad
+
+
+def test_weights_travel_bitwise(network):
+    torch.manual_seed(9)
+    other = RouterNetwork(32, 3, SMALL)
+    other.from_bytes(network.to_bytes())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), network.parameters(), strict=True))
+    assert other.to_bytes() == network.to_bytes()
+
+
+def change(network, **tensors):
+    return save({**network.state_dict(), **tensors})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head.bias": torch.zeros(4)}, r"head.bias is \(4,\) torch.float32, expected \(3,\) torch.float32"),
+        ({"head.bias": torch.zeros(3, dtype=torch.float64)}, "torch.float64, expected"),
+        ({"head.bias": torch.tensor([0.0, torch.nan, 0.0])}, "head.bias holds a value that is not finite"),
+        ({"head.bias": torch.tensor([0.0, torch.inf, 0.0])}, "not finite"),
+        ({"surplus": torch.zeros(1)}, "other names: .*surplus"),
+    ],
+    ids=["shape", "type", "nan", "inf", "name"],
+)
+def test_weights_that_must_not_be_used(network, changes, message):
+    before = network.to_bytes()
+    with pytest.raises(CheckpointError, match=message):
+        network.from_bytes(change(network, **changes))
+    assert network.to_bytes() == before
+
+
+def test_weights_with_a_name_missing(network):
+    weights = dict(network.state_dict())
+    del weights["head.bias"]
+    with pytest.raises(CheckpointError, match=r"other names: .*head.bias"):
+        network.from_bytes(save(weights))
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff" * 64, b"\x80\x04K\x01."], ids=["empty", "short", "huge", "pickle"])
+def test_bytes_that_are_no_weights(network, data):
+    with pytest.raises(CheckpointError, match=f"{len(data)} bytes cannot be read"):
+        network.from_bytes(data)
+
+
+def test_truncated_weights(network):
+    data = network.to_bytes()
+    for length in range(0, len(data), 97):
+        with pytest.raises(CheckpointError):
+            read_weights(data[:length], network.state_dict())
+
+
+def test_a_saved_router_is_the_same(saved, network, tmp_path):
+    again = load_router(saved)
+    assert (again.shape, again.config) == ((32, 3), SMALL)
+    assert again.to_bytes() == network.to_bytes() and not again.training
+    save_router(tmp_path / "twice", again)
+    assert {f.name: f.read_bytes() for f in saved.iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "twice").iterdir()
+    }
+
+
+def test_a_folder_without_a_router(tmp_path, llava):
+    for folder in (tmp_path / "missing", tmp_path, tmp_path.__class__(llava)):
+        with pytest.raises(CheckpointError, match=r"not a router .*; train one with"):
+            load_router(folder)
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        "{",
+        "[]",
+        '{"features": 32}',
+        '{"features": 32, "sites": 3, "config": {}, "more": 1}',
+        '{"features": 32, "sites": 3, "config": {"heads": 3}}',
+        '{"features": -1, "sites": 3, "config": {}}',
+    ],
+)
+def test_a_damaged_description(saved, described):
+    (saved / "router.json").write_text(described)
+    with pytest.raises(CheckpointError, match="router"):
+        load_router(saved)
+
+
+def test_a_description_of_other_sizes(saved):
+    described = json.loads((saved / "router.json").read_text())
+    (saved / "router.json").write_text(json.dumps({**described, "sites": 5}))
+    with pytest.raises(CheckpointError, match=r"expected \(5"):
+        load_router(saved)
+
+
+def test_a_damaged_or_missing_weight_file(saved):
+    file = saved / "router.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError):
+        load_router(saved)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="not a router"):
+        load_router(saved)
+    shutil.rmtree(saved)
+
+
+def test_the_weight_file_is_what_travels(saved, network):
+    loaded = load((saved / "router.safetensors").read_bytes())
+    assert loaded.keys() == network.state_dict().keys()
+
+
+@pytest.mark.parametrize("heads", [0, 3])
+def test_heads_that_do_not_divide_the_width(heads):
+    with pytest.raises(RecipeError, match=f"got 8 and {heads}; change router.width or router.heads"):
+        RouterConfig(width=8, heads=heads)

@@ -1,0 +1,171 @@
+"""What the repository promises of itself: no code in data, one version everywhere, commands that exist."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+CODE_IN_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "os.system"}
+
+
+def dotted(node: ast.expr) -> str:
+    """Spell `a.b.c`; the empty text for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (left := dotted(node.value)):
+        return f"{left}.{node.attr}"
+    return ""
+
+
+def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Find what could run code that came as data; names are followed through `import … as …`."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                aliases[name.asname or name.name.partition(".")[0]] = (
+                    name.name if name.asname else name.name.partition(".")[0]
+                )
+                if name.name.partition(".")[0] in CODE_IN_DATA:
+                    yield node.lineno, f"import {name.name}"
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for name in node.names:
+                aliases[name.asname or name.name] = f"{node.module}.{name.name}"
+            if node.module.partition(".")[0] in CODE_IN_DATA:
+                yield node.lineno, f"from {node.module} import"
+    for node in ast.walk(tree):
+        # The bare text counts too, as a key of keyword arguments; a docstring that only mentions it does not.
+        if isinstance(node, ast.Constant) and node.value == "trust_remote_code":
+            yield node.lineno, "trust_remote_code"
+        if not isinstance(node, ast.Call):
+            continue
+        first, dot, rest = dotted(node.func).partition(".")
+        called = f"{aliases.get(first, first)}{dot}{rest}"
+        keywords = {keyword.arg: keyword.value for keyword in node.keywords}
+        if called in FORBIDDEN_CALLS:
+            yield node.lineno, called
+        if called in ("numpy.load", "np.load"):
+            allowed = keywords.get("allow_pickle")
+            if not (isinstance(allowed, ast.Constant) and allowed.value is False):
+                yield node.lineno, "numpy.load without allow_pickle=False"
+        if "trust_remote_code" in keywords:
+            yield node.lineno, "trust_remote_code"
+        shell = keywords.get("shell")
+        if isinstance(shell, ast.Constant) and shell.value is True:
+            yield node.lineno, "shell=True"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_source_never_runs_code_that_came_as_data(path: Path) -> None:
+    assert list(dangers(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "import torch as t\nt.load(x)",
+        "from torch import load as l\nl(x)",
+        "import numpy as np\nnp.load(x)",
+        "import numpy as np\nnp.load(x, allow_pickle=True)",
+        "import yaml\nyaml.load(x)",
+        "eval(x)",
+        "exec(x)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "options = {'trust_remote_code': True}",
+        "subprocess.run(x, shell=True)",
+        "from marshal import loads",
+    ],
+)
+def test_the_walk_finds_what_it_looks_for(code: str) -> None:
+    assert list(dangers(ast.parse(code)))
+
+
+@pytest.mark.parametrize(
+    "code", ["model.eval()", "json.load(x)", "import numpy as np\nnp.load(x, allow_pickle=False)", "re.compile(x)"]
+)
+def test_the_walk_lets_the_harmless_pass(code: str) -> None:
+    assert not list(dangers(ast.parse(code)))
+
+
+def test_no_module_is_a_drawer() -> None:
+    drawers = {"utils.py", "helpers.py", "common.py", "misc.py"}
+    assert [path for path in SOURCES if path.name in drawers] == []
+
+
+def project() -> dict[str, object]:
+    table: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
+def test_one_version_everywhere() -> None:
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    released = re.search(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cited and released
+    assert {cited[1], released[1]} == {project()["version"]}
+
+
+def plain(requirement: str) -> str:
+    name = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert name, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+def test_every_dependency_has_a_reason_and_a_pin() -> None:
+    table = project()
+    dependencies, extras = table["dependencies"], table["optional-dependencies"]
+    assert isinstance(dependencies, list) and isinstance(extras, dict)
+    wanted = {plain(requirement) for requirement in [*dependencies, *extras["dev"]]}
+    document = (ROOT / "docs" / "dependencies.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9, -]+) \| .{10,} \|$", document, re.MULTILINE)
+    assert wanted <= {name.strip() for row in rows for name in row.split(",")}
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {plain(line) for line in pins if not line.startswith("#")}
+    assert wanted <= pinned
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in pins if not line.startswith("#"))
+
+
+def test_no_constraint_brings_cuda() -> None:
+    names = {plain(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
+    assert not [name for name in names if name.startswith(("nvidia", "cuda", "triton"))]
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_make_command_of_the_documents_exists(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    fenced = re.findall(r"^```(?:sh|bash|console|text)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^    (.+)$", text, re.MULTILINE)
+    inline = re.findall(r"`([^`\n]+)`", text)
+    commands = re.findall(r"(?:^|\n|&& |\$ )make ([a-z]+)", "\n".join([*fenced, *indented, *inline]))
+    assert set(commands) <= targets()
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    described = set(re.findall(r"^([a-z]+):[^\n]*## \S", makefile, re.MULTILINE))
+    assert described == {"help", "setup", "demo", "test", "lint", "format", "clean"} == targets()
+
+
+def test_ci_runs_the_tests() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text() and "\nmake test\n" in script.read_text()
+
+
+def test_the_licence_is_apache() -> None:
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in licence and "END OF TERMS AND CONDITIONS" in licence
+    assert project()["license"] == "Apache-2.0"
