@@ -24,7 +24,6 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
@@ -37,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 from trl import GRPOConfig, GRPOTrainer
 
-from accord.data.easy_vqa import EASY_VQA_ANSWERS, load_easy_vqa
+from accord.data.easy_vqa import EASY_VQA_ANSWERS, load_easy_vqa, type_of
 from accord.models.inputs import build_batch, model_inputs
 from accord.models.load import load_vlm
 from accord.types import vqa_prompt
@@ -67,20 +66,14 @@ def say(text: str) -> None:
 # half of the pictures.
 
 
-@dataclass(frozen=True)
-class Holding:
-    question_type: str
-    checkpoint: str
-    sixths: tuple[int, ...]  # of the private images
-
-
-SITES = {
-    "colour": Holding("colour", "accord/llava-siglip-qwen2", (0,)),
-    "shape": Holding("shape", "accord/idefics3", (1, 2, 3)),
-    "yes-no": Holding("yes/no", "accord/llava-clip-llama", (4, 5)),
+SITES = {  # name: question type, architecture, sixths of the private images
+    "colour": ("colour", "accord/llava-siglip-qwen2", (0,)),
+    "shape": ("shape", "accord/idefics3", (1, 2, 3)),
+    "yes-no": ("yes/no", "accord/llava-clip-llama", (4, 5)),
 }
 POLICY = "accord/llava-clip-llama"
-MAX_TOKENS = 4  # the longest answer has two tokens, and an end token follows
+MAX_TOKENS = 3  # every answer is one token, and an end token follows; the third is room to go wrong
+REJECTED = 11  # of about twenty wrong answers; with seven the shape site ended at 68 % in one run and 94 % in another
 
 everything = load_easy_vqa()
 number = {image: i for i, image in enumerate(dict.fromkeys(q.image for q in everything))}
@@ -98,12 +91,8 @@ def of_split(split, count=0):
 
 
 private = {
-    name: [
-        q
-        for q in of_split("private")
-        if q.question_type == site.question_type and number[q.image] % 6 in site.sixths
-    ]
-    for name, site in SITES.items()
+    name: [q for q in of_split("private") if q.question_type == kind and number[q.image] % 6 in sixths]
+    for name, (kind, _, sixths) in SITES.items()
 }
 dev, test = of_split("dev", 60), of_split("test", 30 if QUICK else 300)
 public = of_split("public")  # the server's prompts; their reference answers are never looked at
@@ -163,16 +152,22 @@ say(f"base       {shown(before)}")
 # ----------------------------------------------------------------------------------------------------------------------
 # Preference pairs, at the sites.
 #
-# Nobody judged these: the reference answer is chosen and wrong ones are rejected. Which wrong ones decides everything.
-# With answers of the right type alone ("red" over "blue") the reward model has never seen "red red" or "circle" for a
-# colour, scores them at random, and GRPO finds the random highs within some dozens of steps. So: every other answer of
-# the vocabulary, some malformed ones, and what the base policy really says, which is where the optimiser starts.
+# Nobody judged these: the reference answer is chosen and wrong ones are rejected. Which wrong ones decides everything,
+# since the reward model scores at random what it has never seen, and GRPO finds the random highs within some dozens of
+# steps. With answers of the right type alone ("red" over "blue") it finds "red red", or a shape where a colour was
+# asked for. With those added, but no answers run together, it finds "circletriangle": reward from 0.9 to 1.3, shapes
+# named rightly from 36 % to 15 % (one seed). So: all of the vocabulary, two answers joined in every way, nothing at
+# all, and what the base policy really says, which is where the optimiser starts.
 
 
 def candidates(question, said, rejected):
     """The reference answer first, then `rejected` different wrong ones."""
-    wrong = {*EASY_VQA_ANSWERS, *said, f"{question.answer} {question.answer}", f"{question.answer} yes", ""}
-    return [question.answer, *generator.sample(sorted(wrong - {question.answer}), rejected)]
+    right = question.answer
+    same = [a for a in EASY_VQA_ANSWERS if type_of(a) == question.question_type]
+    a, b, c = generator.choices(same, k=3)
+    joined = [f"{right} {a}", f"{right}{b}", f"{b}{right}", f"{a}{b}", f"{b} {c}"]
+    wrong = {*EASY_VQA_ANSWERS, *said, *joined, ""} - {right}
+    return [right, *generator.sample(sorted(wrong), rejected)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +214,7 @@ def steps_of(model, count, learning_rate):
 
 
 def train_reward_model(site, questions, said):
-    model = RewardModel(SITES[site].checkpoint)
+    model = RewardModel(SITES[site][1])
 
     # First the backbone learns its own domain from plain answers. A head on a backbone that does not tell triangles
     # from circles learns the noise of 16 images a batch; with Bradley–Terry alone the yes/no site stays at chance.
@@ -234,15 +229,15 @@ def train_reward_model(site, questions, said):
         logits = model.vlm.lm_head(hidden_states(model.vlm, batch))  # [N, T, vocabulary]
         cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()).backward()
 
-    # Then Bradley–Terry: every question is a group of one chosen and seven rejected answers, scored together.
+    # Then Bradley–Terry: every question is a group of one chosen and eleven rejected answers, scored together.
     for _ in steps_of(model, 3 if QUICK else 250, 1e-3):
         drawn = generator.sample(range(len(questions)), 16)
-        groups = [candidates(questions[i], said[i], 7) for i in drawn]
+        groups = [candidates(questions[i], said[i], REJECTED) for i in drawn]
         scores = model(
             [vqa_prompt(questions[i].text) for i in drawn],
             [picture(questions[i], turned=True) for i in drawn],
             groups,
-        ).view(16, 8)
+        ).view(16, 1 + REJECTED)
         chosen, rejected = scores[:, :1], scores[:, 1:]
         # The second term pins the free offset of the scores near zero (Eisenstein et al. 2023); TRL has it too.
         loss = -logsigmoid(chosen - rejected).mean() + 0.01 * (chosen + rejected).square().mean()
@@ -255,7 +250,7 @@ def train_reward_model(site, questions, said):
         raw = model(
             [vqa_prompt(questions[i].text) for i in drawn],
             [picture(questions[i]) for i in drawn],
-            [candidates(questions[i], said[i], 7) for i in drawn],
+            [candidates(questions[i], said[i], REJECTED) for i in drawn],
         )
     model.mean, model.deviation = raw.mean().item(), raw.std().item()
     return model.requires_grad_(False)
@@ -280,7 +275,7 @@ for site, questions in private.items():
         questions = private[site] = questions[:200]
     samples[site] = answers(base, base_processor, questions, samples=4)
     judges[site] = train_reward_model(site, questions, samples[site])
-    held_out = [q for q in dev if q.question_type == SITES[site].question_type]
+    held_out = [q for q in dev if q.question_type == SITES[site][0]]
     say(f"site       {site}: right answer on top of all thirteen {ranking(judges[site], held_out):.1%}")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,7 +346,7 @@ router.requires_grad_(False)
 said = answers(base, base_processor, dev, samples=1)
 weights = router(features([vqa_prompt(q.text) for q in dev], [picture(q) for q in dev], said)).softmax(dim=-1)
 names = list(SITES)
-fits = [SITES[names[k]].question_type == q.question_type for q, k in zip(dev, weights.argmax(1).tolist(), strict=True)]
+fits = [SITES[names[k]][0] == q.question_type for q, k in zip(dev, weights.argmax(1).tolist(), strict=True)]
 say(f"router     sends {sum(fits) / len(fits):.1%} of the base policy's answers to the site of their domain")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -364,36 +359,24 @@ asked: Counter[str] = Counter()
 
 
 def federation(prompts, completions, completion_ids, **_):
-    # TRL hands over G rows per prompt; a group's image and question are those of its first row.
-    by_prompt = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        image = next(b["image"] for b in prompt[-1]["content"] if b["type"] == "image")
-        text = next(b["text"] for b in prompt[-1]["content"] if b["type"] == "text")
-        by_prompt[row // GROUP].append((row, text, image))
+    """One reward per completion; TRL hands over G consecutive rows for each prompt, `[P·G]`."""
     texts = [completion[-1]["content"] for completion in completions]
     texts = [t if isinstance(t, str) else "".join(b["text"] for b in t if b["type"] == "text") for t in texts]
-    asked_about = [vqa_prompt(group[0][1]) for group in by_prompt.values()]
-    images = [group[0][2] for group in by_prompt.values()]
-    order = [row for group in by_prompt.values() for row, _, _ in group]
+    said = [texts[start : start + GROUP] for start in range(0, len(texts), GROUP)]
+    blocks = [{block["type"]: block for block in prompt[-1]["content"]} for prompt in prompts[::GROUP]]
+    questions, images = [vqa_prompt(b["text"]["text"]) for b in blocks], [b["image"]["image"] for b in blocks]
 
-    everything_said = [[texts[row] for row, _, _ in group] for group in by_prompt.values()]
-    top = router(features(asked_about, images, everything_said)).argmax(dim=-1).tolist()
-    site_of = {row: names[k] for row, k in zip(order, top, strict=True)}
-
-    rewards = [0.0] * len(texts)
-    for site, judge in judges.items():
-        here = [[row for row, _, _ in group if site_of[row] == site] for group in by_prompt.values()]
-        some = [p for p, rows in enumerate(here) if rows]
-        if some:
-            scores = judge.score(
-                [asked_about[p] for p in some], [images[p] for p in some], [[texts[r] for r in here[p]] for p in some]
-            )
-            for row, score in zip([r for p in some for r in here[p]], scores.tolist(), strict=True):
-                rewards[row] = score
-        asked[site] += sum(map(len, here))
+    top = router(features(questions, images, said)).argmax(dim=-1).view(-1, GROUP)  # [P, G]
+    rewards = torch.zeros(top.shape)
+    for k, (site, judge) in enumerate(judges.items()):
+        here = [p for p in range(len(said)) if (top[p] == k).any()]
+        if here:
+            routed = [[said[p][g] for g in range(GROUP) if top[p, g] == k] for p in here]
+            rewards[top == k] = judge.score([questions[p] for p in here], [images[p] for p in here], routed)
+        asked[site] += int((top == k).sum())
     # A completion without its end token was cut off: it is no answer, whatever its beginning would have scored.
     end = base_processor.tokenizer.eos_token_id
-    return [reward if end in ids else 0.0 for reward, ids in zip(rewards, completion_ids, strict=True)]
+    return [r if end in ids else 0.0 for r, ids in zip(rewards.flatten().tolist(), completion_ids, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

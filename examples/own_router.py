@@ -94,8 +94,8 @@ def main() -> None:
     routed = FederatedReward(engine, by_words, mode="soft", missing="none")
     doubtful = with_fusion(routed)
 
-    # "what color": colour alone is asked. "tell me": all three, of which yes-no says NaN and so is absent: the mean of 2
-    # and 1, or the lower of the two. "is it red?": yes-no alone, so nobody answered, which is None and not 0.
+    # "what color": colour alone is asked. "tell me": all three, of which yes-no says NaN and so is absent: the mean of
+    # 2 and 1, or the lower of the two. "is it red?": yes-no alone, so nobody answered, which is None and not 0.
     print("question            answer  mixture  most doubtful")
     for (text, said), mixed, lowest in zip(asked, routed(**rows), doubtful(**rows), strict=True):
         print(f"{text:<18}  {said:<6}  {mixed!s:<7}  {lowest!s}")

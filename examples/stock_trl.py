@@ -1,11 +1,11 @@
-"""A stock TRL script, into which a federation is put.
+"""A stock TRL script, into which a federation is put with one line.
 
-Everything between the two rulers is the federation: the sites' reward models and the router that `accord demo` left in
-its run folder. Everything else is what a user of `trl.GRPOTrainer` has anyway, with one setting to mind: TRL leaves
-`beta`, the weight of the KL term, at 0.
+`open_reward` opens the sites' reward models and the router that `accord demo` left in its run folder, as one reward
+function. Everything else is what a user of `trl.GRPOTrainer` has anyway, with one setting to mind: TRL leaves `beta`,
+the weight of the KL term, at 0.
 
     accord demo                                             makes runs/demo
-    python examples/stock_trl.py --run runs/demo            aligns runs/demo's base policy for some steps
+    python examples/stock_trl.py --run runs/demo            aligns the same base policy for some steps
 """
 
 from __future__ import annotations
@@ -19,35 +19,9 @@ from datasets import Image as ImageFeature
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import GRPOConfig, GRPOTrainer
 
-from accord.alignment.reward import FederatedReward
 from accord.data.easy_vqa import load_easy_vqa
-from accord.federation.engine import InProcessEngine
-from accord.federation.site import Site
-from accord.models.load import load_vlm, locate
-from accord.recipe import load_recipe
-from accord.rewards.model import RewardModel
-from accord.routing.router import Encoder, LearnedRouter, load_router
-
-
-def federation(run: Path) -> FederatedReward:
-    """Open the federation of a finished run in this process."""
-    # ------------------------------------------------------------------------------------------------------------------
-    recipe = load_recipe(run / "recipe.toml")
-    sites = {
-        site.name: Site(site.name, RewardModel.load(run / "sites" / site.name / "reward"), score_range=recipe.scores)
-        for site in recipe.sites
-    }
-    engine = InProcessEngine({name: site.answer for name, site in sites.items()})
-    encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
-    router = LearnedRouter(encoder, load_router(run / "router"))
-    return FederatedReward(
-        engine,
-        router,
-        mode=recipe.routing.mode,
-        scope=recipe.routing.scope,
-        end_tokens=[encoder.processor.tokenizer.eos_token_id],
-    )
-    # ------------------------------------------------------------------------------------------------------------------
+from accord.models.load import locate
+from accord.pipeline import open_reward
 
 
 def prompts(count: int) -> Dataset:
@@ -63,14 +37,16 @@ def prompts(count: int) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description="stock TRL against a federation")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="a run folder with sites and router")
+    parser.add_argument("--policy", default="accord/llava-clip-llama", help="the checkpoint to align")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", default="", help="folder for the aligned checkpoint; none is kept without it")
     parser.add_argument("--quick", action="store_true", help="two small steps")
     options = parser.parse_args()
     steps, group, rows = (2, 4, 16) if options.quick else (options.steps, 8, 128)
 
-    reward = federation(options.run)
-    policy = locate(load_recipe(options.run / "recipe.toml").policy.checkpoint)
+    policy = locate(options.policy)  # a folder; a name on the hub stays as it is
+
+    reward = open_reward(options.run)  # the one line
     with tempfile.TemporaryDirectory() as scratch:
         trainer = GRPOTrainer(
             model=AutoModelForImageTextToText.from_pretrained(policy),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from accord.errors import AccordError, DataWarning, RunError
+from accord.errors import AccordError, DataError, DataWarning, RunError
 
 if TYPE_CHECKING:
     from accord.pipeline import Job
@@ -57,11 +58,14 @@ def main() -> None:
     """Run the command line."""
     _prepare()
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ended:
-        raise SystemExit(ended.exit_code) from None
+        status = app(standalone_mode=False)  # Typer returns the status of its own exits, Ctrl-C's among them
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            raise SystemExit(status)
     except (KeyboardInterrupt, typer.Abort):
-        console.print("\nstopped; the same command with [bold]--resume[/] goes on where it was")
+        with_resume = " with [bold]--resume[/]" if sys.argv[1:2] in (["demo"], ["run"]) else ""
+        console.print(f"\nstopped; the same command{with_resume} goes on where it was")
         raise SystemExit(130) from None
     except AccordError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
@@ -70,7 +74,8 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {escape(str(error))}; free space on the disk or correct the path")
         raise SystemExit(2) from None
     except typer.TyperException as error:  # a wrong option or a missing argument
-        console.print(f"[bold red]error:[/] {escape(str(error) or type(error).__name__)}; see accord --help")
+        if str(error):  # without a command the help has been shown, which says it all
+            console.print(f"[bold red]error:[/] {escape(str(error))}; see accord --help")
         raise SystemExit(2) from None
 
 
@@ -92,6 +97,7 @@ def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None,
     """Open the run of a recipe."""
     from dataclasses import replace
 
+    import torch
     import transformers
 
     from accord.pipeline import Job
@@ -107,8 +113,15 @@ def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None,
     folder = out or Path("runs") / recipe.name
     text = dump_toml(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
     with run:
-        yield Job(recipe, run, quiet=quiet)
+        job = Job(recipe, run, quiet=quiet)
+        try:
+            yield job
+        finally:
+            if "board" in vars(job):  # a cached property: only a stage that logged has opened it
+                job.board.close()
 
 
 def _whole(recipe: Path, out: Path | None, resume: bool, seed: int | None, quiet: bool) -> None:
@@ -186,7 +199,7 @@ def evaluate_command(
     out: Out = None,
     data: Annotated[str, typer.Option("--data", help="easy-vqa or a VQA folder; needed for a checkpoint")] = "",
     split: Annotated[str, typer.Option("--split", help="which questions of the data")] = "test",
-    questions: Annotated[int, typer.Option("--questions", help="how many at most; 0 for all")] = 0,
+    questions: Annotated[int, typer.Option("--questions", min=0, help="how many at most; 0 for all")] = 0,
     seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
@@ -251,7 +264,12 @@ def pretrain(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = load_recipe(recipe)
-    questions = load_questions(settings.questions)["base"]
+    questions = load_questions(settings.questions).get("base")
+    if not questions:
+        raise DataError(
+            f"{recipe}: no question has the split 'base', the only one that pre-training reads; "
+            "give questions that split, or the source `fractions` such as { base = 0.2, … }"
+        )
     for path in pretrain_families(out, questions, settings.pretrain, family or FAMILIES, quiet=quiet):
         typer.echo(path)
 

@@ -26,6 +26,9 @@ from accord.toml import build, load_toml
 ARMS = ("average", "random", "best-site", "pooled", "ground-truth")
 """What `compare` may name, besides `site <name>`."""
 
+MAX_SEED = 4_294_966
+"""A thousand seeds are derived from each, and NumPy takes 32 bits."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -71,6 +74,10 @@ class SiteConfig:
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
 
+    def __post_init__(self) -> None:
+        """Refuse a share that cannot be dealt out."""
+        _ = self.share
+
     @property
     def share(self) -> SiteShare:
         """What it holds, as the dealer of questions wants it."""
@@ -111,6 +118,12 @@ class Evaluation:
     questions: int = 0  # test questions, 0 for all
     gallery: int = 24  # questions shown with images
 
+    def __post_init__(self) -> None:
+        """Refuse negative counts."""
+        for name in ("questions", "gallery"):
+            if (count := getattr(self, name)) < 0:
+                raise RecipeError(f"{name} must be 0 or more, got {count}; correct evaluation.{name}")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -119,6 +132,7 @@ class Recipe:
     name: str
     sites: tuple[SiteConfig, ...]
     seed: int = 0
+    threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
     compare: tuple[str, ...] = ()
     disjoint_images: bool = True  # no image is at two sites
     questions: tuple[Source, ...] = (Source(),)
@@ -133,7 +147,11 @@ class Recipe:
     evaluation: Evaluation = Evaluation()
 
     def __post_init__(self) -> None:
-        """Refuse names that collide, and comparisons that do not exist."""
+        """Refuse names that collide, comparisons that do not exist, and numbers out of range."""
+        if not 0 <= self.seed <= MAX_SEED:
+            raise RecipeError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}; choose another seed")
+        if self.threads < 0:
+            raise RecipeError(f"threads must be 0 (torch's default) or more, got {self.threads}; correct threads")
         names = [site.name for site in self.sites]
         if not names:
             raise RecipeError("a recipe needs at least one [[sites]] table, got none")
@@ -142,6 +160,8 @@ class Recipe:
         for name in names:
             if not name or not name.replace("-", "").replace("_", "").isalnum():
                 raise RecipeError(f"a site's name is letters, digits, - and _, since it names a folder; got {name!r}")
+        if "pooled" in names and "pooled" in self.compare:
+            raise RecipeError("a site may not be called 'pooled' beside the comparison of that name; rename the site")
         known = [*ARMS, *(f"site {name}" for name in names)]
         for arm in self.compare:
             if arm not in known:

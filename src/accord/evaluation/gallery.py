@@ -42,6 +42,9 @@ def write_gallery(
 ) -> None:
     """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not."""
     chosen = choose(questions, before, after, count)
+    if not chosen:
+        write_atomic(run / "gallery.jsonl", "")
+        return
     groups = []
     for i in chosen:
         q = questions[i]

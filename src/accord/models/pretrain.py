@@ -88,6 +88,8 @@ def _warm_up(
 ) -> None:
     """Train tower and projector to tell apart the answers to open questions, one linear head per question type."""
     images, types, labels = _labels(questions)
+    if not types:
+        return
     pixels = processor.image_processor([load_image(i) for i in images], return_tensors="pt")["pixel_values"]
     pixels = pixels.reshape(len(images), 1, *pixels.shape[-3:]) if pixels.dim() == 5 else pixels
     width = model.config.get_text_config().hidden_size
@@ -109,11 +111,13 @@ def _warm_up(
             features = encode(pixel_values=batch, return_dict=True).pooler_output
             pooled = torch.stack(list(cast(Sequence[Tensor], features))).mean(dim=1)  # [batch, D]
             losses = [cross_entropy(head(pooled), labels[index, t]) for t, head in enumerate(heads)]
-            optimiser.zero_grad()
-            torch.stack([loss for loss in losses if not loss.isnan()]).sum().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            schedule.step()
+            known = [loss for loss in losses if not loss.isnan()]
+            if known:  # a batch may hold no image with an open question
+                optimiser.zero_grad()
+                torch.stack(known).sum().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                schedule.step()
             advance()
 
 
@@ -150,10 +154,11 @@ def pretrain_families(
     Raises:
         RecipeError: an unknown family.
     """
+    known = [name for name in FAMILIES if name in families]
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise RecipeError(f"there is no family {unknown[0]!r}; use one of {', '.join(FAMILIES)}")
     made = []
-    for name in families:
-        if name not in FAMILIES:
-            raise RecipeError(f"there is no family {name!r}; use one of {', '.join(FAMILIES)}")
+    for name in known:
         model, processor = pretrain(name, questions, config, quiet=quiet)
         made.append(Path(save_vlm(model, processor, out / name)))
     return made

@@ -12,14 +12,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from accord.evaluation.report import write_report
-from accord.pipeline.alignment import align_policy
+from accord.pipeline.alignment import align_policy, open_reward
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.job import Job
 from accord.pipeline.routing import train_router
 from accord.pipeline.sites import train_site
 
-__all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "train_router", "train_site"]
+__all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward", "train_router", "train_site"]
 
 
 def execute(job: Job) -> Path:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from accord.alignment.grpo import RewardFunction, align
 from accord.alignment.reward import FederatedReward
+from accord.errors import DataWarning, RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
-from accord.federation.engine import Engine
+from accord.federation.engine import Engine, InProcessEngine
 from accord.models.generate import answer
 from accord.models.load import load_vlm, save_vlm
 from accord.pipeline.job import Job
-from accord.pipeline.sites import open_federation
+from accord.pipeline.sites import open_federation, open_site
 from accord.pipeline.traffic import SaveTraffic, load_traffic, save_traffic
 from accord.progress import ProgressBarCallback
-from accord.recipe import Recipe
-from accord.routing.router import LearnedRouter, Router, load_router
-from accord.types import Question
+from accord.recipe import Recipe, load_recipe
+from accord.routing.router import Encoder, LearnedRouter, Router, load_router
+from accord.types import ImageSource, Question
 
 
 def align_policy(job: Job) -> None:
@@ -38,17 +39,46 @@ def align_policy(job: Job) -> None:
 
 def federated_reward(job: Job, engine: Engine, router: Router, *, soft: bool | None = None) -> FederatedReward:
     """Make the federation a reward function with the recipe's routing; `soft` overrides its mode."""
-    routing = job.recipe.routing
-    mode = routing.mode if soft is None else "soft" if soft else "top1"
+    sources = {q.id: q.image for q in job.questions["public"]}
+    return _reward(job.recipe, engine, router, job.encoder.model, soft=soft, sources=sources)
+
+
+def open_reward(folder: Path | str) -> FederatedReward:
+    """Open the sites and the router of a run folder as one TRL reward function, for a training script of your own.
+
+    Raises:
+        RunError: the folder holds no recipe.
+        CheckpointError: a site's reward model or the router is missing or damaged.
+    """
+    path = Path(folder)
+    if not (path / "recipe.toml").is_file():
+        raise RunError(
+            f"{path}: no recipe.toml, so this is not a run folder; make one with `accord demo` or `accord run`"
+        )
+    recipe = load_recipe(path / "recipe.toml")
+    engine = InProcessEngine({site.name: open_site(recipe, path, site.name).answer for site in recipe.sites})
+    encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
+    return _reward(recipe, engine, LearnedRouter(encoder, load_router(path / "router")), encoder.model)
+
+
+def _reward(
+    recipe: Recipe,
+    engine: Engine,
+    router: Router,
+    model: PreTrainedModel,
+    *,
+    soft: bool | None = None,
+    sources: Mapping[str, ImageSource] | None = None,
+) -> FederatedReward:
     return FederatedReward(
         engine,
         router,
-        mode=mode,
-        scope=routing.scope,
-        end_tokens=_end_tokens(job.encoder.model),
-        deadline=routing.deadline,
-        unfinished=job.recipe.scores.low if job.recipe.scores else None,
-        sources={q.id: q.image for q in job.questions["public"]},
+        mode=recipe.routing.mode if soft is None else "soft" if soft else "top1",
+        scope=recipe.routing.scope,
+        end_tokens=_end_tokens(model),
+        deadline=recipe.routing.deadline,
+        unfinished=recipe.scores.low if recipe.scores else None,
+        sources=sources,
     )
 
 
@@ -63,10 +93,11 @@ def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedMo
     set_seed(recipe.seed)
     model, processor = load_vlm(recipe.policy.checkpoint)
     out = job.path / "checkpoints" / stage
-    last = get_last_checkpoint(str(out)) if out.is_dir() else None
+    last = _newest_checkpoint(out)
+    # Records of step 0 are of a reward model that this stage has trained and kept.
+    job.run.truncate(stage, after_step=_step_of(last) if last else 0)
     if last is not None:
-        job.run.truncate(stage, after_step=int(last.rsplit("-", 1)[1]))
-        load_traffic(job, Path(last) / "traffic.json")
+        load_traffic(job, last / "traffic.json")
     dev = sample_questions(job.questions["dev"], recipe.alignment.evaluate_on, seed=0)
 
     def measure() -> Mapping[str, float]:
@@ -83,11 +114,34 @@ def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedMo
             seed=recipe.seed,
             out=out,
             measure=measure,
-            log=lambda record: job.run.log({"stage": stage, **record}),
+            log=lambda record: job.log({"stage": stage, **record}),
             callbacks=[bar, SaveTraffic(job)],
             resume=last is not None,
         )
     return model, processor
+
+
+def _newest_checkpoint(out: Path) -> Path | None:
+    """Return the newest complete checkpoint in `out`; remove those after it, which an interruption left half-written.
+
+    The trainer writes `trainer_state.json` last, and our byte counts follow it.
+    """
+    for folder in sorted(out.glob("checkpoint-*"), key=_step_of, reverse=True):
+        missing = [name for name in ("trainer_state.json", "traffic.json") if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        warnings.warn(
+            f"{folder} is incomplete (no {' and no '.join(missing)}) and was removed; "
+            "the alignment goes on from the checkpoint before it, or from its beginning",
+            DataWarning,
+            stacklevel=3,
+        )
+        shutil.rmtree(folder)
+    return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def greedy(

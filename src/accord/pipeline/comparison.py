@@ -11,10 +11,7 @@ from transformers import set_seed
 from accord.alignment.grpo import RewardFunction, exact_match_reward
 from accord.alignment.reward import FederatedReward
 from accord.evaluation.accuracy import count_correct, sample_questions
-from accord.evaluation.summary import (
-    Accuracy,
-    accuracy,
-)
+from accord.evaluation.summary import Accuracy, accuracy
 from accord.federation.engine import InProcessEngine, Traffic
 from accord.federation.site import Site, SiteRecord
 from accord.pipeline.alignment import federated_reward, greedy, run_grpo
@@ -56,6 +53,8 @@ def compare(job: Job, arm: str) -> None:
             elif arm == "average":
                 reward = federated_reward(job, open_federation(job), constant_router([1 / count] * count), soft=True)
             elif arm == "random":
+                # What its router drew is in no checkpoint, so this arm starts over.
+                shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)
                 reward = federated_reward(job, open_federation(job), random_router(count, job.recipe.seed))
             elif arm == "best-site":
                 reward = single_site_reward(job, best_site(job))
@@ -79,7 +78,8 @@ def _arm_file(job: Job, arm: str) -> Path:
 
 def arm_accuracy(job: Job, arm: str, split: str) -> Accuracy:
     """Return what a comparison measured on `split`, "dev" or "test"."""
-    counts = json.loads(_arm_file(job, arm).read_text())[split]
+    file = job.need(str(_arm_file(job, arm).relative_to(job.path)), "accord run RECIPE --resume")
+    counts = json.loads(file.read_text())[split]
     return accuracy({name: (right, n) for name, (right, n) in counts.items()})
 
 
@@ -103,7 +103,7 @@ def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
             pairs=pairs,
             held_out=job.questions["dev"],
             seed=seed,
-            log=lambda record: job.run.log({"stage": stage, **record, "step": 0, "reward_model_step": record["step"]}),
+            log=lambda record: job.log({"stage": stage, **record, "step": 0, "reward_model_step": record["step"]}),
         )
         model.save(folder)
     judge = Site("pooled", RewardModel.load(folder), SiteRecord(), score_range=job.recipe.scores)

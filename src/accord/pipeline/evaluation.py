@@ -46,6 +46,7 @@ def evaluate(job: Job) -> None:
     """Measure base and aligned policy with their controls, and write `summary.json` and the gallery."""
     recipe = job.recipe
     with job.run.doing("evaluation"):
+        compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
         questions = job.evaluated
         base, processor = load_vlm(recipe.policy.checkpoint)
         aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE")))
@@ -70,7 +71,7 @@ def evaluate(job: Job) -> None:
         measured = {name: accuracy(count_correct(questions, given)) for name, given in answers.items()}
         for name, result in measured.items():
             by_type = {kind: value.accuracy for kind, value in result.by_type.items()}
-            job.run.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
+            job.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
 
         engine = open_federation(job)
         engine.traffic = Traffic()  # the gallery's questions are for the page, not part of the run
@@ -78,10 +79,10 @@ def evaluate(job: Job) -> None:
         shown = federated_reward(job, engine, router)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
         weights = route(router, questions, [[text] for text in answers["aligned"]])
-        write_summary(job.path / "summary.json", _summary(job, measured, weights))
+        write_summary(job.path / "summary.json", _summary(job, measured, compared, weights))
 
 
-def _summary(job: Job, measured: Mapping[str, Accuracy], weights: Tensor) -> Summary:
+def _summary(job: Job, measured: Mapping[str, Accuracy], compared: Mapping[str, Accuracy], weights: Tensor) -> Summary:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
     by_type: dict[str, list[Tensor]] = defaultdict(list)
@@ -112,7 +113,6 @@ def _summary(job: Job, measured: Mapping[str, Accuracy], weights: Tensor) -> Sum
         )
     router = load_router(job.path / "router")
     routed = json.loads((job.path / "router" / "measured.json").read_text())
-    compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
     manifest = json.loads((job.path / "manifest.json").read_text())
     policy = job.encoder.model
     load_all_traffic(job)

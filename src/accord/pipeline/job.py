@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
+
+from torch.utils.tensorboard import SummaryWriter
 
 from accord.data.easy_vqa import load_easy_vqa
 from accord.data.questions import read_vqa_dataset, read_vqa_folder, split_by_image
@@ -75,6 +78,17 @@ class Job:
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
 
+    def log(self, record: Mapping[str, object]) -> None:
+        """Note a measurement in `metrics.jsonl`, and its numbers for TensorBoard."""
+        self.run.log(record)
+        for name, value in scalars(record):
+            self.board.add_scalar(name, value, cast(int, record.get("step", 0)))
+
+    @cached_property
+    def board(self) -> SummaryWriter:
+        """The TensorBoard event file."""
+        return SummaryWriter(str(self.run.path / "tensorboard"))
+
     @property
     def path(self) -> Path:
         """The run folder."""
@@ -120,3 +134,14 @@ class Job:
         if not path.exists():
             raise RunError(f"{path} is missing; make it with `{command}`, or run the whole recipe with `accord run`")
         return path
+
+
+def scalars(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a metrics record under slash-separated names, the stage first; the step is no name."""
+    if not prefix:
+        prefix = "/".join(str(record[key]) for key in ("stage", "site", "of") if key in record)
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, int | float) and key != "step":
+            yield f"{prefix}/{key}", float(value)

@@ -32,12 +32,12 @@ def train_router(job: Job) -> None:
         with stage_bar("router", config.rounds, quiet=job.quiet) as advance:
 
             def on_round(number: int, loss: float) -> None:
-                job.run.log({"stage": "router", "step": number, "loss": loss})
+                job.log({"stage": "router", "step": number, "loss": loss})
                 advance(text=f"loss {loss:.3f}")
 
             network = fit_router(engine, job.encoder.features, config, seed=job.recipe.seed, on_round=on_round)
         right = routing_accuracy(job, LearnedRouter(job.encoder, network))
-        job.run.log({"stage": "router", "step": config.rounds, "accuracy": right})
+        job.log({"stage": "router", "step": config.rounds, "accuracy": right})
         save_router(job.path / "router", network)
         write_atomic(job.path / "router" / "measured.json", json.dumps({"accuracy": right}) + "\n")
         save_traffic(job, "router")

@@ -47,7 +47,7 @@ def train_site(job: Job, name: str) -> None:
             pairs=pairs,
             held_out=[q for q in job.questions["dev"] if site.share.wants(q)],
             seed=seed,
-            log=lambda record: job.run.log({"stage": "site", "site": name, **record}),
+            log=lambda record: job.log({"stage": "site", "site": name, **record}),
         )
         folder = job.path / "sites" / name
         model.save(folder / "reward")
@@ -137,22 +137,29 @@ def _answers_by_type(questions: Sequence[Question]) -> dict[str, list[str]]:
     return {name: sorted(answers) for name, answers in sorted(by_type.items())}
 
 
+def open_site(recipe: Recipe, run: Path, name: str, training: LocalRouterTraining | None = None) -> Site:
+    """Start a site with the reward model that it left in its part of the run folder."""
+    folder = run / "sites" / name
+    record = folder / "card.json"
+    return Site(
+        name,
+        RewardModel.load(folder / "reward"),
+        msgspec.json.decode(record.read_bytes(), type=SiteRecord) if record.is_file() else None,
+        score_range=recipe.scores,
+        router_training=training,
+    )
+
+
 def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
     """Start every site in this process: each with its reward model, and for router training also its pairs."""
     handlers = {}
     for site in job.recipe.sites:
-        folder = job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}")
+        job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}")
         training = None
         if router_training:
             pairs = site_pairs(job, site.name)
             training = LocalRouterTraining(job.encoder, pairs, len(job.recipe.sites), job.recipe.router)
-        handlers[site.name] = Site(
-            site.name,
-            RewardModel.load(folder),
-            msgspec.json.decode((folder.parent / "card.json").read_bytes(), type=SiteRecord),
-            score_range=job.recipe.scores,
-            router_training=training,
-        ).answer
+        handlers[site.name] = open_site(job.recipe, job.path, site.name, training).answer
     engine = InProcessEngine(handlers)
     engine.traffic = job.traffic
     return engine

@@ -5,7 +5,7 @@
 
 Every client sees one class only, so its local optimum is "always me", and with many local steps, or with one site's
 n_k far above the others', the average never gets past the sites' shares (measured: 0.77 right at 8 rounds of 10 steps
-with sizes 1 : 2 : 9). Few local steps, many rounds and equal n_k get there (0.997 at 60 rounds of 2).
+with sizes 1 : 2 : 9). Few local steps, many rounds and equal n_k get there (0.98 to 1.00 at 60 rounds of 2).
 
 Only router weights and n_k travel. Source: Lu et al. 2026, arXiv 2605.03426, section 3.3. The router so learned tells
 whose *domain* an answer belongs to; it does not predict which reward model is right.

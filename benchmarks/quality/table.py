@@ -1,0 +1,64 @@
+"""Collect the summaries of several seeds of one recipe into one Markdown table.
+
+    python benchmarks/quality/table.py runs/quality/easy-vqa-*
+
+A cell is the mean over seeds ± the sample standard deviation, in percent, on the test questions. "share of the bound" is the gain in macro
+accuracy over the base, divided by that of the ground-truth reward.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+from accord.evaluation.summary import Accuracy, Summary, read_summary
+
+CONTROLS = {"question_only": "control: question only", "shuffled_image": "control: aligned, shuffled images"}
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
+def rows(summaries: list[Summary]) -> dict[str, list[Accuracy]]:
+    """Return the accuracies of every row, one per seed."""
+    table: dict[str, list[Accuracy]] = {}
+    for s in summaries:
+        e = s.evaluation
+        named = {"base": e.base, "**routed federation (MoR)**": e.aligned} | {
+            f"reward: {arm}": accuracy for arm, accuracy in e.compare.items()
+        }
+        for name, label in CONTROLS.items():
+            named[label] = getattr(e, name)
+        for name, accuracy in named.items():
+            if accuracy is not None:
+                table.setdefault(name, []).append(accuracy)
+    return table
+
+
+def main(folders: list[str]) -> None:
+    summaries = [read_summary(Path(folder) / "summary.json") for folder in sorted(folders)]
+    table = rows(summaries)
+    types = list(summaries[0].evaluation.aligned.by_type)
+    n = {name: value.n for name, value in summaries[0].evaluation.aligned.by_type.items()}
+    base = table["base"]
+    bound = table.get("reward: ground-truth")
+    print(f"seeds: {', '.join(str(s.seed) for s in summaries)}\n")
+    print("| | seeds | macro | " + " | ".join(f"{t} (n = {n[t]})" for t in types) + " | share of the bound |")
+    print("|---|---|---|" + "---|" * len(types) + "---|")
+    for name, results in table.items():
+        by_type = [cell([r.by_type[t].accuracy for r in results]) for t in types]
+        share = ""
+        if bound and name not in ("base", *CONTROLS.values()):
+            gains = [(r.macro - b.macro) / (g.macro - b.macro) for r, b, g in zip(results, base, bound, strict=True)]
+            share = cell(gains)
+        print(f"| {name} | {len(results)} | {cell([r.macro for r in results])} | {' | '.join(by_type)} | {share} |")
+    print("\n| site | ranking accuracy on its held-out questions | router accuracy |\n|---|---|---|")
+    for k, site in enumerate(summaries[0].sites):
+        ranking = cell([s.sites[k].ranking.macro for s in summaries])
+        routed = cell([s.router.accuracy for s in summaries if s.router]) if k == 0 else ""
+        print(f"| {site.name} ({site.architecture}) | {ranking} | {routed} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

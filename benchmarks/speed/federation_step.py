@@ -1,0 +1,209 @@
+"""Time a GRPO step against a federation in this process, beside stock TRL with a constant reward.
+
+Both arms are the same `trl.GRPOTrainer` on the same policy, prompts, P, G and seed. The learning rate is 0, so that the
+policy, and with it the length of what it says, stays the same in both; forward, backward and optimiser run as always. A
+round is one trainer per arm; rounds alternate A B A B, and the first step of each is left out (allocation, caches).
+
+    A   a constant reward: what sampling, the policy's and the reference's passes and the update cost anyway
+    B   a federation: router (encoder and network), three reward models, messages encoded and decoded as for a wire
+
+Without `--run` the federation is made of the shipped checkpoints with untrained heads and an untrained router, and
+every answer of a group goes to another site in turn. This is the dear case: all sites get and encode each image.
+
+    python benchmarks/speed/federation_step.py [--run runs/demo] [--rounds 3] [--steps 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging as standard_logging
+import platform
+import random
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+from trl import GRPOTrainer
+
+from accord.alignment.grpo import AlignmentConfig, grpo_config, prompt_dataset
+from accord.alignment.reward import FederatedReward
+from accord.data.easy_vqa import load_easy_vqa
+from accord.federation.engine import InProcessEngine
+from accord.federation.site import ScoreRange, Site
+from accord.models.load import load_vlm, parameter_count
+from accord.models.tiny import FAMILIES
+from accord.recipe import Recipe, SiteConfig, load_recipe
+from accord.rewards.model import RewardModel
+from accord.routing.router import Encoder, LearnedRouter, RouterNetwork, load_router
+
+
+@dataclass
+class Clock:
+    """Seconds by part, one list entry per GRPO step; rewards are computed once a step."""
+
+    spent: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def around(self, part: str, call: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object, **kwargs: object) -> object:
+            began = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.spent[part].append(time.perf_counter() - began)
+
+        return timed
+
+
+class StepTimes(TrainerCallback):
+    """Seconds from the end of one step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def constant(prompts, completions, **_) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def federation(run: Path | None, clock: Clock) -> FederatedReward:
+    if run is not None:
+        recipe = load_recipe(run / "recipe.toml")
+        judges = {s.name: RewardModel.load(run / "sites" / s.name / "reward") for s in recipe.sites}
+        network, scores = load_router(run / "router"), recipe.scores
+    else:
+        recipe = Recipe("untrained", tuple(SiteConfig(name, f"accord/{name}") for name in FAMILIES))
+        torch.manual_seed(0)
+        judges = {s.name: RewardModel.from_checkpoint(s.checkpoint).eval() for s in recipe.sites}
+        network, scores = None, ScoreRange()
+    encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
+    learned = LearnedRouter(encoder, network or RouterNetwork(encoder.features, len(judges), recipe.router))
+
+    def in_turn(*args: object) -> torch.Tensor:
+        rows = len(learned(*args))
+        return torch.nn.functional.one_hot(torch.arange(rows) % len(judges), len(judges)).float()
+
+    router = clock.around("routing", learned if network is not None else in_turn)
+    sites = {name: Site(name, judge, score_range=scores) for name, judge in judges.items()}
+    engine = InProcessEngine({name: site.answer for name, site in sites.items()})
+    engine.ask = clock.around("scoring", engine.ask)
+    return FederatedReward(
+        engine,
+        router,
+        mode=recipe.routing.mode,
+        scope=recipe.routing.scope,
+        end_tokens=[encoder.processor.tokenizer.eos_token_id],
+    )
+
+
+def run_arm(reward: Callable[..., list[float | None]], checkpoint: str, config: AlignmentConfig) -> list[float]:
+    """Return the seconds of every step but the first."""
+    model, processor = load_vlm(checkpoint)
+    questions = [q for q in load_easy_vqa() if q.split == "public"]
+    data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0))
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=grpo_config(config, seed=0, out=Path(scratch)),
+            train_dataset=data,
+            processing_class=processor,
+            callbacks=[times],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return times.seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="seconds per GRPO step, federation against a constant reward")
+    parser.add_argument("--run", type=Path, default=None, help="a run folder whose sites and router to use")
+    parser.add_argument("--rounds", type=int, default=3, help="trainers per arm")
+    parser.add_argument("--steps", type=int, default=6, help="steps per trainer, the first of which is not counted")
+    parser.add_argument("--prompts", type=int, default=36, help="P")
+    parser.add_argument("--group", type=int, default=8, help="G")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    standard_logging.basicConfig(level=standard_logging.ERROR)
+    warnings.simplefilter("ignore")
+    checkpoint = (
+        load_recipe(options.run / "recipe.toml").policy.checkpoint if options.run else "accord/llava-clip-llama"
+    )
+    config = AlignmentConfig(
+        steps=options.steps,
+        prompts_per_step=options.prompts,
+        group_size=options.group,
+        learning_rate=0.0,
+        save_every=0,
+        evaluate_every=0,
+    )
+    clock, inside = Clock(), Clock()
+    reward = federation(options.run, clock)
+    whole = inside.around("reward", reward)
+    whole.__name__ = "federation"
+    arms: dict[str, list[float]] = {"constant": [], "federation": []}
+    parts: dict[str, list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        arms["constant"] += run_arm(constant, checkpoint, config)
+        arms["federation"] += run_arm(whole, checkpoint, config)
+        for name, values in [*clock.spent.items(), *inside.spent.items()]:
+            assert len(values) == options.steps, f"{name}: {len(values)} calls in {options.steps} steps"
+            parts[name] += values[1:]
+        clock.spent.clear()
+        inside.spent.clear()
+
+    n = len(arms["constant"])
+    step = {name: median(values) for name, values in arms.items()}
+    middle = {name: median(values) for name, values in parts.items()}
+    middle["messages and fusion"] = median(
+        whole - router - sites
+        for whole, router, sites in zip(parts["reward"], parts["routing"], parts["scoring"], strict=True)
+    )
+    of = f"run {options.run}" if options.run else "untrained models, each answer of a group to another site"
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    print(
+        f"P = {options.prompts}, G = {options.group}, policy {checkpoint} "
+        f"({parameter_count(load_vlm(checkpoint)[0]) / 1e6:.2f} M), K = {len(reward.engine.sites)}, {of}; "
+        f"medians of n = {n} steps per arm, {options.rounds} rounds A B\n"
+    )
+    print("| per GRPO step | seconds | share of the federated step |")
+    print("|---|---|---|")
+    rows = [
+        ("stock TRL, constant reward", step["constant"]),
+        ("stock TRL, federation", step["federation"]),
+        ("… routing", middle["routing"]),
+        ("… scoring at the sites, coding of messages included", middle["scoring"]),
+        ("… grouping, images to PNG, fusion", middle["messages and fusion"]),
+        ("… the rest: sampling, policy, reference, update", step["federation"] - middle["reward"]),
+    ]
+    for name, seconds in rows:
+        print(f"| {name} | {seconds:.3f} | {seconds / step['federation']:.0%} |")
+    print(f"\nfederation ÷ constant: {step['federation'] / step['constant']:.2f}")
+    sent = sum(c.bytes_to_site for (_, kind), c in reward.engine.traffic.counts.items() if kind == "score")
+    back = sum(c.bytes_from_site for (_, kind), c in reward.engine.traffic.counts.items() if kind == "score")
+    steps = options.rounds * options.steps
+    print(f"bytes per step: {sent / steps:,.0f} to the sites, {back / steps:,.0f} from them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from accord.models.load import load_vlm
+from accord.models.tiny import FAMILIES
+from accord.pipeline import open_reward
+from accord.rewards.model import RewardModel
+from accord.types import vqa_prompt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_own_router():
+    """The script asserts its own numbers; the table has a row for each of four questions."""
+    lines = run("examples/own_router.py").splitlines()
+    assert len(lines) == 5
+    assert lines[-1].split()[-2:] == ["None", "None"]
+
+
+@pytest.mark.slow
+def test_the_method_in_one_file():
+    out = run("examples/mor_in_one_file.py", "--quick")
+    for part in ("questions", "base", "site", "router", "step", "asked", "aligned"):
+        assert re.search(rf" s  {part}\b", out), out
+    assert len(re.findall(r"site +\S+: right answer on top", out)) == 3
+
+
+@pytest.mark.slow
+def test_stock_trl(run_folder, tmp_path):
+    out = run("examples/stock_trl.py", "--quick", "--run", str(run_folder), "--out", str(tmp_path / "policy"))
+    asked = {line.split()[0] for line in out.splitlines() if line.endswith(" B")}
+    assert asked and asked <= {"colour", "shape", "yes-no"}
+    load_vlm(str(tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_three_ways_of_scoring_are_timed_and_agree(family):
+    """`measure` asserts that they agree; two prompts of four candidates, once each."""
+    spec = importlib.util.spec_from_file_location("scoring", ROOT / "benchmarks/speed/scoring.py")
+    assert spec and spec.loader
+    scoring = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scoring)
+    model = RewardModel(*load_vlm(f"accord/{family}")).eval().requires_grad_(False)
+    seconds, difference = scoring.measure(model, 2, 4, 1)
+    assert {name: len(values) for name, values in seconds.items()} == {"once": 1, "repeated": 1, "one by one": 1}
+    assert difference < scoring.TOLERANCE
+
+
+def test_the_federation_put_together_by_hand(run_folder):
+    """The page's marked block makes the reward function that `open_reward` makes."""
+    page = (ROOT / "docs" / "stock-trl.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^<!-- run with run_folder -->\n```python\n(.*?)^```", page, re.M | re.S)
+    names = {"run_folder": run_folder}
+    exec(code, names)
+    by_hand, opened = names["reward"], open_reward(run_folder)
+    assert list(by_hand.engine.sites) == list(opened.engine.sites) == ["colour", "shape", "yes-no"]
+    rows = {
+        "prompts": [vqa_prompt("what color is the shape?")] * 3,
+        "completions": [[{"role": "assistant", "content": text}] for text in ("red", "blue", "circle")],
+        "image": [Image.new("RGB", (64, 64), "red")] * 3,
+    }
+    assert by_hand(**rows) == opened(**rows)
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run(run_folder):
+    """Smallest sizes: that they run and agree, not how fast."""
+    table = run(
+        "benchmarks/speed/federation_step.py", "--rounds", "1", "--steps", "2", "--prompts", "3", "--group", "2"
+    )
+    assert "federation ÷ constant" in table
+    smallest = ("--rounds", "1", "--steps", "2", "--prompts", "3", "--group", "2", "--run", str(run_folder))
+    assert "routing" in run("benchmarks/speed/federation_step.py", *smallest)

@@ -1,0 +1,104 @@
+"""A plan is made from headers and names alone: no connection is opened and no model is loaded."""
+
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from accord.plan import Size, describe, size_of
+from accord.recipe import Policy, Recipe, SiteConfig, load_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def forbidden(monkeypatch):
+    """Neither the network nor a model."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a plan downloads and loads nothing")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(path, monkeypatch, capsys):
+    from accord.cli import main
+
+    recipe = load_recipe(path)
+    monkeypatch.setattr("sys.argv", ["accord", "plan", str(path)])
+    main()
+    out, err = capsys.readouterr()
+    assert err == "" and out.startswith(f"plan of {recipe.name}, seed {recipe.seed}\n")
+    for site in recipe.sites:
+        assert f"site {site.name} " in out and site.checkpoint in out
+    for arm in recipe.compare:
+        assert arm in out
+    assert f"{recipe.alignment.steps} steps of {recipe.alignment.prompts_per_step} prompts" in out
+    assert "stays at each site" in out
+
+
+def test_the_sizes_of_models_to_be_downloaded_come_from_their_names():
+    """7 B parameters in bf16 are 14 GB; trained they need 16 bytes each, 112 GB; 2 B with a rank-16 adapter 4.2 GB.
+
+    The adapter adds 2 · 16 / 4096 of the parameters, 14 bytes each: 2e9 · (2 + 14 / 128) = 4.2e9.
+    """
+    (path,) = (path for path in RECIPES if path.stem.startswith("qwen"))
+    out = describe(load_recipe(path))
+    assert "7.0 B (by its name, to be downloaded)" in out and "112.0 GB + reference 14.0 GB" in out
+    assert "2.0 B (by its name" in out and "LoRA rank 16, 4.2 GB" in out
+    assert "500.00 M (by its name" in out
+
+
+def test_a_size_that_no_name_tells_is_unknown():
+    assert size_of("somebody/a-fine-model") == Size(0.0, "unknown, to be downloaded")
+    recipe = Recipe("x", (SiteConfig("a", "somebody/a-fine-model"),), policy=Policy("accord/none"))
+    out = describe(recipe)
+    assert "? (unknown, to be downloaded)" in out and "? (not there)" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 7e9),
+        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.5e9),
+        ("HuggingFaceTB/SmolVLM-256M-Instruct", 256e6),
+        ("somebody/v2-beta", 0.0),
+    ],
+)
+def test_sizes_by_name(name, parameters):
+    assert size_of(name).parameters == parameters
+
+
+def test_a_local_checkpoint_is_counted(tmp_path):
+    """2 · 3 + 5 in one file and 7 in another: 18."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.zeros(2, 3), "b": torch.zeros(5)}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(7)}, tmp_path / "model-2.safetensors")
+    assert size_of(str(tmp_path)) == Size(18.0, "counted")
+
+
+def test_the_shipped_checkpoints_are_counted():
+    for name in ("llava-clip-llama", "llava-siglip-qwen2", "idefics3"):
+        size = size_of(f"accord/{name}")
+        assert size.known == "counted" and 2e5 < size.parameters < 5e5
+
+
+def test_the_bytes_of_a_step_by_hand():
+    """2 prompts · 4 completions of at most 4 · 4 bytes, images of 300 bytes, 3 sites of which one is asked:
+
+    least 2 (300 + 64) = 728 B, most 2 (900 + 64) = 1928 B, back 2 · 4 · 9 = 72 B; 10 steps 19 kB down and 720 B up.
+    """
+    sites = tuple(SiteConfig(name, "accord/idefics3") for name in "abc")
+    recipe = Recipe("x", sites)
+    small = replace(recipe.alignment, steps=10, prompts_per_step=2, group_size=4, max_completion_length=4)
+    out = describe(replace(recipe, alignment=small))
+    assert "to the sites, per GRPO step: 728 B to 2 kB" in out
+    assert "from the sites, per GRPO step: 72 B of scores; in all 10 steps: at most 19 kB down, 720 B up" in out

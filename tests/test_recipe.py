@@ -1,0 +1,73 @@
+"""A recipe refuses what cannot run before anything runs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import accord.cli
+from accord.errors import RecipeError
+from accord.recipe import ARMS, MAX_SEED, Recipe, SiteConfig, load_recipe
+from accord.toml import build, dump_toml
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+SITES = [{"name": "a", "checkpoint": "accord/idefics3"}, {"name": "b", "checkpoint": "accord/idefics3"}]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_survives_being_written(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert build(Recipe, tomllib.loads(dump_toml(recipe))) == recipe
+
+
+def test_the_demo_is_the_one_that_ships():
+    assert (ROOT / "recipes" / "demo.toml").read_bytes() == accord.cli.DEMO.read_bytes()
+
+
+def test_the_least_recipe():
+    """A name and a site are enough: easy-VQA, the shipped policy, top-1 routing."""
+    recipe = build(Recipe, {"name": "x", "sites": SITES[:1]})
+    assert recipe == Recipe("x", (SiteConfig("a", "accord/idefics3"),))
+    assert (recipe.questions[0].kind, recipe.routing.mode) == ("easy-vqa", "top1")
+
+
+@pytest.mark.parametrize("arm", [*ARMS, "site a", "site b"])
+def test_every_comparison_may_be_named(arm):
+    assert build(Recipe, {"name": "x", "sites": SITES, "compare": [arm]}).compare == (arm,)
+
+
+def site(**fields):
+    return [{**SITES[0], **fields}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sites": []}, "at least one [[sites]] table, got none"),
+        ({"sites": SITES[:1] * 2}, "two sites have the same name in ['a', 'a']"),
+        ({"sites": site(name="")}, "names a folder; got ''"),
+        ({"sites": site(name="../a")}, "names a folder; got '../a'"),
+        ({"sites": site(name="a b")}, "names a folder; got 'a b'"),
+        ({"sites": [{"name": "a"}]}, "sites[0].checkpoint is missing"),
+        ({"sites": site(lora={"rnk": 4})}, "sites[0].lora.rnk is not a setting; did you mean rank?"),
+        ({"compare": ["site c"]}, "compare names 'site c'; it may name average, random"),
+        ({"compare": ["pooled"], "sites": site(name="pooled")}, "may not be called 'pooled'"),
+        ({"seed": -1}, f"seed must be between 0 and {MAX_SEED}, got -1"),
+        ({"seed": MAX_SEED + 1}, f"got {MAX_SEED + 1}"),
+        ({"threads": -1}, "threads must be 0 (torch's default) or more, got -1"),
+        ({"questions": [{"kind": "folder"}]}, "a source of kind 'folder' needs a path"),
+        ({"questions": [{"kind": "zip", "path": "x"}]}, 'must be one of "easy-vqa", "folder", "huggingface"'),
+        ({"evaluation": {"questions": -1}}, "[evaluation] questions must be 0 or more, got -1"),
+        ({"evaluation": {"gallery": -1}}, "[evaluation] gallery must be 0 or more, got -1"),
+        ({"routing": {"mode": "top2"}}, 'routing.mode must be one of "top1", "soft"'),
+        ({"router": {"width": 10, "heads": 4}}, "width must be a multiple of heads, got 10 and 4"),
+        ({"alignment": {"group_size": 1}}, "group_size must be at least 2"),
+        ({"aligment": {}}, "aligment is not a setting; did you mean alignment?"),
+    ],
+)
+def test_what_is_refused(changes, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        build(Recipe, {"name": "x", "sites": SITES, **changes})
