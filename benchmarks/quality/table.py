@@ -2,8 +2,8 @@
 
     python benchmarks/quality/table.py runs/quality/easy-vqa-*
 
-A cell is the mean over seeds ± the sample standard deviation, in percent, on the test questions. "share of the bound" is the gain in macro
-accuracy over the base, divided by that of the ground-truth reward.
+A cell is the mean over seeds ± the sample standard deviation, in percent, on test. "share of the bound" is
+the gain in macro accuracy over the base, divided by that of the ground-truth reward.
 """
 
 import statistics

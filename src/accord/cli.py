@@ -48,6 +48,7 @@ app.add_typer(router_app, name="router")
 console = Console(stderr=True, soft_wrap=True)
 
 RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a TOML file")]
+SiteName = Annotated[str, typer.Argument(help="the site's name in the recipe")]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; by default runs/<name of the recipe>")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")]
 Seed = Annotated[int | None, typer.Option("--seed", help="use this seed instead of the recipe's")]
@@ -74,8 +75,8 @@ def main() -> None:
         console.print(f"[bold red]error:[/] {escape(str(error))}; free space on the disk or correct the path")
         raise SystemExit(2) from None
     except typer.TyperException as error:  # a wrong option or a missing argument
-        if str(error):  # without a command the help has been shown, which says it all
-            console.print(f"[bold red]error:[/] {escape(str(error))}; see accord --help")
+        if message := error.format_message().removesuffix("."):  # empty after help that was shown for want of a command
+            console.print(f"[bold red]error:[/] {escape(message)}; see accord --help")
         raise SystemExit(2) from None
 
 
@@ -170,7 +171,7 @@ def _stage(recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage:
 
 
 @site_app.command("train")
-def site_train(recipe: RecipeFile, name: str, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
+def site_train(recipe: RecipeFile, name: SiteName, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
     """Train one site's reward model on its private pairs."""
     from accord.pipeline import train_site
 

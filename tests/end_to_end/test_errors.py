@@ -36,7 +36,13 @@ def text_only(tmp_path_factory):
     """A language model that sees nothing."""
     folder = tmp_path_factory.mktemp("models") / "text-only"
     tokenizer = train_tokenizer(["yes", "no"], vocab_size=270)
-    config = LlamaConfig(len(tokenizer), 16, 32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -88,15 +94,23 @@ def test_a_seed_out_of_range(fails, recipe, tmp_path, seed):
     [
         (("runn",), "No such command 'runn'"),
         (("site", "trian"), "No such command 'trian'"),
-        (("run",), "Missing parameter: recipe"),
+        (("run",), "Missing argument 'recipe'"),
         (("plan", "--speed", "3"), "No such option: --speed"),
-        (("run", "x.toml", "--seed", "two"), "'two' is not a valid"),
-        (("evaluate", "accord/idefics3", "--questions", "-5"), "-5 is not in the range"),
+        (("run", "x.toml", "--seed", "two"), "Invalid value for '--seed': Input should be a valid integer"),
+        (
+            ("evaluate", "accord/idefics3", "--questions", "-5"),
+            "Invalid value for '--questions': Input should be greater than or equal to 0",
+        ),
     ],
 )
 def test_a_wrong_command(fails, arguments, said):
     line = fails(*arguments)
     assert said in line and "see accord --help" in line
+
+
+def test_no_command_shows_the_help(accord):
+    status, out, err = accord()
+    assert (status, err) == (2, "") and "pretrain" in out
 
 
 def test_a_run_folder_that_exists(fails, finished):
@@ -172,26 +186,30 @@ def test_an_unknown_family(fails, tmp_path):
     assert "there is no family 'llava'; use one of llava-clip-llama" in line and not (tmp_path / "out").exists()
 
 
+def space_for(writes):
+    """Return an `os.write` that finds the disk full after so many calls."""
+    write, left = os.write, writes
+
+    def scarce(descriptor, data):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    return scarce
+
+
 def test_a_full_disk_leaves_nothing_half_written(finished, accord, monkeypatch, tmp_path):
     """The disk fills up at one write after another, until the stage gets by with as many as there were."""
     recipe, run, _, _ = finished
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     before = (copy / "router" / "router.safetensors").read_bytes()
-    write = os.write
     failures = 0
     for allowed in range(0, 60, 3):
-        left = allowed
-
-        def scarce(descriptor, data):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(descriptor, data)
-
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", scarce)
+            patch.setattr(os, "write", space_for(allowed))
             status, _, err = accord("router", "train", recipe, "--out", copy, "--quiet")
         assert not [path for path in copy.rglob("*") if ".partial-" in path.name or ".replaced-" in path.name]
         assert (copy / "router" / "router.safetensors").read_bytes() == before

@@ -1,4 +1,4 @@
-"""A run that was stopped goes on to the same bytes: by Ctrl-C, in a site's stage or in GRPO, or by a torn checkpoint."""
+"""A run that was stopped goes on to the same bytes: by Ctrl-C in a site's stage or in GRPO, or by a torn checkpoint."""
 
 import shutil
 import sys
@@ -37,7 +37,7 @@ def stopped(finished, start, tmp_path_factory):
     assert process.returncode == 130, err
     assert "--resume" in err and "Traceback" not in err
     assert not (run / "policy").exists()
-    found = sorted(path.name for path in (run / "checkpoints" / "align").iterdir())
+    found = sorted(path.name for path in (run / "checkpoints" / "align").glob("checkpoint-*"))
     assert found == ["checkpoint-1", "checkpoint-2"]
     return recipe, run
 

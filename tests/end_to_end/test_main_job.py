@@ -48,10 +48,9 @@ def names(folder):
 def test_a_run_leaves_its_folder(finished):
     """Everything of the run folder's contract, nothing half-written, and the trainer's checkpoints gone."""
     _, run, out, err = finished
-    assert names(run) == sorted(
-        "recipe.toml manifest.json stages.json metrics.jsonl timings.jsonl summary.json report.html gallery.jsonl "
-        "run.lock tensorboard sites router checkpoints policy gallery traffic".split()
-    )
+    files = ("recipe.toml", "manifest.json", "stages.json", "metrics.jsonl", "timings.jsonl", "summary.json")
+    written = ("report.html", "gallery.jsonl", "run.lock", "tensorboard", "sites", "router", "checkpoints", "policy")
+    assert names(run) == sorted([*files, *written, "gallery", "traffic"])
     assert names(run / "sites") == sorted(SITES) and names(run / "checkpoints") == []
     assert names(run / "gallery") == ["0.png", "1.png", "2.png", "3.png"]
     assert not [path for path in run.rglob("*") if ".partial-" in path.name or ".replaced-" in path.name]

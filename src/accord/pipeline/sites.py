@@ -14,7 +14,8 @@ import msgspec
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
-from accord.data.preferences import build_preferences, read_preferences, write_preferences
+from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
+from accord.errors import DataError
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
@@ -87,6 +88,11 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
         answers_by_type=_answers_by_type([*job.questions.get("base", []), *questions]),
         mix=settings.mix,
     )
+    if len(job.pairs[name]) < MIN_PAIRS:
+        raise DataError(
+            f"site {name} has {len(job.pairs[name])} preference pairs from {len(questions)} questions, at least "
+            f"{MIN_PAIRS} are needed; give it more questions, or raise preferences.rejected_per_question"
+        )
     return job.pairs[name]
 
 

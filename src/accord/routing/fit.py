@@ -13,6 +13,7 @@ whose *domain* an answer belongs to; it does not predict which reward model is r
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -140,9 +141,9 @@ def fit_router(
                 update = read_weights(reply.weights, network.state_dict())
             except CheckpointError:
                 continue
-            if reply.examples > 0:
+            if reply.examples > 0 and math.isfinite(reply.loss):
                 updates.append(update)
-                examples.append(reply.examples)
+                examples.append(min(reply.examples, config.pairs_per_site))  # a site cannot claim more weight than that
                 losses.append(reply.loss)
         if not updates:
             raise RunError(

@@ -1,0 +1,75 @@
+from collections import Counter
+
+import pytest
+
+from accord.data.easy_vqa import load_easy_vqa
+from accord.errors import DataError, RunError
+from accord.pipeline.job import load_questions, scalars
+from accord.recipe import Source
+
+SPLITS = ("private", "public", "dev", "test")
+
+
+def one_each(kind="colour"):
+    return [(split, kind, "red") for split in SPLITS]
+
+
+def test_sources_are_joined_by_split(vqa):
+    """Two folders with one question a split: two a split; the folder's name is the domain."""
+    sources = [Source(kind="folder", path=vqa(name, one_each())) for name in ("x-ray", "indoor")]
+    questions = load_questions(sources)
+    assert {split: [q.domain for q in items] for split, items in questions.items()} == {
+        split: ["x-ray", "indoor"] for split in SPLITS
+    }
+
+
+def test_a_domain_can_be_renamed_and_types_carry_it(vqa):
+    path = vqa("set-7", one_each())
+    (q,) = load_questions([Source(kind="folder", path=path, domain="x-ray", type_prefix=True)])["dev"]
+    assert (q.domain, q.question_type) == ("x-ray", "x-ray/colour")
+    (q,) = load_questions([Source(kind="folder", path=path)])["dev"]
+    assert (q.domain, q.question_type) == ("set-7", "colour")
+
+
+def test_fractions_deal_out_a_set_without_splits(vqa):
+    """60 images by shares of a quarter: every one lands once, and whole splits come from nowhere else."""
+    path = vqa("plain", [("test", "colour", "red")] * 60)
+    questions = load_questions([Source(kind="folder", path=path, fractions=dict.fromkeys(SPLITS, 0.25))])
+    assert sum(map(len, questions.values())) == 60 and set(questions) == set(SPLITS)
+    assert all(q.split == split for split, items in questions.items() for q in items)
+    again = load_questions([Source(kind="folder", path=path, fractions=dict.fromkeys(SPLITS, 0.25))])
+    assert again == questions
+
+
+@pytest.mark.parametrize("missing", SPLITS)
+def test_a_split_that_the_job_needs_is_asked_for(vqa, missing):
+    path = vqa("folder", [row for row in one_each() if row[0] != missing])
+    with pytest.raises(DataError, match=f"no question has the split '{missing}'") as error:
+        load_questions([Source(kind="folder", path=path)])
+    assert "`fractions`" in str(error.value) and f"'{missing}': " not in str(error.value)
+
+
+def test_easy_vqa_needs_nothing_more():
+    """Its own splits: 1,000, 1,800, 200 and 1,000 training images, and the 1,000 of its test side."""
+    questions = load_questions([Source()])
+    images = {split: len({q.image for q in items}) for split, items in questions.items()}
+    assert images == {"base": 1000, "private": 1800, "dev": 200, "public": 1000, "test": 1000}
+    assert Counter(q.split for q in load_easy_vqa()) == {split: len(items) for split, items in questions.items()}
+
+
+def test_a_site_is_found_by_name(job):
+    assert job.site("b").question_types == ("number",)
+    with pytest.raises(RunError, match="no site 'c'; it has a, b"):
+        job.site("c")
+
+
+def test_what_an_earlier_stage_should_have_made_is_needed(job):
+    with pytest.raises(RunError, match="router is missing; make it with `accord router train RECIPE`"):
+        job.need("router", "accord router train RECIPE")
+    (job.path / "router").mkdir()
+    assert job.need("router", "…") == job.path / "router"
+
+
+def test_the_numbers_of_a_record_have_names():
+    record = {"stage": "site", "site": "a", "step": 3, "loss": 0.5, "ranking": {"colour": 1}, "note": "x"}
+    assert dict(scalars(record)) == {"site/a/loss": 0.5, "site/a/ranking/colour": 1.0}
