@@ -255,6 +255,7 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Make the small checkpoints that ship with Accord again, or others for a recipe's questions."""
+    import torch
     import transformers
 
     from accord.models.pretrain import pretrain_families
@@ -265,6 +266,8 @@ def pretrain(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     settings = load_recipe(recipe)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
     questions = load_questions(settings.questions).get("base")
     if not questions:
         raise DataError(

@@ -119,6 +119,18 @@ def test_a_site_without_a_usable_update_sits_the_round_out(bad, caplog):
     assert rounds == [(1, 1.0), (2, 1.0)]
 
 
+def test_a_site_cannot_claim_more_than_its_draw():
+    """pairs_per_site = 500 caps the claim of 2**62: (500 · 1 + 500 · 5) / 1000 = 3."""
+    assert values(fit({"a": constant(1.0, 500), "greedy": constant(5.0, 2**62)})) == {3.0}
+
+
+def test_a_loss_that_is_not_finite_is_not_believed():
+    rounds = []
+    sites = {"a": constant(2.0), "odd": constant(9.0, 1, math.nan)}
+    assert values(fit(sites, on_round=lambda *told: rounds.append(told))) == {2.0}
+    assert rounds == [(1, 1.0), (2, 1.0)]
+
+
 def test_a_site_may_come_back():
     """Absent in round 1, there in round 2: (2 + 6) / 2 = 4."""
 
