@@ -10,10 +10,10 @@ script:
     trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=prompts, args=GRPOConfig(beta=0.02, …))
     trainer.train()
 
-Absent is not zero. TRL turns None into NaN and sums with `nansum`, so that with a single reward function a missing
-reward becomes 0, the worst score there is. `missing="group_mean"` therefore gives such a completion the mean of its
-group's rewards (advantage zero), and a group that nobody scored the same value throughout; `missing="none"` returns
-None, for use beside further reward functions.
+Absent is not zero. `missing="none"` returns None: with a single reward function TRL 1.16 leaves such a completion out of
+its group's mean and deviation and gives it advantage zero, but beside further functions `nansum` counts it as 0.
+`missing="group_mean"` gives it the mean of its group's rewards: advantage zero in both cases, at the price of a smaller
+deviation of the group; a group that nobody scored gets the same value throughout.
 """
 
 from __future__ import annotations
