@@ -10,7 +10,7 @@ script:
     trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=prompts, args=GRPOConfig(beta=0.02, …))
     trainer.train()
 
-Absent is not zero. `missing="none"` returns None: with a single reward function TRL 1.16 leaves such a completion out of
+Absent is not zero. `missing="none"` returns None: with a single reward function TRL 1.16 leaves such a row out of
 its group's mean and deviation and gives it advantage zero, but beside further functions `nansum` counts it as 0.
 `missing="group_mean"` gives it the mean of its group's rewards: advantage zero in both cases, at the price of a smaller
 deviation of the group; a group that nobody scored gets the same value throughout.
