@@ -8,7 +8,8 @@ what the policy can say, and come from four sources:
     same type    another answer to questions of this type: what a person would get wrong
     policy       what the policy really said to this question and is wrong: where the optimiser starts
     other type   an answer to questions of another type
-    malformed    repetition, two answers joined, one word too many, nothing, an echo of the question
+    malformed    repetition, two answers joined or run together, a stray character, one word too many, nothing, an echo
+                 of the question
 
 "Wrong" is "differs from the reference once normalised", as exact match has it: another true wording counts as wrong.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 import random
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
@@ -24,15 +26,18 @@ from accord.data.questions import normalise_answer
 from accord.errors import RecipeError
 from accord.types import Question
 
+STRAY = string.ascii_letters + string.digits + string.punctuation + "\N{REPLACEMENT CHARACTER}"
+"""Characters that a policy may leave at an answer's edge; the last is how half a UTF-8 character is decoded."""
+
 
 @dataclass(frozen=True)
 class NegativeMix:
     """The share of each source among the rejected answers; shares are relative, and 0 turns a source off."""
 
-    same_type: float = 0.4
-    policy: float = 0.3
+    same_type: float = 0.35
+    policy: float = 0.25
     other_type: float = 0.2
-    malformed: float = 0.1
+    malformed: float = 0.2
 
     def __post_init__(self) -> None:
         """Refuse negative shares, and four zeros."""
@@ -94,11 +99,16 @@ def _next(queue: list[str], barred: set[str]) -> str | None:
 
 
 def _malformed(question: Question, answers: Sequence[str], generator: random.Random) -> list[str]:
-    words = question.text.rstrip("?!. ").split()
-    right = question.answer
-    joined = [f"{right} {generator.choice(answers)}"] if answers else []
-    one_too_many = [f"{right} {generator.choice(words)}"] if words else []
-    return _distinct([f"{right} {right}", *joined, *one_too_many, "", " ".join(words[-2:])])
+    """Return one answer of every malformed kind; what is run together or stray was found by policies, not by us."""
+    right, words = question.answer, question.text.rstrip("?!. ").split()
+    stray = generator.choice(STRAY)
+    found = [f"{right} {right}", f"{right}{right}", f"{right}{stray}", f"{stray}{right}", "", " ".join(words[-2:])]
+    if answers:
+        other, another = generator.choice(answers), generator.choice(answers)
+        found += [f"{right} {other}", f"{right}{other}", f"{other}{right}", f"{other}{another}"]
+    if words:
+        found.append(f"{right} {generator.choice(words)}")
+    return _distinct(found)
 
 
 def _distinct(answers: Sequence[str]) -> list[str]:
