@@ -46,15 +46,16 @@ def test_every_recipe_has_a_plan(path, monkeypatch, capsys):
 
 
 def test_the_sizes_of_models_to_be_downloaded_come_from_their_names():
-    """7 B parameters in bf16 are 14 GB; trained they need 16 bytes each, 112 GB; 2 B with a rank-16 adapter 4.2 GB.
+    """7 B parameters: frozen 2 bytes each, 14 GB; trained 16, 112 GB; the reference 4, 28 GB. 3 B with LoRA 6.4 GB.
 
-    The adapter adds 2 · 16 / 4096 of the parameters, 14 bytes each: 2e9 · (2 + 14 / 128) = 4.2e9.
+    The adapter of rank 16 adds 2 · 16 / 4096 of the parameters, 16 bytes each: 3e9 · (2 + 16 / 128) = 6.375e9.
     """
     (path,) = (path for path in RECIPES if path.stem.startswith("qwen"))
     out = describe(load_recipe(path))
-    assert "7.0 B (by its name, to be downloaded)" in out and "112.0 GB + reference 14.0 GB" in out
-    assert "2.0 B (by its name" in out and "LoRA rank 16, 4.2 GB" in out
-    assert "500.00 M (by its name" in out
+    assert "7.0 B (by its name, to be downloaded)" in out and "112.0 GB + reference 28.0 GB" in out
+    assert "frozen encoder                       14.0 GB, at every site too" in out
+    assert "3.0 B (by its name" in out and "LoRA rank 16, 6.4 GB" in out
+    assert "500.00 M (by its name" in out and "8.0 GB" in out
 
 
 def test_a_size_that_no_name_tells_is_unknown():

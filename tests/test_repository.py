@@ -102,6 +102,36 @@ def test_no_module_is_a_drawer() -> None:
     assert [path for path in SOURCES if path.name in drawers] == []
 
 
+ORDER = (
+    *("version", "errors", "types", "progress", "toml", "runs"),
+    *("data", "models", "rewards", "federation", "routing", "alignment", "evaluation"),
+    *("recipe", "plan", "pipeline", "cli"),
+)
+"""The parts of the package; each imports only from itself and from those before it."""
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Name the parts of Accord that a module imports, wherever in it."""
+    for node in ast.walk(tree):
+        names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"accord.{name.name}" for name in node.names] if node.module == "accord" else [node.module or ""]
+        yield from (name.split(".")[1] for name in names if name.startswith("accord."))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_backwards_along_the_path(path: Path) -> None:
+    part = path.relative_to(ROOT / "src" / "accord").parts[0].removesuffix(".py")
+    if part != "__init__":
+        later = ORDER[ORDER.index(part) + 1 :]
+        assert [name for name in imported(ast.parse(path.read_text(encoding="utf-8"))) if name in later] == []
+
+
+def test_the_walk_finds_imports() -> None:
+    code = "import accord.cli\nfrom accord import plan\ndef f():\n    from accord.routing.fit import g\nimport torch"
+    assert list(imported(ast.parse(code))) == ["cli", "plan", "routing"]
+
+
 def project() -> dict[str, object]:
     table: dict[str, object] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return table

@@ -356,6 +356,18 @@ def test_a_finished_stage_stays_done_and_an_interrupted_one_starts_over(tmp_path
         assert [line["done"] for line in read_lines(run.path / "timings.jsonl")] == [True, False, True]
 
 
+def test_a_stage_done_again_is_not_done_until_it_ends(tmp_path: Path) -> None:
+    """Killed in the middle of the second time, it has to be done anew, and so has what was built on it."""
+    with Run.create(tmp_path / "run", RECIPE, seed=1) as run:
+        for stage in ("site colour", "router", "align"):
+            with run.doing(stage):
+                pass
+        with pytest.raises(KeyboardInterrupt), run.doing("router", undoes=lambda stage: stage == "align"):
+            raise KeyboardInterrupt
+    with Run.resume(run.path, RECIPE) as run:
+        assert [run.done(stage) for stage in ("site colour", "router", "align")] == [True, False, False]
+
+
 def test_an_interrupted_stage_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     """Records of steps 0, 10, 20, 30; the checkpoint is of step 20; so 30 is logged once more and stands once."""
     with Run.create(tmp_path / "run", RECIPE, seed=1) as run, pytest.raises(RuntimeError), run.doing("align"):

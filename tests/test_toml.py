@@ -172,13 +172,18 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert load_toml(path) == {"name": "a", "steps": 1}
 
 
-def test_none_that_toml_cannot_say_is_refused() -> None:
+def test_false_is_none_of_it() -> None:
+    """Where the default is something, leaving the key out cannot say None."""
+
     @dataclass(frozen=True)
     class Limit:
         steps: int | None = 5
+        align: Align | None = Align()
 
-    with pytest.raises(ValueError, match=r"Limit\.steps is None, .* make None its default"):
-        dump_toml(Limit(None))
+    assert build(Limit, {"steps": False, "align": False}) == Limit(None, None)
+    assert dump_toml(Limit(None, None)) == "steps = false\nalign = false\n"
+    with pytest.raises(RecipeError, match="steps must be a whole number, got true"):
+        build(Limit, {"steps": True})
 
 
 finite = st.floats(allow_nan=False, allow_infinity=True)

@@ -35,6 +35,7 @@ from accord.errors import AccordError, DataError, DataWarning, RunError
 
 if TYPE_CHECKING:
     from accord.pipeline import Job
+    from accord.recipe import Recipe
 
 DEMO = Path(__file__).parent / "recipes" / "demo.toml"
 
@@ -93,29 +94,34 @@ def _prepare() -> None:
     warnings.showwarning = show
 
 
+def _settle(recipe: Recipe) -> None:
+    """Silence transformers, and give torch as many threads as the recipe says."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+
+
 @contextmanager
 def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None, quiet: bool) -> Iterator[Job]:
     """Open the run of a recipe."""
     from dataclasses import replace
-
-    import torch
-    import transformers
 
     from accord.pipeline import Job
     from accord.recipe import load_recipe
     from accord.runs import Run
     from accord.toml import dump_toml
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     recipe = load_recipe(recipe_file)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
+    _settle(recipe)
     folder = out or Path("runs") / recipe.name
     text = dump_toml(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
     with run:
         job = Job(recipe, run, quiet=quiet)
         try:
@@ -255,19 +261,13 @@ def pretrain(
     quiet: Quiet = False,
 ) -> None:
     """Make the small checkpoints that ship with Accord again, or others for a recipe's questions."""
-    import torch
-    import transformers
-
     from accord.models.pretrain import pretrain_families
     from accord.models.tiny import FAMILIES
     from accord.pipeline.job import load_questions
     from accord.recipe import load_recipe
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     settings = load_recipe(recipe)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    _settle(settings)
     questions = load_questions(settings.questions).get("base")
     if not questions:
         raise DataError(

@@ -42,3 +42,15 @@ class ReplyError(AccordError):
 
 class DataWarning(UserWarning):
     """Some rows were left out; the message says how many, where, and why."""
+
+
+def check_least(settings: object, **least: float) -> None:
+    """Refuse settings below their least value; NaN is below every value.
+
+    Raises:
+        RecipeError: names the setting, its value and the least.
+    """
+    for name, minimum in least.items():
+        value = getattr(settings, name)
+        if not value >= minimum:
+            raise RecipeError(f"{name} must be at least {minimum:g}, got {value}; raise {name}")

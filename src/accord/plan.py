@@ -1,7 +1,8 @@
 """Say what a recipe would run before anything is downloaded or trained: models, memory, rows and bytes per step.
 
-Memory of a trained model, per parameter: weights in the training type, and for those that are trained a gradient and
-AdamW's two moments. It leaves out activations, which depend on the sequence length and on gradient checkpointing.
+Memory per parameter: 16 bytes where it is trained (weight, gradient and AdamW's two moments, each float32), 2 where it
+is frozen (bfloat16), 4 in the reference of a policy that is trained whole, which TRL loads in the policy's float32. It
+leaves out activations, which depend on the sequence length and on gradient checkpointing.
 Sizes of checkpoints that are not on this machine are read from their names (`…-7B-…`), and said to be.
 """
 
@@ -19,6 +20,10 @@ from accord.recipe import Recipe
 
 IMAGE_BYTES = 150_000
 """A photograph of about one megapixel as JPEG, where the data is not at hand."""
+
+
+TRAINED, FROZEN, REFERENCE = 16, 2, 4
+"""Bytes per parameter."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,15 @@ def size_of(checkpoint: str) -> Size:
     return Size(0.0, "unknown, to be downloaded")
 
 
-def _gigabytes(size: Size, *, trained: bool, lora_rank: int = 0) -> str:
-    if not size.parameters:
-        return "?"
-    weights = 2 * size.parameters  # bf16
+def _trained(lora_rank: int) -> float:
+    """Return the bytes per parameter of a model trained whole (rank 0) or through an adapter."""
     # A rank-r adapter on the linear layers of a transformer of width d adds about 2 r / d of its parameters; d ~ 4096.
-    tuned = size.parameters * (2 * lora_rank / 4096) if lora_rank else size.parameters
-    total = weights + (tuned * 14 if trained else 0)  # gradient 2, master copy and two moments 12
-    return f"{total / 1e9:.1f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
+    return FROZEN + TRAINED * 2 * lora_rank / 4096 if lora_rank else TRAINED
+
+
+def _gigabytes(size: Size, bytes_each: float) -> str:
+    total = size.parameters * bytes_each
+    return "?" if not total else f"{total / 1e9:.1f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
 
 
 def _count(size: Size) -> str:
@@ -87,7 +93,7 @@ def describe(recipe: Recipe) -> str:
         how = f"LoRA rank {rank}, " if rank else ""
         lines.append(
             f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} "
-            f"{how}{_gigabytes(size, trained=True, lora_rank=rank)}"
+            f"{how}{_gigabytes(size, _trained(rank))}"
         )
         tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
         reward = site.reward_model
@@ -98,14 +104,13 @@ def describe(recipe: Recipe) -> str:
     r = recipe.router
     lines.append(
         f"{'router':<22} {recipe.policy.checkpoint:<40} {'frozen encoder':<36} "
-        f"{_gigabytes(policy, trained=False)}, at every site too"
+        f"{_gigabytes(policy, FROZEN)}, at every site too"
     )
     lines.append(f"{'':<22} {r.layers} layers of width {r.width}, {r.rounds} rounds of {r.local_steps} local steps")
     rank = a.lora.rank if a.lora else 0
     lines.append(
         f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} "
-        f"{_gigabytes(policy, trained=True, lora_rank=rank)} + reference "
-        f"{'(shared)' if rank else _gigabytes(policy, trained=False)}"
+        f"{_gigabytes(policy, _trained(rank))} + reference {'(shared)' if rank else _gigabytes(policy, REFERENCE)}"
     )
     lines.append(
         f"{'':<22} {a.steps} steps of {a.prompts_per_step} prompts × {a.group_size} completions, KL weight {a.kl}, "

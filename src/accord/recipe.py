@@ -14,7 +14,7 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
-from accord.errors import RecipeError
+from accord.errors import RecipeError, check_least
 from accord.federation.site import ScoreRange
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -92,6 +92,10 @@ class Preferences:
     policy_samples: int = 4  # answers drawn from the base policy per question
     mix: NegativeMix = NegativeMix()
 
+    def __post_init__(self) -> None:
+        """Refuse counts that leave no pair."""
+        check_least(self, rejected_per_question=1, policy_samples=0)
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -120,9 +124,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Refuse negative counts."""
-        for name in ("questions", "gallery"):
-            if (count := getattr(self, name)) < 0:
-                raise RecipeError(f"{name} must be 0 or more, got {count}; correct evaluation.{name}")
+        check_least(self, questions=0, gallery=0)
 
 
 @dataclass(frozen=True)

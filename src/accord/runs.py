@@ -252,11 +252,17 @@ class Run:
         return stage in self._done
 
     @contextlib.contextmanager
-    def doing(self, stage: str) -> Iterator[None]:
+    def doing(self, stage: str, *, undoes: Callable[[str], bool] = lambda _later: False) -> Iterator[None]:
         """Time the body, and mark `stage` done if it succeeds.
 
         Records that an interrupted attempt left are dropped as soon as the stage logs, unless it called `truncate`.
+
+        Args:
+            stage: its name.
+            undoes: which of the finished stages were built on what this one makes again: they are done no longer, and
+                neither is `stage` itself until it ends.
         """
+        self._write_done([done for done in self._done if done != stage and not undoes(done)])
         start = time.monotonic()
         self._doing.append(stage)
         try:
@@ -272,9 +278,12 @@ class Run:
             self._doing.pop()
             self._settled.discard(stage)
         self._time(stage, time.monotonic() - start, done=True)
-        done = [*self._done, *([] if self.done(stage) else [stage])]
-        write_atomic(self.path / "stages.json", _json({"done": done}))
-        self._done = done
+        self._write_done([*self._done, stage])
+
+    def _write_done(self, done: list[str]) -> None:
+        if done != self._done:
+            write_atomic(self.path / "stages.json", _json({"done": done}))
+            self._done = done
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append a record of the stage being done to metrics.jsonl; it must hold no wall time.

@@ -1,8 +1,8 @@
 """Turn a recipe (TOML) into frozen dataclasses, strictly: every key is known, every value has its declared type.
 
 A dataclass is the schema. Its fields may be bool, int, float, str, Path, Literal, another dataclass, a tuple, a dict
-from names, a union, or Optional (a key that is left out; TOML has no null). What a value may be beyond its type, the
-dataclass checks in `__post_init__`.
+from names, a union, or Optional. TOML has no null: None is a key that is left out, or `false` where the default is
+something (`finetune = false`). What a value may be beyond its type, the dataclass checks in `__post_init__`.
 """
 
 from __future__ import annotations
@@ -76,11 +76,7 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "") -> T:
 
 
 def dump_toml(obj: DataclassInstance) -> str:
-    """Render a dataclass as TOML from which `build` makes an equal one.
-
-    Raises:
-        ValueError: a field is None though its default is not, which a left-out key cannot say.
-    """
+    """Render a dataclass as TOML from which `build` makes an equal one."""
     return tomli_w.dumps(_table(obj))
 
 
@@ -88,6 +84,8 @@ def _convert(hint: object, value: object, place: str) -> object:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):
         members = [member for member in arguments if member is not type(None)]
+        if value is False and len(members) < len(arguments) and bool not in members:
+            return None
         if len(members) == 1:
             # The one member's own message is more exact than a message about the union.
             return _convert(members[0], value, place)
@@ -171,10 +169,7 @@ def _table(obj: DataclassInstance) -> dict[str, object]:
         if value is not None:
             table[field.name] = _toml(value)
         elif field.init and field.default is not None:
-            raise ValueError(
-                f"{type(obj).__name__}.{field.name} is None, which TOML cannot say, and its default is "
-                f"{field.default!r}; make None its default"
-            )
+            table[field.name] = False
     return table
 
 

@@ -1,3 +1,4 @@
+import io
 import math
 import random
 import shutil
@@ -6,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Image as ImageFeature
+from PIL import Image
 from transformers import TrainerCallback
 
 from accord.alignment.grpo import (
@@ -14,11 +15,12 @@ from accord.alignment.grpo import (
     align,
     exact_match_reward,
     grpo_config,
+    placeholders_muted,
     prompt_dataset,
 )
 from accord.data.images import load_image
 from accord.errors import RecipeError
-from accord.models.load import LoraSettings, load_vlm
+from accord.models.load import LoraSettings, load_vlm, placeholder_tokens, save_vlm
 
 QUICK = AlignmentConfig(
     steps=2,
@@ -89,7 +91,16 @@ def test_a_prompt_is_in_the_form_of_trl(questions):
     row = prompt_dataset(questions[:1], 1, random.Random(0))[0]
     assert row["prompt"] == [{"role": "user", "content": "what colour is it?"}]
     assert (row["question_id"], row["question_type"], row["answer"]) == ("q0", "colour", "red")
-    assert row["image"].convert("RGB").tobytes() == load_image(questions[0].image).tobytes()
+    assert row["image"].mode == "RGB" and row["image"].tobytes() == load_image(questions[0].image).tobytes()
+
+
+def test_the_policy_sees_the_pixels_that_the_sites_see(questions):
+    """A transparent picture lies on white for both, not on the black that Pillow keeps under transparency."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(buffer, format="PNG")
+    question = replace(questions[0], image=buffer.getvalue())
+    (row,) = prompt_dataset([question], 1, random.Random(0))
+    assert row["image"].getpixel((0, 0)) == load_image(question.image).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_stored_images_stay_reachable(questions, ask, tmp_path):
@@ -97,10 +108,10 @@ def test_the_stored_images_stay_reachable(questions, ask, tmp_path):
     (tmp_path / "one.png").write_bytes(questions[1].image)
     given = [questions[0], replace(questions[1], image=tmp_path / "one.png")]
     data = prompt_dataset(given, 2, random.Random(0))
-    stored = dict(zip(data["question_id"], data.cast_column("image", ImageFeature(decode=False))["image"], strict=True))
+    stored = dict(zip(data["question_id"], data.with_format(None)["image"], strict=True))
     assert stored["q0"]["bytes"] == questions[0].image
     assert stored["q1"]["path"] == str(tmp_path / "one.png")
-    assert load_image(questions[1].image).tobytes() in {row["image"].convert("RGB").tobytes() for row in data}
+    assert load_image(questions[1].image).tobytes() in {row["image"].tobytes() for row in data}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +119,11 @@ def test_the_stored_images_stay_reachable(questions, ask, tmp_path):
     [
         ({"group_size": 1}, "group_size must be at least 2 to centre rewards, got 1; raise alignment.group_size"),
         ({"group_size": 0}, "got 0"),
+        ({"questions_at_once": 0}, "questions_at_once must be at least 1, got 0; raise questions_at_once"),
         ({"prompts_per_step": 2, "group_size": 3, "completions_per_device": 4}, "divide .* = 6, got 4"),
+        ({"steps": 0}, "steps must be at least 1, got 0; raise steps"),
+        ({"kl": -0.1}, "kl must be at least 0, got -0.1; raise kl"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -146,6 +161,26 @@ def test_two_steps(run, llava):
         assert not any("time" in name or "second" in name for name in record)
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[1]["kl"] > 0
     assert not torch.equal(flat(policy), flat(load_vlm(llava)[0]))
+
+
+def test_a_bfloat16_checkpoint_moves_at_a_small_learning_rate(llava, questions, tmp_path):
+    """AdamW's first step is as long as the learning rate; the reference is float32 as well, so the first KL is 0."""
+    model, processor = load_vlm(llava)
+    checkpoint = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
+    records = []
+    policy = align(
+        *load_vlm(checkpoint, trainable=True),
+        questions,
+        lambda prompts, completions, **_: [0.0, 1.0, 2.0] * 2,
+        config(steps=1, learning_rate=1e-6),
+        seed=0,
+        out=tmp_path / "out",
+        log=records.append,
+    )
+    name = "model.language_model.layers.0.self_attn.v_proj.weight"
+    step = (policy.state_dict()[name] - model.state_dict()[name].float()).abs()
+    assert policy.dtype == torch.float32 and step.median().item() == pytest.approx(1e-6, rel=0.05)
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_reward_gets_images_and_columns(run):
@@ -216,3 +251,22 @@ def test_a_missing_reward_is_left_out_of_the_mean(run):
     """None among 6 rewards: TRL's own mean over the rest is finite."""
     _, records = run(config(steps=1), lambda prompts, completions, **_: [None, 1.0, 2.0, 1.0, 2.0, 3.0])
     assert math.isfinite(records[0]["reward"])
+
+
+def test_placeholders_are_muted_while_training_alone(vlm):
+    """TRL reads weight and bias of the output layer, generation calls it: both see the bias, no checkpoint does."""
+    model, _ = vlm
+    head, (token,) = model.get_output_embeddings(), placeholder_tokens(model)
+    names = model.state_dict().keys()
+    with placeholders_muted(model):
+        logits = head(torch.ones(1, head.in_features))
+        assert logits[0, token] < -9e3 < logits[0, token + 1]
+        assert head.bias.nonzero().tolist() == [[token]] and not head.bias.requires_grad
+        assert model.state_dict().keys() == names
+    assert head.bias is None and model.state_dict().keys() == names
+
+
+def test_a_policy_learns_with_placeholders_muted(run):
+    policy, records = run()
+    assert policy.get_output_embeddings().bias is None
+    assert [math.isfinite(r["kl"]) and math.isfinite(r["entropy"]) for r in records] == [True, True]

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from accord.alignment.reward import FederatedReward
 from accord.data.images import load_image
-from accord.errors import DataError
+from accord.errors import DataError, DataWarning
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
 from accord.federation.site import ScoreRange, Site
@@ -36,6 +37,9 @@ def judge(table):
 
 def gone(request):
     raise RuntimeError("gone")
+
+
+absent = pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 
 
 class Spy(InProcessEngine):
@@ -140,6 +144,12 @@ def test_groups_are_split_by_image_even_if_the_text_is_the_same():
     ]
 
 
+def test_one_id_for_two_prompts_makes_two_groups():
+    engine = spy()
+    ask(FederatedReward(engine, route), ["a", "a"], prompts=["one?", "two?"], question_id=["x", "x"])
+    assert len(engine.asked[0]["here"].items) == 2
+
+
 @pytest.mark.parametrize("ids", [None, ["x", "x", "y", "y"]])
 def test_groups_are_split_by_text_and_by_id(ids):
     engine = spy()
@@ -190,54 +200,73 @@ def test_a_row_without_an_image():
     ],
     ids=["gone", "nan", "inf", "-inf", "range", "shape", "empty", "id", "type", "kind"],
 )
+@absent
 def test_a_bad_reply_is_an_absence_and_no_zero(there, caplog):
-    """b was routed there: it gets the mean of its group, (1 + 3) / 2 = 2, or None."""
-    assert ask(FederatedReward(spy(there=there), route), ["a", "b", "c"]) == [1.0, 2.0, 3.0]
-    assert ask(FederatedReward(spy(there=there), route, missing="none"), ["a", "b", "c"]) == [1.0, None, 3.0]
+    """b was routed there: it gets None, or the mean of its group, (1 + 3) / 2 = 2."""
+    assert ask(FederatedReward(spy(there=there), route), ["a", "b", "c"]) == [1.0, None, 3.0]
+    filled = FederatedReward(spy(there=there), route, missing="group_mean")
+    assert ask(filled, ["a", "b", "c"]) == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        (gone, r"site there gave no answer \(error\); it counts as absent"),
+        (judge({"b": math.nan}), r"site there sent a score that is not finite"),
+        (lambda request: ScoreReply(request.id, []), r"site there sent scores that cannot be used \(scores for 0 q"),
+    ],
+    ids=["gone", "nan", "shape"],
+)
+def test_an_absence_is_counted_and_said(there, words, caplog):
+    engine = spy(there=there)
+    with pytest.warns(DataWarning, match=words):
+        ask(FederatedReward(engine, route), ["a", "b"])
+    assert {site: engine.traffic.counts[site, "score"].absences for site in engine.sites} == {"here": 0, "there": 1}
+
+
+@absent
 def test_the_group_mean_counts_completions(caplog):
     """a three times and c once are known: (1 + 1 + 1 + 3) / 4 = 1.5. The other group's 3 does not enter."""
-    reward = FederatedReward(spy(there=gone), route)
+    reward = FederatedReward(spy(there=gone), route, missing="group_mean")
     texts = ["a", "a", "b", "a", "c", "c"]
     assert ask(reward, texts, [RED] * 5 + [BLUE]) == [1.0, 1.0, 1.5, 1.0, 3.0, 3.0]
 
 
+@absent
 def test_a_group_that_nobody_scored_is_flat(caplog):
-    """Advantages are centred in a group, so any one value makes them 0."""
-    reward = FederatedReward(spy(gone, gone), route)
-    assert len(set(ask(reward, ["a", "b", "c"]))) == 1
-    assert ask(FederatedReward(spy(gone, gone), route, missing="none"), ["a", "b"]) == [None, None]
+    """Its advantages are 0 whatever one value it gets; the mean of the other group, 1, does not move what is logged."""
+    filled = FederatedReward(spy(there=gone), route, missing="group_mean")
+    assert ask(filled, ["b", "b", "a", "a"], [RED, RED, BLUE, BLUE]) == [1.0, 1.0, 1.0, 1.0]
+    assert ask(FederatedReward(spy(gone, gone), route, missing="group_mean"), ["a", "b"]) == [0.0, 0.0]
+    assert ask(FederatedReward(spy(gone, gone), route), ["a", "b"]) == [None, None]
 
 
+@absent
 def test_an_absent_site_leaves_the_mixture_to_the_rest(caplog):
     """Soft: only here answers, so its scores stand unweighted: 1, 2, 3."""
     assert ask(FederatedReward(spy(there=gone), route, mode="soft"), ["a", "b", "c"]) == approx([1.0, 2.0, 3.0])
 
 
+@absent
 def test_a_group_with_nan_leaves_the_other_groups(caplog):
-    """There, b about the red square is NaN and b about the blue one -2; red: mean of a alone, 1."""
+    """There, b about the red square is NaN and b about the blue one -2."""
 
     def there(request):
         return ScoreReply(request.id, [[math.nan], [-2.0]])
 
     reward = FederatedReward(spy(there=there), route)
-    assert ask(reward, ["a", "b", "a", "b"], [RED, RED, BLUE, BLUE]) == [1.0, 1.0, 1.0, -2.0]
+    assert ask(reward, ["a", "b", "a", "b"], [RED, RED, BLUE, BLUE]) == [1.0, None, 1.0, -2.0]
 
 
-def test_a_bad_reply_counts_as_an_absence():
-    engine = spy(there=lambda request: ScoreReply("another id", [[0.0]]))
-    ask(FederatedReward(engine, route), ["a", "b"])
-    assert {site: engine.traffic.counts[site, "score"].absences for site in engine.sites} == {"here": 0, "there": 1}
-
-
+@absent
 def test_unfinished_completions():
-    """b does not end with token 2: its reward is 0 whatever the site says, and 0 enters the mean for c, (1 + 0) / 2."""
+    """b does not end with token 2: its reward is 0 whatever the site says, and enters the mean for a and c."""
     ids = [[5, 2], [5, 6], [7, 2]]
     columns = {"completion_ids": ids}
     assert ask(FederatedReward(spy(), route, end_tokens=[2]), ["a", "b", "c"], **columns) == [1.0, 0.0, 3.0]
-    absent = FederatedReward(spy(here=judge({"a": 1.0, "c": math.nan})), route, end_tokens=[2])
-    assert len(ask(absent, ["a", "b", "c"], **columns)) == 3
+    here = judge({"a": 1.0, "c": math.nan})  # a and c are one item, so neither is scored
+    lacking = FederatedReward(spy(here=here), route, end_tokens=[2], missing="group_mean")
+    assert ask(lacking, ["a", "b", "c"], **columns) == [0.0, 0.0, 0.0]
     for open_ended in (
         FederatedReward(spy(), route, end_tokens=[2], unfinished=None),
         FederatedReward(spy(), route),
@@ -253,6 +282,7 @@ def test_unfinished_completions_of_later_groups():
     assert ask(reward, ["a", "c", "a", "c"], [RED, RED, BLUE, BLUE], completion_ids=ids) == [1.0, 3.0, 0.0, 3.0]
 
 
+@absent
 def test_metrics_say_who_was_asked_and_who_was_missing(caplog):
     """a, c here and b there: 2/3 and 1/3 of the distinct completions; 1 of 4 completions is absent."""
     told = {}
@@ -283,6 +313,25 @@ def test_completions_may_be_plain_text():
     assert reward(prompts, [[{"role": "assistant", "content": text}] for text in "ac"]) == [1.0, 3.0]
 
 
+def stock_arguments(folder):
+    return GRPOConfig(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=3,
+        beta=0.02,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        activation_checkpointing=False,
+        bf16=False,
+        dataloader_pin_memory=False,
+    )
+
+
 class TestInStockTrl:
     """Two sites of different families, a learned router, and `GRPOTrainer` as it comes."""
 
@@ -311,6 +360,32 @@ class TestInStockTrl:
         }
         return Dataset.from_dict(columns, features=features)
 
+    @absent
+    def test_an_absent_site_moves_nothing(self, prompts, llava, tmp_path, caplog):
+        """One site says 1 to every answer and the other is gone. As zeros the absent half would make advantages."""
+        model, processor = load_vlm(llava)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        halves = itertools.cycle([[1.0, 0.0], [0.0, 1.0]])
+
+        def alternate(prompts, images, completions):
+            return torch.tensor([next(halves) for group in completions for _ in group])
+
+        engine = Spy(
+            here=lambda request: ScoreReply(request.id, [[1.0] * len(i.candidates) for i in request.items]), there=gone
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=FederatedReward(engine, alternate),
+            args=stock_arguments(tmp_path),
+            train_dataset=prompts,
+            processing_class=processor,
+        )
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        assert any(0 < entry["absent"] < 1 for entry in logs)
+        assert all(entry["reward"] == 1.0 for entry in logs if entry["absent"] < 1)
+        assert torch.equal(before, torch.cat([p.detach().flatten() for p in model.parameters()]))
+
     @pytest.mark.parametrize("mode", ["top1", "soft"])
     def test_two_steps(self, federation, prompts, llava, tmp_path, mode):
         """2 prompts with 4 completions a step: rewards reach the trainer, the policy moves, and KL is measured."""
@@ -320,22 +395,7 @@ class TestInStockTrl:
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=FederatedReward(engine, router, mode=mode),
-            args=GRPOConfig(
-                output_dir=str(tmp_path),
-                max_steps=2,
-                per_device_train_batch_size=8,
-                num_generations=4,
-                max_completion_length=3,
-                beta=0.02,
-                learning_rate=1e-3,
-                logging_steps=1,
-                report_to="none",
-                disable_tqdm=True,
-                save_strategy="no",
-                activation_checkpointing=False,
-                bf16=False,
-                dataloader_pin_memory=False,
-            ),
+            args=stock_arguments(tmp_path),
             train_dataset=prompts,
             processing_class=processor,
         )

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.data.images import image_id
-from accord.data.sites import SiteShare, share_out
+from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RecipeError
 from accord.types import Question
 
@@ -90,3 +90,11 @@ def test_bad_shares():
         SiteShare("x", fraction=0)
     with pytest.raises(RecipeError, match=r"two sites have the same name in \['x', 'x'\]; name each differently"):
         share_out(typed(2), [SiteShare("x"), SiteShare("x")], seed=0)
+
+
+def test_parties_that_share_an_image_are_named():
+    """Told by content: the file holds the bytes that another party has."""
+    check_disjoint({"the split 'dev'": [b"1", b"2", b"2"], "the split 'test'": [b"3"], "site 'x'": []})
+    shared = r"the split 'dev' and site 'x' share 2 images, <image of 1 bytes, .*> among them; .* take it out"
+    with pytest.raises(DataError, match=shared):
+        check_disjoint({"the split 'dev'": [b"1", b"2"], "the split 'test'": [b"3"], "site 'x'": [b"2", b"1", b"4"]})

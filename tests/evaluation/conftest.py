@@ -29,7 +29,7 @@ TYPES = ("colour", "shape", "presence")
 def _site(name: str, architecture: str, parameters: int, own: float) -> SiteSummary:
     by_type = {kind: own if kind == name else 0.52 for kind in TYPES}
     ranking = Ranking(sum(by_type.values()) / 3, by_type)
-    return SiteSummary(name, architecture, f"sites/{name}/backbone", parameters, 3000, 9000, ranking, 0.1, 1.2)
+    return SiteSummary(name, architecture, f"models/{name}", parameters, 3000, 9000, ranking)
 
 
 def build_summary(**changes: object) -> Summary:

@@ -60,7 +60,13 @@ def test_a_rise(make_summary: Callable[..., Summary]) -> None:
 
 
 def test_pairs_that_people_judged(make_summary: Callable[..., Summary]) -> None:
-    assert "people's judgements" in tell(make_summary(constructed_preferences=False), []).setting
+    """Accord knows it from the sites only; of constructed pairs it says the contrary, and nothing of a judgement."""
+    told = tell(make_summary(constructed_preferences=False), []).setting
+    assert "By the sites' account the pairs are people's judgements." in told
+    constructed = tell(make_summary(constructed_preferences=True), [])
+    assert "no person judged them" in constructed.setting
+    said = " ".join([constructed.verdict, constructed.setting, *constructed.outcome, *constructed.warnings])
+    assert not [word for word in ("judgement", "expert", "people") if word in said]
 
 
 def test_a_tie_is_no_gain(make_summary: Callable[..., Summary]) -> None:

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from accord.alignment.reward import FederatedReward
@@ -36,6 +37,7 @@ def reward():
     return FederatedReward(InProcessEngine({"a": lengths, "b": broken}), route)
 
 
+@pytest.mark.filterwarnings("ignore:site b gave no answer")
 def test_every_site_is_asked_about_both_answers(ask, tmp_path):
     """`red` has 3 letters and `green` 5; an answer that stayed is asked about once; a silent site's scores are null."""
     questions = [ask(0, "red"), ask(1, "blue")]
@@ -49,6 +51,7 @@ def test_every_site_is_asked_about_both_answers(ask, tmp_path):
     assert load_image(tmp_path / "gallery" / "1.png").getpixel((0, 0)) == (0, 0, 255)
 
 
+@pytest.mark.filterwarnings("ignore:site b gave no answer")
 def test_large_images_are_made_smaller(ask, square, tmp_path):
     """1024 × 512 pixels become 256 × 128."""
     write_gallery(tmp_path, [replace(ask(0), image=square("red", (1024, 512)))], ["x"], ["y"], reward(), 1)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from accord.data.images import load_image
-from accord.errors import ImageError, ReplyError
+from accord.errors import ImageError, RecipeError, ReplyError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
     Absence,
@@ -151,3 +151,9 @@ def test_no_reply_holds_private_text(reward_model, llava, prefer, request_, squa
 def test_an_unknown_request_is_refused():
     with pytest.raises(ReplyError, match="does not answer a Card"):
         Site("colour", Fixed()).answer(Card("c", "", 0, 0, 0, False, {}))
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.0, 0.0), (1.0, 1.0), (float("nan"), 1.0)])
+def test_an_empty_score_range(low, high):
+    with pytest.raises(RecipeError, match=r"scores.low must be below scores.high, got \S+ and \S+; correct the range"):
+        ScoreRange(low, high)

@@ -4,6 +4,7 @@ from PIL import Image
 
 from accord.models.generate import answer
 from accord.models.inputs import prompt_text
+from accord.models.load import placeholder_tokens
 from accord.types import vqa_prompt
 
 
@@ -49,6 +50,20 @@ def test_sampling_leaves_the_callers_random_numbers_alone(vlm, ask):
     assert torch.equal(torch.rand(2), expected)
 
 
+def test_answering_leaves_the_gpus_random_numbers_alone(vlm, ask, monkeypatch):
+    """Two GPUs that hold the states 7 and 8, and that `torch.manual_seed` seeds together with the CPU."""
+    states, seeds = {0: 7, 1: 8}, []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: (seeds.append(seed), states.update(dict.fromkeys(states, seed)))
+    )
+    model, processor = vlm
+    answer(model, processor, [ask(0)], max_new_tokens=2, samples=2, seed=3)
+    assert (seeds, states) == ([3], {0: 7, 1: 8})
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_returns_to_the_mode_it_was_in(vlm, ask, training):
     model, processor = vlm
@@ -78,3 +93,18 @@ def test_views_and_progress(vlm, ask):
     red, blue = (255, 0, 0), (0, 0, 255)
     assert (steps, len(given), seen) == ([2, 2, 1], 5, [red, blue, red, red, blue])
     assert answer(model, processor, [], max_new_tokens=1) == []
+
+
+def test_an_image_placeholder_is_never_an_answer(vlm, ask):
+    """However likely: all else is far below it. Stock `generate` keeps to it too, since the saved settings say so."""
+    model, processor = vlm
+    (token,) = placeholder_tokens(model)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.full((head.out_features,), -50.0))
+    head.bias.data[token] = 50.0
+    inputs = processor(
+        images=[[Image.new("RGB", (32, 32))]], text=[prompt_text(processor, vqa_prompt("?"))], return_tensors="pt"
+    )
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert token not in ids[0, inputs["input_ids"].shape[1] :]
+    assert "<image>" not in answer(model, processor, [ask(0)], max_new_tokens=3)[0][0]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accord.models.inputs import Batch, build_batch, completion_text, model_inputs, prompt_text
+from accord.models.inputs import Batch, build_batch, chunks, completion_text, model_inputs, prompt_text
 from accord.models.load import LoraSettings, add_lora, load_vlm
 from accord.types import vqa_prompt
 
@@ -189,3 +189,9 @@ def test_any_image_size_gives_the_same_number_of_tokens(vlm, sides):
     batch = build_batch(processor, PROMPTS[:1], [Image.new("RGB", sides)], [["red"]])
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert int((batch.input_ids == image).sum()) == 4
+
+
+def test_chunks_keep_a_prompts_rows_together():
+    """Limit 5: 2 + 3 fit, 4 starts anew, 9 stays whole, 1 + 0 follow."""
+    assert list(chunks([2, 3, 4, 9, 1, 0], 5)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
+    assert list(chunks([], 5)) == []

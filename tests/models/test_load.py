@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from accord.errors import CheckpointError
+from accord.models import load
 from accord.models.load import LoraSettings, add_lora, load_vlm, locate, parameter_count
 
 
@@ -30,10 +31,26 @@ def test_every_family_loads_and_pads_on_the_left(vlm):
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_a_checkpoint_keeps_its_own_precision(copy):
+@pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_keeps_its_own_precision_unless_it_is_trained(copy, own):
     model, _ = load_vlm(str(copy))
-    model.to(torch.bfloat16).save_pretrained(copy)
-    assert load_vlm(str(copy))[0].dtype == torch.bfloat16
+    model.to(own).save_pretrained(copy)
+    assert {p.dtype for p in load_vlm(str(copy))[0].parameters()} == {own}
+    assert {p.dtype for p in load_vlm(str(copy), trainable=True)[0].parameters()} == {torch.float32}
+
+
+def test_a_model_goes_to_the_device(llava, monkeypatch):
+    """Weights and buffers; on the device `meta`, which every machine has."""
+    monkeypatch.setattr(load, "device", lambda: torch.device("meta"))
+    model, _ = load_vlm(llava)
+    assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize(("found", "expected"), [(None, "cpu"), ("cuda", "cuda"), ("mps", "mps")])
+def test_the_device_is_the_accelerator_if_there_is_one(monkeypatch, found, expected):
+    accelerator = found and torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
+    assert load.device() == torch.device(expected)
 
 
 def test_a_shipped_name_that_is_none():

@@ -1,7 +1,13 @@
+from dataclasses import replace
+
 import pytest
+import torch
 
 from accord.errors import DataWarning
-from accord.pipeline.alignment import _newest_checkpoint
+from accord.models.load import LoraSettings, load_vlm, save_vlm
+from accord.pipeline import alignment
+from accord.pipeline.alignment import _newest_checkpoint, greedy, run_grpo
+from accord.recipe import Policy
 
 
 @pytest.fixture
@@ -40,3 +46,40 @@ def test_those_that_are_incomplete_go(checkpoint, tmp_path):
     said = [str(warning.message) for warning in told]
     assert "checkpoint-3 is incomplete (no trainer_state.json and no traffic.json)" in said[0]
     assert "checkpoint-2 is incomplete (no traffic.json)" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("lora", "trained"), [(None, torch.float32), (LoraSettings(rank=2, alpha=4), torch.bfloat16)], ids=["full", "lora"]
+)
+def test_a_policy_comes_back_in_the_type_of_its_checkpoint(job, ask, llava, tmp_path, monkeypatch, lora, trained):
+    """A bfloat16 checkpoint is trained in float32 if all of it is trained, and is bfloat16 again on disk."""
+    model, processor = load_vlm(llava)
+    base = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "base")
+    job.recipe = replace(job.recipe, policy=Policy(base), alignment=replace(job.recipe.alignment, lora=lora))
+    job.questions = {"dev": [ask(0)], "public": [ask(1)]}
+    seen = []
+
+    def align(model, *_, **__):
+        seen.append(model.dtype)
+        return model
+
+    monkeypatch.setattr(alignment, "align", align)
+    with job.run.doing("align"):
+        policy, processor = run_grpo(job, "align", lambda prompts, completions, **_: [])
+    saved, _ = load_vlm(save_vlm(policy, processor, tmp_path / "policy"))
+    assert (seen, saved.dtype) == ([trained], torch.bfloat16)
+    assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_policy_answers_as_many_questions_at_once_as_the_recipe_says(job, ask, monkeypatch):
+    """5 questions, 2 at once."""
+    sizes = []
+
+    def canned(model, processor, questions, *, batch_size, **_):
+        sizes.append((len(questions), batch_size))
+        return [["red"]] * len(questions)
+
+    monkeypatch.setattr(alignment, "answer", canned)
+    recipe = replace(job.recipe, alignment=replace(job.recipe.alignment, questions_at_once=2))
+    assert greedy(None, None, [ask(n) for n in range(5)], recipe) == ["red"] * 5
+    assert sizes == [(5, 2)]

@@ -1,4 +1,7 @@
+import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +76,43 @@ def test_what_an_earlier_stage_should_have_made_is_needed(job):
 def test_the_numbers_of_a_record_have_names():
     record = {"stage": "site", "site": "a", "step": 3, "loss": 0.5, "ranking": {"colour": 1}, "note": "x"}
     assert dict(scalars(record)) == {"site/a/loss": 0.5, "site/a/ranking/colour": 1.0}
+
+
+def test_the_same_id_in_two_sources_is_told_apart_by_domain(vqa):
+    """Two hospitals both count from 0: without their names, one's picture would be scored for the other's question."""
+    rows = one_each()
+    first, second = vqa("a", rows), vqa("b", [(split, kind, "black") for split, kind, _ in rows])
+    file = Path(second, "questions.jsonl")
+    file.write_text(file.read_text().replace('"b-', '"a-'))
+    questions = load_questions([Source("folder", first), Source("folder", second)])
+    assert [q.id for q in questions["dev"]] == ["a/a-2", "b/a-2"]
+    with pytest.raises(DataError, match=r"question id 'h/a-0' is in sources 1 and 2, .* different `domain`s"):
+        load_questions([Source("folder", first, domain="h"), Source("folder", second, domain="h")])
+
+
+def test_an_image_in_two_splits_is_refused(vqa):
+    folder = vqa("a", [(split, "colour", "red") for split in SPLITS])
+    shutil.copy(f"{folder}/0.png", f"{folder}/3.png")
+    with pytest.raises(DataError, match=r"the split '\w+' and the split '\w+' share 1 images, .*png among them"):
+        load_questions([Source("folder", folder)])
+
+
+def test_what_was_built_on_a_repeated_stage_is_done_no_longer(job):
+    """Sites do not stand on each other; comparisons stand on the sites and not on the router."""
+    stages = ["site a", "site b", "router", "align", "compare average", "evaluation"]
+    for stage in stages:
+        with job.doing(stage):
+            pass
+    for stage, left in {
+        "align": {"site a", "site b", "router", "compare average", "align"},
+        "router": {"site a", "site b", "compare average", "router"},
+        "site a": {"site a", "site b"},
+    }.items():
+        (job.path / "checkpoints" / "align").mkdir(parents=True, exist_ok=True)
+        (job.path / "checkpoints" / "compare average").mkdir(parents=True, exist_ok=True)
+        with job.doing(stage):
+            assert not job.run.done(stage)
+        assert {done for done in stages if job.run.done(done)} == left
+        assert (job.path / "checkpoints" / "align").exists() == (stage == "align")
+        assert (job.path / "checkpoints" / "compare average").exists() == (stage != "site a")
+    assert json.loads((job.path / "stages.json").read_text())["done"] == ["site b", "site a"]

@@ -9,7 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from accord.errors import CheckpointError, RunError
-from accord.models.load import LoraSettings
+from accord.models import load
+from accord.models.load import LoraSettings, load_vlm
 from accord.rewards import model as module
 from accord.rewards.model import RewardModel, Standardisation
 from accord.types import vqa_prompt
@@ -84,18 +85,17 @@ def test_the_score_is_the_head_on_the_end_token(family, checkpoints):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_small_batches_do_not_change_scores(llava, rows):
+def test_small_batches_do_not_change_scores(llava, tmp_path, rows):
+    """The 3 + 1 rows at once, or each prompt by itself, as it is after loading too."""
     model = RewardModel.from_checkpoint(llava)
-    torch.testing.assert_close(
-        torch.cat(model.score(PROMPTS, IMAGES, ANSWERS, batch_rows=rows)), score(model), atol=1e-6, rtol=1e-5
-    )
-
-
-def test_chunks_keep_a_prompts_rows_together():
-    """Limit 5: 2 + 3 fit, 4 starts anew, 9 stays whole, 1 + 0 follow."""
-    chunks = module._chunks([2, 3, 4, 9, 1, 0], 5)
-    assert [list(chunk) for chunk in chunks] == [[0, 1], [2], [3], [4, 5]]
-    assert list(module._chunks([], 5)) == []
+    expected = score(model)
+    taken = []
+    model.register_forward_pre_hook(lambda _, inputs: taken.append(len(inputs[0].input_ids)))
+    model.rows_at_once = rows
+    torch.testing.assert_close(score(model), expected, atol=1e-6, rtol=1e-5)
+    assert taken == ([4] if rows == 4 else [3, 1])
+    model.save(tmp_path / "reward")
+    assert RewardModel.load(tmp_path / "reward").rows_at_once == rows
 
 
 def test_scoring_returns_to_the_mode_it_was_in(llava):
@@ -106,13 +106,89 @@ def test_scoring_returns_to_the_mode_it_was_in(llava):
         assert model.training is training and model.backbone.training is training
 
 
-def test_a_full_model_needs_nothing_else(saved, llava, tmp_path):
-    """The backbone inside is an ordinary checkpoint; an adapter instead names its base."""
-    assert json.loads((saved / "reward.json").read_text())["base"] is None
-    assert RewardModel.load(saved).architecture == "LlavaForConditionalGeneration"
-    RewardModel.from_checkpoint(llava, lora=LORA).save(tmp_path / "adapted")
-    assert json.loads((tmp_path / "adapted" / "reward.json").read_text())["base"] == llava
-    assert not (tmp_path / "adapted" / "backbone").exists()
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_folder_is_all_it_needs(family, checkpoints, tmp_path, lora):
+    """Its checkpoint goes before it is saved, and then the folder moves: scores and backbone are the same."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoints[family], base)
+    model = unfold(RewardModel.from_checkpoint(str(base), lora=lora))
+    shutil.rmtree(base)
+    model.save(tmp_path / "reward")
+    moved = (tmp_path / "reward").rename(tmp_path / "moved")
+    assert json.loads((moved / "reward.json").read_text())["base"] is None
+    assert torch.equal(score(model), score(RewardModel.load(moved)))
+    (stored, _), (before, _) = load_vlm(str(moved / "backbone")), load_vlm(checkpoints[family])
+    weights, expected = stored.state_dict(), before.state_dict()
+    assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in weights)
+
+
+def test_an_adapter_on_a_shipped_checkpoint_names_it(tmp_path):
+    model = unfold(RewardModel.from_checkpoint("accord/idefics3", lora=LORA))
+    model.save(tmp_path / "reward")
+    assert json.loads((tmp_path / "reward" / "reward.json").read_text())["base"] == "accord/idefics3"
+    assert not (tmp_path / "reward" / "backbone").exists()
+    assert torch.equal(score(model), score(RewardModel.load(tmp_path / "reward")))
+
+
+def change(checkpoint):
+    """Train a checkpoint a little: its first weight grows by one."""
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_another_backbone_in_the_folder(llava, tmp_path, lora):
+    RewardModel.from_checkpoint(llava, lora=lora).save(tmp_path / "reward")
+    change(tmp_path / "reward" / "backbone")
+    refuse(tmp_path / "reward", str(Path("reward", "backbone")), "not the backbone", "train the site again")
+
+
+def test_another_shipped_checkpoint_of_the_same_name(llava, tmp_path, monkeypatch):
+    """As after `accord pretrain` into the package."""
+    shutil.copytree(llava, tmp_path / "shipped" / "small")
+    monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
+    RewardModel.from_checkpoint("accord/small", lora=LORA).save(tmp_path / "reward")
+    RewardModel.load(tmp_path / "reward")
+    change(tmp_path / "shipped" / "small")
+    refuse(tmp_path / "reward", "accord/small is not the backbone", "put that one back")
+
+
+@pytest.fixture
+def hub(llava, tmp_path, monkeypatch):
+    """Return a function that makes the next commit of somebody/small, in a cache of the hub as a download leaves it."""
+    repository = tmp_path / "hub" / "models--somebody--small"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def commit(name):
+        snapshot = repository / "snapshots" / name
+        shutil.copytree(llava, snapshot)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / "main").write_text(name)
+        return snapshot
+
+    return commit
+
+
+def test_an_adapter_on_a_checkpoint_of_the_hub_keeps_to_its_commit(hub, llava, tmp_path, monkeypatch):
+    """A later commit is not taken for it, nor is a folder of that name."""
+    first = hub("a" * 40)
+    model = unfold(RewardModel.from_checkpoint("somebody/small", lora=LORA))
+    model.save(tmp_path / "reward")
+    described = json.loads((tmp_path / "reward" / "reward.json").read_text())
+    assert (described["base"], described["fingerprint"]) == ("somebody/small", "a" * 40)
+    change(hub("b" * 40))
+    again = RewardModel.load(tmp_path / "reward")
+    assert torch.equal(score(model), score(again))
+    again.save(tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "reward.json").read_text()) == described
+    shutil.rmtree(first)
+    with pytest.raises(CheckpointError, match="somebody/small: cannot load"):
+        RewardModel.load(tmp_path / "reward")
+    shutil.copytree(llava, tmp_path / "somebody" / "small")
+    monkeypatch.chdir(tmp_path)
+    refuse(tmp_path / "reward", "somebody/small is not the backbone", "a" * 12)
 
 
 def test_a_missing_folder(tmp_path):
@@ -180,15 +256,6 @@ def test_a_damaged_adapter(llava, tmp_path, damage):
     refuse(folder, "train the site again")
 
 
-def test_an_adapter_whose_base_is_gone(llava, tmp_path):
-    base = tmp_path / "base"
-    shutil.copytree(llava, base)
-    RewardModel.from_checkpoint(str(base), lora=LORA).save(tmp_path / "reward")
-    shutil.rmtree(base)
-    with pytest.raises(CheckpointError, match="no such folder"):
-        RewardModel.load(tmp_path / "reward")
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -208,3 +275,24 @@ def test_a_full_disk_leaves_the_earlier_model(saved, llava, monkeypatch, error):
         RewardModel.from_checkpoint(llava).save(saved)
     assert {path.relative_to(saved): path.read_bytes() for path in saved.rglob("*") if path.is_file()} == earlier
     assert [entry.name for entry in saved.parent.iterdir()] == ["reward"]
+
+
+@pytest.mark.parametrize(("lora", "type_"), [(None, torch.float32), (LORA, torch.bfloat16)], ids=["full", "lora"])
+def test_what_is_trained_is_float32(llava, tmp_path, lora, type_):
+    """On a bfloat16 checkpoint: all of it, or the adapter and the head alone. Loaded again, it scores identically."""
+    model, processor = load_vlm(llava)
+    base = load.save_vlm(model.to(torch.bfloat16), processor, tmp_path / "base")
+    model = unfold(RewardModel.from_checkpoint(base, lora=lora))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model._plain.dtype == type_
+    model.save(tmp_path / "reward")
+    again = RewardModel.load(tmp_path / "reward")
+    assert again._plain.dtype == type_ and torch.equal(score(model), score(again))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_the_head_is_where_the_backbone_is(llava, monkeypatch, lora):
+    """On the device `meta`, which every machine has."""
+    monkeypatch.setattr(load, "device", lambda: torch.device("meta"))
+    model = RewardModel.from_checkpoint(llava, lora=lora)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}

@@ -6,8 +6,8 @@ import torch
 from pytest import approx
 
 from accord.data.images import load_image
-from accord.errors import DataError
-from accord.models.load import LoraSettings
+from accord.errors import DataError, RecipeError
+from accord.models.load import LoraSettings, load_vlm, save_vlm
 from accord.rewards import train as module
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import (
@@ -46,9 +46,9 @@ def pairs(prefer):
 def train(llava, pairs, ask, tmp_path):
     """Train a fresh model on three pairs; return it, its best ranking and what was logged."""
 
-    def run(config=QUICK, *, seed=0, lora=None, held_out=None):
+    def run(config=QUICK, *, seed=0, lora=None, held_out=None, checkpoint=llava):
         torch.manual_seed(0)
-        model = RewardModel.from_checkpoint(llava, lora=lora)
+        model = RewardModel.from_checkpoint(checkpoint, lora=lora)
         records = []
         questions = [ask(7), ask(8, "blue")] if held_out is None else held_out
         best = train_reward_model(
@@ -230,3 +230,55 @@ def test_no_pairs(llava, tmp_path):
     model = RewardModel.from_checkpoint(llava)
     with pytest.raises(DataError, match="on 0 preference pairs; give the site pairs"):
         train_reward_model(model, [], [], [], QUICK, seed=0, out=tmp_path)
+
+
+def test_a_bfloat16_checkpoint_moves_at_a_small_learning_rate(train, llava, tmp_path):
+    """AdamW's first steps are as long as the learning rate, 1e-6, whatever the gradient's size.
+
+    A bfloat16 weight has 8 significant bits: it moves by 1e-6 only if it is smaller than about 2 · 256 · 1e-6 = 5e-4.
+    """
+    model, processor = load_vlm(llava)
+    checkpoint = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
+    config = replace(QUICK, steps=1, learning_rate=1e-6, warmup=0.0, weight_decay=0.0)
+    trained, _, _ = train(config, held_out=(), checkpoint=checkpoint)
+    before, after = model.state_dict(), trained.backbone.state_dict()
+    name = "model.language_model.layers.0.self_attn.v_proj.weight"
+    large = before[name].abs() > 1e-3
+    step = (after[name] - before[name].float())[large].abs()
+    assert after[name].dtype == torch.float32 and large.float().mean() > 0.9
+    assert step.median().item() == approx(1e-6, rel=0.05)
+    assert torch.equal((before[name].float() + 1e-6).bfloat16()[large], before[name][large])
+
+
+def test_scores_are_standardised_without_the_trainers_autocast(train, monkeypatch, pairs, tmp_path):
+    """Trained in bfloat16 arithmetic, as on a GPU: mean and deviation are of the scores that the saved model gives."""
+    plain = module.trainer_arguments
+    monkeypatch.setattr(module, "trainer_arguments", lambda out, **given: plain(out, bf16=True, use_cpu=True, **given))
+    model, _, _ = train()
+    model.save(tmp_path / "reward")
+    again = RewardModel.load(tmp_path / "reward")
+    assert measure_standardisation(again, group_pairs(pairs)) == model.standardisation
+
+
+def test_the_rows_at_once_are_the_recipes(train, monkeypatch):
+    """Three groups of two answers each, two rows at once."""
+    taken = []
+    forward = RewardModel.forward
+    monkeypatch.setattr(
+        RewardModel, "forward", lambda model, batch: (taken.append(len(batch.input_ids)), forward(model, batch))[1]
+    )
+    model, _, _ = train(replace(QUICK, steps=1, rows_at_once=2), held_out=())
+    assert model.rows_at_once == 2 and taken[1:] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("images", [(), (b"one", b"two")])
+def test_a_pair_needs_one_image(llava, prefer, tmp_path, images):
+    pair = replace(prefer(3), images=images)
+    with pytest.raises(DataError, match=f"question 'q3' has {len(images)} images, and a reward model takes one"):
+        train_reward_model(RewardModel.from_checkpoint(llava), [pair], [], [], QUICK, seed=0, out=tmp_path)
+
+
+@pytest.mark.parametrize("setting", ["steps", "evaluate_every", "rejected_per_prompt", "gradient_accumulation"])
+def test_settings_that_leave_nothing_to_train(setting):
+    with pytest.raises(RecipeError, match=f"{setting} must be at least 1, got 0; raise {setting}"):
+        RewardConfig(**{setting: 0})

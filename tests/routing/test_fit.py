@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from torch import tensor
 
 from accord.data.images import load_image
-from accord.errors import RunError
+from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import RouterReply, RouterRequest, ScoreReply
 from accord.models.load import load_vlm
@@ -113,10 +113,13 @@ def test_a_round_averages_by_examples():
     ids=["gone", "nan", "inf", "no examples", "negative", "id", "bytes", "names", "type"],
 )
 def test_a_site_without_a_usable_update_sits_the_round_out(bad, caplog):
-    """As if it did not exist: the rest give 2. An average with it would be NaN or another number."""
+    """As if it did not exist: the rest give 2. An average with it would be NaN or another number. It is counted."""
     rounds = []
-    assert values(fit({"a": constant(2.0), "bad": bad}, on_round=lambda *told: rounds.append(told))) == {2.0}
-    assert rounds == [(1, 1.0), (2, 1.0)]
+    engine = InProcessEngine({"a": constant(2.0), "bad": bad})
+    with pytest.warns(DataWarning, match=r"site bad .*; the router was averaged without it"):
+        network = fit_router(engine, 4, SMALL, seed=0, on_round=lambda *told: rounds.append(told))
+    assert values(network) == {2.0} and rounds == [(1, 1.0), (2, 1.0)]
+    assert [engine.traffic.counts[site, "router"].absences for site in ("a", "bad")] == [0, 2]
 
 
 def test_a_site_cannot_claim_more_than_its_draw():
@@ -124,6 +127,7 @@ def test_a_site_cannot_claim_more_than_its_draw():
     assert values(fit({"a": constant(1.0, 500), "greedy": constant(5.0, 2**62)})) == {3.0}
 
 
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 def test_a_loss_that_is_not_finite_is_not_believed():
     rounds = []
     sites = {"a": constant(2.0), "odd": constant(9.0, 1, math.nan)}
@@ -131,6 +135,7 @@ def test_a_loss_that_is_not_finite_is_not_believed():
     assert rounds == [(1, 1.0), (2, 1.0)]
 
 
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 def test_a_site_may_come_back():
     """Absent in round 1, there in round 2: (2 + 6) / 2 = 4."""
 
@@ -140,6 +145,7 @@ def test_a_site_may_come_back():
     assert values(fit({"a": constant(2.0), "b": late_riser})) == {4.0}
 
 
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 def test_nobody_answers(caplog):
     with pytest.raises(RunError, match=r"no site answered in router round 1; .*--resume"):
         fit({"a": silent, "b": constant(math.nan)})
@@ -171,6 +177,28 @@ def test_local_training_starts_from_what_it_is_sent(encoder, prefer):
     training(first[0], 1, 4)
     assert training(sent, 0, 3) == first == LocalRouterTraining(encoder, pairs, 2, config)(sent, 0, 3)
     assert training(sent, 0, 4) != first
+
+
+def test_the_features_of_pairs(encoder, prefer):
+    """Rows: chosen, rejected, chosen, …, each as when it is encoded alone, whatever the rows at once."""
+    pairs = [prefer(0, "red", "no idea at all"), prefer(1, "green", "yellow"), prefer(2, "blue", "red")]
+    training = LocalRouterTraining(encoder, pairs, 2, SMALL)
+    small = LocalRouterTraining(encoder, pairs, 2, replace(SMALL, rows_at_once=2))
+    for hidden, mask in (training.features, small.features):
+        assert hidden.shape[:2] == mask.shape and len(hidden) == 6
+        for n, pair in enumerate(training.pairs):
+            for row, text in ((2 * n, pair.chosen), (2 * n + 1, pair.rejected)):
+                alone, _ = encoder([pair.prompt], [load_image(pair.images[0])], [[text]])
+                torch.testing.assert_close(hidden[row][mask[row]], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_site_trains_where_the_encoder_is(encoder, prefer):
+    """On the device `meta`, which every machine has; the features stay on the CPU."""
+    training = LocalRouterTraining(encoder, [prefer(0)], 2, SMALL)
+    assert {tensor.device.type for tensor in training.features} == {"cpu"}
+    encoder.model.to("meta")
+    training = LocalRouterTraining(encoder, [prefer(0)], 2, SMALL)
+    assert {parameter.device.type for parameter in training.network.parameters()} == {"meta"}
 
 
 def test_the_first_local_loss(encoder, prefer):

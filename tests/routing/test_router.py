@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from accord.errors import CheckpointError, RecipeError
+from accord.models import load as load_module
 from accord.models.load import load_vlm
 from accord.routing.router import (
     Encoder,
@@ -95,6 +97,27 @@ def test_a_learned_router_gives_weights(encoder, network):
     with torch.no_grad():
         torch.testing.assert_close(weights, network(*encoder(PROMPTS, IMAGES, ANSWERS)).softmax(dim=-1))
     assert not weights.requires_grad
+
+
+@pytest.mark.parametrize(("rows", "taken"), [(1, [3, 1]), (3, [3, 1]), (4, [4])])
+def test_rows_at_once_do_not_change_weights(encoder, rows, taken):
+    """The 3 + 1 rows together, or each prompt by itself."""
+    torch.manual_seed(0)
+    network = RouterNetwork(32, 3, replace(SMALL, rows_at_once=rows)).eval()
+    with torch.no_grad():
+        expected = network(*encoder(PROMPTS, IMAGES, ANSWERS)).softmax(dim=-1)
+    seen = []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    weights = LearnedRouter(encoder, network)(PROMPTS, IMAGES, ANSWERS)
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
+    assert seen == taken
+
+
+def test_the_network_is_where_the_encoder_is(llava, network, monkeypatch):
+    """On the device `meta`, which every machine has."""
+    monkeypatch.setattr(load_module, "device", lambda: torch.device("meta"))
+    router = LearnedRouter(Encoder(*load_vlm(llava)), network)
+    assert {parameter.device.type for parameter in router.network.parameters()} == {"meta"}
 
 
 def test_weights_travel_bitwise(network):

@@ -10,10 +10,11 @@ federation: `reward` is any TRL reward function.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
@@ -31,12 +32,15 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from accord.data.images import image_bytes
+from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
-from accord.errors import RecipeError
+from accord.errors import RecipeError, check_least
 from accord.models.finetune import draw_balanced
-from accord.models.load import LoraSettings, lora_config
+from accord.models.load import LoraSettings, lora_config, placeholder_tokens
 from accord.types import ImageSource, Message, Prompt, Question
+
+MUTED = -1e4
+"""The logit of a token that cannot be said: finite, since an entropy with 0 · -inf in it is no number."""
 
 RewardFunction: TypeAlias = Callable[..., list[float | None]]
 """TRL's own: `(prompts, completions, **columns) -> list[float | None]`."""
@@ -53,6 +57,7 @@ class AlignmentConfig:
     kl: float = 0.02  # β
     temperature: float = 1.0
     max_completion_length: int = 4  # tokens
+    questions_at_once: int = 128  # whenever the policy answers outside training: for pairs, curve and evaluation
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     completions_per_device: int = 0  # rows of one forward and backward pass; 0 for all at once
@@ -63,6 +68,9 @@ class AlignmentConfig:
     save_every: int = 50  # steps between checkpoints
 
     def __post_init__(self) -> None:
+        """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
+        check_least(self, steps=1, prompts_per_step=1, max_completion_length=1, learning_rate=0, kl=0)
+        check_least(self, completions_per_device=0, evaluate_every=0, evaluate_on=1, save_every=0, questions_at_once=1)
         if self.group_size < 2:
             raise RecipeError(
                 f"group_size must be at least 2 to centre rewards, got {self.group_size}; raise alignment.group_size"
@@ -86,13 +94,14 @@ def exact_match_reward(
 def prompt_dataset(questions: Sequence[Question], count: int, generator: random.Random) -> datasets.Dataset:
     """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
 
-    Images stay compressed until a row is read, and repeated rows share them.
+    Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
+    (`accord.data.images.load_image`): the policy sees the pixels that the sites see.
     """
     used: dict[ImageSource, dict[str, object]] = {q.image: _cell(q.image) for q in questions}
     features = datasets.Features(
         {
             "prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-            "image": datasets.Image(),
+            "image": datasets.Image(decode=False),
             "question_id": datasets.Value("string"),
             "question_type": datasets.Value("string"),
             "answer": datasets.Value("string"),
@@ -106,7 +115,14 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
         "answer": [q.answer for q in questions],
     }
     order = draw_balanced([q.question_type for q in questions], count, generator)
-    return datasets.Dataset.from_dict(columns, features=features).select(order)
+    return datasets.Dataset.from_dict(columns, features=features).select(order).with_transform(_decoded)
+
+
+def _decoded(rows: dict[str, list[dict[str, object]]]) -> dict[str, object]:
+    if "image" not in rows:  # only other columns were asked for
+        return dict(rows)
+    sources = [cast(bytes | None, cell["bytes"]) or Path(str(cell["path"])) for cell in rows["image"]]
+    return {**rows, "image": [load_image(source) for source in sources]}
 
 
 def _cell(source: ImageSource) -> dict[str, object]:
@@ -219,6 +235,35 @@ class _ResumableTrainer(GRPOTrainer):
             policy.load_state_dict(saved.state_dict())
 
 
+@contextmanager
+def placeholders_muted(*models: PreTrainedModel) -> Iterator[None]:
+    """Take image placeholders out of the distribution that the models are trained on.
+
+    TRL suppresses them when it samples, and computes log-probabilities over the whole vocabulary. A token that is never
+    sampled is never pushed down, and the KL estimate does not see it either: probability gathers there (measured: after
+    300 steps the greedy answer to most questions was `<image>`, at a reward still rising). A bias of the output layer
+    shuts them out in every code path; it is a buffer that no checkpoint holds, and goes in the end.
+    """
+    muted: list[nn.Linear] = []
+    for model in models:
+        head = cast(nn.Linear, model.get_output_embeddings())
+        ids = placeholder_tokens(model)
+        if head.bias is not None:
+            head.bias.data[ids] = MUTED
+            continue
+        bias = head.weight.new_zeros(head.out_features)
+        bias[ids] = MUTED
+        del head.bias
+        head.register_buffer("bias", bias, persistent=False)
+        muted.append(head)
+    try:
+        yield
+    finally:
+        for head in muted:
+            del head.bias
+            head.register_parameter("bias", None)
+
+
 def align(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -236,7 +281,9 @@ def align(
     """Align `model` in place on the prompts of `questions`; return it, a LoRA adapter merged in.
 
     Args:
-        model: the policy, loaded from a checkpoint (TRL loads the frozen reference from the same place).
+        model: the policy, loaded from a checkpoint, in float32 unless an adapter is trained. TRL loads the frozen
+            reference from the same place in the model's type, so that the first step's KL is 0; under an adapter the
+            base itself is the reference.
         processor: its processor.
         questions: the prompts; their answers train nothing unless `reward` reads them.
         reward: any TRL reward function.
@@ -263,6 +310,8 @@ def align(
         peft_config=peft,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume)
-    trained = trainer.accelerator.unwrap_model(trainer.model)
+    unwrap = trainer.accelerator.unwrap_model
+    with placeholders_muted(model, *([unwrap(trainer.ref_model)] if trainer.ref_model is not None else [])):
+        trainer.train(resume_from_checkpoint=resume)
+    trained = unwrap(trainer.model)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

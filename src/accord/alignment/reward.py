@@ -10,16 +10,17 @@ script:
     trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=prompts, args=GRPOConfig(beta=0.02, …))
     trainer.train()
 
-Absent is not zero. `missing="none"` returns None: with a single reward function TRL 1.16 leaves such a row out of
-its group's mean and deviation and gives it advantage zero, but beside further functions `nansum` counts it as 0.
-`missing="group_mean"` gives it the mean of its group's rewards: advantage zero in both cases, at the price of a smaller
-deviation of the group; a group that nobody scored gets the same value throughout.
+Absent is not zero. `missing="none"`, the default, returns None: TRL leaves a row that has no reward at all out of its
+group's mean and deviation and gives it advantage zero. Beside further reward functions TRL's sum counts the None as 0;
+there use `missing="group_mean"`, which gives it the mean of its group's rewards, at the price of a smaller deviation
+(a group that nobody scored gets the mean of all that were).
 """
 
 from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accord.data.images import image_bytes
-from accord.errors import DataError, ReplyError
+from accord.errors import DataError, DataWarning, ReplyError
 from accord.federation.engine import Engine
 from accord.federation.messages import Absence, ScoreItem, ScoreRequest, check_scores, image_name, to_turns
 from accord.routing.fusion import mixture, per_prompt, top1
@@ -81,7 +82,7 @@ class FederatedReward:
         unfinished: float | None = 0.0,
         end_tokens: Sequence[int] = (),
         deadline: float | None = None,
-        missing: Literal["group_mean", "none"] = "group_mean",
+        missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
     ) -> None:
         self.engine = engine
@@ -141,7 +142,7 @@ class FederatedReward:
         for n, prompt in enumerate(prompts):
             image = _image_of(prompt, n, columns)
             plain = [_plain(message) for message in prompt]
-            this = (ids[n],) if ids is not None else (str(plain), image.size, image.mode, image.tobytes())
+            this = (str(plain), (ids[n],) if ids is not None else (image.size, image.mode, image.tobytes()))
             if this != key:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None
@@ -192,16 +193,25 @@ class FederatedReward:
         for site, reply in self.engine.ask(requests, deadline=self.deadline).items():
             k = list(self.engine.sites).index(site)
             if isinstance(reply, Absence):
+                self._miss(site, f"gave no answer ({reply.reason})")
                 continue
             try:
                 checked = check_scores(requests[site], reply)
-            except ReplyError:
+            except ReplyError as error:
                 self.engine.traffic.counts[site, "score"].absences += 1
+                self._miss(site, f"sent scores that cannot be used ({error})")
                 continue
             for rows, values in zip(places[site], checked, strict=True):
                 if values is not None:
                     scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
+            if None in checked:
+                self.engine.traffic.counts[site, "score"].absences += 1
+                self._miss(site, "sent a score that is not finite")
         return scores
+
+    @staticmethod
+    def _miss(site: str, what: str) -> None:
+        warnings.warn(f"site {site} {what}; it counts as absent there, not as 0", DataWarning, stacklevel=4)
 
     def _finish(
         self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None
@@ -213,13 +223,19 @@ class FederatedReward:
         return [self.unfinished if c else reward for c, reward in zip(cut, rewards, strict=True)]
 
     def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:
+        """Put what `missing` says where no site scored."""
         filled: list[float | None] = []
+        overall = _mean(rewards, 0.0)
         for size in sizes:
             group = rewards[len(filled) : len(filled) + size]
-            known = [r for r in group if r is not None and math.isfinite(r)]
-            neutral = None if self.missing == "none" else sum(known) / len(known) if known else 0.0
+            neutral = None if self.missing == "none" else _mean(group, overall)
             filled += [r if r is not None and math.isfinite(r) else neutral for r in group]
         return filled
+
+
+def _mean(rewards: Sequence[float | None], otherwise: float) -> float:
+    known = [r for r in rewards if r is not None and math.isfinite(r)]
+    return sum(known) / len(known) if known else otherwise
 
 
 def _image_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> Image:

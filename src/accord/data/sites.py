@@ -8,12 +8,13 @@ draw is a hash of the image and the seed: no generator's state, and no order of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from accord.data.images import name_of
 from accord.data.questions import image_identity, uniform
 from accord.errors import DataError, RecipeError
-from accord.types import Question
+from accord.types import ImageSource, Question
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,31 @@ def share_out(
         if not sites[share.name]:
             raise DataError(_nothing(share, questions))
     return sites
+
+
+def check_disjoint(
+    parties: Mapping[str, Iterable[ImageSource]], identify: Callable[[ImageSource], str] | None = None
+) -> None:
+    """Refuse an image that two parties hold: a model tested on what it was trained on shows nothing.
+
+    Args:
+        parties: what holds which images, by the words for it in the message.
+        identify: an `image_identity` that has seen them already.
+
+    Raises:
+        DataError: names the two parties, how many images they share, and one of them.
+    """
+    identify = identify or image_identity()
+    held: dict[str, dict[str, ImageSource]] = {}
+    for party, images in parties.items():
+        mine = {identify(image): image for image in images}
+        for other, theirs in held.items():
+            if shared := [mine[digest] for digest in mine if digest in theirs]:
+                raise DataError(
+                    f"{other} and {party} share {len(shared)} images, {name_of(shared[0])} among them; an image must "
+                    "be in one of them alone: take it out of the other (`fractions` splits questions by image)"
+                )
+        held[party] = mine
 
 
 def _deal_to_one(image: str, shares: Sequence[SiteShare], seed: int) -> set[str]:

@@ -104,7 +104,7 @@ def _who(summary: Summary) -> str:
     origin = (
         "The pairs were constructed from reference answers: no person judged them."
         if summary.constructed_preferences
-        else "The pairs are people's judgements."
+        else "By the sites' account the pairs are people's judgements."
     )
     if len(sites) == 1:
         who = f"One site, {names}, trained a reward model on its own data and scored a policy's answers with it."
@@ -218,7 +218,7 @@ def _warnings(summary: Summary, metrics: Sequence[MetricsRow]) -> list[str]:
     absences, messages = _absences(summary)
     if absences > _MANY_ABSENCES * messages:
         found.append(
-            f"Sites left {_rounded(absences / messages)} of the messages unanswered, so their judgement counted less "
+            f"Sites left {_rounded(absences / messages)} of the messages unanswered, so their scores counted less "
             "than the routing says; see the absences by site below."
         )
     return found

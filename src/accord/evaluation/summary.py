@@ -71,7 +71,7 @@ class PolicySummary:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Share of held-out preference pairs that a reward model orders as the site's people did."""
+    """Share of a site's dev questions whose right answer its reward model scores above all other common answers."""
 
     macro: Share
     by_type: Mapping[str, Share]
@@ -79,7 +79,7 @@ class Ranking:
 
 @dataclass(frozen=True, slots=True)
 class SiteSummary:
-    """One site: what it holds, its reward model, and the mean and deviation that standardise its scores."""
+    """One site: what it holds, and its reward model."""
 
     name: str
     architecture: str
@@ -88,13 +88,11 @@ class SiteSummary:
     questions: Count
     pairs: Count
     ranking: Ranking
-    mean: float
-    deviation: NonNegative
 
 
 @dataclass(frozen=True, slots=True)
 class RouterSummary:
-    """The router after its federated rounds; `accuracy`: share of held-out rows sent to the site they came from."""
+    """The router after its federated rounds; `accuracy`: share of dev answers sent to a fitting site."""
 
     rounds: Count
     accuracy: Share

@@ -6,11 +6,12 @@ an image, a question, an annotation or a weight of its reward model: scores, rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from accord.data.images import load_image
-from accord.errors import ReplyError
+from accord.errors import RecipeError, ReplyError
 from accord.federation.messages import (
     Card,
     CardRequest,
@@ -25,7 +26,6 @@ from accord.federation.messages import (
 )
 from accord.models.load import parameter_count
 from accord.rewards.model import RewardModel
-from accord.routing.fit import LocalRouterTraining
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class ScoreRange:
     low: float = 0.0
     high: float = 2.0
 
+    def __post_init__(self) -> None:
+        """Refuse an empty range: everything clipped to one value is no judgement."""
+        if not self.low < self.high:
+            raise RecipeError(
+                f"scores.low must be below scores.high, got {self.low} and {self.high}; correct the range, or leave "
+                "the table out for the default"
+            )
+
 
 @dataclass(frozen=True)
 class SiteRecord:
@@ -48,6 +56,19 @@ class SiteRecord:
     pairs: int = 0
     constructed: bool = False  # whether its pairs were built from reference answers
     ranking: Mapping[str, float] = field(default_factory=dict)  # by question type, on its held-out questions
+
+
+class RouterTraining(Protocol):
+    """A site's half of the router's training, `accord.routing.fit.LocalRouterTraining`."""
+
+    @property
+    def pairs(self) -> Sized:
+        """What it trains on; their number is the site's weight in the average."""
+        ...
+
+    def __call__(self, weights: bytes, site: int, seed: int, /) -> tuple[bytes, float]:
+        """Return the router's weights after local steps from `weights`, and the mean loss."""
+        ...
 
 
 class Site:
@@ -68,7 +89,7 @@ class Site:
         record: SiteRecord | None = None,
         *,
         score_range: ScoreRange | None = None,
-        router_training: LocalRouterTraining | None = None,
+        router_training: RouterTraining | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model

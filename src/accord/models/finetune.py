@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from accord.data.images import load_image
+from accord.errors import check_least
 from accord.models.inputs import build_batch
 from accord.types import Question, vqa_prompt
 
@@ -58,6 +59,10 @@ class FineTuneConfig:
     gradient_checkpointing: bool = False
     gradient_accumulation: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to train."""
+        check_least(self, steps=1, batch_size=1, gradient_accumulation=1, learning_rate=0, weight_decay=0, warmup=0)
+
 
 def transform(image: Image, symmetry: int) -> Image:
     """Apply one of the eight `SYMMETRIES`."""
@@ -84,7 +89,10 @@ def draw_balanced(types: Sequence[str], count: int, generator: random.Random) ->
 
 
 class _Drawn(Dataset[tuple[Question, int]]):
-    """The questions of a whole training in their order, each with its symmetry; the generator alone decides them."""
+    """The questions of a whole training, each with the symmetry drawn for it.
+
+    Types come equally often in all of it; the trainer shuffles it, so that a batch holds them in random proportion.
+    """
 
     def __init__(self, questions: Sequence[Question], config: FineTuneConfig, generator: random.Random) -> None:
         count = config.steps * config.batch_size * config.gradient_accumulation

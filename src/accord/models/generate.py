@@ -45,7 +45,7 @@ def answer(
     model.eval()
     out: list[list[str]] = []
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(questions), batch_size):
             chunk = questions[start : start + batch_size]

@@ -11,7 +11,7 @@ Families that do not take `mm_encoder_outputs` get their pixel values repeated i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
@@ -116,6 +116,21 @@ def build_batch(
             token_types[n, : len(row)] = torch.tensor(types[n])
     image_inputs = {name: value for name, value in encoded.items() if name not in _TEXT_KEYS}
     return Batch(input_ids, attention_mask, labels, torch.tensor(index), image_inputs, token_types)
+
+
+def chunks(sizes: Sequence[int], limit: int) -> Iterator[slice]:
+    """Split prompts of `sizes` rows into consecutive runs of at most `limit` rows.
+
+    The rows of a prompt stay together, so that its image is encoded once; a prompt of more rows is a run by itself.
+    """
+    start, rows = 0, 0
+    for p, size in enumerate(sizes):
+        if rows and rows + size > limit:
+            yield slice(start, p)
+            start, rows = p, 0
+        rows += size
+    if start < len(sizes):
+        yield slice(start, len(sizes))
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
@@ -60,25 +61,44 @@ def locate(checkpoint: str) -> str:
     return checkpoint
 
 
-def load_vlm(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model that answers questions about images, and its processor. Code from the checkpoint is never run.
+def device() -> torch.device:
+    """Return where models are put: the accelerator that torch finds (CUDA, MPS, …), otherwise the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_vlm(
+    checkpoint: str, *, revision: str = "main", trainable: bool = False
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model that answers questions about images onto `device()`, and its processor.
+
+    Code from the checkpoint is never run.
+
+    Args:
+        checkpoint: what `locate` finds.
+        revision: a branch, tag or commit of a checkpoint on the hub; a folder has none.
+        trainable: load it in float32, as whatever is trained whole must be: a bfloat16 weight has 8 significant bits,
+            and an update of 1e-6 is rounded away. A frozen model keeps its checkpoint's type, under an adapter too.
 
     Raises:
         CheckpointError: it is absent, incomplete, or of another kind (a text-only or vision-only model).
     """
     place = locate(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(place, revision=revision)
         if type(config) not in AutoModelForImageTextToText._model_mapping:
             raise CheckpointError(
                 f"{checkpoint}: a {config.model_type!r} model cannot answer questions about images; "
                 "use a checkpoint that AutoModelForImageTextToText loads"
             )
         loaded = AutoModelForImageTextToText.from_pretrained(
-            place, dtype="auto", use_safetensors=True, output_loading_info=True
+            place,
+            revision=revision,
+            dtype=torch.float32 if trainable else "auto",
+            use_safetensors=True,
+            output_loading_info=True,
         )
         model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
-        processor = AutoProcessor.from_pretrained(place)
+        processor = AutoProcessor.from_pretrained(place, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -94,7 +114,16 @@ def load_vlm(checkpoint: str) -> tuple[PreTrainedModel, ProcessorMixin]:
             f"{checkpoint}: no image processor or no tokenizer; save the processor into the same folder"
         )
     processor.tokenizer.padding_side = "left"  # generation continues from the last column
+    if model.generation_config is not None and not model.generation_config.suppress_tokens:
+        model.generation_config.suppress_tokens = placeholder_tokens(model) or None
+    model.to(device())  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
     return model, cast(ProcessorMixin, processor)
+
+
+def placeholder_tokens(model: PreTrainedModel) -> list[int]:
+    """Return the ids of the tokens that stand for an image or a video in a prompt, and mean nothing in an answer."""
+    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    return [i for i in ids if i is not None]
 
 
 def save_vlm(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> str:

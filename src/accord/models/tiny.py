@@ -97,7 +97,7 @@ def build_tiny(
     family: Family, tokenizer: PreTrainedTokenizerFast, config: TinyConfig, *, seed: int
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Build an untrained model of `family` and its processor; the weights depend on `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         if family == "llava-clip-llama":
             return _llava(tokenizer, config, "clip", "llama")

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from accord.alignment.grpo import RewardFunction, align
-from accord.alignment.reward import FederatedReward
+from accord.alignment.reward import FederatedReward, Mode
 from accord.errors import DataWarning, RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
 from accord.federation.engine import Engine, InProcessEngine
@@ -27,7 +27,7 @@ from accord.types import ImageSource, Question
 
 def align_policy(job: Job) -> None:
     """Align the policy with the learned router and the sites' rewards."""
-    with job.run.doing("align"):
+    with job.doing("align"):
         engine = open_federation(job)
         router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE")))
         reward = federated_reward(job, engine, router)
@@ -37,10 +37,10 @@ def align_policy(job: Job) -> None:
         save_traffic(job, "align")
 
 
-def federated_reward(job: Job, engine: Engine, router: Router, *, soft: bool | None = None) -> FederatedReward:
-    """Make the federation a reward function with the recipe's routing; `soft` overrides its mode."""
+def federated_reward(job: Job, engine: Engine, router: Router, *, mode: Mode | None = None) -> FederatedReward:
+    """Make the federation a reward function with the recipe's routing; `mode` overrides the recipe's."""
     sources = {q.id: q.image for q in job.questions["public"]}
-    return _reward(job.recipe, engine, router, job.encoder.model, soft=soft, sources=sources)
+    return _reward(job.recipe, engine, router, job.encoder.model, mode=mode, sources=sources)
 
 
 def open_reward(folder: Path | str) -> FederatedReward:
@@ -67,13 +67,13 @@ def _reward(
     router: Router,
     model: PreTrainedModel,
     *,
-    soft: bool | None = None,
+    mode: Mode | None = None,
     sources: Mapping[str, ImageSource] | None = None,
 ) -> FederatedReward:
     return FederatedReward(
         engine,
         router,
-        mode=recipe.routing.mode if soft is None else "soft" if soft else "top1",
+        mode=mode or recipe.routing.mode,
         scope=recipe.routing.scope,
         end_tokens=_end_tokens(model),
         deadline=recipe.routing.deadline,
@@ -88,10 +88,13 @@ def _end_tokens(model: PreTrainedModel) -> list[int]:
 
 
 def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Align a fresh copy of the base policy, from the newest checkpoint if the stage was interrupted."""
+    """Align a fresh copy of the base policy, from the newest checkpoint if the stage was interrupted.
+
+    It comes back in the base checkpoint's own type, whatever it was trained in.
+    """
     recipe = job.recipe
     set_seed(recipe.seed)
-    model, processor = load_vlm(recipe.policy.checkpoint)
+    model, processor = load_vlm(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
     out = job.path / "checkpoints" / stage
     last = _newest_checkpoint(out)
     # Records of step 0 are of a reward model that this stage has trained and kept.
@@ -118,7 +121,7 @@ def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedMo
             callbacks=[bar, SaveTraffic(job)],
             resume=last is not None,
         )
-    return model, processor
+    return model.to(job.encoder.model.dtype), processor
 
 
 def _newest_checkpoint(out: Path) -> Path | None:
@@ -148,6 +151,12 @@ def greedy(
     model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], recipe: Recipe
 ) -> list[str]:
     """Return the policy's greedy answers."""
-    return [
-        texts[0] for texts in answer(model, processor, questions, max_new_tokens=recipe.alignment.max_completion_length)
-    ]
+    settings = recipe.alignment
+    given = answer(
+        model,
+        processor,
+        questions,
+        max_new_tokens=settings.max_completion_length,
+        batch_size=settings.questions_at_once,
+    )
+    return [texts[0] for texts in given]

@@ -42,7 +42,7 @@ def compare(job: Job, arm: str) -> None:
     """Repeat the alignment with another reward and note its accuracy on dev and test."""
     stage = f"compare {arm}"
     count = len(job.recipe.sites)
-    with job.run.doing(stage):
+    with job.doing(stage):
         job_traffic, job.traffic = job.traffic, Traffic()  # what a comparison sends is not part of the run's bytes
         try:
             reward: RewardFunction
@@ -51,7 +51,7 @@ def compare(job: Job, arm: str) -> None:
             elif arm == "pooled":
                 reward = federated_reward(job, _pooled_engine(job, stage), constant_router([1.0]))
             elif arm == "average":
-                reward = federated_reward(job, open_federation(job), constant_router([1 / count] * count), soft=True)
+                reward = federated_reward(job, open_federation(job), constant_router([1 / count] * count), mode="soft")
             elif arm == "random":
                 # What its router drew is in no checkpoint, so this arm starts over.
                 shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)

@@ -24,7 +24,7 @@ from accord.evaluation.summary import (
     accuracy,
     write_summary,
 )
-from accord.federation.engine import Traffic
+from accord.federation.engine import Engine, Traffic
 from accord.federation.messages import Card, CardRequest
 from accord.models.generate import answer
 from accord.models.load import load_vlm, parameter_count
@@ -36,7 +36,6 @@ from accord.pipeline.sites import open_federation
 from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
 from accord.recipe import Source
-from accord.rewards.model import RewardModel
 from accord.routing.router import LearnedRouter, load_router
 from accord.runs import peak_memory_bytes
 from accord.version import VERSION
@@ -45,7 +44,7 @@ from accord.version import VERSION
 def evaluate(job: Job) -> None:
     """Measure base and aligned policy with their controls, and write `summary.json` and the gallery."""
     recipe = job.recipe
-    with job.run.doing("evaluation"):
+    with job.doing("evaluation"):
         compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
         questions = job.evaluated
         base, processor = load_vlm(recipe.policy.checkpoint)
@@ -63,6 +62,7 @@ def evaluate(job: Job) -> None:
                     processor,
                     asked,
                     max_new_tokens=recipe.alignment.max_completion_length,
+                    batch_size=recipe.alignment.questions_at_once,
                     on_batch=lambda n: advance(n),
                 )
                 answers[name] = [texts[0] for texts in given]
@@ -74,26 +74,25 @@ def evaluate(job: Job) -> None:
             job.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
 
         engine = open_federation(job)
-        engine.traffic = Traffic()  # the gallery's questions are for the page, not part of the run
+        engine.traffic = Traffic()  # the gallery's questions and the cards are for the page, not part of the run
         router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE")))
         shown = federated_reward(job, engine, router)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
         weights = route(router, questions, [[text] for text in answers["aligned"]])
-        write_summary(job.path / "summary.json", _summary(job, measured, compared, weights))
+        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights))
 
 
-def _summary(job: Job, measured: Mapping[str, Accuracy], compared: Mapping[str, Accuracy], weights: Tensor) -> Summary:
+def _summary(
+    job: Job, engine: Engine, measured: Mapping[str, Accuracy], compared: Mapping[str, Accuracy], weights: Tensor
+) -> Summary:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
     by_type: dict[str, list[Tensor]] = defaultdict(list)
     for q, row in zip(job.evaluated, weights, strict=True):
         by_type[q.question_type].append(row)
-    engine = open_federation(job)
-    engine.traffic = Traffic()
     sites, constructed = [], False
     for config in recipe.sites:
         card = engine.ask({config.name: CardRequest(f"card-{config.name}")})[config.name]
-        reward = RewardModel.load(job.path / "sites" / config.name / "reward")
         if not isinstance(card, Card):
             raise RunError(f"site {config.name} did not describe itself; check its log and start again with --resume")
         constructed = constructed or card.constructed
@@ -107,8 +106,6 @@ def _summary(job: Job, measured: Mapping[str, Accuracy], compared: Mapping[str, 
                 questions=card.questions,
                 pairs=card.pairs,
                 ranking=Ranking(macro, card.ranking),
-                mean=reward.standardisation.mean,
-                deviation=reward.standardisation.deviation,
             )
         )
     router = load_router(job.path / "router")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import cast
 from torch.utils.tensorboard import SummaryWriter
 
 from accord.data.easy_vqa import load_easy_vqa
-from accord.data.questions import read_vqa_dataset, read_vqa_folder, split_by_image
-from accord.data.sites import share_out
+from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
+from accord.data.sites import check_disjoint, share_out
 from accord.errors import DataError, RunError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Traffic
@@ -21,17 +23,28 @@ from accord.models.load import load_vlm
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.routing.router import Encoder
 from accord.runs import Run
-from accord.types import PreferencePair, Question
+from accord.types import ImageSource, PreferencePair, Question
+
+BUILT_ON_IT = {
+    "site": ("router", "align", "compare", "evaluation"),
+    "router": ("align", "evaluation"),
+    "align": ("evaluation",),
+    "compare": ("evaluation",),
+    "evaluation": (),
+}
+"""By the first word of a stage's name: the stages whose results are stale once it is done again."""
 
 
 def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
-    """Read every source; return the questions by split.
+    """Read every source; return the questions by split, with ids `domain/id` where there is more than one source.
 
     Raises:
-        DataError: a source cannot be read, or a split that the job needs is empty.
+        DataError: a source cannot be read, two questions of one domain have the same id, an image is in two splits, or
+            a split that the job needs is empty.
     """
     splits: dict[str, list[Question]] = defaultdict(list)
-    for source in sources:
+    taken: dict[str, int] = {}
+    for number, source in enumerate(sources, start=1):
         questions = read_source(source)
         if source.fractions:
             questions = split_by_image(questions, source.fractions, seed=0)
@@ -39,7 +52,14 @@ def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
             questions = [replace(q, domain=source.domain) for q in questions]
         if source.type_prefix:
             questions = [replace(q, question_type=f"{q.domain}/{q.question_type}") for q in questions]
+        if len(sources) > 1:
+            questions = [replace(q, id=f"{q.domain}/{q.id}") for q in questions]
         for q in questions:
+            if taken.setdefault(q.id, number) != number:
+                raise DataError(
+                    f"question id {q.id!r} is in sources {taken[q.id]} and {number}, and an id stands for one image "
+                    "and prompt; give the two [[questions]] tables different `domain`s"
+                )
             splits[q.split].append(q)
     for needed in ("private", "public", "dev", "test"):
         if not splits[needed]:
@@ -48,6 +68,9 @@ def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
                 f"no question has the split {needed!r}; the sources have {have}. "
                 "Give the questions a `split`, or the source `fractions` such as { private = 0.5, public = 0.2, … }"
             )
+    check_disjoint(
+        {f"the split {name!r}": [q.image for q in found] for name, found in splits.items()}, image_identity()
+    )
     return dict(splits)
 
 
@@ -78,6 +101,18 @@ class Job:
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
 
+    @contextmanager
+    def doing(self, stage: str) -> Iterator[None]:
+        """Do a stage; what was built on its earlier result is done no longer, and its checkpoints are removed."""
+        later = BUILT_ON_IT[stage.split()[0]]
+        for checkpoints in (self.path / "checkpoints").glob("*"):
+            if checkpoints.name.split()[0] in later:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+        if "compare" in later:
+            shutil.rmtree(self.path / "compare" / "pooled-reward", ignore_errors=True)
+        with self.run.doing(stage, undoes=lambda done: done.split()[0] in later):
+            yield
+
     def log(self, record: Mapping[str, object]) -> None:
         """Note a measurement in `metrics.jsonl`, and its numbers for TensorBoard."""
         self.run.log(record)
@@ -106,6 +141,11 @@ class Job:
         return share_out(
             self.questions["private"], shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images
         )
+
+    @cached_property
+    def identify(self) -> Callable[[ImageSource], str]:
+        """What tells images apart: the SHA-256 of their stored bytes, each read once."""
+        return image_identity()
 
     @cached_property
     def encoder(self) -> Encoder:

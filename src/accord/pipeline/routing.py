@@ -26,7 +26,7 @@ from accord.types import Prompt, Question, vqa_prompt
 def train_router(job: Job) -> None:
     """Train the router with all sites, and measure on held-out policy answers whether it picks a fitting site."""
     config = job.recipe.router
-    with job.run.doing("router"):
+    with job.doing("router"):
         set_seed(job.recipe.seed)
         engine = open_federation(job, router_training=True)
         with stage_bar("router", config.rounds, quiet=job.quiet) as advance:
@@ -55,6 +55,7 @@ def routing_accuracy(job: Job, router: Router) -> float:
         max_new_tokens=job.recipe.alignment.max_completion_length,
         samples=1,
         seed=0,
+        batch_size=job.recipe.alignment.questions_at_once,
     )
     chosen: list[int] = route(router, asked, said).argmax(dim=-1).tolist()
     return sum(shares[k].wants(q) for q, k in zip(asked, chosen, strict=True)) / len(asked)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
+from accord.data.sites import check_disjoint
 from accord.errors import DataError
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import Site, SiteRecord
@@ -28,13 +29,13 @@ from accord.rewards.model import RewardModel
 from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
-from accord.types import PreferencePair, Question
+from accord.types import ImageSource, PreferencePair, Question
 
 
 def train_site(job: Job, name: str) -> None:
     """Make a site's reward model: pairs, its own backbone fine-tuned on its questions, a Bradley–Terry head."""
     site, seed = job.site(name), site_seed(job, name)
-    with job.run.doing(f"site {name}"):
+    with job.doing(f"site {name}"):
         set_seed(seed)
         questions, pairs = job.private[name], site_pairs(job, name)
         model, ranking = fit_reward_model(
@@ -67,7 +68,7 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
         return job.pairs[name]
     site, questions, settings, seed = job.site(name), job.private[name], job.recipe.preferences, site_seed(job, name)
     if site.preferences:
-        job.pairs[name] = read_preferences(Path(site.preferences))
+        job.pairs[name] = _own_pairs(job, name, Path(site.preferences))
         return job.pairs[name]
     model, processor = load_vlm(job.recipe.policy.checkpoint)
     with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
@@ -78,9 +79,10 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
             max_new_tokens=job.recipe.alignment.max_completion_length,
             samples=settings.policy_samples,
             seed=seed,
+            batch_size=job.recipe.alignment.questions_at_once,
             on_batch=lambda n: advance(n),
         )
-    job.pairs[name] = build_preferences(
+    pairs = build_preferences(
         questions,
         rejected_per_question=settings.rejected_per_question,
         generator=random.Random(seed),
@@ -88,12 +90,27 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
         answers_by_type=_answers_by_type([*job.questions.get("base", []), *questions]),
         mix=settings.mix,
     )
-    if len(job.pairs[name]) < MIN_PAIRS:
+    if len(pairs) < MIN_PAIRS:
         raise DataError(
-            f"site {name} has {len(job.pairs[name])} preference pairs from {len(questions)} questions, at least "
+            f"site {name} has {len(pairs)} preference pairs from {len(questions)} questions, at least "
             f"{MIN_PAIRS} are needed; give it more questions, or raise preferences.rejected_per_question"
         )
-    return job.pairs[name]
+    job.pairs[name] = pairs
+    return pairs
+
+
+def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
+    """Read a site's own pairs; none may be about an image on which the policy is aligned, chosen or tested."""
+    pairs = read_preferences(file)
+    theirs = {f"the split {split!r}": [q.image for q in job.questions[split]] for split in ("public", "dev", "test")}
+    mine = {f"the preferences of site {name!r}": _images(pairs)}
+    for other, images in theirs.items():
+        check_disjoint(mine | {other: images}, job.identify)
+    return pairs
+
+
+def _images(pairs: Sequence[PreferencePair]) -> list[ImageSource]:
+    return [image for pair in pairs for image in pair.images]
 
 
 def fit_reward_model(
@@ -113,13 +130,13 @@ def fit_reward_model(
     """Fine-tune a backbone, put a head on it and train it; return the model and its ranking by question type."""
     scratch = job.path / "checkpoints" / name
     if tuning is not None:
-        backbone, processor = load_vlm(checkpoint)
+        backbone, processor = load_vlm(checkpoint, trainable=lora is None)
         tuned = add_lora(backbone, lora) if lora else backbone
         with ProgressBarCallback(f"{name}: fine-tuning", quiet=job.quiet) as bar:
             finetune(tuned, processor, questions, tuning, seed=seed, out=scratch, callbacks=[bar])
         if isinstance(tuned, PeftModel):
             backbone = cast(PreTrainedModel, tuned.merge_and_unload())
-        checkpoint = save_vlm(backbone, processor, job.path / "sites" / name / "backbone")
+        checkpoint = save_vlm(backbone, processor, scratch / "backbone")
     model = RewardModel.from_checkpoint(checkpoint, lora=lora)
     vocabulary = common_answers([*job.questions.get("base", []), *questions], reward.vocabulary)
     with ProgressBarCallback(f"{name}: reward model", quiet=job.quiet) as bar:
@@ -159,6 +176,9 @@ def open_site(recipe: Recipe, run: Path, name: str, training: LocalRouterTrainin
 def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
     """Start every site in this process: each with its reward model, and for router training also its pairs."""
     handlers = {}
+    if router_training and job.recipe.disjoint_images:
+        held = {f"site {site.name!r}": _images(site_pairs(job, site.name)) for site in job.recipe.sites}
+        check_disjoint(held, job.identify)
     for site in job.recipe.sites:
         job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}")
         training = None

@@ -6,14 +6,19 @@ The backbone is what `AutoModelForImageTextToText` loads, used whole or with a L
 is not computed.
 On disk:
 
-    reward.json          format, mean and deviation of the training scores, how the backbone is stored
+    reward.json          format, mean and deviation of the training scores, rows at once, which backbone
     head.safetensors     w [1, D], b [1]
-    backbone/            an ordinary checkpoint with its processor          (full fine-tuning)
-    adapter/             a PEFT adapter; the base checkpoint is named in reward.json   (LoRA)
+    backbone/            an ordinary checkpoint with its processor
+    adapter/             a PEFT adapter on the backbone                     (LoRA)
+
+The folder needs nothing else and can be moved, but for an adapter on a checkpoint that ships with Accord or is on the
+hub: reward.json names that one instead, and `load` refuses another under its name. A backbone that is trained whole is
+float32, in memory and on disk: a loaded model scores as the saved one did. Under an adapter it keeps its own type.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,10 +34,11 @@ from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils.hub import resolve_revision
 
 from accord.errors import CheckpointError
-from accord.models.inputs import Batch, build_batch, model_inputs
-from accord.models.load import LoraSettings, add_lora, load_vlm
+from accord.models.inputs import Batch, build_batch, chunks, model_inputs
+from accord.models.load import PREFIX, LoraSettings, add_lora, load_vlm, locate
 from accord.runs import replace_folder
 from accord.types import Prompt
 
@@ -55,7 +61,9 @@ class _Manifest:
     hidden_size: int
     standardisation: Standardisation
     lora: LoraSettings | None
-    base: str | None
+    base: str | None  # the backbone's name; None where it is in the folder
+    fingerprint: str | None = None  # of the backbone's weights, not checked where it is None
+    rows_at_once: int = 512
 
 
 _FORMAT = "accord-reward-model-1"
@@ -67,7 +75,8 @@ class RewardModel(nn.Module):
     Args:
         backbone: the model under the head; a `PeftModel` when it is adapted with LoRA.
         processor: the backbone's processor.
-        base: name or path of the checkpoint that a LoRA adapter belongs to.
+        base: name of the checkpoint that a LoRA adapter belongs to; None to save the backbone with the adapter.
+        fingerprint: of the weights that `base` had when it was loaded.
     """
 
     def __init__(
@@ -76,14 +85,16 @@ class RewardModel(nn.Module):
         processor: ProcessorMixin,
         *,
         base: str | None = None,
+        fingerprint: str | None = None,
         lora: LoraSettings | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.processor = processor
-        self.base = base
+        self.base, self.fingerprint = base, fingerprint
         self.lora = lora
         self.standardisation = Standardisation()
+        self.rows_at_once = 512  # (prompt, completion) rows of one forward pass in `score`
         size = self._plain.config.get_text_config().hidden_size
         self.head = nn.Linear(size, 1, dtype=torch.float32)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(size + 1))
@@ -93,8 +104,13 @@ class RewardModel(nn.Module):
     @classmethod
     def from_checkpoint(cls, checkpoint: str, *, lora: LoraSettings | None = None) -> RewardModel:
         """Put an untrained head on `checkpoint`, with a fresh LoRA adapter if `lora` is given."""
-        model, processor = load_vlm(checkpoint)
-        return cls(add_lora(model, lora) if lora else model, processor, base=checkpoint if lora else None, lora=lora)
+        if lora is None:
+            return cls(*load_vlm(checkpoint, trainable=True))
+        named = checkpoint.startswith(PREFIX) or not Path(locate(checkpoint)).is_dir()
+        fingerprint = _fingerprint(checkpoint) if named else None
+        model, processor = load_vlm(checkpoint, revision=fingerprint or "main")
+        base = checkpoint if named else None
+        return cls(add_lora(model, lora), processor, base=base, fingerprint=fingerprint, lora=lora)
 
     @property
     def _plain(self) -> PreTrainedModel:
@@ -117,21 +133,12 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(
-        self,
-        prompts: Sequence[Prompt],
-        images: Sequence[Image],
-        completions: Sequence[Sequence[str]],
-        *,
-        batch_rows: int = 512,
+        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
     ) -> list[Tensor]:
-        """Return one tensor of standardised scores per prompt, `[len(completions[p])]`, in evaluation mode.
-
-        Rows of the same prompt are kept together up to `batch_rows`, so that its image is encoded once.
-        """
+        """Return one tensor of standardised scores per prompt, `[len(completions[p])]`, in evaluation mode."""
         out: list[Tensor] = []
         with _evaluating(self):
-            for chunk in _chunks([len(c) for c in completions], batch_rows):
-                span = slice(chunk.start, chunk.stop)
+            for span in chunks([len(c) for c in completions], self.rows_at_once):
                 batch = build_batch(self.processor, prompts[span], images[span], completions[span])
                 raw = self(batch.to(self._plain.device)).cpu()
                 out.extend(self.standardisation(raw).split([len(c) for c in completions[span]]))
@@ -139,13 +146,26 @@ class RewardModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the model to the folder `path`, whole or not at all."""
-        manifest = _Manifest(_FORMAT, self.head.in_features, self.standardisation, self.lora, self.base)
 
         def write(folder: Path) -> None:
-            target = folder / ("adapter" if self.lora else "backbone")
-            self.backbone.save_pretrained(str(target))
-            if not self.lora:
-                self.processor.save_pretrained(target)
+            weights = None
+            if isinstance(self.backbone, PeftModel):
+                # By default PEFT looks where the base came from, then on the hub, whether its vocabulary has changed.
+                self.backbone.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+                inside = self._plain.state_dict()
+                weights = {name.replace(".base_layer", ""): t for name, t in inside.items() if ".lora_" not in name}
+            if self.base is None:
+                self._plain.save_pretrained(folder / "backbone", state_dict=weights)
+                self.processor.save_pretrained(folder / "backbone")
+            manifest = _Manifest(
+                _FORMAT,
+                self.head.in_features,
+                self.standardisation,
+                self.lora,
+                self.base,
+                self.fingerprint if self.base else _fingerprint(str(folder / "backbone")),
+                self.rows_at_once,
+            )
             save_file(
                 {"weight": self.head.weight.data.cpu(), "bias": self.head.bias.data.cpu()}, folder / "head.safetensors"
             )
@@ -174,12 +194,16 @@ class RewardModel(nn.Module):
             raise CheckpointError(
                 f"{path}: format {manifest.format!r}, this version reads {_FORMAT!r}; train the site again"
             )
-        if manifest.lora:
-            plain, processor = load_vlm(manifest.base or "")
-            backbone: PreTrainedModel | PeftModel = _load_adapter(plain, path / "adapter")
-        else:
-            backbone, processor = load_vlm(str(path / "backbone"))
-        model = cls(backbone, processor, base=manifest.base, lora=manifest.lora)
+        place = manifest.base or str(path / "backbone")
+        plain, processor = load_vlm(place, revision=manifest.fingerprint or "main")
+        found = _fingerprint(place, manifest.fingerprint)
+        if manifest.fingerprint not in (None, found):
+            raise CheckpointError(
+                f"{path}: {place} is not the backbone that this reward model was trained on: its fingerprint is "
+                f"{found!s:.12}…, expected {manifest.fingerprint!s:.12}…; put that one back, or train the site again"
+            )
+        backbone = _load_adapter(plain, path / "adapter") if manifest.lora else plain
+        model = cls(backbone, processor, base=manifest.base, fingerprint=manifest.fingerprint, lora=manifest.lora)
         if model.head.in_features != manifest.hidden_size:
             raise CheckpointError(
                 f"{path}: the head expects {manifest.hidden_size} features, the backbone gives "
@@ -194,8 +218,20 @@ class RewardModel(nn.Module):
             raise CheckpointError(
                 f"{path / 'head.safetensors'}: {error}; the file is damaged, train the site again"
             ) from error
-        model.standardisation = manifest.standardisation
+        model.standardisation, model.rows_at_once = manifest.standardisation, manifest.rows_at_once
         return model.eval()
+
+
+def _fingerprint(place: str, revision: str | None = None) -> str | None:
+    """Return the SHA-256 over a folder's weight files, or the commit that `revision` is on the hub, None if unknown."""
+    folder = Path(locate(place))
+    if not folder.is_dir():
+        return getattr(resolve_revision(place, revision), "resolved", revision)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
@@ -220,15 +256,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _chunks(sizes: Sequence[int], limit: int) -> Iterator[range]:
-    """Split prompts into consecutive runs of at most `limit` rows (a single larger prompt stays whole)."""
-    start, rows = 0, 0
-    for p, size in enumerate(sizes):
-        if rows and rows + size > limit:
-            yield range(start, p)
-            start, rows = p, 0
-        rows += size
-    if start < len(sizes):
-        yield range(start, len(sizes))

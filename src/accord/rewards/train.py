@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from accord.data.images import load_image
-from accord.errors import DataError
+from accord.errors import DataError, check_least
 from accord.models.finetune import SYMMETRIES, draw_balanced, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
 from accord.rewards.model import RewardModel, Standardisation
@@ -50,6 +50,13 @@ class RewardConfig:
     vocabulary: int = 64  # commonest answers that are ranked against each other
     patience: int = 3  # rankings without a better one before training stops; 0 for never
     gradient_accumulation: int = 1
+    rows_at_once: int = 512  # answers scored in one forward pass, in rankings and for the federation
+
+    def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to train or to rank."""
+        check_least(self, steps=1, prompts_per_batch=1, rejected_per_prompt=1, gradient_accumulation=1)
+        check_least(self, learning_rate=0, weight_decay=0, warmup=0, centring=0)
+        check_least(self, evaluate_every=1, evaluate_on=0, vocabulary=2, patience=0, rows_at_once=1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,10 @@ def rank(
 
 
 class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
-    """All groups of a training in their order, each with the rejected answers and the symmetry drawn for it."""
+    """All groups of a training, each with the rejected answers and the symmetry drawn for it.
+
+    Types come equally often in all of it; the trainer shuffles it, so that a batch holds them in random proportion.
+    """
 
     def __init__(self, groups: Sequence[PairGroup], config: RewardConfig, generator: random.Random) -> None:
         count = config.steps * config.prompts_per_batch * config.gradient_accumulation
@@ -200,12 +210,19 @@ def train_reward_model(
         log: receives one record per ranking.
 
     Raises:
-        DataError: there are no pairs.
+        DataError: there are no pairs, or one has not exactly one image.
     """
     if not pairs:
         raise DataError(
             "cannot train a reward model on 0 preference pairs; give the site pairs or questions to build them from"
         )
+    for pair in pairs:
+        if len(pair.images) != 1:
+            raise DataError(
+                f"the pair of question {pair.question_id!r} has {len(pair.images)} images, and a reward model takes "
+                "one; give it one image, or leave it out"
+            )
+    model.rows_at_once = config.rows_at_once
     generator = random.Random(seed)
     groups = group_pairs(pairs)
     questions = generator.sample(list(held_out), min(config.evaluate_on, len(held_out)))
@@ -239,6 +256,8 @@ def train_reward_model(
     trainer.remove_callback(PrinterCallback)
     trainer.centring = config.centring
     trainer.train()
+    # From here on without the trainer's autocast, which a loaded model has not: the standardisation is of its scores.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if keep.weights:
         model.load_state_dict(keep.weights, strict=False)
     model.standardisation = measure_standardisation(model, groups)

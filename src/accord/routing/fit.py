@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
@@ -24,9 +25,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from accord.data.images import load_image
-from accord.errors import CheckpointError, RunError
+from accord.errors import CheckpointError, DataWarning, ReplyError, RunError
 from accord.federation.engine import Engine
-from accord.federation.messages import Absence, RouterReply, RouterRequest
+from accord.federation.messages import Absence, Reply, RouterReply, RouterRequest
+from accord.models.inputs import chunks
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork, read_weights
 from accord.types import PreferencePair
 
@@ -46,27 +48,29 @@ class LocalRouterTraining:
     def __init__(self, encoder: Encoder, pairs: Sequence[PreferencePair], sites: int, config: RouterConfig) -> None:
         self.encoder = encoder
         self.pairs = random.Random(0).sample(list(pairs), min(config.pairs_per_site, len(pairs)))
-        self.network = RouterNetwork(encoder.features, sites, config)
+        self.network = RouterNetwork(encoder.features, sites, config).to(encoder.model.device)
         self.config = config
 
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
-        """Hidden states `[2N, T, D]` and masks `[2N, T]` of all drawn pairs: chosen, rejected, chosen, …."""
+        """Hidden states `[2N, T, D]` and masks `[2N, T]` of the pairs: chosen, rejected, chosen, …; on the CPU."""
         hidden, masks = [], []
-        for start in range(0, len(self.pairs), 64):
-            chunk = self.pairs[start : start + 64]
+        rows = min(128, self.config.rows_at_once)  # all are padded to the longest of them: more cost more padding
+        for span in chunks([2] * len(self.pairs), rows):
+            chunk = self.pairs[span]
             states, mask = self.encoder(
                 [pair.prompt for pair in chunk],
                 [load_image(pair.images[0]) for pair in chunk],
                 [[pair.chosen, pair.rejected] for pair in chunk],
             )
-            hidden += list(states)
-            masks += list(mask)
+            hidden += list(states.cpu())
+            masks += list(mask.cpu())
         return pad_sequence(hidden, batch_first=True), pad_sequence(masks, batch_first=True)
 
     def __call__(self, weights: bytes, site: int, seed: int) -> tuple[bytes, float]:
         """Start from `weights`, take `config.local_steps` steps; return the new weights and the mean loss."""
         hidden, mask = self.features
+        device = self.encoder.model.device
         self.network.from_bytes(weights)
         self.network.train()
         optimiser = torch.optim.AdamW(self.network.parameters(), lr=self.config.learning_rate)
@@ -75,7 +79,7 @@ class LocalRouterTraining:
         for _ in range(self.config.local_steps):
             drawn = generator.sample(range(len(self.pairs)), min(self.config.pairs_per_batch, len(self.pairs)))
             rows = torch.tensor([row for n in drawn for row in (2 * n, 2 * n + 1)])
-            loss = client_id_loss(self.network(hidden[rows], mask[rows]), site)
+            loss = client_id_loss(self.network(hidden[rows].to(device), mask[rows].to(device)), site)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -124,7 +128,7 @@ def fit_router(
     Raises:
         RunError: no site answered in a round.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         network = RouterNetwork(features, len(engine.sites), config)
     for t in range(config.rounds):
@@ -135,16 +139,18 @@ def fit_router(
         }
         updates, examples, losses = [], [], []
         for site, reply in engine.ask(requests).items():
-            if isinstance(reply, Absence) or not isinstance(reply, RouterReply) or reply.id != requests[site].id:
+            if isinstance(reply, Absence):
+                _sits_out(site, f"gave no answer ({reply.reason})")
                 continue
             try:
-                update = read_weights(reply.weights, network.state_dict())
-            except CheckpointError:
+                updates.append(_check_update(requests[site], reply, network.state_dict()))
+            except (ReplyError, CheckpointError) as error:
+                engine.traffic.counts[site, "router"].absences += 1
+                _sits_out(site, f"sent an update that cannot be used ({error})")
                 continue
-            if reply.examples > 0 and math.isfinite(reply.loss):
-                updates.append(update)
-                examples.append(min(reply.examples, config.pairs_per_site))  # a site cannot claim more weight than that
-                losses.append(reply.loss)
+            assert isinstance(reply, RouterReply)
+            examples.append(min(reply.examples, config.pairs_per_site))  # a site cannot claim more weight than that
+            losses.append(reply.loss)
         if not updates:
             raise RunError(
                 f"no site answered in router round {t + 1}; check the sites' logs and start again with --resume"
@@ -152,3 +158,18 @@ def fit_router(
         network.load_state_dict(federated_average(updates, examples))
         on_round(t + 1, sum(losses) / len(losses))
     return network.eval()
+
+
+def _check_update(request: RouterRequest, reply: Reply, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Validate a site's update before use; return its weights."""
+    if not isinstance(reply, RouterReply):
+        raise ReplyError(f"expected a router update, got a {type(reply).__name__}")
+    if reply.id != request.id:
+        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    if reply.examples < 1 or not math.isfinite(reply.loss):
+        raise ReplyError(f"{reply.examples} examples with a loss of {reply.loss}")
+    return read_weights(reply.weights, expected)
+
+
+def _sits_out(site: str, what: str) -> None:
+    warnings.warn(f"site {site} {what}; the router was averaged without it", DataWarning, stacklevel=3)

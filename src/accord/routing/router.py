@@ -23,8 +23,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from accord.errors import CheckpointError, RecipeError
-from accord.models.inputs import build_batch, model_inputs
+from accord.errors import CheckpointError, RecipeError, check_least
+from accord.models.inputs import build_batch, chunks, model_inputs
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt
 
@@ -74,8 +74,12 @@ class RouterConfig:
     pairs_per_batch: int = 32
     pairs_per_site: int = 500  # drawn once: features are kept, and no site's size drowns the others
     learning_rate: float = 2e-3
+    rows_at_once: int = 512  # (prompt, completion) rows that the encoder takes in one forward pass
 
     def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to train, and a width that the heads cannot share."""
+        check_least(self, layers=1, rounds=1, local_steps=1, pairs_per_batch=1, pairs_per_site=1, learning_rate=0)
+        check_least(self, rows_at_once=1)
         if self.heads < 1 or self.width % self.heads:
             raise RecipeError(
                 f"width must be a multiple of heads, got {self.width} and {self.heads}; "
@@ -106,7 +110,7 @@ class RouterNetwork(nn.Module):
 
     def to_bytes(self) -> bytes:
         """Return the weights as safetensors bytes, as they travel."""
-        return save({name: tensor.contiguous() for name, tensor in self.state_dict().items()})
+        return save({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()})
 
     def from_bytes(self, data: bytes) -> None:
         """Take weights that travelled.
@@ -139,20 +143,22 @@ def read_weights(data: bytes, expected: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LearnedRouter:
-    """Encoder and network together: a `Router`."""
+    """Encoder and network together, on the encoder's device: a `Router`."""
 
     def __init__(self, encoder: Encoder, network: RouterNetwork) -> None:
         self.encoder = encoder
-        self.network = network.eval()
+        self.network = network.eval().to(encoder.model.device)
 
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(g_φ(Enc(x, y)))`, `[N, K]`."""
-        hidden, mask = self.encoder(prompts, images, completions)
-        logits: Tensor = self.network(hidden, mask)
-        return logits.softmax(dim=-1).cpu()
+        weights = []
+        for span in chunks([len(c) for c in completions], self.network.config.rows_at_once):
+            logits: Tensor = self.network(*self.encoder(prompts[span], images[span], completions[span]))
+            weights.append(logits.softmax(dim=-1).cpu())
+        return torch.cat(weights)
 
 
 def save_router(path: Path, network: RouterNetwork) -> None:

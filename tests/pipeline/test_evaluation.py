@@ -1,0 +1,44 @@
+import json
+
+import pytest
+import torch
+
+from accord.errors import RunError
+from accord.evaluation.summary import Ranking, SiteSummary, accuracy
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import Card
+from accord.pipeline.evaluation import _summary
+from accord.routing.router import RouterConfig, RouterNetwork, save_router
+
+CHECKPOINT = "accord/idefics3"
+
+
+@pytest.fixture
+def summarise(job):
+    """Return a function that states the result of a run whose sites have no folder here, only a function each."""
+    save_router(job.path / "router", RouterNetwork(4, 2, RouterConfig(layers=1, width=8, heads=2)))
+    (job.path / "router" / "measured.json").write_text(json.dumps({"accuracy": 0.5}))
+    vars(job)["evaluated"] = []
+    measured = dict.fromkeys(("base", "aligned", "question_only", "shuffled_image"), accuracy({"colour": (1, 2)}))
+    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2))
+
+
+def test_what_is_said_of_a_site_came_in_its_card(summarise):
+    """The macro mean of a ranking of 0.5 and 1 is 0.75; nothing of a site is read from a disk."""
+    summary = summarise(
+        a=lambda request: Card(request.id, "Llava", 9, 5, 20, False, {"colour": 0.5, "number": 1.0}),
+        b=lambda request: Card(request.id, "Idefics3", 8, 4, 10, True, {}),
+    )
+    assert summary.sites == (
+        SiteSummary("a", "Llava", CHECKPOINT, 9, 5, 20, Ranking(0.75, {"colour": 0.5, "number": 1.0})),
+        SiteSummary("b", "Idefics3", CHECKPOINT, 8, 4, 10, Ranking(0.0, {})),
+    )
+    assert summary.constructed_preferences
+
+
+def test_a_site_that_says_nothing_of_itself(summarise):
+    def silent(_):
+        raise RuntimeError("out of order")
+
+    with pytest.raises(RunError, match="site a did not describe itself"):
+        summarise(a=silent, b=silent)
