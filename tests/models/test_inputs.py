@@ -147,7 +147,7 @@ def test_a_system_turn_and_plain_text_come_along(llava):
 def test_a_prompt_without_completions_takes_no_row(llava):
     model, processor = load_vlm(llava)
     batch = build_batch(processor, PROMPTS, IMAGES, [["red"], [], ["two"]])
-    assert batch.prompt_index.tolist() == [0, 2]
+    assert batch.prompt_index.tolist() == [0, 1] and len(batch.image_inputs["pixel_values"]) == 2
     with torch.no_grad():
         logits = model(**model_inputs(model, batch)).logits
         alone = plain(processor, 2, "two")

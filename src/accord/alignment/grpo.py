@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
-from trl.trainer.grpo_trainer import GRPOTrainer
 
+from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
 from accord.errors import RecipeError, check_least
@@ -66,6 +66,7 @@ class AlignmentConfig:
     evaluate_every: int = 50  # steps between points of the accuracy curve; 0 for none
     evaluate_on: int = 300  # dev questions of one point
     save_every: int = 50  # steps between checkpoints
+    shared_prefix: bool = True  # compute once what the completions of a prompt share; False for the stock way
 
     def __post_init__(self) -> None:
         """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
@@ -122,7 +123,8 @@ def _decoded(rows: dict[str, list[dict[str, object]]]) -> dict[str, object]:
     if "image" not in rows:  # only other columns were asked for
         return dict(rows)
     sources = [cast(bytes | None, cell["bytes"]) or Path(str(cell["path"])) for cell in rows["image"]]
-    return {**rows, "image": [load_image(source) for source in sources]}
+    pictures = {source: load_image(source) for source in dict.fromkeys(sources)}  # the rows of a group share theirs
+    return {**rows, "image": [pictures[source] for source in sources]}
 
 
 def _cell(source: ImageSource) -> dict[str, object]:
@@ -219,22 +221,6 @@ class _Curve(TrainerCallback):
             self.log({"step": state.global_step, "accuracy_macro": macro, "accuracy": dict(by_type)})
 
 
-class _ResumableTrainer(GRPOTrainer):
-    """`GRPOTrainer` that also resumes the weights.
-
-    Vision-language models are saved under their original weight names, which `from_pretrained` alone translates back.
-    The stock trainer finds none of its own names in the file, warns, and goes on from the base weights.
-    """
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        policy = self.accelerator.unwrap_model(model or self.model)
-        if isinstance(policy, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True)
-            policy.load_state_dict(saved.state_dict())
-
-
 @contextmanager
 def placeholders_muted(*models: PreTrainedModel) -> Iterator[None]:
     """Take image placeholders out of the distribution that the models are trained on.
@@ -300,7 +286,8 @@ def align(
     if measure is not None and config.evaluate_every:
         extra.append(_Curve(config.evaluate_every, measure, log))
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
-    trainer = _ResumableTrainer(
+    trainer = SharedPrefixTrainer(
+        shared_prefix=config.shared_prefix,
         model=model,
         reward_funcs=reward,
         args=grpo_config(config, seed=seed, out=out),

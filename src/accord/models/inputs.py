@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
+from accord.models.prefix import can_share, pack, prefix_positions
 from accord.types import Message, Prompt
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -85,6 +86,9 @@ def build_batch(
 
     Returns a `Batch` of `N = sum(len(c) for c in completions)` rows in the order of the prompts.
     """
+    asked = [p for p, those in enumerate(completions) if those]
+    prompts, images = [prompts[p] for p in asked], [images[p] for p in asked]
+    completions = [completions[p] for p in asked]
     texts = [prompt_text(processor, prompt) for prompt in prompts]
     encoded = processor(images=[[image] for image in images], text=texts, return_tensors="pt", padding=True)
     tokenizer = processor.tokenizer
@@ -97,7 +101,7 @@ def build_batch(
         prefix = encoded["input_ids"][p][keep].tolist()
         prefix_types = encoded["mm_token_type_ids"][p][keep].tolist() if "mm_token_type_ids" in encoded else None
         endings = [completion_text(processor, prompt, completion) for completion in completions[p]]
-        for ids in tokenizer(endings, add_special_tokens=False)["input_ids"] if endings else []:
+        for ids in tokenizer(endings, add_special_tokens=False)["input_ids"]:
             rows.append(prefix + ids)
             starts.append(len(prefix))
             index.append(p)
@@ -131,6 +135,42 @@ def chunks(sizes: Sequence[int], limit: int) -> Iterator[slice]:
         rows += size
     if start < len(sizes):
         yield slice(start, len(sizes))
+
+
+def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, object], Tensor]:
+    """Return the arguments of `model(...)`, and where in its output each row's tokens are.
+
+    The rows of a prompt share one copy of it (`accord.models.prefix`) if the model can; else they stand for themselves.
+
+    Returns:
+        The arguments, and indices `[N, T]` into the flattened output `[P · S]` or `[N · T]`; under the padding, any.
+    """
+    rows, longest = batch.input_ids.shape
+    if not can_share(model):
+        where = torch.arange(rows * longest, device=batch.input_ids.device).view(rows, longest)
+        return model_inputs(model, batch), where
+    lengths, starts = batch.attention_mask.sum(dim=1).tolist(), (batch.labels != -100).int().argmax(dim=1).tolist()
+    tokens, owner = batch.input_ids.tolist(), batch.prompt_index.tolist()
+    first = {p: n for n, p in reversed(list(enumerate(owner)))}
+    prompts = range(len(first))
+    prefixes = [tokens[first[p]][: starts[first[p]]] for p in prompts]
+    endings: list[list[list[int]]] = [[] for _ in prompts]
+    for n, p in enumerate(owner):
+        endings[p].append(tokens[n][starts[n] : lengths[n]])
+    types = None
+    if batch.token_types is not None:
+        types = [batch.token_types[first[p]].tolist()[: len(prefixes[p])] for p in prompts]
+    packed = pack(model, prefixes, endings, prefix_positions(model, prefixes, types, batch.image_inputs), pad=0)
+    size = packed.input_ids.shape[1]
+    begins = [start for row in packed.starts for start in row]  # rows come prompt after prompt
+    column = torch.arange(longest)
+    where = torch.stack(
+        [
+            p * size + torch.where(column < starts[n], column, column - starts[n] + begins[n])
+            for n, p in enumerate(owner)
+        ]
+    ).clamp(max=len(first) * size - 1)
+    return {**packed.model_inputs(), **batch.image_inputs}, where.to(batch.input_ids.device)
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:

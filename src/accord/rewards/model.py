@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils.hub import resolve_revision
 
 from accord.errors import CheckpointError
-from accord.models.inputs import Batch, build_batch, chunks, model_inputs
+from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
 from accord.models.load import PREFIX, LoraSettings, add_lora, load_vlm, locate
 from accord.runs import replace_folder
 from accord.types import Prompt
@@ -127,9 +127,10 @@ class RewardModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return raw scores `[N]` in float32."""
         inner = cast(PreTrainedModel, self._plain.base_model)
-        hidden = inner(**model_inputs(inner, batch), use_cache=False).last_hidden_state  # [N, T, D]
-        rows = torch.arange(len(hidden), device=hidden.device)
-        return cast(Tensor, self.head(hidden[rows, batch.last_token].float()).squeeze(-1))
+        inputs, where = shared_inputs(inner, batch)
+        hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
+        last = where.gather(1, batch.last_token[:, None]).squeeze(1)
+        return cast(Tensor, self.head(hidden[last].float()).squeeze(-1))
 
     @torch.no_grad()
     def score(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from accord.errors import CheckpointError, RecipeError, check_least
-from accord.models.inputs import build_batch, chunks, model_inputs
+from accord.models.inputs import build_batch, chunks, shared_inputs
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt
 
@@ -58,8 +58,9 @@ class Encoder:
         """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
         batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
         inner = self.model.base_model
-        hidden = inner(**model_inputs(inner, batch), use_cache=False).last_hidden_state
-        return hidden.float(), batch.attention_mask.bool()
+        inputs, where = shared_inputs(inner, batch)
+        hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
+        return hidden[where].float(), batch.attention_mask.bool()
 
 
 @dataclass(frozen=True)

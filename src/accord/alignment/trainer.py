@@ -1,0 +1,390 @@
+"""`trl.GRPOTrainer` that computes once what the completions of a prompt share.
+
+    a step of the stock trainer, G completions a prompt      here
+    processor and image decoder      2 G times a prompt      once
+    prefill of the rollout           G rows                  1 row
+    decoding                         G rows                  the distinct continuations
+    log-probabilities, both models   G rows of L + R         1 row of L + Σ R over distinct completions
+    backward pass                    the same G rows         the same 1 row
+
+Nothing is approximated: losses and gradients are those of full rows up to rounding. On its first batch the trainer
+compares the two ways, and goes back to full rows with a warning if they differ.
+
+What of TRL this relies on (tested with 1.16): the methods overridden here, with their arguments; that a model given a
+fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and `completion_mask` of a batch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import PeftModel
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.data_utils import prepare_multimodal_messages
+from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
+
+from accord.errors import DataWarning
+from accord.models.inputs import chunks
+from accord.models.prefix import can_share, pack, prefix_positions, take_images
+from accord.models.rollout import sample_completions
+
+TOLERANCE = {torch.float32: 1e-4}
+"""Largest difference of a log-probability from that of a full row, in nats."""
+COARSE_TOLERANCE = 2e-2
+"""In half precision: largest mean difference, since single tokens are rounded by more than that in either way."""
+
+SHARED_GENERATION = {"max_new_tokens", "do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "temperature"} | {
+    "top_p",
+    "top_k",
+    "min_p",
+    "suppress_tokens",
+}
+"""What a rollout may be told for the shared way to follow it."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The distinct prompts of a batch of rollouts: their tokens, and what the processor made of their images."""
+
+    ids: list[list[int]]
+    token_types: list[list[int]] | None
+    images: dict[str, Tensor]
+    counts: list[int]  # images of each
+
+    def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Return the image tensors of `rows`."""
+        return take_images(self.images, self.counts, rows) if self.images else {}
+
+
+class SharedPrefixTrainer(GRPOTrainer):
+    """`GRPOTrainer` with shared prefixes, which also resumes the weights of a vision-language model.
+
+    Args:
+        *args: as `GRPOTrainer`.
+        shared_prefix: False for the stock way.
+        **settings: as `GRPOTrainer`.
+    """
+
+    args: GRPOConfig
+
+    def __init__(self, *args: object, shared_prefix: bool = True, **settings: object) -> None:
+        super().__init__(*args, **settings)  # type: ignore[arg-type]
+        untold = not (self.tools or self.environment_factories or self.rollout_func)
+        self._shares = shared_prefix and untold and can_share(_plain(self.accelerator.unwrap_model(self.model)))
+        self._hides = False  # whether the images of the batch at hand are with us and not with TRL
+        self._checked: set[int] = set()  # the policy and the reference, once either was compared
+        self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
+        self._given: list[Row] = []  # the rows of the batch, with their images
+        self._first: list[int] = []  # of every distinct prompt, its first row
+        self._prompt_of: list[int] = []  # of every row, its distinct prompt
+
+    @property
+    def _mode(self) -> str:
+        return "train" if cast(nn.Module, self.model).training else "eval"
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Rollouts: the images are taken out of the rows before TRL sees them, and kept once per prompt.
+
+    def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
+        self._hides = self._shares
+        if not self._hides:
+            return stock(inputs)
+        self._given = inputs
+        bare, self._prompt_of = _distinct(inputs)
+        self._first = [self._prompt_of.index(p) for p in range(max(self._prompt_of) + 1)]
+        output = stock(bare)
+        if self._hides:
+            output["prompt_of"] = torch.tensor(self._prompt_of, device=self.accelerator.device)
+        return output
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
+        stock: Callable[..., tuple[list[list[int]], Any, dict[str, Any]]] = super()._tokenize_prompts
+        if not self._hides:
+            return stock(prompts)
+        ids, images, fields = stock([prompts[first] for first in self._first])
+        if {"token_type_ids", "spatial_shapes"} & fields.keys():  # another kind of mask, or of image
+            self._shares = self._hides = False
+            return stock(prompts)
+        types = fields.pop("mm_token_type_ids", None)
+        tensors = {name: _tensor(value).to(self.accelerator.device) for name, value in fields.items()}
+        counts = [len(each) if each else 0 for each in images] if images else [0] * len(ids)
+        self._prompts[self._mode] = _Prompts([list(each) for each in ids], types, tensors, counts)
+        return [ids[p] for p in self._prompt_of], None, {}
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: list[Any] | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], Any]:
+        stock: Callable[..., tuple[list[list[int]], Any]] = super()._generate_single_turn
+        if not self._hides:
+            return stock(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+        prompts = self._prompts[self._mode]
+        if self.use_vllm or self.use_transformers_continuous_batching or not self._plain_sampling:
+            pictures = [_images(row) or None for row in self._given]
+            fields: dict[str, Any] = prompts.take(self._prompt_of)
+            if prompts.token_types is not None:
+                fields["mm_token_type_ids"] = [prompts.token_types[p] for p in self._prompt_of]
+            return stock(prompt_ids, pictures if any(pictures) else None, fields, num_generations)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs),
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            said = sample_completions(
+                _plain(model), prompts.ids, prompts.images, self._prompt_of, self.generation_config, prompts.token_types
+            )
+        return said, None
+
+    @property
+    def _plain_sampling(self) -> bool:
+        told = {name for name, value in self.generation_kwargs.items() if value is not None}
+        told -= {"repetition_penalty"} if self.repetition_penalty == 1.0 else set()
+        return told <= SHARED_GENERATION
+
+    def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, ids: Any) -> Tensor:
+        return cast(
+            Tensor, super()._calculate_rewards(self._given if self._hides else inputs, prompts, completions, ids)
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Updates: rows are regrouped by prompt wherever TRL asks for log-probabilities.
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        parts = cast(int, self.args.steps_per_generation)
+        every = parts * self.num_iterations
+        fresh = self._mode == "train" and (self._step % every == 0 or self._buffered_inputs is None)
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._hides and fresh and parts > 1:  # TRL shuffled rows over the micro-batches: bring prompts together
+            whole = _by_prompt(cast(Any, self._buffered_inputs), parts)
+            self._buffered_inputs = cast(Any, whole)
+            inputs = whole[self._step % parts]
+        return inputs
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        self._hides = "prompt_of" in inputs
+        if self._hides:
+            self._prompt_of = inputs["prompt_of"].tolist()
+        stock: Callable[..., Tensor] = super()._compute_loss
+        return stock(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        stock = super()._get_per_token_logps_and_entropies
+        told = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        rows = (input_ids, attention_mask, logits_to_keep)
+        if self._hides:
+            if self._shares and id(model) not in self._checked:
+                self._check(model, *rows, batch_size)
+            if self._shares and not compute_aux_loss:
+                return (*self._packed(model, *rows, batch_size, entropy=compute_entropy), None)
+            images = {**images, **self._full_rows(self._prompts[self._mode], input_ids, logits_to_keep)}
+        return cast(
+            tuple[Tensor, Tensor | None, Tensor | None], stock(model, *rows, batch_size=batch_size, **told, **images)
+        )
+
+    def _full_rows(self, prompts: _Prompts, input_ids: Tensor, keep: int) -> dict[str, Any]:
+        """Return the image arguments of the stock method, an image for every row."""
+        if not prompts.images:
+            return {}
+        images: dict[str, Any] = dict(prompts.take(self._prompt_of))
+        images["num_images"] = [prompts.counts[p] for p in self._prompt_of]
+        if prompts.token_types is not None:
+            types = torch.zeros_like(input_ids)
+            for row, p in enumerate(self._prompt_of):
+                kinds = torch.tensor(prompts.token_types[p], device=types.device)
+                end = input_ids.shape[1] - keep
+                types[row, end - len(kinds) : end] = kinds
+            images["mm_token_type_ids"] = types
+        return images
+
+    def _packed(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        *,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return log-probabilities and entropies `[B, R]` of completions, computed once per prompt and distinct text.
+
+        A completion is packed as the prefix's last token and all but its own last one, so that every token is predicted
+        in its own column: `[prefix without its end | end, c_0 … c_{R-2} | end, c'_0 … ]`.
+        """
+        prompts, plain = self._prompts[self._mode], _plain(self.accelerator.unwrap_model(model))
+        shown = attention_mask[:, -logits_to_keep:].bool()
+        lengths = shown.sum(dim=1).tolist()  # 0 for a truncated completion that is masked out
+        columns = input_ids[:, -logits_to_keep:].tolist()
+        texts = [tuple(ids[:length]) for ids, length in zip(columns, lengths, strict=True)]
+        said: dict[int, dict[tuple[int, ...], int]] = {p: {} for p in sorted(set(self._prompt_of))}
+        for p, text in zip(self._prompt_of, texts, strict=True):
+            said[p][text] = 0  # and later, where its values begin
+        logps, entropies, size = [], [], 0
+        for span in chunks([len(found) for found in said.values()], batch_size or len(texts)):
+            chunk = list(said)[span]
+            prefixes = [prompts.ids[p] for p in chunk]
+            types = None if prompts.token_types is None else [prompts.token_types[p] for p in chunk]
+            images = prompts.take(chunk)
+            known = prefix_positions(plain, prefixes, types, images)
+            packed = pack(
+                plain,
+                [prefix[:-1] for prefix in prefixes],
+                [[[prefix[-1], *text[:-1]] for text in said[p]] for p, prefix in zip(chunk, prefixes, strict=True)],
+                None if known is None else [each[..., :-1] for each in known],
+                pad=self._tokenizer.pad_token_id,
+            )
+            labels = torch.full(packed.input_ids.shape, -100)
+            for row, p in enumerate(chunk):
+                for start, text in zip(packed.starts[row], said[p], strict=True):
+                    labels[row, start : start + len(text)] = torch.tensor(text, dtype=torch.long)
+                    said[p][text] = size + row * labels.shape[1] + start
+            with self.accelerator.autocast():
+                out = model(**packed.model_inputs(), **images, shift_labels=labels.to(plain.device), fused_lm_head=True)
+            logps.append(out.log_probs.flatten())
+            entropies.append(out.entropy.flatten() if entropy else out.log_probs.new_zeros(0))
+            size += labels.numel()
+        begins = torch.tensor([said[p][text] for p, text in zip(self._prompt_of, texts, strict=True)])
+        where = begins[:, None] + torch.arange(logits_to_keep)
+        where = where.clamp(max=size - 1).to(shown.device)
+
+        def rows(values: list[Tensor]) -> Tensor:
+            return torch.cat(values)[where].masked_fill(~shown, 0.0)
+
+        return rows(logps), rows(entropies) if entropy else None
+
+    def _check(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, size: int | None) -> None:
+        """Compare with full rows on the first batch; share no longer if a log-probability differs."""
+        self._checked.add(id(model))
+        training = model.training
+        mode, prompts = self._mode, self._prompts
+        model.eval()  # dropout would make any two passes differ
+        self._prompts = {"train": prompts[mode], "eval": prompts[mode]}
+        images = self._full_rows(prompts[mode], input_ids, keep)
+        with torch.no_grad():
+            full, _, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, keep, batch_size=size, **images
+            )
+            shared, _ = self._packed(model, input_ids, attention_mask, keep, size, entropy=False)
+        self._prompts = prompts
+        model.train(training)
+        apart = ((full - shared).abs() * attention_mask[:, -keep:]).float()
+        exact = _plain(self.accelerator.unwrap_model(model)).dtype == torch.float32 and not self.args.bf16
+        found = apart.max().item() if exact else apart.sum().item() / attention_mask[:, -keep:].sum().item()
+        allowed = TOLERANCE[torch.float32] if exact else COARSE_TOLERANCE
+        if not found <= allowed:
+            self._shares = False
+            warnings.warn(
+                f"log-probabilities behind a shared prefix differ from those of full rows by {found:.2g} (allowed "
+                f"{allowed:g}), so this model is trained with full rows, as stock TRL does; shared_prefix = false in "
+                "the recipe's [alignment] does so from the start",
+                DataWarning,
+                stacklevel=2,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint.
+
+        Vision-language models are saved under their original weight names, which `from_pretrained` alone translates
+        back. The stock trainer finds none of its own names in the file, warns, and goes on from the base weights.
+        """
+        policy = self.accelerator.unwrap_model(model or self.model)
+        if isinstance(policy, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True)
+            policy.load_state_dict(saved.state_dict())
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _tensor(value: object) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(np.array(value))
+
+
+def _images(row: Mapping[str, Any]) -> list[Image]:
+    """Return the images of a row: from its columns, or from its prompt's blocks."""
+    if row.get("images") is not None:
+        return list(row["images"])
+    if row.get("image") is not None:
+        return [row["image"]]
+    contents = [turn["content"] for turn in row["prompt"] if isinstance(turn, Mapping)]
+    blocks = [block for content in contents if isinstance(content, list) for block in content]
+    return [block["image"] for block in blocks if block.get("image") is not None]
+
+
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
+    """Put every row's images into its prompt; return the rows without image columns, and which are one prompt.
+
+    Rows with the same conversation and the same pictures share one prompt object.
+    """
+    pictures: dict[int, tuple[object, ...]] = {}  # by identity, which repeated rows usually share
+    prompts: dict[object, tuple[int, Any]] = {}
+    bare, number = [], []
+    for row in rows:
+        images = _images(row)
+        for image in images:
+            if id(image) not in pictures:
+                pictures[id(image)] = (image.mode, image.size, image.tobytes())
+        key = (str(_words(row["prompt"])), tuple(pictures[id(image)] for image in images))
+        if key not in prompts:
+            prompt = row["prompt"]
+            own_columns = row.get("images") is not None or row.get("image") is not None
+            prompts[key] = (len(prompts), prepare_multimodal_messages(prompt, images) if own_columns else prompt)
+        n, prompt = prompts[key]
+        number.append(n)
+        bare.append({**{name: row[name] for name in row if name not in ("image", "images")}, "prompt": prompt})
+    return bare, number
+
+
+def _words(prompt: Any) -> Any:
+    """Return a prompt without its pictures."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [turn["content"] for turn in prompt]
+    texts = [[(b["type"], b.get("text")) for b in each] if isinstance(each, list) else each for each in contents]
+    return [(turn["role"], text) for turn, text in zip(prompt, texts, strict=True)]
+
+
+def _by_prompt(parts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Deal rows out to the micro-batches anew, prompt after prompt."""
+    rows = torch.cat([part["prompt_of"] for part in parts])
+    order = rows.argsort(stable=True)
+    merged = {
+        name: torch.cat([part[name] for part in parts])[order] if value.ndim else value
+        for name, value in parts[0].items()
+    }
+    return cast(list[dict[str, Any]], split_tensor_dict(merged, count))

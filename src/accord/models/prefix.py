@@ -1,0 +1,141 @@
+"""Put all completions of a prompt behind one copy of it.
+
+    tokens     [ prefix … | completion 1 … | completion 2 … | … ]      one row per prompt, S tokens, padded on the right
+    positions    0 … L−1    L …              L …                       each completion goes on where the prefix ends
+    sees         a token sees the prefix up to itself, and its own completion up to itself
+
+The hidden states are those of one full row per completion, exactly; the work is L + Σ R tokens and one image instead of
+G (L + R) tokens and G images. Any decoder that takes position ids and a 4D attention mask computes it, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """P rows of S tokens, and where each row's completions begin."""
+
+    input_ids: Tensor  # [P, S]
+    attention_mask: Tensor  # [P, 1, S, S]
+    position_ids: Tensor  # [P, S], or [3, P, S] for models with a position per axis
+    starts: list[list[int]]  # column of the first token of every completion of every row
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Return what `model(...)` takes besides the images."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def can_share(model: PreTrainedModel) -> bool:
+    """Return whether every layer of `model` attends by a mask that we may give: no sliding window, no flash kernel."""
+    text = model.config.get_text_config()
+    layers = getattr(text, "layer_types", None) or ["full_attention"]
+    return text._attn_implementation in ("sdpa", "eager") and set(layers) == {"full_attention"}
+
+
+def pack(
+    model: PreTrainedModel,
+    prefixes: Sequence[Ids],
+    completions: Sequence[Sequence[Ids]],
+    positions: Sequence[Tensor] | None = None,
+    *,
+    pad: int,
+) -> Packed:
+    """Lay out `completions[p]` behind `prefixes[p]` for every p.
+
+    Args:
+        model: what will compute the rows; its attention decides the form of the mask, its device where they are.
+        prefixes: P token lists.
+        completions: for each prefix its completions, none of them empty.
+        positions: of every prefix and the token after it, `[L + 1]` or `[3, L + 1]`; None counts from 0.
+        pad: any token id.
+    """
+    lengths = [len(prefix) + sum(map(len, those)) for prefix, those in zip(prefixes, completions, strict=True)]
+    size = max(lengths)
+    ids = torch.full((len(prefixes), size), pad, dtype=torch.long)
+    segment = torch.full((len(prefixes), size), -1)  # 0 the prefix, n the n-th completion, -1 padding
+    axes = () if positions is None or positions[0].ndim == 1 else (positions[0].shape[0],)
+    place = torch.zeros((*axes, len(prefixes), size), dtype=torch.long)
+    starts: list[list[int]] = []
+    for p, (prefix, those) in enumerate(zip(prefixes, completions, strict=True)):
+        known = torch.arange(len(prefix) + 1) if positions is None else positions[p]
+        flat, owner, where = list(prefix), [0] * len(prefix), [known[..., :-1]]
+        starts.append([])
+        for n, completion in enumerate(those, start=1):
+            starts[-1].append(len(flat))
+            flat += completion
+            owner += [n] * len(completion)
+            where.append(known[..., -1:] + torch.arange(len(completion)))
+        ids[p, : len(flat)] = torch.tensor(flat)
+        segment[p, : len(flat)] = torch.tensor(owner)
+        place[..., p, : len(flat)] = torch.cat(where, dim=-1)
+    device = model.device
+    return Packed(ids.to(device), _mask(segment.to(device), model), place.to(device), starts)
+
+
+def _mask(segment: Tensor, model: PreTrainedModel) -> Tensor:
+    size = segment.shape[1]
+    own = segment[:, None, :] == segment[:, :, None]
+    seen = (own | (segment == 0)[:, None, :]) & segment.new_ones(size, size, dtype=torch.bool).tril()
+    seen = seen[:, None]  # [P, 1, S, S], True where a query (row) sees a key (column)
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        return seen
+    lowest = torch.finfo(model.dtype).min
+    return torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+
+
+def prefix_positions(
+    model: PreTrainedModel, prefixes: Sequence[Ids], token_types: Sequence[Ids] | None, images: Mapping[str, Tensor]
+) -> list[Tensor] | None:
+    """Return the positions of every prefix and of the token after it, for models with several axes; else None.
+
+    Multi-axis rotary positions (Qwen2-VL and its kin) depend on where the image tokens stand and on the images' grids;
+    the model's own `get_rope_index` knows how.
+    """
+    index = getattr(model.base_model, "get_rope_index", None)
+    if index is None or token_types is None or "image_grid_thw" not in images:
+        return None
+    device, longest = model.device, max(map(len, prefixes))
+    ids, types, mask = (torch.zeros(len(prefixes), longest, dtype=torch.long, device=device) for _ in range(3))
+    for p, (prefix, kinds) in enumerate(zip(prefixes, token_types, strict=True)):
+        ids[p, : len(prefix)] = torch.tensor(prefix)
+        types[p, : len(prefix)] = torch.tensor(kinds)
+        mask[p, : len(prefix)] = 1
+    found, _ = index(ids, mm_token_type_ids=types, image_grid_thw=images["image_grid_thw"], attention_mask=mask)
+    known = [found[:, p, : len(prefix)].cpu() for p, prefix in enumerate(prefixes)]
+    return [torch.cat([each, each.max().expand(each.shape[0], 1) + 1], dim=1) for each in known]
+
+
+def take_images(inputs: Mapping[str, Tensor], counts: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Return the processor's image tensors for `rows` of its prompts, a prompt as often as it is named.
+
+    A tensor's first dimension is the prompt, the image, or the patch of an image (`pixel_values` with a grid).
+
+    Args:
+        inputs: what the processor made of the images of all prompts.
+        counts: how many images each prompt has.
+        rows: which prompts.
+    """
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    chosen = [i for row in rows for i in range(ends[row] - counts[row], ends[row])]
+    grid = inputs.get("image_grid_thw")
+    taken: dict[str, Tensor] = {}
+    for name, tensor in inputs.items():
+        if name == "pixel_values" and grid is not None:
+            patches = tensor.split(grid.prod(dim=-1).tolist())
+            taken[name] = torch.cat([patches[i] for i in chosen])
+        else:
+            taken[name] = tensor[list(rows) if len(tensor) == len(counts) else chosen]
+    return taken

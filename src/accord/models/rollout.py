@@ -1,0 +1,107 @@
+"""Sample several completions of each prompt, computing what they share once.
+
+    prefill      every prompt once, its image once                      P rows
+    step t       every *distinct* continuation once                     at most N rows, fewer where answers agree or end
+
+Rows that have said the same so far are in the same state: one forward pass gives the distribution from which each of
+them draws for itself. The samples are those of `generate` on N full rows, up to the order of the random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from accord.models.prefix import Ids, prefix_positions
+
+
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel,
+    prompts: Sequence[Ids],
+    images: Mapping[str, Tensor],
+    rows: Sequence[int],
+    settings: GenerationConfig,
+    token_types: Sequence[Ids] | None = None,
+) -> list[list[int]]:
+    """Return the sampled token ids of every row, its end token included if it came.
+
+    Args:
+        model: the policy.
+        prompts: P token lists.
+        images: what the processor made of the prompts' images.
+        rows: which prompt each of the N rows continues.
+        settings: `max_new_tokens`, `eos_token_id`, `pad_token_id`, `temperature`, `top_k`, `top_p`, `min_p`,
+            `suppress_tokens`.
+        token_types: the kind of every prompt token, for models with several position axes.
+    """
+    device = model.device
+    size = max(map(len, prompts))
+    ids = torch.full((len(prompts), size), cast(int, settings.pad_token_id))
+    mask = torch.zeros_like(ids)
+    known = prefix_positions(model, prompts, token_types, images)
+    known = known or [torch.arange(len(prompt) + 1) for prompt in prompts]
+    place = torch.zeros(*known[0].shape[:-1], *ids.shape, dtype=torch.long)
+    for p, prompt in enumerate(prompts):  # padded on the left, so that every row goes on in the same column
+        ids[p, size - len(prompt) :] = torch.tensor(prompt)
+        mask[p, size - len(prompt) :] = 1
+        place[..., p, size - len(prompt) :] = known[p][..., :-1]
+    ids, mask, place = ids.to(device), mask.to(device), place.to(device)
+    after = torch.stack([each[..., -1] for each in known], dim=-1).to(device)  # [P] or [3, P]
+    ends = torch.tensor(settings.eos_token_id, device=device).flatten()
+    warp = _warpers(settings)
+
+    out = model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True, logits_to_keep=1, **images)
+    said: list[list[int]] = [[] for _ in rows]
+    open_rows = torch.arange(len(rows), device=device)
+    state = torch.tensor(rows, device=device)  # of every open row
+    for step in range(cast(int, settings.max_new_tokens)):
+        chances = warp(cast(torch.LongTensor, ids), out.logits[:, -1].float()).softmax(dim=-1)
+        drawn = torch.multinomial(chances[state], 1).squeeze(-1)
+        for row, token in zip(open_rows.tolist(), drawn.tolist(), strict=True):
+            said[row].append(token)
+        going = ~torch.isin(drawn, ends)
+        open_rows = open_rows[going]
+        if not len(open_rows) or step == cast(int, settings.max_new_tokens) - 1:
+            break
+        states, state = torch.stack([state[going], drawn[going]], dim=1).unique(dim=0, return_inverse=True)
+        parent, token = states.unbind(dim=1)
+        cast(Cache, out.past_key_values).batch_select_indices(parent)
+        mask = torch.cat([mask[parent], mask.new_ones(len(parent), 1)], dim=1)
+        after = after[..., parent]
+        out = model(
+            input_ids=token[:, None],
+            attention_mask=mask,
+            position_ids=(after + step)[..., None],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+    return said
+
+
+def _warpers(settings: GenerationConfig) -> LogitsProcessorList:
+    """Return what `generate` would apply, in its order."""
+    chain = LogitsProcessorList()
+    if settings.suppress_tokens:
+        chain.append(SuppressTokensLogitsProcessor(settings.suppress_tokens))
+    if settings.temperature not in (None, 1.0):
+        chain.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        chain.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1.0:
+        chain.append(TopPLogitsWarper(settings.top_p))
+    if settings.min_p is not None:
+        chain.append(MinPLogitsWarper(settings.min_p))
+    return chain

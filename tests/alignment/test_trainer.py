@@ -1,0 +1,216 @@
+"""The shared way against the stock way, on the same rollouts: nothing may be approximated."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from pytest import approx
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from accord.alignment.grpo import AlignmentConfig, grpo_config, prompt_dataset
+from accord.alignment.trainer import SharedPrefixTrainer
+from accord.errors import DataWarning
+from accord.models.load import LoraSettings, load_vlm, lora_config
+
+G = 4
+SETTINGS = AlignmentConfig(
+    steps=2,
+    prompts_per_step=3,
+    group_size=G,
+    learning_rate=3e-3,
+    max_completion_length=5,
+    evaluate_every=0,
+    save_every=0,
+)
+
+
+def letters(prompts, completions, **_):
+    """Any reward that differs within a group."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(len(set(text))) + 0.1 * n for n, text in enumerate(texts)]
+
+
+@pytest.fixture
+def make(ask, tmp_path):
+    """Return a function that makes a trainer on three questions, two of them with the same words."""
+    import random
+
+    questions = [ask(0, "red"), ask(1, "blue"), ask(2, "green", text="is it red? or is it some other colour?")]
+
+    def build(model, processor, *, reward=letters, lora=None, data=None, shared=True, **changes):
+        import dataclasses
+
+        config = dataclasses.replace(SETTINGS, **changes)
+        torch.manual_seed(0)
+        return SharedPrefixTrainer(
+            shared_prefix=shared,
+            model=model,
+            reward_funcs=reward,
+            args=grpo_config(config, seed=0, out=tmp_path / "out"),
+            train_dataset=data or prompt_dataset(questions, 6, random.Random(0)),
+            processing_class=processor,
+            peft_config=lora_config(lora) if lora else None,
+        )
+
+    return build
+
+
+def flat(model):
+    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+
+
+def rollouts(trainer):
+    """One generation batch, as the trainer gets it."""
+    trainer.model.train()
+    return trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def loss_and_gradient(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, batch)
+    loss.backward()
+    grads = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+    return loss.item(), torch.cat(grads)
+
+
+def compare(trainer):
+    """Loss and gradient of one batch in both ways."""
+    batch = rollouts(trainer)
+    assert trainer._shares and "pixel_values" not in batch
+    with torch.no_grad():  # away from the reference, so that the KL term has a gradient
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
+    shared = loss_and_gradient(trainer, batch)
+    trainer._shares = False
+    return shared, loss_and_gradient(trainer, batch), batch
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+def test_loss_and_gradient_are_those_of_full_rows(vlm, make, lora):
+    (loss, gradient), (full_loss, full_gradient), batch = compare(make(*vlm, lora=lora))
+    assert loss == approx(full_loss, abs=1e-5) and gradient.norm() > 1e-3
+    torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+    assert batch["prompt_of"].unique().numel() == 3
+
+
+def test_gradient_checkpointing(llava, make):
+    (loss, gradient), (full_loss, full_gradient), _ = compare(make(*load_vlm(llava), gradient_checkpointing=True))
+    assert loss == approx(full_loss, abs=1e-5)
+    torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_micro_batches_hold_whole_groups_and_add_up(llava, make):
+    """12 completions in micro-batches of 4: each holds the 4 of one prompt, however TRL shuffled them."""
+    trainer = make(*load_vlm(llava), completions_per_device=G)
+    rollouts(trainer)
+    parts = [part["prompt_of"].tolist() for part in trainer._buffered_inputs]
+    assert sorted(parts) == [[0] * G, [1] * G, [2] * G]
+    shared = [loss_and_gradient(trainer, part)[1] for part in trainer._buffered_inputs]
+    trainer._shares = False
+    full = [loss_and_gradient(trainer, part)[1] for part in trainer._buffered_inputs]
+    torch.testing.assert_close(sum(shared), sum(full), atol=1e-5, rtol=1e-4)
+
+
+def test_the_image_is_encoded_once_a_prompt(llava, make):
+    """3 prompts × 4 completions: the vision tower sees 3 images where the stock trainer shows it 12."""
+    for shared, images in ((True, {3}), (False, {12})):
+        model, processor = load_vlm(llava)
+        seen = []
+        model.model.vision_tower.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(len(given[0])))
+        trainer = make(model, processor, shared=shared)
+        trainer._check = lambda *_: None  # it shows every row its own image
+        rollouts(trainer)
+        assert set(seen) == images
+
+
+def test_the_processor_runs_once_a_prompt(llava, make, monkeypatch):
+    model, processor = load_vlm(llava)
+    trainer = make(model, processor)
+    processed = []
+    run = type(processor.image_processor).__call__
+
+    def count(self, images, *args, **kwargs):
+        processed.append(len(images))
+        return run(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", count)
+    rollouts(trainer)
+    assert processed == [3]
+
+
+def test_reward_functions_see_the_image_column(llava, make):
+    columns = []
+
+    def reward(prompts, completions, image, question_id, **_):
+        columns.append([picture.size for picture in image])
+        return letters(prompts, completions)
+
+    rollouts(make(*load_vlm(llava), reward=reward))
+    assert columns == [[(32, 32)] * 12]
+
+
+def test_a_model_that_differs_is_trained_with_full_rows(llava, make, monkeypatch):
+    """A layer that mixes in the neighbour on the left, as no decoder does by its mask, breaks in a packed row."""
+    model, processor = load_vlm(llava)
+
+    def mix(module, inputs, output):
+        return output + 20 * output.roll(1, dims=1)
+
+    model.model.language_model.embed_tokens.register_forward_hook(mix)
+    trainer = make(model, processor)
+    batch = rollouts(trainer)  # the reference, which has no such layer, passes
+    with pytest.warns(DataWarning, match=r"differ from those of full rows by .* \(allowed 0.0001\), so this model is"):
+        loss, _ = loss_and_gradient(trainer, batch)
+    assert not trainer._shares and math.isfinite(loss)
+    again = rollouts(trainer)  # the stock way altogether
+    assert "pixel_values" in again and "prompt_of" not in again
+    assert math.isfinite(loss_and_gradient(trainer, again)[0])
+
+
+def test_training_both_ways_ends_alike(llava, make, monkeypatch):
+    """Two whole steps on the same scripted rollouts. By SGD: Adam would blow the rounding of a zero gradient up."""
+
+    def script(self, prompt_ids, *_):
+        return [[5 + n % 7, 9, 5 + n % 3, 2][: 1 + n % 4] for n in range(len(prompt_ids))], None
+
+    monkeypatch.setattr(SharedPrefixTrainer, "_generate_single_turn", script)
+    ended = []
+    for shared in (True, False):
+        model, processor = load_vlm(llava)
+        before = flat(model)
+        trainer = make(model, processor, shared=shared, learning_rate=0.5)
+        trainer.args.optim = "sgd"
+        trainer.train()
+        assert len(trainer._checked) == 2 * shared and trainer._shares == shared
+        ended.append(flat(model))
+    assert (ended[0] - before).abs().max() > 1e-3
+    torch.testing.assert_close(ended[0], ended[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_text_only_policy(checkpoints, make, tmp_path):
+    """No image anywhere: a plain decoder and its tokenizer go through the same code."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["llava-clip-llama"], padding_side="left")
+    torch.manual_seed(0)
+    shape = dict.fromkeys(("hidden_size", "intermediate_size"), 32) | {"num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=2, pad_token_id=0, **shape))
+    model.save_pretrained(tmp_path / "text")  # TRL loads the reference from where the model came
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "text")
+    data = Dataset.from_dict({"prompt": ["is it red?", "how many squares?", "what colour is it?"] * 2})
+    (loss, gradient), (full_loss, full_gradient), _ = compare(make(model, tokenizer, data=data))
+    assert loss == approx(full_loss, abs=1e-5)
+    torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_lora_keeps_its_reference(llava, make):
+    """Without a step taken the policy is its reference: log-probabilities agree, and so KL is 0."""
+    trainer = make(*load_vlm(llava), lora=LoraSettings(rank=2))
+    assert isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    batch = rollouts(trainer)
+    with torch.no_grad():
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._compute_loss(trainer.model, batch)
+    assert trainer._metrics["train"]["kl"][-1] == approx(0, abs=1e-6)
