@@ -152,10 +152,33 @@ class SharedPrefixTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            said = sample_completions(
-                _plain(model), prompts.ids, prompts.images, self._prompt_of, self.generation_config, prompts.token_types
-            )
+            said = self._sample(_plain(model), prompts)
         return said, None
+
+    def _sample(self, model: PreTrainedModel, prompts: _Prompts) -> list[list[int]]:
+        """Sample a completion for every row, as many rows at once as one forward pass may have in training."""
+        at_once = self.args.per_device_train_batch_size
+        rows: list[list[int]] = [[] for _ in prompts.ids]
+        for row, p in enumerate(self._prompt_of):
+            rows[p].append(row)
+        said: dict[int, list[int]] = {}
+        length = cast(int, self.max_completion_length)
+        noise = torch.rand(len(self._prompt_of), length, dtype=torch.float64, device=model.device)
+        for span in chunks([len(those) for those in rows], at_once):
+            asked = range(len(rows))[span]
+            types = None if prompts.token_types is None else prompts.token_types[span]
+            order = [(p, row) for p in asked for row in rows[p]]
+            drawn = sample_completions(
+                model,
+                prompts.ids[span],
+                prompts.take(asked),
+                [p - asked.start for p, _ in order],
+                self.generation_config,
+                noise[[row for _, row in order]],
+                types,
+            )
+            said |= {row: ids for (_, row), ids in zip(order, drawn, strict=True)}
+        return [said[row] for row in range(len(self._prompt_of))]
 
     @property
     def _plain_sampling(self) -> bool:

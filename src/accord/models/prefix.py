@@ -41,8 +41,9 @@ class Packed:
 def can_share(model: PreTrainedModel) -> bool:
     """Return whether every layer of `model` attends by a mask that we may give: no sliding window, no flash kernel."""
     text = model.config.get_text_config()
-    layers = getattr(text, "layer_types", None) or ["full_attention"]
-    return text._attn_implementation in ("sdpa", "eager") and set(layers) == {"full_attention"}
+    layers = getattr(text, "layer_types", None)
+    windowed = set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None) is not None
+    return text._attn_implementation in ("sdpa", "eager") and not windowed
 
 
 def pack(

@@ -4,7 +4,8 @@
     step t       every *distinct* continuation once                     at most N rows, fewer where answers agree or end
 
 Rows that have said the same so far are in the same state: one forward pass gives the distribution from which each of
-them draws for itself. The samples are those of `generate` on N full rows, up to the order of the random numbers.
+them draws for itself. Every row brings its own random numbers, so what it says does not depend on what else is computed
+with it. The samples have the distribution of `generate` on N full rows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def sample_completions(
     images: Mapping[str, Tensor],
     rows: Sequence[int],
     settings: GenerationConfig,
+    noise: Tensor,
     token_types: Sequence[Ids] | None = None,
 ) -> list[list[int]]:
     """Return the sampled token ids of every row, its end token included if it came.
@@ -45,6 +47,7 @@ def sample_completions(
         rows: which prompt each of the N rows continues.
         settings: `max_new_tokens`, `eos_token_id`, `pad_token_id`, `temperature`, `top_k`, `top_p`, `min_p`,
             `suppress_tokens`.
+        noise: one uniform number in [0, 1) for every row and token, `[N, max_new_tokens]`, in float64.
         token_types: the kind of every prompt token, for models with several position axes.
     """
     device = model.device
@@ -69,7 +72,9 @@ def sample_completions(
     state = torch.tensor(rows, device=device)  # of every open row
     for step in range(cast(int, settings.max_new_tokens)):
         chances = warp(cast(torch.LongTensor, ids), out.logits[:, -1].float()).softmax(dim=-1)
-        drawn = torch.multinomial(chances[state], 1).squeeze(-1)
+        below = chances.double().cumsum(dim=-1)[state]  # [rows, V], the distribution function
+        drawn = torch.searchsorted(below, noise[open_rows, step, None] * below[:, -1:], right=True).squeeze(-1)
+        drawn = drawn.clamp(max=below.shape[1] - 1)
         for row, token in zip(open_rows.tolist(), drawn.tolist(), strict=True):
             said[row].append(token)
         going = ~torch.isin(drawn, ends)
