@@ -13,6 +13,7 @@ from accord.toml import build, dump_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+INF = float("inf")
 SITES = [{"name": "a", "checkpoint": "accord/idefics3"}, {"name": "b", "checkpoint": "accord/idefics3"}]
 
 
@@ -55,6 +56,10 @@ def site(**fields):
         ({"sites": site(lora={"rnk": 4})}, "sites[0].lora.rnk is not a setting; did you mean rank?"),
         ({"compare": ["site c"]}, "compare names 'site c'; it may name average, random"),
         ({"compare": ["pooled"], "sites": site(name="pooled")}, "may not be called 'pooled'"),
+        (
+            {"compare": ["pooled"], "sites": site(preferences="pairs.jsonl", finetune=False)},
+            "no site holds any; add finetune = false to [pooled]",
+        ),
         ({"seed": -1}, f"seed must be between 0 and {MAX_SEED}, got -1"),
         ({"seed": MAX_SEED + 1}, f"got {MAX_SEED + 1}"),
         ({"threads": -1}, "threads must be 0 (torch's default) or more, got -1"),
@@ -65,6 +70,22 @@ def site(**fields):
         ({"routing": {"mode": "top2"}}, 'routing.mode must be one of "top1", "soft"'),
         ({"router": {"width": 10, "heads": 4}}, "width must be a multiple of heads, got 10 and 4"),
         ({"alignment": {"group_size": 1}}, "group_size must be at least 2"),
+        ({"alignment": {"temperature": 0.0}}, "[alignment] temperature must be above 0, got 0.0; raise temperature"),
+        ({"alignment": {"temperature": -1.0}}, "temperature must be at least 0, got -1.0"),
+        ({"alignment": {"learning_rate": INF}}, "learning_rate must be finite, got inf; lower learning_rate"),
+        ({"alignment": {"lora": {"rank": 0}}}, "[alignment.lora] rank must be at least 1, got 0; raise rank"),
+        ({"router": {"learning_rate": INF}}, "[router] learning_rate must be finite, got inf"),
+        ({"sites": site(finetune={"learning_rate": INF})}, "learning_rate must be finite, got inf"),
+        ({"sites": site(reward_model={"learning_rate": INF})}, "learning_rate must be finite, got inf"),
+        ({"sites": site(lora={"rank": -2})}, "rank must be at least 1, got -2"),
+        ({"sites": site(lora={"alpha": 0})}, "alpha must be at least 1, got 0"),
+        ({"sites": site(lora={"dropout": 1.0})}, "dropout must be below 1, got 1.0; lower dropout"),
+        ({"sites": site(lora={"dropout": -0.1})}, "dropout must be at least 0, got -0.1"),
+        ({"routing": {"deadline": 0.0}}, "[routing] deadline must be above 0, got 0.0; raise deadline"),
+        ({"routing": {"deadline": -1.0}}, "deadline must be at least 0, got -1.0"),
+        ({"routing": {"deadline": INF}}, "deadline must be finite, got inf"),
+        ({"pretrain": {"vision_steps": 0}}, "[pretrain] vision_steps must be at least 1, got 0"),
+        ({"pretrain": {"vision_learning_rate": INF}}, "vision_learning_rate must be finite, got inf"),
         ({"aligment": {}}, "aligment is not a setting; did you mean alignment?"),
     ],
 )

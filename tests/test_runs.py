@@ -12,9 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from accord.errors import RunError
-from accord.runs import Run, append_line, peak_memory_bytes, read_lines, replace_folder, write_atomic
+from accord.runs import (
+    Run,
+    append_line,
+    full_disk_told,
+    peak_memory_bytes,
+    read_lines,
+    replace_folder,
+    something_done,
+    write_atomic,
+)
 
 RECIPE = "seed = 1\n\n[align]\nsteps = 100\n"
 
@@ -200,6 +210,34 @@ def test_a_full_disk_reported_as_text_only_is_recognised(tmp_path: Path) -> None
     assert names(tmp_path) == []
 
 
+QUOTA = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        QUOTA,
+        SafetensorError(f"Error while serializing: I/O error: {QUOTA.strerror} (os error {errno.EDQUOT})"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+    ids=["quota", "safetensors, quota", "safetensors", "torch.save"],
+)
+def test_a_full_disk_is_told_of_what_others_write(tmp_path: Path, error: Exception) -> None:
+    cleaned: list[bool] = []
+    with (
+        pytest.raises(RunError, match=r"checkpoints cannot be written: the disk is full .* continue with --resume"),
+        full_disk_told(tmp_path / "checkpoints", clean=lambda: cleaned.append(True)),
+    ):
+        raise error
+    assert cleaned == [True]
+
+
+def test_other_errors_of_others_are_not_the_disk() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), full_disk_told("checkpoints", clean=lambda: pytest.fail("no")):
+        raise RuntimeError("shapes do not match")
+
+
 def test_another_failure_passes_through_and_cleans_up(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         (folder / "half").write_text("")
@@ -237,7 +275,8 @@ def test_create_records_what_was_asked_and_where(tmp_path: Path) -> None:
 
 
 def test_create_refuses_a_run_and_a_foreign_folder_and_a_file(tmp_path: Path) -> None:
-    Run.create(tmp_path / "run", RECIPE, seed=1).close()
+    with Run.create(tmp_path / "run", RECIPE, seed=1) as run, run.doing("router"):
+        pass
     with pytest.raises(RunError, match="run already holds a run; add --resume to go on with it, or pass another --out"):
         Run.create(tmp_path / "run", RECIPE, seed=1)
     (tmp_path / "notes").mkdir()
@@ -255,6 +294,47 @@ def test_a_run_that_died_before_it_began_can_be_created(tmp_path: Path, monkeypa
         with pytest.raises(RunError, match="disk is full"):
             Run.create(tmp_path / "run", RECIPE, seed=1)
     Run.create(tmp_path / "run", RECIPE, seed=1).close()
+
+
+def fail_at_once(path: Path) -> None:
+    """Leave what a run leaves whose first stage fails before it has made anything, as for a wrong path."""
+    with Run.create(path, RECIPE, seed=1) as run, pytest.raises(RuntimeError), run.doing("site colour"):
+        raise RuntimeError
+    (path / "tensorboard").mkdir()
+
+
+def test_a_run_in_which_nothing_was_done_makes_way(tmp_path: Path) -> None:
+    """For another recipe too; the timings of what failed are not the new run's."""
+    path = tmp_path / "run"
+    fail_at_once(path)
+    assert names(path) == ["manifest.json", "recipe.toml", "run.lock", "tensorboard", "timings.jsonl"]
+    assert not something_done(path)
+    with pytest.raises(RunError, match=r"seed was 1 and is now 2; .* or leave out --resume: nothing is done yet"):
+        Run.resume(path, "seed = 2\n")
+    with Run.create(path, "seed = 2\n", seed=2) as run:
+        assert (run.path / "recipe.toml").read_text() == "seed = 2\n" and run.seconds() == {}
+        assert json.loads((path / "manifest.json").read_text())["seed"] == 2
+    Run.resume(path, "seed = 2\n").close()
+
+
+@pytest.mark.parametrize("left", ["stages.json", "metrics.jsonl", "sites", "checkpoints", "notes.txt", "tensorboard/x"])
+def test_a_run_that_left_anything_more_does_not(tmp_path: Path, left: str) -> None:
+    path = tmp_path / "run"
+    fail_at_once(path)
+    (path / left).write_text("")
+    assert something_done(path)
+    before = {name: (path / name).read_bytes() for name in ("recipe.toml", "manifest.json", "timings.jsonl")}
+    with pytest.raises(RunError, match="already holds a run; add --resume"):
+        Run.create(path, "seed = 2\n", seed=2)
+    assert {name: (path / name).read_bytes() for name in before} == before
+
+
+def test_a_recipe_that_somebody_put_there_is_not_replaced(tmp_path: Path) -> None:
+    """Without the manifest of a run it is a file like any other."""
+    (tmp_path / "recipe.toml").write_text("# by hand\n")
+    with pytest.raises(RunError, match="pass another --out"):
+        Run.create(tmp_path, RECIPE, seed=1)
+    assert (tmp_path / "recipe.toml").read_text() == "# by hand\n"
 
 
 # a run goes on
@@ -276,7 +356,8 @@ def test_resume_needs_a_run(tmp_path: Path) -> None:
     ],
 )
 def test_resume_names_the_first_difference_of_the_recipe(tmp_path: Path, recipe: str, difference: str) -> None:
-    Run.create(tmp_path / "run", RECIPE, seed=1).close()
+    with Run.create(tmp_path / "run", RECIPE, seed=1) as run, run.doing("router"):
+        pass
     with pytest.raises(RunError, match=difference) as error:
         Run.resume(tmp_path / "run", recipe)
     assert "recipe.toml to resume it, or another --out" in str(error.value)
@@ -316,7 +397,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
         with pytest.raises(RunError, match=f"run is in use by process {holder.pid} on .*; wait until it ends"):
             Run.resume(tmp_path / "run", RECIPE)
-        with pytest.raises(RunError):
+        with pytest.raises(RunError, match="run is in use by"):
             Run.create(tmp_path / "run", RECIPE, seed=1)
         # Killed, not asked: the system must free the lock.
         holder.kill()

@@ -55,7 +55,8 @@ def main(folders: list[str]) -> None:
         print(f"| {name} | {len(results)} | {cell([r.macro for r in results])} | {' | '.join(by_type)} | {share} |")
     print("\n| site | ranking accuracy on its held-out questions | router accuracy |\n|---|---|---|")
     for k, site in enumerate(summaries[0].sites):
-        ranking = cell([s.sites[k].ranking.macro for s in summaries])
+        macros = [macro for s in summaries if (macro := s.sites[k].ranking.macro) is not None]
+        ranking = cell(macros) if macros else "–"
         routed = cell([s.router.accuracy for s in summaries if s.router]) if k == 0 else ""
         print(f"| {site.name} ({site.architecture}) | {ranking} | {routed} |")
 

@@ -169,9 +169,10 @@ def plan(recipe: RecipeFile) -> None:
 def _stage(recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None]) -> None:
     """Run one stage in the recipe's run folder, made if it is not there."""
     from accord.recipe import load_recipe
+    from accord.runs import something_done
 
     folder = out or Path("runs") / load_recipe(recipe).name
-    with _job(recipe, out, resume=(folder / "recipe.toml").exists(), seed=seed, quiet=quiet) as job:
+    with _job(recipe, out, resume=something_done(folder), seed=seed, quiet=quiet) as job:
         stage(job)
     typer.echo(f"done: {folder}")
 
@@ -268,7 +269,7 @@ def pretrain(
 
     settings = load_recipe(recipe)
     _settle(settings)
-    questions = load_questions(settings.questions).get("base")
+    questions = load_questions(settings.questions, needed=()).get("base")
     if not questions:
         raise DataError(
             f"{recipe}: no question has the split 'base', the only one that pre-training reads; "

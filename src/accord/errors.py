@@ -11,6 +11,8 @@
 A site that is late or silent is not an exception: it is an `accord.federation.messages.Absence`.
 """
 
+import math
+
 
 class AccordError(Exception):
     """Base of every error that Accord raises on purpose; the command line prints it without a traceback."""
@@ -45,7 +47,7 @@ class DataWarning(UserWarning):
 
 
 def check_least(settings: object, **least: float) -> None:
-    """Refuse settings below their least value; NaN is below every value.
+    """Refuse settings below their least value, and infinite ones; NaN is below every value.
 
     Raises:
         RecipeError: names the setting, its value and the least.
@@ -54,3 +56,17 @@ def check_least(settings: object, **least: float) -> None:
         value = getattr(settings, name)
         if not value >= minimum:
             raise RecipeError(f"{name} must be at least {minimum:g}, got {value}; raise {name}")
+        if math.isinf(value):
+            raise RecipeError(f"{name} must be finite, got {value}; lower {name}")
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Refuse settings that are not finite numbers above 0.
+
+    Raises:
+        RecipeError: names the setting and its value.
+    """
+    for name in names:
+        if getattr(settings, name) == 0:
+            raise RecipeError(f"{name} must be above 0, got {getattr(settings, name)}; raise {name}")
+        check_least(settings, **{name: 0})

@@ -14,7 +14,7 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
-from accord.errors import RecipeError, check_least
+from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.site import ScoreRange
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -83,6 +83,11 @@ class SiteConfig:
         """What it holds, as the dealer of questions wants it."""
         return SiteShare(self.name, self.domains, self.question_types, self.fraction)
 
+    @property
+    def needs_questions(self) -> bool:
+        """Whether it is dealt private questions: to construct its pairs from, or to fine-tune its backbone on."""
+        return not self.preferences or self.finetune is not None
+
 
 @dataclass(frozen=True)
 class Preferences:
@@ -104,6 +109,11 @@ class Routing:
     mode: Mode = "top1"
     scope: Scope = "completion"
     deadline: float | None = None  # seconds to wait for a site
+
+    def __post_init__(self) -> None:
+        """Refuse a deadline that every site misses."""
+        if self.deadline is not None:
+            check_positive(self, "deadline")
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,11 @@ class Recipe:
         for arm in self.compare:
             if arm not in known:
                 raise RecipeError(f"compare names {arm!r}; it may name {', '.join(known)}")
+        if "pooled" in self.compare and self.pooled.finetune and not any(site.needs_questions for site in self.sites):
+            raise RecipeError(
+                "the comparison 'pooled' fine-tunes on the sites' private questions, and no site holds any; "
+                "add finetune = false to [pooled], or leave 'pooled' out of compare"
+            )
 
 
 def load_recipe(path: Path | str) -> Recipe:

@@ -147,6 +147,30 @@ def replace_folder(path: Path | str, write: Callable[[Path], object]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def full_disk_told(path: Path | str, *, clean: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Let others write below `path`, as a trainer does with its checkpoints, and name a disk that is full.
+
+    Args:
+        path: the folder that the body writes to.
+        clean: called after a failed write, to remove what is half-written.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    try:
+        yield
+    except RunError:
+        clean()
+        raise
+    except Exception as error:
+        if not _disk_is_full(error):
+            raise
+        told = _cannot_write(Path(path), error)  # before the room that `clean` makes
+        clean()
+        raise told from error
+
+
 def peak_memory_bytes() -> int:
     """Return the largest resident memory this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -179,10 +203,10 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, recipe_text: str, *, seed: int) -> Self:
-        """Start a run in a folder that is new or empty.
+        """Start a run in a folder that is new or empty, or holds a run in which nothing was done yet.
 
         Raises:
-            RunError: the folder holds something, is in use, or cannot be written.
+            RunError: the folder holds something else, is in use, or cannot be written.
         """
         path = Path(path)
         if path.exists() and not path.is_dir():
@@ -194,6 +218,7 @@ class Run:
             # A process that lost the race for the lock looks again: the winner may have come and gone.
             if found := _foreign(path):
                 raise RunError(_occupied(path, found))
+            _drop_beginning(path)
             write_atomic(path / "manifest.json", _json({**_environment(), "seed": seed, "resumed": []}))
             # Last, for it is what makes the folder a run that can be resumed.
             write_atomic(path / "recipe.toml", recipe_text)
@@ -216,9 +241,10 @@ class Run:
         try:
             recipe = (path / "recipe.toml").read_text(encoding="utf-8")
             if difference := _first_difference(recipe, recipe_text):
+                new = "another --out for a new run" if _foreign(path) else "leave out --resume: nothing is done yet"
                 raise RunError(
                     f"{path} was started with another recipe: {difference}; "
-                    f"pass {path / 'recipe.toml'} to resume it, or another --out for a new run"
+                    f"pass {path / 'recipe.toml'} to resume it, or {new}"
                 )
             _heal(path)
             manifest = _read_json(path / "manifest.json")
@@ -367,10 +393,14 @@ def _json(value: Mapping[str, object]) -> str:
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in codes:
         return True
-    # safetensors and tokenizers report the operating system's error as text only.
-    return "No space left on device" in str(error)
+    # safetensors and tokenizers report the operating system's error as text only, torch.save what it noticed.
+    text = str(error)
+    return any(os.strerror(code) in text for code in codes) or (
+        "inline_container.cc" in text and "unexpected pos" in text
+    )
 
 
 def _cannot_write(path: Path, error: BaseException) -> RunError:
@@ -383,7 +413,7 @@ def _cannot_write(path: Path, error: BaseException) -> RunError:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     return RunError(
-        f"{path} cannot be written: the disk is full ({free:,} bytes free on the disk of {folder}); "
+        f"{path} cannot be written: the disk is full ({free:,} bytes free on the disk of {folder}, a quota aside); "
         "free some space and continue with --resume, or pass an --out on another disk"
     )
 
@@ -460,14 +490,32 @@ def _read_stages(folder: Path) -> list[str]:
     return done
 
 
+def something_done(folder: Path) -> bool:
+    """Tell whether a folder holds a run that has left more than its beginning, so that it is resumed."""
+    return (folder / "recipe.toml").is_file() and bool(_foreign(folder))
+
+
 def _foreign(folder: Path) -> list[str]:
-    """Return what stands in the way of a new run: all but the traces of one that died before it began."""
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.name == "recipe.toml"
-        or (entry.name not in ("run.lock", "manifest.json") and _PARTIAL not in entry.name)
-    )
+    """Return what stands in the way of a new run: nothing, where an earlier one ended before it left a result."""
+    found = {entry.name for entry in folder.iterdir() if _PARTIAL not in entry.name}
+    board = folder / "tensorboard"
+    if board.is_dir() and not any(board.iterdir()):
+        found.remove(board.name)
+    # Without our manifest a recipe is the user's own file.
+    ours = {"manifest.json", *_BEGINNING} if "manifest.json" in found else set()
+    return [] if found <= ours | {"run.lock"} else sorted(found - {"manifest.json", "run.lock"})
+
+
+_BEGINNING = ("recipe.toml", "timings.jsonl")
+"""What a run has left when its first stage has failed at once, as for a wrong path."""
+
+
+def _drop_beginning(folder: Path) -> None:
+    for name in _BEGINNING:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise _cannot_write(folder / name, error) from error
 
 
 def _occupied(folder: Path, found: list[str]) -> str:

@@ -1,3 +1,4 @@
+import gc
 import io
 import math
 import random
@@ -8,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from accord.alignment.grpo import (
     AlignmentConfig,
@@ -19,7 +20,7 @@ from accord.alignment.grpo import (
     prompt_dataset,
 )
 from accord.data.images import load_image
-from accord.errors import RecipeError
+from accord.errors import DataWarning, RecipeError
 from accord.models.load import LoraSettings, load_vlm, placeholder_tokens, save_vlm
 
 QUICK = AlignmentConfig(
@@ -124,6 +125,7 @@ def test_the_stored_images_stay_reachable(questions, ask, tmp_path):
         ({"steps": 0}, "steps must be at least 1, got 0; raise steps"),
         ({"kl": -0.1}, "kl must be at least 0, got -0.1; raise kl"),
         ({"learning_rate": float("nan")}, "learning_rate must be at least 0, got nan"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0; raise temperature"),
     ],
 )
 def test_settings_that_cannot_work(settings, message):
@@ -144,6 +146,20 @@ def test_a_step_is_all_its_completions(tmp_path):
     parts = grpo_config(config(prompts_per_step=4, group_size=6, completions_per_device=8), seed=0, out=tmp_path)
     assert (parts.per_device_train_batch_size, parts.gradient_accumulation_steps) == (8, 3)
     assert whole.generation_batch_size == parts.generation_batch_size == 24
+
+
+def test_several_visible_gpus_change_no_batch(tmp_path, monkeypatch):
+    """TRL refuses to train with n_gpu = 2, which transformers' arguments say when left alone."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert TrainingArguments(str(tmp_path)).n_gpu == 2
+    arguments = grpo_config(config(prompts_per_step=4, group_size=6), seed=0, out=tmp_path)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 24)
+
+
+@pytest.mark.parametrize("target", [r".*\.no_such_layer", "("])
+def test_an_adapter_that_fits_nothing(run, target):
+    with pytest.raises(RecipeError, match=r"lora\.target_modules = .* fits no adapter to this model"):
+        run(config(lora=LoraSettings(rank=2, target_modules=target)))
 
 
 def test_exact_match_ignores_case_and_the_final_stop():
@@ -266,7 +282,38 @@ def test_placeholders_are_muted_while_training_alone(vlm):
     assert head.bias is None and model.state_dict().keys() == names
 
 
-def test_a_policy_learns_with_placeholders_muted(run):
-    policy, records = run()
-    assert policy.get_output_embeddings().bias is None
+def test_training_mutes_placeholders(run):
+    """Seen from within a step: policy and reference have the bias while they train, and not after."""
+    seen = []
+
+    def spy(prompts, completions, **_):
+        models = [each for each in gc.get_objects() if type(each).__name__ == "LlavaForConditionalGeneration"]
+        seen.append(sum(model.get_output_embeddings().bias is not None for model in models))
+        return variety(prompts, completions)
+
+    policy, records = run(reward=spy)
+    assert all(count >= 2 for count in seen) and policy.get_output_embeddings().bias is None
     assert [math.isfinite(r["kl"]) and math.isfinite(r["entropy"]) for r in records] == [True, True]
+
+
+def test_a_head_with_a_bias_gets_it_back(llava):
+    """And None, TRL's word for no reference, is passed over."""
+    model, _ = load_vlm(llava)
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(head.out_features))
+    before = head.bias.detach().clone()
+    with placeholders_muted(model, None):
+        assert head.bias[placeholder_tokens(model)[0]] == -1e4
+    assert torch.equal(head.bias, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_left_out(run, value):
+    """A third of the completions; the loss stays finite."""
+
+    def odd(prompts, completions, **_):
+        return [value if n % 3 == 0 else float(n) for n in range(len(prompts))]
+
+    with pytest.warns(DataWarning, match=rf"reward function 'odd' returned {value}, which is no reward"):
+        _, records = run(reward=odd)
+    assert all(math.isfinite(r["loss"]) and math.isfinite(r["reward"]) for r in records)

@@ -150,12 +150,20 @@ def test_one_id_for_two_prompts_makes_two_groups():
     assert len(engine.asked[0]["here"].items) == 2
 
 
+def test_one_id_for_two_pictures_makes_two_groups():
+    """An id may name the words alone; it stands for a picture only where the server knows which."""
+    engine = spy()
+    ask(FederatedReward(engine, route), ["a", "a"], [RED, BLUE], question_id=["x", "x"])
+    assert len(engine.asked[0]["here"].items) == len(engine.asked[0]["here"].images) == 2
+
+
 @pytest.mark.parametrize("ids", [None, ["x", "x", "y", "y"]])
-def test_groups_are_split_by_text_and_by_id(ids):
+def test_groups_are_split_by_text_and_by_id(ids, square):
     engine = spy()
     columns = {} if ids is None else {"question_id": ids}
     prompts = ["one?", "one?", "two?", "two?"] if ids is None else None
-    ask(FederatedReward(engine, route, mode="soft"), ["a", "b", "c", "b"], prompts=prompts, **columns)
+    reward = FederatedReward(engine, route, mode="soft", sources=dict.fromkeys("xy", square("red", (4, 4))))
+    ask(reward, ["a", "b", "c", "b"], prompts=prompts, **columns)
     assert [item.candidates for item in engine.asked[0]["here"].items] == [["a", "b"], ["c", "b"]]
 
 

@@ -73,7 +73,7 @@ def test_an_unknown_key_names_the_nearest(fails, recipe):
         ("group_size = 4", "group_size = 1", "group_size must be at least 2 to centre rewards, got 1; raise"),
         ("group_size = 4", 'group_size = "four"', 'alignment.group_size must be a whole number, got "four"'),
         ("steps = 4", "steps = ", "is not TOML"),
-        ("questions = 60", "questions = -1", "questions must be 0 or more, got -1"),
+        ("questions = 60", "questions = -1", "questions must be at least 0, got -1"),
         ("fraction = 0.5", "fraction = 0.0", "fraction of site 'colour' must be in (0, 1], got 0.0"),
         ('"colour",\n', '"color",\n', "site 'colour' gets no question"),
     ],
@@ -119,6 +119,41 @@ def test_a_run_folder_that_exists(fails, finished):
     line = fails("run", recipe, "--out", run)
     assert f"{run} already holds a run; add --resume to go on with it, or pass another --out" in line
     assert (run / "manifest.json").read_bytes() == before
+
+
+def test_a_mistake_is_corrected_where_it_was_made(accord, fails, recipe, write_recipe, tmp_path):
+    """A wrong path leaves a run folder in which nothing was done: the corrected recipe starts there, by any command."""
+    run = tmp_path / "run"
+    wrong = write_recipe(tmp_path / "wrong.toml", questions=[{"kind": "folder", "path": str(tmp_path / "none")}])
+    assert "correct the path" in fails("run", wrong, "--out", run, "--quiet")
+    edit(recipe, '"colour",\n', '"color",\n')
+    assert "site 'colour' gets no question" in fails("run", recipe, "--out", run, "--quiet")
+    edit(recipe, '"color",\n', '"colour",\n')
+    assert accord("site", "train", recipe, "colour", "--out", run, "--quiet")[0] == 0
+    assert "already holds a run" in fails("run", recipe, "--out", run, "--quiet")
+    assert "started with another recipe" in fails("site", "train", wrong, "colour", "--out", run, "--quiet")
+
+
+@pytest.mark.parametrize(
+    ("undone", "command", "remedy"),
+    [
+        (
+            "site shape",
+            ("router", "train"),
+            "shape/reward is out of date; make it with `accord site train RECIPE shape`",
+        ),
+        ("router", ("align",), "router is out of date; make it with `accord router train RECIPE`"),
+        ("router", ("evaluate",), "router is out of date; make it with `accord router train RECIPE`"),
+        ("align", ("evaluate",), "policy is out of date; make it with `accord align RECIPE`"),
+    ],
+)
+def test_what_is_out_of_date_is_not_used(fails, finished, tmp_path, undone, command, remedy):
+    recipe, run, _, _ = finished
+    shutil.copytree(run, tmp_path / "run")
+    stages = tmp_path / "run" / "stages.json"
+    stages.write_text(json.dumps({"done": [s for s in json.loads(stages.read_text())["done"] if s != undone]}))
+    assert remedy in fails(*command, recipe, "--out", tmp_path / "run", "--quiet")
+    assert "evaluation" not in json.loads(stages.read_text())["done"]
 
 
 def test_another_recipe_cannot_resume(fails, finished, write_recipe, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from accord.errors import RunError
 from accord.evaluation.report import compare_runs, write_report
-from accord.evaluation.summary import EvaluationSummary, Summary, TrafficRow, accuracy
+from accord.evaluation.summary import EvaluationSummary, Ranking, Summary, TrafficRow, accuracy
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -152,6 +152,16 @@ def test_a_run_with_little_to_show(make_run: Callable[..., Path], make_summary: 
     assert "No routing was recorded." in page.words
     assert "No traffic was recorded." in page.words
     assert "Gallery" not in re.findall(r"<h2>(.*?)</h2>", text)
+
+
+def test_a_site_without_a_ranking_has_a_dash(
+    make_run: Callable[..., Path], make_summary: Callable[..., Summary]
+) -> None:
+    full = make_summary()
+    unranked = dataclasses.replace(full.sites[0], ranking=Ranking(None, {}))
+    text, _ = _page(make_run(summary=make_summary(sites=(unranked, *full.sites[1:]))))
+    row = re.search(r'<tr><th scope="row">colour</th><td class="left architecture">.*?</tr>', text)
+    assert row is not None and re.findall(r"<td>(.*?)</td>", row[0])[-4:] == ["–"] * 4
 
 
 def test_a_warning_stands_at_the_top(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:

@@ -13,6 +13,7 @@ from accord.federation.messages import (
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    check_scores,
     encode,
     image_name,
     to_turns,
@@ -80,6 +81,19 @@ def test_scores_are_those_of_the_reward_model(reward_model, request_):
 )
 def test_scores_are_clipped(request_, score_range, expected):
     assert Site("colour", Fixed(), score_range=score_range).answer(request_).scores == expected
+
+
+@pytest.mark.parametrize("score_range", [None, ScoreRange()], ids=["none", "clipped"])
+def test_a_score_that_is_not_finite_is_no_score(request_, score_range):
+    """Clipped, an infinity would be the best of scores; as it leaves, the server finds the site absent."""
+
+    class Broken(Fixed):
+        def score(self, *given):
+            _, *rest = super().score(*given)
+            return [torch.tensor([float("inf"), float("-inf"), 0.5]), *rest]
+
+    reply = Site("colour", Broken(), score_range=score_range).answer(request_)
+    assert check_scores(request_, reply)[0] is None and check_scores(request_, reply)[1] is not None
 
 
 def test_scores_leave_standardised(reward_model, request_):

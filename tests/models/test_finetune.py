@@ -4,6 +4,8 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from accord.models.finetune import (
     SYMMETRIES,
@@ -76,6 +78,15 @@ def test_gradient_checkpointing_changes_memory_only(llava, ask, tmp_path):
         finetune(model, processor, [ask(0), ask(1, "blue")], config, seed=0, out=tmp_path)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
+
+
+def test_several_visible_gpus_change_no_batch(tmp_path, monkeypatch):
+    """Left alone, transformers takes 4 rows for each of the 2 GPUs: 8 a step."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    stock = TrainingArguments(str(tmp_path), per_device_train_batch_size=4)
+    assert (stock.n_gpu, stock.train_batch_size, stock.parallel_mode) == (2, 8, ParallelMode.NOT_DISTRIBUTED)
+    ours = trainer_arguments(tmp_path, seed=3, per_device_train_batch_size=4)
+    assert (ours.n_gpu, ours.train_batch_size, ours.parallel_mode) == (1, 4, ParallelMode.NOT_PARALLEL)
 
 
 def test_stages_report_nowhere_and_may_say_otherwise(tmp_path):

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from accord.errors import CheckpointError
+from accord.errors import CheckpointError, RecipeError
 from accord.models import load
 from accord.models.load import LoraSettings, add_lora, load_vlm, locate, parameter_count
 
@@ -127,6 +128,22 @@ def test_an_adapter_trains_language_layers_only(vlm):
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained)
     assert not any("vision" in name or "projector" in name or "connector" in name for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (r".*\.no_such_layer", "not found in the base model"),
+        ("", "No `target_modules` passed"),
+        ("(", "unterminated subpattern"),
+        (r".*\.layers\.0", "Target module CLIPEncoderLayer"),
+    ],
+)
+def test_an_adapter_that_fits_nothing(llava, target, reason):
+    model, _ = load_vlm(llava)
+    said = f"lora.target_modules = {target!r} fits no adapter to this model ({reason}"
+    with pytest.raises(RecipeError, match=re.escape(said).replace(re.escape(reason), f".*{re.escape(reason)}")):
+        add_lora(model, LoraSettings(target_modules=target))
 
 
 def test_the_size_of_an_adapter(llava):

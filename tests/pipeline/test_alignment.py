@@ -1,13 +1,18 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import modeling_utils
 
-from accord.errors import DataWarning
+from accord.alignment.grpo import AlignmentConfig
+from accord.errors import DataWarning, RunError
 from accord.models.load import LoraSettings, load_vlm, save_vlm
 from accord.pipeline import alignment
 from accord.pipeline.alignment import _newest_checkpoint, greedy, run_grpo
 from accord.recipe import Policy
+from accord.runs import read_lines
 
 
 @pytest.fixture
@@ -69,6 +74,55 @@ def test_a_policy_comes_back_in_the_type_of_its_checkpoint(job, ask, llava, tmp_
     saved, _ = load_vlm(save_vlm(policy, processor, tmp_path / "policy"))
     assert (seen, saved.dtype) == ([trained], torch.bfloat16)
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def full_from(monkeypatch, step, module, name, error):
+    """Let a library's function raise what it raises on a full disk once it writes into checkpoint `step`."""
+    plain = getattr(module, name)
+
+    def write(data, file, **settings):
+        if f"checkpoint-{step}" in str(file):
+            Path(file).write_bytes(b"half")
+            raise error
+        return plain(data, file, **settings)
+
+    monkeypatch.setattr(module, name, write)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")),
+        (modeling_utils, "safe_save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        (modeling_utils, "safe_save_file", SafetensorError("I/O error: Disk quota exceeded (os error 122)")),
+    ],
+    ids=["torch", "safetensors", "quota"],
+)
+def test_a_full_disk_leaves_whole_checkpoints_only(job, ask, llava, monkeypatch, module, name, error):
+    """Two steps, each saved: the disk is full at the second; with room again, the alignment goes on from the first."""
+    settings = AlignmentConfig(
+        steps=2, prompts_per_step=1, group_size=2, max_completion_length=2, evaluate_every=0, save_every=1
+    )
+    job.recipe = replace(job.recipe, policy=Policy(llava), alignment=settings)
+    job.questions = {"dev": [ask(0)], "public": [ask(1)]}
+    out = job.path / "checkpoints" / "align"
+
+    def align():
+        with job.run.doing("align"):
+            run_grpo(job, "align", lambda prompts, completions, **_: [float(len(c[0]["content"])) for c in completions])
+
+    with monkeypatch.context() as patch:
+        full_from(patch, 2, module, name, error)
+        with (
+            pytest.raises(RunError, match=r"align cannot be written: the disk is full .* continue with --resume"),
+            pytest.warns(DataWarning, match="checkpoint-2 is incomplete"),
+        ):
+            align()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    align()
+    assert job.run.done("align")
+    steps = [record["step"] for record in read_lines(job.path / "metrics.jsonl") if "reward" in record]
+    assert steps == [1, 2]
 
 
 def test_the_policy_answers_as_many_questions_at_once_as_the_recipe_says(job, ask, monkeypatch):

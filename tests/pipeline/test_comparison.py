@@ -4,7 +4,7 @@ from accord.errors import RunError
 from accord.evaluation.summary import accuracy
 from accord.pipeline import comparison
 from accord.pipeline.comparison import arm_accuracy, best_site, single_site_reward
-from accord.rewards.train import Ranking
+from accord.rewards.train import Ranking, group_pairs
 from accord.runs import write_atomic
 
 
@@ -44,9 +44,30 @@ def test_a_single_site_judges_everything(job, monkeypatch, k):
 
 
 def test_what_an_arm_measured_is_read_again(job):
-    """3 of 4 right on dev and 1 of 2 on test; an arm that was not run names the command that runs it."""
-    write_atomic(job.path / "compare" / "site-a.json", '{"dev": {"colour": [3, 4]}, "test": {"colour": [1, 2]}}')
+    """3 of 4 right on dev and 1 of 2 on test; an arm that was not run, or before a site, names the command."""
+    with job.doing("compare site a"):
+        write_atomic(job.path / "compare" / "site-a.json", '{"dev": {"colour": [3, 4]}, "test": {"colour": [1, 2]}}')
     assert arm_accuracy(job, "site a", "dev") == accuracy({"colour": (3, 4)})
     assert arm_accuracy(job, "site a", "test").macro == 0.5
     with pytest.raises(RunError, match=r"average\.json is missing; make it with `accord run RECIPE --resume`"):
         arm_accuracy(job, "average", "test")
+    with job.doing("site a"):
+        pass
+    with pytest.raises(RunError, match=r"site-a\.json is out of date; make it with `accord run RECIPE --resume`"):
+        arm_accuracy(job, "site a", "test")
+
+
+def test_pooled_pairs_of_two_sites_stay_apart(job, prefer, monkeypatch):
+    """Both sites number from 0 and choose red: as one group, one's rejected answers would be held against the other."""
+    own = {"a": [prefer(0, "red", "blue")], "b": [prefer(0, "red", "green")]}
+    monkeypatch.setattr(comparison, "site_pairs", lambda job, name: own[name])
+    job.private, job.questions, seen = {"a": [], "b": []}, {"dev": []}, []
+
+    def caught(*_, pairs, **__):
+        seen.extend(group_pairs(pairs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "fit_reward_model", caught)
+    with pytest.raises(KeyboardInterrupt):
+        comparison._pooled_engine(job, "compare pooled")
+    assert [group.rejected for group in seen] == [("blue",), ("green",)]

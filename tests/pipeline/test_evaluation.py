@@ -24,14 +24,14 @@ def summarise(job):
 
 
 def test_what_is_said_of_a_site_came_in_its_card(summarise):
-    """The macro mean of a ranking of 0.5 and 1 is 0.75; nothing of a site is read from a disk."""
+    """The macro mean of a ranking of 0.5 and 1 is 0.75, and of none not 0; nothing of a site is read from a disk."""
     summary = summarise(
         a=lambda request: Card(request.id, "Llava", 9, 5, 20, False, {"colour": 0.5, "number": 1.0}),
         b=lambda request: Card(request.id, "Idefics3", 8, 4, 10, True, {}),
     )
     assert summary.sites == (
         SiteSummary("a", "Llava", CHECKPOINT, 9, 5, 20, Ranking(0.75, {"colour": 0.5, "number": 1.0})),
-        SiteSummary("b", "Idefics3", CHECKPOINT, 8, 4, 10, Ranking(0.0, {})),
+        SiteSummary("b", "Idefics3", CHECKPOINT, 8, 4, 10, Ranking(None, {})),
     )
     assert summary.constructed_preferences
 

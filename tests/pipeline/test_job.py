@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,51 @@ def test_a_site_is_found_by_name(job):
 
 
 def test_what_an_earlier_stage_should_have_made_is_needed(job):
+    """A folder of a stage that is not done is as good as none: it may be of the sites as they were before."""
+    need = ("router", "accord router train RECIPE", "router")
     with pytest.raises(RunError, match="router is missing; make it with `accord router train RECIPE`"):
-        job.need("router", "accord router train RECIPE")
-    (job.path / "router").mkdir()
-    assert job.need("router", "…") == job.path / "router"
+        job.need(*need)
+    with job.doing("router"):
+        (job.path / "router").mkdir()
+        with pytest.raises(RunError, match="router is out of date; make it with `accord router train RECIPE`"):
+            job.need(*need)
+    assert job.need(*need) == job.path / "router"
+    with job.doing("site a"):
+        pass
+    with pytest.raises(RunError, match="router is out of date"):
+        job.need(*need)
+
+
+@pytest.fixture
+def bring(job, vqa):
+    """Return a function that gives both sites a file of their own; without private questions, but for those named."""
+
+    def set_up(*private, **settings):
+        rows = [*((split, "colour", "red") for split in ("public", "dev", "test")), *private]
+        sites = tuple(replace(site, preferences="pairs.jsonl", **settings) for site in job.recipe.sites)
+        source = Source(kind="folder", path=vqa("folder", rows))
+        job.recipe = replace(job.recipe, sites=sites, questions=(source,))
+        return job
+
+    return set_up
+
+
+def test_sites_with_pairs_need_no_private_questions(bring):
+    job = bring(finetune=None)
+    assert job.private == {"a": [], "b": []} and set(job.questions) == {"public", "dev", "test"}
+
+
+def test_sites_that_fine_tune_need_private_questions(bring):
+    with pytest.raises(DataError, match="no question has the split 'private'"):
+        _ = bring().private
+
+
+def test_questions_are_dealt_to_the_sites_that_need_them(bring):
+    """Both want the one type there is: without b, which needs none, all 20 images are a's."""
+    job = bring(*[("private", "colour", "blue")] * 20, finetune=None, question_types=("colour",))
+    a, b = job.recipe.sites
+    job.recipe = replace(job.recipe, sites=(replace(a, preferences=""), b))
+    assert {name: len(held) for name, held in job.private.items()} == {"a": 20, "b": 0}
 
 
 def test_the_numbers_of_a_record_have_names():

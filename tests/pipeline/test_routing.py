@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from accord.errors import DataError
 from accord.pipeline import routing
 from accord.pipeline.routing import constant_router, random_router, route, routing_accuracy
 
@@ -61,3 +62,9 @@ def test_routing_accuracy_is_the_share_sent_to_a_fitting_site(job, dev, weights,
     """Site a holds colour: a router to it is right for 3 of the 4 questions that some site holds, one to b for 1."""
     assert routing_accuracy(job, constant_router(weights)) == right
     assert [q.question_type for q in dev] == ["colour"] * 3 + ["number"]
+
+
+def test_there_must_be_dev_questions_of_some_site(job, dev):
+    job.questions = {"dev": [q for q in job.questions["dev"] if q.question_type == "size"]}
+    with pytest.raises(DataError, match="no dev question is of a domain and type that a site holds"):
+        routing_accuracy(job, constant_router([1.0, 0.0]))

@@ -1,15 +1,28 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from accord import pipeline
 from accord.data.images import load_image
-from accord.errors import DataError
+from accord.data.preferences import read_preferences, write_preferences
+from accord.errors import DataError, RecipeError
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.pipeline import sites
-from accord.pipeline.sites import open_site, site_pairs, train_site
-from accord.rewards.train import RewardConfig
+from accord.pipeline.sites import (
+    check_sites,
+    common_answers,
+    fit_reward_model,
+    open_federation,
+    open_site,
+    site_pairs,
+    train_site,
+    write_site_preferences,
+)
+from accord.recipe import Source
+from accord.rewards.train import Ranking, RewardConfig
 from accord.types import vqa_prompt
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -68,3 +81,97 @@ def test_a_sites_folder_is_all_it_needs(job, hold, tmp_path, lora):
     job.recipe = replace(job.recipe, seed=1)
     train_site(job, "a")
     assert torch.equal(score(tmp_path / "elsewhere"), here) and not torch.equal(score(job.path), here)
+
+
+@pytest.fixture
+def bring(job, ask, prefer, square, tmp_path):
+    """Return a function that gives sites eight pairs of their own, each about a picture of the size named."""
+    own = {"public": 40, "dev": 41, "test": 42}
+    job.questions = {split: [replace(ask(size), image=square("red", (size, 32)))] for split, size in own.items()}
+    vars(job)["private"] = {
+        name: [replace(ask(size), image=square("red", (size, 32)))] for name, size in (("a", 50), ("b", 51))
+    }
+
+    def give(**widths):
+        for name, width in widths.items():
+            images = [square("red", (size, 32)) for size in (width, *range(100 * ord(name), 100 * ord(name) + 7))]
+            pairs = [prefer(n, "red", "plum", images=(image,), constructed=False) for n, image in enumerate(images)]
+            write_preferences(tmp_path / name / "pairs.jsonl", pairs)
+        job.recipe = replace(
+            job.recipe,
+            sites=tuple(
+                replace(site, preferences=str(tmp_path / site.name / "pairs.jsonl") if site.name in widths else "")
+                for site in job.recipe.sites
+            ),
+        )
+        return job
+
+    return give
+
+
+@pytest.mark.parametrize(("split", "width"), [("public", 40), ("dev", 41), ("test", 42)])
+def test_own_pairs_are_not_about_the_servers_questions(bring, split, width):
+    with pytest.raises(DataError, match=f"the preferences of site 'a' and the split '{split}' share 1 images"):
+        site_pairs(bring(a=width), "a")
+
+
+def test_own_pairs_are_not_about_another_sites_questions(bring):
+    """Site a's pairs may be about its own question, 50 pixels wide, and about b's, 51, only where images are shared."""
+    with pytest.raises(DataError, match="the preferences of site 'a' and site 'b' share 1 images"):
+        site_pairs(bring(a=51), "a")
+    assert len(site_pairs(bring(a=50), "a")) == 8
+    job = bring(a=51)
+    job.pairs.clear()
+    job.recipe = replace(job.recipe, disjoint_images=False)
+    assert len(site_pairs(job, "a")) == 8
+
+
+def test_two_sites_pairs_are_not_about_one_image(bring, monkeypatch):
+    """Before the first site trains, and again before the router does."""
+    job = bring(a=60, b=60)
+    trained = []
+    monkeypatch.setattr(pipeline, "train_site", lambda job, name: trained.append(name))
+    shared = "the preferences of site 'a' and the preferences of site 'b' share 1 images"
+    for look in (check_sites, pipeline.execute, lambda job: open_federation(job, router_training=True)):
+        with pytest.raises(DataError, match=shared):
+            look(job)
+    assert trained == []
+    job.recipe = replace(job.recipe, disjoint_images=False)
+    check_sites(job)
+
+
+def test_the_answers_of_pairs_count_where_there_are_no_questions(bring, ask, monkeypatch):
+    """Questions answer red 2, blue 1; with the pairs red 3, plum 1, blue 1. Only a site without questions uses them."""
+    job = bring(a=60)
+    questions, pairs = [ask(0), ask(1), ask(2, "blue")], site_pairs(job, "a")
+    assert common_answers(questions, 2) == common_answers(questions, 2, ()) == ["red", "blue"]
+    assert common_answers(questions, 9, pairs[:1]) == ["red", "blue", "plum"]
+    ranked = []
+
+    def train(model, pairs, held_out, vocabulary, config, **_):
+        ranked.append(vocabulary)
+        return Ranking({})
+
+    monkeypatch.setattr(sites, "train_reward_model", train)
+    for held in ([], questions):
+        given = {"lora": None, "questions": held, "pairs": pairs, "held_out": [], "seed": 0, "log": None}
+        fit_reward_model(job, "a", "accord/idefics3", None, REWARD, **given)
+    assert ranked == [["plum", "red"], ["red", "blue"]]
+
+
+def test_preferences_are_constructed_whatever_a_site_has(bring, monkeypatch, vqa, tmp_path):
+    """Its own file is not what is written, and no file is replaced."""
+    job = bring(a=60)
+    rows = [("private", "colour", COLOURS[n % 4]) for n in range(4)] + [(s, "colour", "red") for s in job.questions]
+    recipe = replace(job.recipe, questions=(Source(kind="folder", path=vqa("folder", rows)),))
+    recipe = replace(recipe, sites=(replace(recipe.sites[0], finetune=None),))
+    monkeypatch.setattr(sites, "answer", lambda model, processor, questions, **_: [["what"] for _ in questions])
+    count = write_site_preferences(recipe, "a", tmp_path / "new.jsonl", seed=None, quiet=True)
+    pairs = read_preferences(tmp_path / "new.jsonl")
+    assert len(pairs) == count and all(pair.constructed for pair in pairs)
+    own = Path(recipe.sites[0].preferences)
+    before = own.read_bytes()
+    for file in (own, tmp_path / "new.jsonl"):
+        with pytest.raises(RecipeError, match=r"jsonl exists already and is not replaced; name another file"):
+            write_site_preferences(recipe, "a", file, seed=None, quiet=True)
+    assert own.read_bytes() == before

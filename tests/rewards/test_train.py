@@ -226,6 +226,20 @@ def test_the_same_seed_gives_the_same_weights(train):
     assert not torch.equal(flat(models[0]), flat(models[2]))
 
 
+@pytest.mark.filterwarnings("ignore:.*overflow:RuntimeWarning")
+def test_a_training_that_diverged_is_told(train):
+    """Steps of 1e30 leave no weight with which a score is finite."""
+    with pytest.raises(RecipeError, match=r"training diverged.* mean nan .*lower reward_model\.learning_rate.* 1e\+30"):
+        train(replace(QUICK, learning_rate=1e30, warmup=0.0), held_out=())
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(math.nan, 1.0), (0.0, math.inf), (0.5, 0.0)])
+def test_scores_that_cannot_be_standardised_are_told(train, monkeypatch, mean, deviation):
+    monkeypatch.setattr(module, "measure_standardisation", lambda *_: Standardisation(mean, deviation))
+    with pytest.raises(RecipeError, match=f"have mean {mean:g} and deviation {deviation:g}; lower"):
+        train(replace(QUICK, steps=1), held_out=())
+
+
 def test_no_pairs(llava, tmp_path):
     model = RewardModel.from_checkpoint(llava)
     with pytest.raises(DataError, match="on 0 preference pairs; give the site pairs"):

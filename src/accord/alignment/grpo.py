@@ -1,17 +1,22 @@
-"""Align a policy with GRPO through stock `trl.GRPOTrainer` (MoR, stage 3).
+"""Align a policy with GRPO through `trl.GRPOTrainer` (MoR, stage 3).
 
     A_i = (R_i − mean(R)) / (std(R) + ε)                        over the G completions of a prompt
     J   = E[min(ρ A, clip(ρ, 1 ± ε) A)] − β KL(π_θ ‖ π_ref)     Shao et al. 2024, arXiv 2402.03300
 
-TRL's default β is 0; MoR needs the KL term to the frozen reference, so ours is not. The trainer knows nothing of the
-federation: `reward` is any TRL reward function.
+TRL's default β is 0; MoR needs the KL term to the frozen reference, so ours is not. The trainer (TRL's, which computes
+once what completions share: `accord.alignment.trainer`) knows nothing of the federation: `reward` is any TRL reward
+function.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
@@ -34,9 +39,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
-from accord.errors import RecipeError, check_least
-from accord.models.finetune import draw_balanced
-from accord.models.load import LoraSettings, lora_config, placeholder_tokens
+from accord.errors import DataWarning, RecipeError, check_least, check_positive
+from accord.models.finetune import draw_balanced, on_one_device
+from accord.models.load import LoraSettings, adapter_errors, lora_config, placeholder_tokens
 from accord.types import ImageSource, Message, Prompt, Question
 
 MUTED = -1e4
@@ -71,6 +76,7 @@ class AlignmentConfig:
     def __post_init__(self) -> None:
         """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
         check_least(self, steps=1, prompts_per_step=1, max_completion_length=1, learning_rate=0, kl=0)
+        check_positive(self, "temperature")
         check_least(self, completions_per_device=0, evaluate_every=0, evaluate_on=1, save_every=0, questions_at_once=1)
         if self.group_size < 2:
             raise RecipeError(
@@ -90,6 +96,27 @@ def exact_match_reward(
     """Return 1 for a completion equal to the reference answer, else 0: the bound on what learned rewards can reach."""
     texts = [str(completion[-1]["content"]) for completion in completions]
     return [float(normalise_answer(t) == normalise_answer(a)) for t, a in zip(texts, answer, strict=True)]
+
+
+def finite(reward: RewardFunction) -> RewardFunction:
+    """Return `reward` with None, which TRL leaves out, for every value that is NaN or infinite."""
+    if inspect.iscoroutinefunction(reward):
+        return cast(RewardFunction, reward)
+
+    @functools.wraps(reward, updated=())
+    def checked(*args: object, **columns: object) -> list[float | None]:
+        given = reward(*args, **columns)
+        kept = [value if value is None or math.isfinite(value) else None for value in given]
+        if wrong := [value for value, good in zip(given, kept, strict=True) if value is not None and good is None]:
+            warnings.warn(
+                f"the reward function {getattr(reward, '__name__', 'reward')!r} returned {wrong[0]}, which is no "
+                "reward; such completions are left out",
+                DataWarning,
+                stacklevel=2,
+            )
+        return kept
+
+    return checked
 
 
 def prompt_dataset(questions: Sequence[Question], count: int, generator: random.Random) -> datasets.Dataset:
@@ -139,7 +166,7 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
     """Translate our settings into TRL's."""
     rows = config.prompts_per_step * config.group_size
     at_once = config.completions_per_device or rows
-    return GRPOConfig(
+    settings = GRPOConfig(
         output_dir=str(out),
         seed=seed,
         max_steps=config.steps,
@@ -165,6 +192,7 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    return on_one_device(settings)
 
 
 class _Record(TrainerCallback):
@@ -222,32 +250,30 @@ class _Curve(TrainerCallback):
 
 
 @contextmanager
-def placeholders_muted(*models: PreTrainedModel) -> Iterator[None]:
-    """Take image placeholders out of the distribution that the models are trained on.
+def placeholders_muted(*models: PreTrainedModel | None) -> Iterator[None]:
+    """Take image placeholders out of the distribution that the models are trained on; None is passed over.
 
     TRL suppresses them when it samples, and computes log-probabilities over the whole vocabulary. A token that is never
     sampled is never pushed down, and the KL estimate does not see it either: probability gathers there (measured: after
     300 steps the greedy answer to most questions was `<image>`, at a reward still rising). A bias of the output layer
-    shuts them out in every code path; it is a buffer that no checkpoint holds, and goes in the end.
+    shuts them out in every code path; no checkpoint holds it where the layer had none, and it goes in the end.
     """
-    muted: list[nn.Linear] = []
-    for model in models:
-        head = cast(nn.Linear, model.get_output_embeddings())
-        ids = placeholder_tokens(model)
-        if head.bias is not None:
-            head.bias.data[ids] = MUTED
-            continue
-        bias = head.weight.new_zeros(head.out_features)
-        bias[ids] = MUTED
-        del head.bias
-        head.register_buffer("bias", bias, persistent=False)
-        muted.append(head)
-    try:
-        yield
-    finally:
-        for head in muted:
+    with ExitStack() as undo:
+        for model in models:
+            if model is None or not (ids := placeholder_tokens(model)):
+                continue
+            head = cast(nn.Linear, model.get_output_embeddings())
+            if head.bias is not None:
+                undo.callback(head.bias.data.index_copy_, 0, torch.tensor(ids), head.bias.data[ids])
+                head.bias.data[ids] = MUTED
+                continue
+            bias = head.weight.new_zeros(head.out_features)
+            bias[ids] = MUTED
             del head.bias
-            head.register_parameter("bias", None)
+            head.register_buffer("bias", bias, persistent=False)
+            undo.callback(head.register_parameter, "bias", None)
+            undo.callback(head.__delattr__, "bias")  # the last comes first
+        yield
 
 
 def align(
@@ -280,25 +306,29 @@ def align(
         log: receives one record per step, and one per point of the curve.
         callbacks: further trainer callbacks, such as a progress bar.
         resume: continue from the newest checkpoint in `out`.
+
+    Raises:
+        RecipeError: the adapter's `target_modules` fit nothing in the policy.
     """
     data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
     extra: list[TrainerCallback] = [_Record(log), *callbacks]
     if measure is not None and config.evaluate_every:
         extra.append(_Curve(config.evaluate_every, measure, log))
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
-    trainer = SharedPrefixTrainer(
-        shared_prefix=config.shared_prefix,
-        model=model,
-        reward_funcs=reward,
-        args=grpo_config(config, seed=seed, out=out),
-        train_dataset=data,
-        processing_class=processor,
-        callbacks=extra,
-        peft_config=peft,
-    )
+    with adapter_errors(config.lora) if config.lora else nullcontext():
+        trainer = SharedPrefixTrainer(
+            shared_prefix=config.shared_prefix,
+            model=model,
+            reward_funcs=finite(reward),
+            args=grpo_config(config, seed=seed, out=out),
+            train_dataset=data,
+            processing_class=processor,
+            callbacks=extra,
+            peft_config=peft,
+        )
     trainer.remove_callback(PrinterCallback)
     unwrap = trainer.accelerator.unwrap_model
-    with placeholders_muted(model, *([unwrap(trainer.ref_model)] if trainer.ref_model is not None else [])):
+    with placeholders_muted(model, unwrap(trainer.ref_model) if trainer.ref_model is not None else None):
         trainer.train(resume_from_checkpoint=resume)
     trained = unwrap(trainer.model)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

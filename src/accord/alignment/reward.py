@@ -142,7 +142,8 @@ class FederatedReward:
         for n, prompt in enumerate(prompts):
             image = _image_of(prompt, n, columns)
             plain = [_plain(message) for message in prompt]
-            this = (str(plain), (ids[n],) if ids is not None else (image.size, image.mode, image.tobytes()))
+            known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
+            this = (str(plain), (ids[n],) if ids and known else (image.size, image.mode, image.tobytes()))
             if this != key:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None

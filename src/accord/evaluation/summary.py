@@ -73,7 +73,7 @@ class PolicySummary:
 class Ranking:
     """Share of a site's dev questions whose right answer its reward model scores above all other common answers."""
 
-    macro: Share
+    macro: Share | None  # None, and by_type empty, where no dev question is of the site's kind
     by_type: Mapping[str, Share]
 
 

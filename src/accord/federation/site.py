@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
+
 from accord.data.images import load_image
 from accord.errors import RecipeError, ReplyError
 from accord.federation.messages import (
@@ -115,7 +117,10 @@ class Site:
         raise ReplyError(f"site {self.name} does not answer a {type(request).__name__}")
 
     def scores(self, request: ScoreRequest) -> list[list[float]]:
-        """Score the candidates of every item: standardised by this site's training statistics, then clipped."""
+        """Score the candidates of every item: standardised by this site's training statistics, then clipped.
+
+        A score that is not finite leaves as NaN: clipped, an infinity would be the best or the worst of scores.
+        """
         check_images(request.images, request.items)
         images = {name: load_image(data) for name, data in request.images.items()}
         scored = self.reward_model.score(
@@ -124,7 +129,8 @@ class Site:
             [item.candidates for item in request.items],
         )
         if self.score_range is not None:
-            scored = [s.clamp(self.score_range.low, self.score_range.high) for s in scored]
+            low, high = self.score_range.low, self.score_range.high
+            scored = [torch.where(s.isfinite(), s.clamp(low, high), torch.nan) for s in scored]
         return [s.tolist() for s in scored]
 
     def card(self, request: CardRequest) -> Card:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
@@ -32,6 +33,8 @@ from accord.data.images import load_image
 from accord.errors import check_least
 from accord.models.inputs import build_batch
 from accord.types import Question, vqa_prompt
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 SYMMETRIES: tuple[tuple[Transpose, ...], ...] = (
     (),
@@ -147,7 +150,10 @@ def finetune(
 
 
 def trainer_arguments(out: Path, *, seed: int, **settings: object) -> TrainingArguments:
-    """Return what all of Accord's supervised stages share: cosine decay, no external reporting, our own bars."""
+    """Return what all of Accord's supervised stages share: cosine decay, no external reporting, our own bars.
+
+    One process trains on one device, however many GPUs it sees: see `on_one_device`.
+    """
     shared: dict[str, object] = {
         "output_dir": str(out),
         "seed": seed,
@@ -160,4 +166,15 @@ def trainer_arguments(out: Path, *, seed: int, **settings: object) -> TrainingAr
         "dataloader_pin_memory": torch.cuda.is_available(),
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
     }
-    return TrainingArguments(**(shared | settings))  # type: ignore[arg-type]
+    return on_one_device(TrainingArguments(**(shared | settings)))  # type: ignore[arg-type]
+
+
+def on_one_device(arguments: Arguments) -> Arguments:
+    """Keep the trainer from `nn.DataParallel`; return the same arguments.
+
+    With several GPUs visible to one process, `Trainer` copies the model to each and takes that many times the batch,
+    which makes another training of it; batches that are no tensors cannot be split at all. Several processes
+    (`accelerate launch`) have one GPU each as they are.
+    """
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # reading it sets the devices up
+    return arguments

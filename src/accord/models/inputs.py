@@ -1,7 +1,9 @@
 """Turn prompts, images and candidate answers into one batch in which every image is encoded once.
 
-The candidates of a prompt share its image. The processor runs once per prompt and the vision tower once per image; the
-image features are then handed to the language model for every candidate through transformers' own `mm_encoder_outputs`:
+The candidates of a prompt share its image and its text. The processor runs once per prompt, the vision tower once per
+image. Where the attention allows it, all candidates stand behind one copy of the prompt (`accord.models.prefix`).
+Elsewhere each has a row of its own, and the image features are handed to the language model for every row through
+transformers' own `mm_encoder_outputs`:
 
     rows  n = 1 … N  (a prompt with one candidate)      image features  [P, tokens, D]  →  [N, tokens, D]  by index
 

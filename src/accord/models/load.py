@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from accord.errors import CheckpointError
+from accord.errors import CheckpointError, RecipeError, check_least
 from accord.runs import replace_folder
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -29,6 +32,12 @@ class LoraSettings:
     target_modules: str = (
         r".*(language_model|text_model|model\.layers).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     )
+
+    def __post_init__(self) -> None:
+        """Refuse an adapter without weights or effect, and a dropout that leaves nothing."""
+        check_least(self, rank=1, alpha=1, dropout=0)
+        if not self.dropout < 1:
+            raise RecipeError(f"dropout must be below 1, got {self.dropout}; lower dropout")
 
 
 def locate(checkpoint: str) -> str:
@@ -148,8 +157,32 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
-    """Freeze `model` and add a trainable adapter to its language layers."""
-    return cast(PeftModel, get_peft_model(model, lora_config(settings)))
+    """Freeze `model` and add a trainable adapter to its language layers.
+
+    Raises:
+        RecipeError: as `adapter_errors`.
+    """
+    with adapter_errors(settings):
+        return cast(PeftModel, get_peft_model(model, lora_config(settings)))
+
+
+@contextmanager
+def adapter_errors(settings: LoraSettings) -> Iterator[None]:
+    """Name the setting where PEFT finds no layer, inside a trainer that adds the adapter too.
+
+    Raises:
+        RecipeError: `target_modules` is no regular expression, matches nothing, or a module that takes no adapter.
+    """
+    try:
+        yield
+    except (ValueError, re.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if not isinstance(error, re.error) and "target module" not in reason.lower().replace("_", " "):
+            raise
+        raise RecipeError(
+            f"lora.target_modules = {settings.target_modules!r} fits no adapter to this model ({reason}); give a "
+            "regular expression for whole names of linear layers, or leave it out for those of the language model"
+        ) from error
 
 
 def parameter_count(model: nn.Module) -> int:

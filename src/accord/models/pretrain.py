@@ -4,12 +4,10 @@ They stand for what a consortium downloads: a VLM that sees well and speaks, but
 easy-VQA's `base` split alone (images that no site holds, no prompt uses and no test contains):
 
 1. *Vision warm-up.* Each open question type gets a linear head on the mean image feature; its answers are the
-labels. All 1,000 images, with
-   the eight symmetries of the square. Without it a tower this small does not tell shapes apart (it needs thousands
-   of steps; the fine-tuning of step 2 is too short).
+   labels. All 1,000 images, with the eight symmetries of the square. Without it a tower this small does not tell
+   shapes apart (it needs thousands of steps; the fine-tuning of step 2 is too short).
 2. *Instruction tuning* on the questions of the first few images only, so that the model answers fluently and often
-wrongly: that is the room
-   which preferences can fill.
+   wrongly: that is the room which preferences can fill.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from accord.data.images import load_image
-from accord.errors import RecipeError
+from accord.errors import RecipeError, check_least
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.load import save_vlm
 from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
@@ -49,6 +47,11 @@ class PretrainConfig:
     vocabulary: int = 512  # tokens
     instruction: FineTuneConfig = FineTuneConfig(steps=100, batch_size=64, learning_rate=2e-3)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to train."""
+        check_least(self, vision_steps=1, vision_batch=1, vision_learning_rate=0, vision_weight_decay=0)
+        check_least(self, instruction_images=0, vocabulary=1)
 
 
 def pretrain(

@@ -17,7 +17,7 @@ from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.job import Job
 from accord.pipeline.routing import train_router
-from accord.pipeline.sites import train_site
+from accord.pipeline.sites import check_sites, train_site
 
 __all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward", "train_router", "train_site"]
 
@@ -25,9 +25,11 @@ __all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward
 def execute(job: Job) -> Path:
     """Run every stage that is not done; return the report's path."""
     recipe = job.recipe
-    for site in recipe.sites:
-        if not job.run.done(f"site {site.name}"):
-            train_site(job, site.name)
+    waiting = [site.name for site in recipe.sites if not job.run.done(f"site {site.name}")]
+    if waiting:
+        check_sites(job)
+    for name in waiting:
+        train_site(job, name)
     if not job.run.done("router"):
         train_router(job)
     if not job.run.done("align"):

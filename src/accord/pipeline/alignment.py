@@ -22,6 +22,7 @@ from accord.pipeline.traffic import SaveTraffic, load_traffic, save_traffic
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe, load_recipe
 from accord.routing.router import Encoder, LearnedRouter, Router, load_router
+from accord.runs import full_disk_told
 from accord.types import ImageSource, Question
 
 
@@ -29,7 +30,7 @@ def align_policy(job: Job) -> None:
     """Align the policy with the learned router and the sites' rewards."""
     with job.doing("align"):
         engine = open_federation(job)
-        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE")))
+        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE", "router")))
         reward = federated_reward(job, engine, router)
         model, processor = run_grpo(job, "align", reward)
         save_vlm(model, processor, job.path / "policy")
@@ -91,6 +92,9 @@ def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedMo
     """Align a fresh copy of the base policy, from the newest checkpoint if the stage was interrupted.
 
     It comes back in the base checkpoint's own type, whatever it was trained in.
+
+    Raises:
+        RunError: the disk is full; no half-written checkpoint is left.
     """
     recipe = job.recipe
     set_seed(recipe.seed)
@@ -107,7 +111,10 @@ def run_grpo(job: Job, stage: str, reward: RewardFunction) -> tuple[PreTrainedMo
         counts = count_correct(dev, greedy(model, processor, dev, recipe))
         return {name: right / n for name, (right, n) in counts.items()}
 
-    with ProgressBarCallback(stage, metrics=("reward", "kl"), quiet=job.quiet) as bar:
+    with (
+        full_disk_told(out, clean=lambda: _newest_checkpoint(out)),
+        ProgressBarCallback(stage, metrics=("reward", "kl"), quiet=job.quiet) as bar,
+    ):
         model = align(
             model,
             processor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import set_seed
@@ -78,7 +79,8 @@ def _arm_file(job: Job, arm: str) -> Path:
 
 def arm_accuracy(job: Job, arm: str, split: str) -> Accuracy:
     """Return what a comparison measured on `split`, "dev" or "test"."""
-    file = job.need(str(_arm_file(job, arm).relative_to(job.path)), "accord run RECIPE --resume")
+    place = str(_arm_file(job, arm).relative_to(job.path))
+    file = job.need(place, "accord run RECIPE --resume", f"compare {arm}")
     counts = json.loads(file.read_text())[split]
     return accuracy({name: (right, n) for name, (right, n) in counts.items()})
 
@@ -90,7 +92,11 @@ def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
     if not folder.is_dir():
         seed = job.recipe.seed * 1000 + 999
         questions = [q for site in job.recipe.sites for q in job.private[site.name]]
-        pairs = [pair for site in job.recipe.sites for pair in site_pairs(job, site.name)]
+        pairs = [  # ids are unique at a site only
+            replace(pair, question_id=f"{site.name}/{pair.question_id}")
+            for site in job.recipe.sites
+            for pair in site_pairs(job, site.name)
+        ]
         set_seed(seed)
         model, _ = fit_reward_model(
             job,

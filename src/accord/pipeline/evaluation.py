@@ -48,7 +48,7 @@ def evaluate(job: Job) -> None:
         compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
         questions = job.evaluated
         base, processor = load_vlm(recipe.policy.checkpoint)
-        aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE")))
+        aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE", "align")))
         shuffled = shuffle_images(questions, seed=recipe.seed)
         answers: dict[str, list[str]] = {}
         with stage_bar("evaluation", 3 * len(questions), quiet=job.quiet) as advance:
@@ -75,7 +75,7 @@ def evaluate(job: Job) -> None:
 
         engine = open_federation(job)
         engine.traffic = Traffic()  # the gallery's questions and the cards are for the page, not part of the run
-        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE")))
+        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE", "router")))
         shown = federated_reward(job, engine, router)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
         weights = route(router, questions, [[text] for text in answers["aligned"]])
@@ -96,7 +96,7 @@ def _summary(
         if not isinstance(card, Card):
             raise RunError(f"site {config.name} did not describe itself; check its log and start again with --resume")
         constructed = constructed or card.constructed
-        macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else 0.0
+        macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else None
         sites.append(
             SiteSummary(
                 name=config.name,

@@ -35,12 +35,18 @@ BUILT_ON_IT = {
 """By the first word of a stage's name: the stages whose results are stale once it is done again."""
 
 
-def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
+def load_questions(
+    sources: Sequence[Source], needed: Sequence[str] = ("private", "public", "dev", "test")
+) -> dict[str, list[Question]]:
     """Read every source; return the questions by split, with ids `domain/id` where there is more than one source.
+
+    Args:
+        sources: where to read.
+        needed: the splits that may not be empty.
 
     Raises:
         DataError: a source cannot be read, two questions of one domain have the same id, an image is in two splits, or
-            a split that the job needs is empty.
+            a split that is needed is empty.
     """
     splits: dict[str, list[Question]] = defaultdict(list)
     taken: dict[str, int] = {}
@@ -61,11 +67,11 @@ def load_questions(sources: Sequence[Source]) -> dict[str, list[Question]]:
                     "and prompt; give the two [[questions]] tables different `domain`s"
                 )
             splits[q.split].append(q)
-    for needed in ("private", "public", "dev", "test"):
-        if not splits[needed]:
+    for missing in needed:
+        if not splits[missing]:
             have = {name: len(items) for name, items in splits.items() if items}
             raise DataError(
-                f"no question has the split {needed!r}; the sources have {have}. "
+                f"no question has the split {missing!r}; the sources have {have}. "
                 "Give the questions a `split`, or the source `fractions` such as { private = 0.5, public = 0.2, … }"
             )
     check_disjoint(
@@ -131,16 +137,21 @@ class Job:
 
     @cached_property
     def questions(self) -> dict[str, list[Question]]:
-        """All questions by split."""
-        return load_questions(self.recipe.questions)
+        """All questions by split; `private` may be missing where no site needs it."""
+        private = ["private"] if any(site.needs_questions for site in self.recipe.sites) else []
+        return load_questions(self.recipe.questions, [*private, "public", "dev", "test"])
 
     @cached_property
     def private(self) -> dict[str, list[Question]]:
-        """Each site's private questions."""
-        shares = [site.share for site in self.recipe.sites]
-        return share_out(
-            self.questions["private"], shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images
+        """Each site's private questions; none for a site that needs none."""
+        shares = [site.share for site in self.recipe.sites if site.needs_questions]
+        dealt = share_out(
+            self.questions.get("private", []),
+            shares,
+            seed=self.recipe.seed,
+            disjoint_images=self.recipe.disjoint_images,
         )
+        return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
 
     @cached_property
     def identify(self) -> Callable[[ImageSource], str]:
@@ -164,15 +175,17 @@ class Job:
                 return site
         raise RunError(f"the recipe has no site {name!r}; it has {', '.join(s.name for s in self.recipe.sites)}")
 
-    def need(self, place: str, command: str) -> Path:
-        """Return a folder that an earlier stage made.
+    def need(self, place: str, command: str, stage: str) -> Path:
+        """Return a file or folder that an earlier stage made.
 
         Raises:
-            RunError: it is not there; says which command makes it.
+            RunError: it is not there, or the stage is not done: it was broken off, or what it stands on was made again
+                since. Says which command makes it.
         """
         path = self.path / place
-        if not path.exists():
-            raise RunError(f"{path} is missing; make it with `{command}`, or run the whole recipe with `accord run`")
+        if not path.exists() or not self.run.done(stage):
+            state = "out of date" if path.exists() else "missing"
+            raise RunError(f"{path} is {state}; make it with `{command}`, or run the whole recipe with `accord run`")
         return path
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from accord.data.images import load_image
+from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
 from accord.models.generate import answer
 from accord.pipeline.job import Job
@@ -44,9 +45,18 @@ def train_router(job: Job) -> None:
 
 
 def routing_accuracy(job: Job, router: Router) -> float:
-    """Return how often the top site, for sampled answers to dev questions, holds questions of that domain and type."""
+    """Return how often the top site, for sampled answers to dev questions, holds questions of that domain and type.
+
+    Raises:
+        DataError: no dev question is of a domain and type that a site holds.
+    """
     shares = [site.share for site in job.recipe.sites]
     known = [q for q in job.questions["dev"] if any(share.wants(q) for share in shares)]
+    if not known:
+        raise DataError(
+            "no dev question is of a domain and type that a site holds, so it cannot be told where answers belong; "
+            "correct domains and question_types of the sites, or give such questions the split 'dev'"
+        )
     asked = sample_questions(known, 300, seed=0)
     said = answer(
         job.encoder.model,

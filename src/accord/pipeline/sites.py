@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, set_seed
 
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
 from accord.data.sites import check_disjoint
-from accord.errors import DataError
+from accord.errors import DataError, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
@@ -100,13 +100,33 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
 
 
 def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
-    """Read a site's own pairs; none may be about an image on which the policy is aligned, chosen or tested."""
+    """Read a site's own pairs; none may be about an image on which the policy is aligned, chosen or tested.
+
+    Nor may one be about an image of another site's questions, where no image is at two sites.
+    """
     pairs = read_preferences(file)
     theirs = {f"the split {split!r}": [q.image for q in job.questions[split]] for split in ("public", "dev", "test")}
+    if job.recipe.disjoint_images:
+        others = {other: questions for other, questions in job.private.items() if other != name}
+        theirs |= {f"site {other!r}": [q.image for q in questions] for other, questions in others.items()}
     mine = {f"the preferences of site {name!r}": _images(pairs)}
     for other, images in theirs.items():
         check_disjoint(mine | {other: images}, job.identify)
     return pairs
+
+
+def check_sites(job: Job) -> None:
+    """Refuse pairs of a site's own about an image that is not the site's alone, before anything is trained on them.
+
+    Constructed pairs are about the questions that were dealt out, which need no check.
+
+    Raises:
+        DataError: two sites hold an image, unless the recipe allows it, or pairs are about a question that the policy
+            is aligned, chosen or tested on.
+    """
+    own = {site.name: _images(site_pairs(job, site.name)) for site in job.recipe.sites if site.preferences}
+    if job.recipe.disjoint_images:
+        check_disjoint({f"the preferences of site {name!r}": images for name, images in own.items()}, job.identify)
 
 
 def _images(pairs: Sequence[PreferencePair]) -> list[ImageSource]:
@@ -138,7 +158,8 @@ def fit_reward_model(
             backbone = cast(PreTrainedModel, tuned.merge_and_unload())
         checkpoint = save_vlm(backbone, processor, scratch / "backbone")
     model = RewardModel.from_checkpoint(checkpoint, lora=lora)
-    vocabulary = common_answers([*job.questions.get("base", []), *questions], reward.vocabulary)
+    known = [*job.questions.get("base", []), *questions]
+    vocabulary = common_answers(known, reward.vocabulary, () if questions else pairs)
     with ProgressBarCallback(f"{name}: reward model", quiet=job.quiet) as bar:
         ranking = train_reward_model(
             model, pairs, held_out, vocabulary, reward, seed=seed, out=scratch, callbacks=[bar], log=log
@@ -147,9 +168,10 @@ def fit_reward_model(
     return model, dict(ranking.by_type)
 
 
-def common_answers(questions: Sequence[Question], limit: int) -> list[str]:
-    """Return the `limit` commonest answers: what a policy might say to any question."""
+def common_answers(questions: Sequence[Question], limit: int, pairs: Sequence[PreferencePair] = ()) -> list[str]:
+    """Return the `limit` commonest answers of questions and pairs: what a policy might say to any question."""
     counts = Counter(q.answer for q in questions)
+    counts.update(answer for pair in pairs for answer in (pair.chosen, pair.rejected))
     return [a for a, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]]
 
 
@@ -176,11 +198,10 @@ def open_site(recipe: Recipe, run: Path, name: str, training: LocalRouterTrainin
 def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
     """Start every site in this process: each with its reward model, and for router training also its pairs."""
     handlers = {}
-    if router_training and job.recipe.disjoint_images:
-        held = {f"site {site.name!r}": _images(site_pairs(job, site.name)) for site in job.recipe.sites}
-        check_disjoint(held, job.identify)
+    if router_training:
+        check_sites(job)
     for site in job.recipe.sites:
-        job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}")
+        job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")
         training = None
         if router_training:
             pairs = site_pairs(job, site.name)
@@ -192,8 +213,17 @@ def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngi
 
 
 def write_site_preferences(recipe: Recipe, site: str, file: Path, *, seed: int | None, quiet: bool) -> int:
-    """Write the pairs that would be constructed for `site` to a JSONL file, images beside it; return their number."""
-    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    """Write the pairs that would be constructed for `site` to a JSONL file, images beside it; return their number.
+
+    They are constructed whether or not the site has pairs of its own.
+
+    Raises:
+        RecipeError: there is a file already.
+    """
+    if file.exists():
+        raise RecipeError(f"{file} exists already and is not replaced; name another file, or remove that one")
+    sites = tuple(replace(other, preferences="") if other.name == site else other for other in recipe.sites)
+    recipe = replace(recipe, sites=sites, seed=recipe.seed if seed is None else seed)
     pairs = site_pairs(Job(recipe, cast(Run, None), quiet=quiet), site)
     write_preferences(file, pairs)
     return len(pairs)

@@ -13,6 +13,7 @@ within 300 steps.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from accord.data.images import load_image
-from accord.errors import DataError, check_least
+from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, draw_balanced, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
 from accord.rewards.model import RewardModel, Standardisation
@@ -211,6 +212,7 @@ def train_reward_model(
 
     Raises:
         DataError: there are no pairs, or one has not exactly one image.
+        RecipeError: training diverged: the scores are not finite, or all the same.
     """
     if not pairs:
         raise DataError(
@@ -261,6 +263,12 @@ def train_reward_model(
     if keep.weights:
         model.load_state_dict(keep.weights, strict=False)
     model.standardisation = measure_standardisation(model, groups)
+    mean, deviation = model.standardisation.mean, model.standardisation.deviation
+    if not (math.isfinite(mean) and math.isfinite(deviation) and deviation > 0):
+        raise RecipeError(
+            f"training diverged: the reward model's scores of its own pairs have mean {mean:g} and deviation "
+            f"{deviation:g}; lower reward_model.learning_rate, which is {config.learning_rate:g}"
+        )
     return keep.best or Ranking({})
 
 
