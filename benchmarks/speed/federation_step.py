@@ -1,11 +1,13 @@
 """Time a GRPO step against a federation in this process, beside stock TRL with a constant reward.
 
-Both arms are the same `trl.GRPOTrainer` on the same policy, prompts, P, G and seed. The learning rate is 0, so that the
-policy, and with it the length of what it says, stays the same in both; forward, backward and optimiser run as always. A
-round is one trainer per arm; rounds alternate A B A B, and the first step of each is left out (allocation, caches).
+All arms have the same policy, prompts, P, G and seed. The learning rate is 0, so that the policy, and with it the
+length of what it says, stays the same; forward, backward and optimiser run as always. A round is one trainer per arm;
+rounds alternate A B C D A B C D, and the first step of each is left out (allocation, caches, comparing the two ways).
 
-    A   a constant reward: what sampling, the policy's and the reference's passes and the update cost anyway
-    B   a federation: router (encoder and network), three reward models, messages encoded and decoded as for a wire
+    A   stock TRL, a constant reward: what sampling, both models' passes and the update cost anyway
+    B   stock TRL, a federation: router (encoder, network), three reward models, messages coded as for a wire
+    C   shared prefixes, a constant reward
+    D   shared prefixes, a federation
 
 Without `--run` the federation is made of the shipped checkpoints with untrained heads and an untrained router, and
 every answer of a group goes to another site in turn. This is the dear case: all sites get and encode each image.
@@ -24,7 +26,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
@@ -32,10 +34,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
-from trl import GRPOTrainer
 
 from accord.alignment.grpo import AlignmentConfig, grpo_config, prompt_dataset
 from accord.alignment.reward import FederatedReward
+from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.easy_vqa import load_easy_vqa
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import ScoreRange, Site
@@ -44,6 +46,8 @@ from accord.models.tiny import FAMILIES
 from accord.recipe import Recipe, SiteConfig, load_recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import Encoder, LearnedRouter, RouterNetwork, load_router
+
+WAYS = {"stock TRL": False, "shared prefix": True}
 
 
 @dataclass
@@ -99,6 +103,7 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
         return torch.nn.functional.one_hot(torch.arange(rows) % len(judges), len(judges)).float()
 
     router = clock.around("routing", learned if network is not None else in_turn)
+    router.encoder = encoder
     sites = {name: Site(name, judge, score_range=scores) for name, judge in judges.items()}
     engine = InProcessEngine({name: site.answer for name, site in sites.items()})
     engine.ask = clock.around("scoring", engine.ask)
@@ -111,14 +116,18 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
     )
 
 
-def run_arm(reward: Callable[..., list[float | None]], checkpoint: str, config: AlignmentConfig) -> list[float]:
+def run_arm(
+    reward: Callable[..., list[float | None]], checkpoint: str, config: AlignmentConfig, encoder: Encoder | None
+) -> list[float]:
     """Return the seconds of every step but the first."""
     model, processor = load_vlm(checkpoint)
     questions = [q for q in load_easy_vqa() if q.split == "public"]
     data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0))
     times = StepTimes()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = GRPOTrainer(
+        trainer = SharedPrefixTrainer(
+            shared_prefix=config.shared_prefix,
+            encoder=encoder,
             model=model,
             reward_funcs=reward,
             args=grpo_config(config, seed=0, out=Path(scratch)),
@@ -158,24 +167,22 @@ def main() -> None:
     reward = federation(options.run, clock)
     whole = inside.around("reward", reward)
     whole.__name__ = "federation"
-    arms: dict[str, list[float]] = {"constant": [], "federation": []}
-    parts: dict[str, list[float]] = defaultdict(list)
+    arms: dict[str, list[float]] = defaultdict(list)
+    parts: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    encoder = reward.router.encoder
     for _ in range(options.rounds):
-        arms["constant"] += run_arm(constant, checkpoint, config)
-        arms["federation"] += run_arm(whole, checkpoint, config)
-        for name, values in [*clock.spent.items(), *inside.spent.items()]:
-            assert len(values) == options.steps, f"{name}: {len(values)} calls in {options.steps} steps"
-            parts[name] += values[1:]
-        clock.spent.clear()
-        inside.spent.clear()
+        for way, shared in WAYS.items():
+            config = replace(config, shared_prefix=shared)
+            arms[f"{way}, constant reward"] += run_arm(constant, checkpoint, config, None)
+            arms[f"{way}, federation"] += run_arm(whole, checkpoint, config, encoder if shared else None)
+            for name, values in [*clock.spent.items(), *inside.spent.items()]:
+                assert len(values) == options.steps, f"{name}: {len(values)} calls in {options.steps} steps"
+                parts[way][name] += values[1:]
+            clock.spent.clear()
+            inside.spent.clear()
 
-    n = len(arms["constant"])
+    n = len(next(iter(arms.values())))
     step = {name: median(values) for name, values in arms.items()}
-    middle = {name: median(values) for name, values in parts.items()}
-    middle["messages and fusion"] = median(
-        whole - router - sites
-        for whole, router, sites in zip(parts["reward"], parts["routing"], parts["scoring"], strict=True)
-    )
     of = f"run {options.run}" if options.run else "untrained models, each answer of a group to another site"
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
@@ -184,24 +191,31 @@ def main() -> None:
     print(
         f"P = {options.prompts}, G = {options.group}, policy {checkpoint} "
         f"({parameter_count(load_vlm(checkpoint)[0]) / 1e6:.2f} M), K = {len(reward.engine.sites)}, {of}; "
-        f"medians of n = {n} steps per arm, {options.rounds} rounds A B\n"
+        f"medians of n = {n} steps per arm, {options.rounds} rounds A B C D\n"
     )
     print("| per GRPO step | seconds | share of the federated step |")
     print("|---|---|---|")
-    rows = [
-        ("stock TRL, constant reward", step["constant"]),
-        ("stock TRL, federation", step["federation"]),
-        ("… routing", middle["routing"]),
-        ("… scoring at the sites, coding of messages included", middle["scoring"]),
-        ("… grouping, images to PNG, fusion", middle["messages and fusion"]),
-        ("… the rest: sampling, policy, reference, update", step["federation"] - middle["reward"]),
-    ]
-    for name, seconds in rows:
-        print(f"| {name} | {seconds:.3f} | {seconds / step['federation']:.0%} |")
-    print(f"\nfederation ÷ constant: {step['federation'] / step['constant']:.2f}")
+    for way, timed in parts.items():
+        whole_step = step[f"{way}, federation"]
+        middle = {name: median(values) for name, values in timed.items()}
+        rest = middle["reward"] - middle["routing"] - middle["scoring"]
+        for name, seconds in (
+            (f"{way}, constant reward", step[f"{way}, constant reward"]),
+            (f"{way}, federation", whole_step),
+            ("… routing", middle["routing"]),
+            ("… scoring at the sites, coding of messages included", middle["scoring"]),
+            ("… grouping, images to PNG, fusion", rest),
+            ("… the rest: sampling, policy, reference, update", whole_step - middle["reward"]),
+        ):
+            print(f"| {name} | {seconds:.3f} | {seconds / whole_step:.0%} |")
+    print()
+    for way in WAYS:
+        print(f"{way}: federation ÷ constant: {step[f'{way}, federation'] / step[f'{way}, constant reward']:.2f}")
+    ratio = step["stock TRL, federation"] / step["shared prefix, federation"]
+    print(f"federation, stock TRL ÷ shared prefix: {ratio:.2f}")
     sent = sum(c.bytes_to_site for (_, kind), c in reward.engine.traffic.counts.items() if kind == "score")
     back = sum(c.bytes_from_site for (_, kind), c in reward.engine.traffic.counts.items() if kind == "score")
-    steps = options.rounds * options.steps
+    steps = len(WAYS) * options.rounds * options.steps
     print(f"bytes per step: {sent / steps:,.0f} to the sites, {back / steps:,.0f} from them")
 
 

@@ -1,6 +1,7 @@
 """Time scoring G candidate answers to one question about one image: the image encoded once, or once per candidate.
 
-    once       build_batch + RewardModel: one processor call and one vision pass per prompt, G text rows
+    once       build_batch + RewardModel: one processor call, one vision pass and one row per prompt, its candidates
+               behind one copy of the prefix
     repeated   the plain batch: processor(images=[image] * G, text=G whole conversations), one forward of G rows
     one by one the plain loop: processor and forward for each candidate by itself
 

@@ -9,10 +9,14 @@ from peft import PeftModel
 from pytest import approx
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from accord.alignment.grpo import AlignmentConfig, grpo_config, prompt_dataset
+from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset, reference_encoder
+from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.errors import DataWarning
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import ScoreReply
 from accord.models.load import LoraSettings, load_vlm, lora_config
+from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
 
 G = 4
 SETTINGS = AlignmentConfig(
@@ -214,3 +218,53 @@ def test_lora_keeps_its_reference(llava, make):
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, batch)
     assert trainer._metrics["train"]["kl"][-1] == approx(0, abs=1e-6)
+
+
+class Routed:
+    """A reward whose router reads every completion with the base policy, beside what it would read by itself."""
+
+    __name__ = "routed"
+
+    def __init__(self, checkpoint):
+        self.router = LearnedRouter(Encoder(*load_vlm(checkpoint)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
+        self.reward = FederatedReward(
+            InProcessEngine({name: lambda request: ScoreReply(request.id, []) for name in "ab"}), self.router
+        )
+        self.apart = []
+
+    def __call__(self, prompts, completions, **columns):
+        groups = self.reward.group(prompts, completions, columns)
+        given = [g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups]
+        encoder, computed = self.router.encoder, []
+        real = encoder._compute
+        encoder._compute = lambda *asked: computed.append(sum(map(len, asked[2]))) or real(*asked)
+        quick = self.router(*given)
+        encoder._compute = real
+        known, encoder._known = encoder._known, {}
+        slow = self.router(*given)
+        encoder._known = known
+        self.apart.append((sum(computed), len(slow), (quick - slow).abs().max().item()))
+        return letters(prompts, completions)
+
+
+def test_the_router_reads_what_the_reference_has_read(llava, tmp_path, ask, monkeypatch):
+    """Two of three distinct answers end properly; the third, cut off, is read again. The weights are the same."""
+    reward, tokenizer = Routed(llava), load_vlm(llava)[1].tokenizer
+    answers = [[*tokenizer(word, add_special_tokens=False)["input_ids"], 2] for word in ("red", "blue")] + [[9, 9]]
+
+    def script(self, prompt_ids, *_):
+        return [answers[n % 3] for n in range(len(prompt_ids))], None
+
+    monkeypatch.setattr(SharedPrefixTrainer, "_generate_single_turn", script)
+    questions = [ask(0, "red"), ask(1, "blue"), ask(2, "green", text="how many squares?")]
+    align(*load_vlm(llava), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
+    assert len(reward.apart) == 2
+    for again, all_of_them, apart in reward.apart:
+        assert (again, all_of_them) == (3, 9) and apart < 1e-5
+    assert reward.router.encoder._known == {}
+
+
+def test_another_encoder_reads_for_itself(llava, checkpoints):
+    assert reference_encoder(Routed(llava), load_vlm(llava)[0]) is not None
+    assert reference_encoder(Routed(llava), load_vlm(checkpoints["idefics3"])[0]) is None
+    assert reference_encoder(letters, load_vlm(llava)[0]) is None

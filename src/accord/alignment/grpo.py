@@ -42,6 +42,7 @@ from accord.data.questions import normalise_answer
 from accord.errors import DataWarning, RecipeError, check_least, check_positive
 from accord.models.finetune import draw_balanced, on_one_device
 from accord.models.load import LoraSettings, adapter_errors, lora_config, placeholder_tokens
+from accord.routing.router import Encoder
 from accord.types import ImageSource, Message, Prompt, Question
 
 MUTED = -1e4
@@ -276,6 +277,15 @@ def placeholders_muted(*models: PreTrainedModel | None) -> Iterator[None]:
         yield
 
 
+def reference_encoder(reward: RewardFunction, model: PreTrainedModel) -> Encoder | None:
+    """Return the encoder of the federation's router if it is what `model` was loaded from, as its reference is."""
+    encoder = getattr(getattr(reward, "router", None), "encoder", None)
+    if not isinstance(encoder, Encoder):
+        return None
+    same = encoder.model.name_or_path == model.name_or_path and encoder.model.dtype == model.dtype
+    return encoder if same else None
+
+
 def align(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -315,9 +325,11 @@ def align(
     if measure is not None and config.evaluate_every:
         extra.append(_Curve(config.evaluate_every, measure, log))
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
+    encoder = reference_encoder(reward, model)
     with adapter_errors(config.lora) if config.lora else nullcontext():
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,
+            encoder=encoder,
             model=model,
             reward_funcs=finite(reward),
             args=grpo_config(config, seed=seed, out=out),
@@ -330,5 +342,7 @@ def align(
     unwrap = trainer.accelerator.unwrap_model
     with placeholders_muted(model, unwrap(trainer.ref_model) if trainer.ref_model is not None else None):
         trainer.train(resume_from_checkpoint=resume)
+    if encoder is not None:
+        encoder.remember({}, [])
     trained = unwrap(trainer.model)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

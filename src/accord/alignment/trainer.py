@@ -17,7 +17,8 @@ fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ import torch
 from peft import PeftModel
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
@@ -34,9 +35,11 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
 from accord.errors import DataWarning
-from accord.models.inputs import chunks
-from accord.models.prefix import can_share, pack, prefix_positions, take_images
+from accord.models.inputs import chunks, completion_text
+from accord.models.prefix import Packed, can_share, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
+from accord.routing.router import Encoder, StateKey, state_key
+from accord.types import Prompt
 
 TOLERANCE = {torch.float32: 1e-4}
 """Largest difference of a log-probability from that of a full row, in nats."""
@@ -74,19 +77,24 @@ class SharedPrefixTrainer(GRPOTrainer):
     Args:
         *args: as `GRPOTrainer`.
         shared_prefix: False for the stock way.
+        encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
         **settings: as `GRPOTrainer`.
     """
 
     args: GRPOConfig
 
-    def __init__(self, *args: object, shared_prefix: bool = True, **settings: object) -> None:
+    def __init__(
+        self, *args: object, shared_prefix: bool = True, encoder: Encoder | None = None, **settings: object
+    ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
         untold = not (self.tools or self.environment_factories or self.rollout_func)
         self._shares = shared_prefix and untold and can_share(_plain(self.accelerator.unwrap_model(self.model)))
+        self._encoder = encoder
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
-        self._given: list[Row] = []  # the rows of the batch, with their images
+        self._given: list[Row] = []  # the rows of the batch as they came
+        self._bare: list[Row] = []  # and with their images in their prompts
         self._first: list[int] = []  # of every distinct prompt, its first row
         self._prompt_of: list[int] = []  # of every row, its distinct prompt
 
@@ -103,9 +111,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         if not self._hides:
             return stock(inputs)
         self._given = inputs
-        bare, self._prompt_of = _distinct(inputs)
+        self._bare, self._prompt_of = _distinct(inputs)
         self._first = [self._prompt_of.index(p) for p in range(max(self._prompt_of) + 1)]
-        output = stock(bare)
+        output = stock(self._bare)
         if self._hides:
             output["prompt_of"] = torch.tensor(self._prompt_of, device=self.accelerator.device)
         return output
@@ -275,6 +283,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         for p, text in zip(self._prompt_of, texts, strict=True):
             said[p][text] = 0  # and later, where its values begin
         logps, entropies, size = [], [], 0
+        states: dict[StateKey, Tensor] = {}
+        keep = self._encoder is not None and self.ref_model is not None and model is self.ref_model
         for span in chunks([len(found) for found in said.values()], batch_size or len(texts)):
             chunk = list(said)[span]
             prefixes = [prompts.ids[p] for p in chunk]
@@ -284,7 +294,10 @@ class SharedPrefixTrainer(GRPOTrainer):
             packed = pack(
                 plain,
                 [prefix[:-1] for prefix in prefixes],
-                [[[prefix[-1], *text[:-1]] for text in said[p]] for p, prefix in zip(chunk, prefixes, strict=True)],
+                [
+                    [[prefix[-1], *(text if keep else text[:-1])] for text in said[p]]
+                    for p, prefix in zip(chunk, prefixes, strict=True)
+                ],
                 None if known is None else [each[..., :-1] for each in known],
                 pad=self._tokenizer.pad_token_id,
             )
@@ -293,11 +306,15 @@ class SharedPrefixTrainer(GRPOTrainer):
                 for start, text in zip(packed.starts[row], said[p], strict=True):
                     labels[row, start : start + len(text)] = torch.tensor(text, dtype=torch.long)
                     said[p][text] = size + row * labels.shape[1] + start
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), _hidden_states(plain) as seen:
                 out = model(**packed.model_inputs(), **images, shift_labels=labels.to(plain.device), fused_lm_head=True)
+            if keep:
+                states |= self._states(chunk, packed, [list(said[p]) for p in chunk], seen[-1])
             logps.append(out.log_probs.flatten())
             entropies.append(out.entropy.flatten() if entropy else out.log_probs.new_zeros(0))
             size += labels.numel()
+        if keep and self._encoder is not None:
+            self._encoder.remember(states, [image for row in self._bare for image in _images(row)])
         begins = torch.tensor([said[p][text] for p, text in zip(self._prompt_of, texts, strict=True)])
         where = begins[:, None] + torch.arange(logits_to_keep)
         where = where.clamp(max=size - 1).to(shown.device)
@@ -306,6 +323,31 @@ class SharedPrefixTrainer(GRPOTrainer):
             return torch.cat(values)[where].masked_fill(~shown, 0.0)
 
         return rows(logps), rows(entropies) if entropy else None
+
+    def _states(
+        self, chunk: Sequence[int], packed: Packed, texts: Sequence[Sequence[tuple[int, ...]]], hidden: Tensor
+    ) -> dict[StateKey, Tensor]:
+        """Return the states of each prompt with each completion that its text alone would be tokenised to again."""
+        processor = cast(ProcessorMixin, self.processing_class)
+        words = self._tokenizer.batch_decode([ids for those in texts for ids in those], skip_special_tokens=True)
+        end = completion_text(processor, _turns(self._bare[self._first[chunk[0]]]["prompt"]), "")
+        again = iter(
+            zip(
+                words,
+                self._tokenizer([word + end for word in words], add_special_tokens=False)["input_ids"],
+                strict=True,
+            )
+        )
+        states: dict[StateKey, Tensor] = {}
+        for row, p in enumerate(chunk):
+            first = self._bare[self._first[p]]
+            prefix = hidden[row, : len(self._prompts[self._mode].ids[p]) - 1]
+            for start, ids in zip(packed.starts[row], texts[row], strict=True):
+                word, tokens = next(again)
+                if tuple(tokens) == ids and len(images := _images(first)) == 1:
+                    key = state_key(_turns(first["prompt"]), images[0], word)
+                    states[key] = torch.cat([prefix, hidden[row, start : start + 1 + len(ids)]])
+        return states
 
     def _check(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, size: int | None) -> None:
         """Compare with full rows on the first batch; share no longer if a log-probability differs."""
@@ -348,6 +390,21 @@ class SharedPrefixTrainer(GRPOTrainer):
         else:
             saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True)
             policy.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states of every pass through `model`."""
+    seen: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda *given: seen.append(given[-1].last_hidden_state))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _turns(prompt: Any) -> Prompt:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else cast(Prompt, prompt)
 
 
 def _plain(model: nn.Module) -> PreTrainedModel:

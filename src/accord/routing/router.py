@@ -11,16 +11,17 @@ the image's, learns more slowly).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import msgspec
 import torch
 from PIL.Image import Image
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
 from accord.errors import CheckpointError, RecipeError, check_least
@@ -39,12 +40,38 @@ class Router(Protocol):
         ...
 
 
+StateKey: TypeAlias = tuple[str, int, str]
+"""What was read: the prompt's words, the image object, the completion."""
+
+
+def state_key(prompt: Prompt, image: Image, completion: str) -> StateKey:
+    """Return under what name `Encoder` remembers hidden states; it holds while the image object lives."""
+    return str([(turn["role"], _words(turn["content"])) for turn in prompt]), id(image), completion
+
+
+def _words(content: object) -> object:
+    return content if isinstance(content, str) else [b.get("text") for b in cast(Sequence[dict[str, str]], content)]
+
+
 class Encoder:
-    """A frozen VLM that turns (image, prompt, completion) into hidden states."""
+    """A frozen VLM that turns (image, prompt, completion) into hidden states.
+
+    Where somebody has computed them already, as GRPO's reference does when it is the same model, `remember` spares the
+    encoder the work.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
+        self._known: Mapping[StateKey, Tensor] = {}
+        self._images: Sequence[Image] = ()
+
+    def remember(self, states: Mapping[StateKey, Tensor], images: Sequence[Image]) -> None:
+        """Keep `[T, D]` of each (prompt, image, completion), its end included, in place of what was kept before.
+
+        The images are kept, too: their identities, by which they are known, would pass to others once they were gone.
+        """
+        self._known, self._images = states, images
 
     @property
     def features(self) -> int:
@@ -56,6 +83,25 @@ class Encoder:
         self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
+        if not self._known:
+            return self._compute(prompts, images, completions)
+        keys = [
+            [state_key(prompt, image, text) for text in texts]
+            for prompt, image, texts in zip(prompts, images, completions, strict=True)
+        ]
+        missing = [[key[2] for key in those if key not in self._known] for those in keys]
+        found = dict(self._known)
+        if any(missing):
+            states, mask = self._compute(prompts, images, missing)
+            unknown = [key for those in keys for key in those if key not in self._known]
+            found |= {key: row[real] for key, row, real in zip(unknown, states, mask, strict=True)}
+        rows = [found[key] for those in keys for key in those]
+        masks = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
+        return pad_sequence(rows, batch_first=True).float(), pad_sequence(masks, batch_first=True)
+
+    def _compute(
+        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+    ) -> tuple[Tensor, Tensor]:
         batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
         inner = self.model.base_model
         inputs, where = shared_inputs(inner, batch)
