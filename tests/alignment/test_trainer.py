@@ -6,9 +6,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from PIL import Image
 from pytest import approx
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import GRPOTrainer
 
+from accord.alignment import trainer as trainer_module
 from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset, reference_encoder
 from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
@@ -268,3 +272,90 @@ def test_another_encoder_reads_for_itself(llava, checkpoints):
     assert reference_encoder(Routed(llava), load_vlm(llava)[0]) is not None
     assert reference_encoder(Routed(llava), load_vlm(checkpoints["idefics3"])[0]) is None
     assert reference_encoder(letters, load_vlm(llava)[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "own", "shared"),
+    [
+        ({}, {}, True),
+        ({"top_k": 5, "top_p": 0.9, "temperature": 0.7}, {}, True),
+        ({"repetition_penalty": 5.0}, {}, False),
+        ({"do_sample": False}, {}, False),
+        ({"no_repeat_ngram_size": 2}, {}, False),
+        ({}, {"bad_words_ids": [[7]]}, False),
+    ],
+    ids=["plain", "truncated", "penalty", "greedy", "no repeats", "the model's own"],
+)
+def test_rollouts_that_ask_for_more_are_stock_ones(llava, make, told, own, shared):
+    """Whatever TRL or the model's own settings ask beyond what the shared way knows: `generate` does it."""
+    model, processor = load_vlm(llava)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    trainer = make(model, processor)
+    for name, value in told.items():
+        trainer.generation_kwargs[name] = value
+        setattr(trainer.generation_config, name, value)
+    assert (trainer._sampling() is not None) is shared
+    batch = rollouts(trainer)
+    assert "prompt_of" in batch and batch["completion_ids"].shape[0] == 12
+
+
+@pytest.mark.parametrize("fields", [{"token_type_ids": [[0]]}, {"pixel_values": torch.zeros(7, 3, 32, 32)}])
+def test_a_processor_that_is_not_known_makes_the_whole_batch_stock(llava, make, monkeypatch, fields):
+    """Another kind of mask, or tiles instead of images: rewards still get their image column."""
+    seen = []
+
+    def reward(prompts, completions, image, **_):
+        seen.append(len(image))
+        return letters(prompts, completions)
+
+    trainer = make(*load_vlm(llava), reward=reward)
+    real = GRPOTrainer._tokenize_prompts
+
+    def odd(self, prompts):
+        ids, images, given = real(self, prompts)
+        return ids, images, (given | fields if len(prompts) == 3 else given)
+
+    monkeypatch.setattr(GRPOTrainer, "_tokenize_prompts", odd)
+    batch = rollouts(trainer)
+    assert not trainer._shares and "pixel_values" in batch and seen == [12]
+    assert math.isfinite(loss_and_gradient(trainer, batch)[0])
+
+
+def test_a_batch_that_shows_nothing_is_no_comparison(llava, make):
+    """Every completion cut off and masked: the two ways are compared on the next batch."""
+    trainer = make(*load_vlm(llava), max_completion_length=1)
+    trainer.mask_truncated_completions = True
+    trainer.eos_token_ids = [1]
+    rollouts(trainer)
+    assert trainer._shares and trainer._checked == set()
+
+
+def test_what_was_refuted_is_not_remembered(llava, tmp_path, ask, monkeypatch):
+    """The comparison fails on the reference, whose states the router would have been given: it reads for itself."""
+    reward = Routed(llava)
+    monkeypatch.setitem(trainer_module.TOLERANCE, torch.float32, -1.0)
+    with pytest.warns(DataWarning, match="differ from those of full rows"):
+        align(*load_vlm(llava), [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+    assert all(again == all_of_them for again, all_of_them, _ in reward.apart) and reward.router.encoder._known == {}
+
+
+def test_an_encoder_that_adds_a_token_reads_for_itself(llava, tmp_path, ask):
+    """TRL's tokens and the encoder's differ by a second beginning: the reference's states would be of other text."""
+    reward = Routed(llava)
+    tokenizer = reward.router.encoder.processor.tokenizer
+    policy, processor = load_vlm(llava)
+    bos = processor.tokenizer.bos_token
+    post = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
+    processor.tokenizer.backend_tokenizer.post_processor = post
+    align(policy, processor, [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+    assert all(apart == 0 for _, _, apart in reward.apart)
+
+
+def test_pictures_differ_by_their_palette():
+    """Equal indices of two palettes are two pictures, and so two prompts."""
+    pictures = [Image.new("P", (4, 4)) for _ in range(2)]
+    for picture, colour in zip(pictures, ((255, 0, 0), (0, 0, 255)), strict=True):
+        picture.putpalette(colour)
+    rows = [{"prompt": [{"role": "user", "content": "?"}], "image": picture} for picture in pictures]
+    assert trainer_module._distinct(rows)[1] == [0, 1]

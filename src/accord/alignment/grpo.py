@@ -101,8 +101,8 @@ def exact_match_reward(
 
 def finite(reward: RewardFunction) -> RewardFunction:
     """Return `reward` with None, which TRL leaves out, for every value that is NaN or infinite."""
-    if inspect.iscoroutinefunction(reward):
-        return cast(RewardFunction, reward)
+    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__):
+        return reward
 
     @functools.wraps(reward, updated=())
     def checked(*args: object, **columns: object) -> list[float | None]:
@@ -265,7 +265,7 @@ def placeholders_muted(*models: PreTrainedModel | None) -> Iterator[None]:
                 continue
             head = cast(nn.Linear, model.get_output_embeddings())
             if head.bias is not None:
-                undo.callback(head.bias.data.index_copy_, 0, torch.tensor(ids), head.bias.data[ids])
+                undo.callback(head.bias.data.__setitem__, ids, head.bias.data[ids].clone())
                 head.bias.data[ids] = MUTED
                 continue
             bias = head.weight.new_zeros(head.out_features)
@@ -341,8 +341,10 @@ def align(
     trainer.remove_callback(PrinterCallback)
     unwrap = trainer.accelerator.unwrap_model
     with placeholders_muted(model, unwrap(trainer.ref_model) if trainer.ref_model is not None else None):
-        trainer.train(resume_from_checkpoint=resume)
-    if encoder is not None:
-        encoder.remember({}, [])
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:
+            if encoder is not None:
+                encoder.remember({}, [])
     trained = unwrap(trainer.model)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ from PIL import Image as PillowImage
 from PIL.Image import Image
 from torch import Tensor
 
-from accord.data.images import image_bytes
+from accord.data.images import image_bytes, picture_key
 from accord.errors import DataError, DataWarning, ReplyError
 from accord.federation.engine import Engine
 from accord.federation.messages import Absence, ScoreItem, ScoreRequest, check_scores, image_name, to_turns
@@ -143,7 +143,7 @@ class FederatedReward:
             image = _image_of(prompt, n, columns)
             plain = [_plain(message) for message in prompt]
             known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
-            this = (str(plain), (ids[n],) if ids and known else (image.size, image.mode, image.tobytes()))
+            this = (str(plain), (ids[n],) if ids and known else picture_key(image))
             if this != key:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None

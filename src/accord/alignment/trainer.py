@@ -27,15 +27,16 @@ import torch
 from peft import PeftModel
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from accord.data.images import picture_key
 from accord.errors import DataWarning
-from accord.models.inputs import chunks, completion_text
+from accord.models.inputs import build_batch, chunks, completion_text
 from accord.models.prefix import Packed, can_share, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
 from accord.routing.router import Encoder, StateKey, state_key
@@ -46,13 +47,16 @@ TOLERANCE = {torch.float32: 1e-4}
 COARSE_TOLERANCE = 2e-2
 """In half precision: largest mean difference, since single tokens are rounded by more than that in either way."""
 
-SHARED_GENERATION = {"max_new_tokens", "do_sample", "pad_token_id", "bos_token_id", "eos_token_id", "temperature"} | {
-    "top_p",
-    "top_k",
-    "min_p",
-    "suppress_tokens",
+SHARED_GENERATION = {
+    *("do_sample", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "suppress_tokens"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+    *("max_length", "use_cache", "disable_compile", "transformers_version"),
+    *("output_attentions", "output_hidden_states", "_from_model_config"),
 }
-"""What a rollout may be told for the shared way to follow it."""
+"""Settings of a rollout that the shared way follows, or that change nothing; any other makes rollouts stock ones."""
+
+SHARED_FIELDS = {"pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes"}
+"""What a processor may make of images for the shared way to deal them out."""
 
 Row = dict[str, Any]
 
@@ -88,8 +92,10 @@ class SharedPrefixTrainer(GRPOTrainer):
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
         untold = not (self.tools or self.environment_factories or self.rollout_func)
-        self._shares = shared_prefix and untold and can_share(_plain(self.accelerator.unwrap_model(self.model)))
-        self._encoder = encoder
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which count every process's forward passes
+        able = can_share(_plain(self.accelerator.unwrap_model(self.model)))
+        self._shares = shared_prefix and untold and able and not sharded
+        self._encoder, self._alike = encoder, cast(bool | None, None)
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
@@ -107,10 +113,11 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
-        self._hides = self._shares
+        self._hides, self._given = self._shares, inputs
+        if self._encoder is not None:
+            self._encoder.remember({}, [])
         if not self._hides:
             return stock(inputs)
-        self._given = inputs
         self._bare, self._prompt_of = _distinct(inputs)
         self._first = [self._prompt_of.index(p) for p in range(max(self._prompt_of) + 1)]
         output = stock(self._bare)
@@ -123,12 +130,12 @@ class SharedPrefixTrainer(GRPOTrainer):
         if not self._hides:
             return stock(prompts)
         ids, images, fields = stock([prompts[first] for first in self._first])
-        if {"token_type_ids", "spatial_shapes"} & fields.keys():  # another kind of mask, or of image
-            self._shares = self._hides = False
-            return stock(prompts)
         types = fields.pop("mm_token_type_ids", None)
         tensors = {name: _tensor(value).to(self.accelerator.device) for name, value in fields.items()}
         counts = [len(each) if each else 0 for each in images] if images else [0] * len(ids)
+        if not _can_deal(tensors, counts):
+            self._shares = self._hides = False
+            return stock(prompts)
         self._prompts[self._mode] = _Prompts([list(each) for each in ids], types, tensors, counts)
         return [ids[p] for p in self._prompt_of], None, {}
 
@@ -144,7 +151,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         if not self._hides:
             return stock(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         prompts = self._prompts[self._mode]
-        if self.use_vllm or self.use_transformers_continuous_batching or not self._plain_sampling:
+        sampling = None if self.use_vllm or self.use_transformers_continuous_batching else self._sampling()
+        if sampling is None:
             pictures = [_images(row) or None for row in self._given]
             fields: dict[str, Any] = prompts.take(self._prompt_of)
             if prompts.token_types is not None:
@@ -160,17 +168,17 @@ class SharedPrefixTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            said = self._sample(_plain(model), prompts)
+            said = self._sample(_plain(model), prompts, sampling)
         return said, None
 
-    def _sample(self, model: PreTrainedModel, prompts: _Prompts) -> list[list[int]]:
+    def _sample(self, model: PreTrainedModel, prompts: _Prompts, sampling: GenerationConfig) -> list[list[int]]:
         """Sample a completion for every row, as many rows at once as one forward pass may have in training."""
         at_once = self.args.per_device_train_batch_size
         rows: list[list[int]] = [[] for _ in prompts.ids]
         for row, p in enumerate(self._prompt_of):
             rows[p].append(row)
         said: dict[int, list[int]] = {}
-        length = cast(int, self.max_completion_length)
+        length = cast(int, sampling.max_new_tokens)
         noise = torch.rand(len(self._prompt_of), length, dtype=torch.float64, device=model.device)
         for span in chunks([len(those) for those in rows], at_once):
             asked = range(len(rows))[span]
@@ -181,23 +189,24 @@ class SharedPrefixTrainer(GRPOTrainer):
                 prompts.ids[span],
                 prompts.take(asked),
                 [p - asked.start for p, _ in order],
-                self.generation_config,
+                sampling,
                 noise[[row for _, row in order]],
                 types,
             )
             said |= {row: ids for (_, row), ids in zip(order, drawn, strict=True)}
         return [said[row] for row in range(len(self._prompt_of))]
 
-    @property
-    def _plain_sampling(self) -> bool:
-        told = {name for name, value in self.generation_kwargs.items() if value is not None}
-        told -= {"repetition_penalty"} if self.repetition_penalty == 1.0 else set()
-        return told <= SHARED_GENERATION
+    def _sampling(self) -> GenerationConfig | None:
+        """Return what the rollouts are told, by TRL and by the model itself; None if the shared way cannot follow."""
+        model = cast(Any, _plain(self.accelerator.unwrap_model(self.model)))
+        told, _ = model._prepare_generation_config(self.generation_config)
+        neutral = GenerationConfig._get_default_generation_params()
+        asked = {name for name, value in told.to_dict().items() if value is not None and value != neutral.get(name)}
+        return cast(GenerationConfig, told) if told.do_sample and asked <= SHARED_GENERATION else None
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, ids: Any) -> Tensor:
-        return cast(
-            Tensor, super()._calculate_rewards(self._given if self._hides else inputs, prompts, completions, ids)
-        )
+        stock: Callable[..., Tensor] = super()._calculate_rewards
+        return stock(self._given, prompts, completions, ids)  # with their image columns, which `inputs` may have lost
 
     # ------------------------------------------------------------------------------------------------------------------
     # Updates: rows are regrouped by prompt wherever TRL asks for log-probabilities.
@@ -284,7 +293,7 @@ class SharedPrefixTrainer(GRPOTrainer):
             said[p][text] = 0  # and later, where its values begin
         logps, entropies, size = [], [], 0
         states: dict[StateKey, Tensor] = {}
-        keep = self._encoder is not None and self.ref_model is not None and model is self.ref_model
+        keep = self.ref_model is not None and model is self.ref_model and self._reads_alike()
         for span in chunks([len(found) for found in said.values()], batch_size or len(texts)):
             chunk = list(said)[span]
             prefixes = [prompts.ids[p] for p in chunk]
@@ -323,6 +332,24 @@ class SharedPrefixTrainer(GRPOTrainer):
             return torch.cat(values)[where].masked_fill(~shown, 0.0)
 
         return rows(logps), rows(entropies) if entropy else None
+
+    def _reads_alike(self) -> bool:
+        """Return whether the router's encoder would read the same tokens, in the same precision, as the reference."""
+        if self._encoder is None or self.accelerator.mixed_precision != "no":
+            return False
+        if self._alike is None:
+            row, processor = self._bare[self._first[0]], cast(ProcessorMixin, self.processing_class)
+            prompt, images = _turns(row["prompt"]), _images(row)
+            read = build_batch(processor, [prompt], images, [[" x "]]) if len(images) == 1 else None
+            ids = self._prompts[self._mode].ids[0]
+            end = completion_text(processor, prompt, "")
+            self._alike = (
+                read is not None
+                and read.input_ids[0, : len(ids)].tolist() == ids
+                and int((read.labels[0] != -100).int().argmax()) == len(ids)
+                and completion_text(processor, prompt, " x ") == f" x {end}"  # templates may trim
+            )
+        return self._alike
 
     def _states(
         self, chunk: Sequence[int], packed: Packed, texts: Sequence[Sequence[tuple[int, ...]]], hidden: Tensor
@@ -364,11 +391,18 @@ class SharedPrefixTrainer(GRPOTrainer):
             shared, _ = self._packed(model, input_ids, attention_mask, keep, size, entropy=False)
         self._prompts = prompts
         model.train(training)
-        apart = ((full - shared).abs() * attention_mask[:, -keep:]).float()
-        exact = _plain(self.accelerator.unwrap_model(model)).dtype == torch.float32 and not self.args.bf16
-        found = apart.max().item() if exact else apart.sum().item() / attention_mask[:, -keep:].sum().item()
+        shown = attention_mask[:, -keep:]
+        exact = self.accelerator.mixed_precision == "no"
+        exact &= _plain(self.accelerator.unwrap_model(model)).dtype == torch.float32
+        apart = ((full - shared).abs() * shown).float()
+        mine = apart.max() if exact else apart.sum() / shown.sum().clamp(min=1)
+        found = self.accelerator.gather(mine.reshape(1)).max().item()  # every process decides alike
+        if not self.accelerator.gather(shown.sum().reshape(1)).sum():
+            self._checked.discard(id(model))  # nothing was compared
         allowed = TOLERANCE[torch.float32] if exact else COARSE_TOLERANCE
         if not found <= allowed:
+            if self._encoder is not None:
+                self._encoder.remember({}, [])
             self._shares = False
             warnings.warn(
                 f"log-probabilities behind a shared prefix differ from those of full rows by {found:.2g} (allowed "
@@ -407,6 +441,18 @@ def _turns(prompt: Any) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else cast(Prompt, prompt)
 
 
+def _can_deal(images: Mapping[str, Tensor], counts: Sequence[int]) -> bool:
+    """Return whether `take_images` can tell whose each part of the processor's tensors is."""
+    if len(set(counts)) > 1 or not images.keys() <= SHARED_FIELDS:
+        return False
+    prompts, pictures = len(counts), sum(counts)
+    grid = images.get("image_grid_thw")
+    patches = {int(grid.prod(dim=-1).sum())} if grid is not None else {prompts, pictures}
+    return all(
+        len(tensor) in (patches if name == "pixel_values" else {prompts, pictures}) for name, tensor in images.items()
+    )
+
+
 def _plain(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
@@ -438,7 +484,7 @@ def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         images = _images(row)
         for image in images:
             if id(image) not in pictures:
-                pictures[id(image)] = (image.mode, image.size, image.tobytes())
+                pictures[id(image)] = picture_key(image) if isinstance(image, Image) else (image,)
         key = (str(_words(row["prompt"])), tuple(pictures[id(image)] for image in images))
         if key not in prompts:
             prompt = row["prompt"]

@@ -63,6 +63,11 @@ def image_id(source: ImageSource) -> str:
     return hashlib.sha256(image_bytes(source)).hexdigest()
 
 
+def picture_key(image: Image.Image) -> tuple[object, ...]:
+    """Return what two opened images share if they show the same."""
+    return image.mode, image.size, image.tobytes(), tuple(image.getpalette() or ()), image.info.get("transparency")
+
+
 def image_format(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> str:
     """Return `PNG`, `JPEG` or `WEBP`, after a look at the header alone.
 

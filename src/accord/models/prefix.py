@@ -10,6 +10,7 @@ G (L + R) tokens and G images. Any decoder that takes position ids and a 4D atte
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ def can_share(model: PreTrainedModel) -> bool:
     text = model.config.get_text_config()
     layers = getattr(text, "layer_types", None)
     windowed = set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None) is not None
-    return text._attn_implementation in ("sdpa", "eager") and not windowed
+    places = "position_ids" in inspect.signature(type(model).forward).parameters
+    return text._attn_implementation in ("sdpa", "eager") and places and not windowed
 
 
 def pack(
@@ -122,13 +124,16 @@ def prefix_positions(
 def take_images(inputs: Mapping[str, Tensor], counts: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
     """Return the processor's image tensors for `rows` of its prompts, a prompt as often as it is named.
 
-    A tensor's first dimension is the prompt, the image, or the patch of an image (`pixel_values` with a grid).
+    A tensor's first dimension is the prompt, the image, or the patch of an image (`pixel_values` with a grid). Prompts
+    with different numbers of images must not be mixed where a tensor is as long as both: nothing tells them apart.
 
     Args:
         inputs: what the processor made of the images of all prompts.
         counts: how many images each prompt has.
         rows: which prompts.
     """
+    if not sum(counts[row] for row in rows):
+        return {}
     ends = torch.tensor(counts).cumsum(0).tolist()
     chosen = [i for row in rows for i in range(ends[row] - counts[row], ends[row])]
     grid = inputs.get("image_grid_thw")
