@@ -437,6 +437,19 @@ def test_a_finished_stage_stays_done_and_an_interrupted_one_starts_over(tmp_path
         assert [line["done"] for line in read_lines(run.path / "timings.jsonl")] == [True, False, True]
 
 
+def test_a_stage_in_progress_counts_and_so_does_an_earlier_process(tmp_path: Path) -> None:
+    """The evaluation writes the summary while it runs; the process before may have needed more memory."""
+    with Run.create(tmp_path / "run", RECIPE, seed=1) as run:
+        with run.doing("router"):
+            pass
+        (noted,) = read_lines(run.path / "timings.jsonl")
+        assert isinstance(noted["peak_memory_bytes"], int) and noted["peak_memory_bytes"] > 0
+        write_atomic(run.path / "timings.jsonl", json.dumps({**noted, "peak_memory_bytes": 10**15}) + "\n")
+        with run.doing("evaluation"):
+            assert list(run.seconds()) == ["router", "evaluation"]
+            assert run.peak_memory_bytes() == 10**15
+
+
 def test_a_stage_done_again_is_not_done_until_it_ends(tmp_path: Path) -> None:
     """Killed in the middle of the second time, it has to be done anew, and so has what was built on it."""
     with Run.create(tmp_path / "run", RECIPE, seed=1) as run:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -66,8 +67,10 @@ def main() -> None:
         if status:
             raise SystemExit(status)
     except (KeyboardInterrupt, typer.Abort):
-        with_resume = " with [bold]--resume[/]" if sys.argv[1:2] in (["demo"], ["run"]) else ""
-        console.print(f"\nstopped; the same command{with_resume} goes on where it was")
+        again = [sys.argv[0], *sys.argv[1:]]
+        if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
+            again.append("--resume")
+        console.print(f"\nstopped; this goes on where it was: [bold]{escape(shlex.join(again))}[/]")
         raise SystemExit(130) from None
     except AccordError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")

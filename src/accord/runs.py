@@ -5,7 +5,7 @@
       manifest.json    versions, machine, seed, commit, start
       stages.json      the stages that are done
       metrics.jsonl    what was measured, one record a line; the same recipe and seed give the same bytes
-      timings.jsonl    wall seconds of every attempt at a stage
+      timings.jsonl    wall seconds and peak memory of every attempt at a stage
       run.lock         held by the one process that writes here
 
 Files and model folders appear whole or not at all: they are written beside their place and renamed into it.
@@ -196,7 +196,7 @@ class Run:
         self.resumed = resumed
         self._lock: int | None = lock
         self._done = _read_stages(path)
-        self._doing: list[str] = []
+        self._doing: dict[str, float] = {}  # stages in progress, and when they began
         # Stages that have dealt with the records of an interrupted attempt. Those go when the stage logs anew, not on
         # opening: only the stage knows whether it starts over or goes on from a checkpoint (`truncate`).
         self._settled: set[str] = set()
@@ -290,7 +290,7 @@ class Run:
         """
         self._write_done([done for done in self._done if done != stage and not undoes(done)])
         start = time.monotonic()
-        self._doing.append(stage)
+        self._doing[stage] = start
         try:
             yield
             if stage not in self._settled:
@@ -301,7 +301,7 @@ class Run:
                 self._time(stage, time.monotonic() - start, done=False)
             raise
         finally:
-            self._doing.pop()
+            del self._doing[stage]
             self._settled.discard(stage)
         self._time(stage, time.monotonic() - start, done=True)
         self._write_done([*self._done, stage])
@@ -321,7 +321,7 @@ class Run:
         stage = stage_of(record)
         if stage not in self._doing:
             raise RunError(
-                f"a record of stage {stage!r} was logged while doing {self._doing or 'no stage'}; "
+                f"a record of stage {stage!r} was logged while doing {[*self._doing] or 'no stage'}; "
                 f"log it inside run.doing({stage!r})"
             )
         if stage not in self._settled:
@@ -347,20 +347,28 @@ class Run:
         self._settled.add(stage)
 
     def seconds(self) -> dict[str, float]:
-        """Return the wall seconds of each stage, all attempts added up, in the order they were first done."""
+        """Return the wall seconds of each stage so far, all attempts added up, in the order they were first begun."""
         total: dict[str, float] = {}
         for record in read_lines(self.path / "timings.jsonl"):
             stage, seconds = record.get("stage"), record.get("seconds")
             if isinstance(stage, str) and isinstance(seconds, int | float):
                 total[stage] = total.get(stage, 0.0) + seconds
+        for stage, start in self._doing.items():
+            total[stage] = total.get(stage, 0.0) + round(time.monotonic() - start, 3)
         return total
+
+    def peak_memory_bytes(self) -> int:
+        """Return the largest resident memory of all processes that have worked here, as noted when a stage ended."""
+        noted = [record.get("peak_memory_bytes") for record in read_lines(self.path / "timings.jsonl")]
+        return max([peak_memory_bytes(), *(peak for peak in noted if isinstance(peak, int))])
 
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
     def _time(self, stage: str, seconds: float, *, done: bool) -> None:
-        append_line(self.path / "timings.jsonl", {"stage": stage, "seconds": round(seconds, 3), "done": done})
+        noted = {"stage": stage, "seconds": round(seconds, 3), "done": done, "peak_memory_bytes": peak_memory_bytes()}
+        append_line(self.path / "timings.jsonl", noted)
 
 
 def stage_of(record: Mapping[str, object]) -> str:

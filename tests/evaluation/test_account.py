@@ -101,6 +101,13 @@ def test_a_policy_that_need_not_look(make_summary: Callable[..., Summary]) -> No
     assert "without looking at the image" in warning
 
 
+def test_a_type_that_need_not_look(make_summary: Callable[..., Summary]) -> None:
+    """The mean beats the question alone, colour does not: 60 of 100 against 62; shape does, 60 against 20."""
+    evaluation = _evaluation(_two(20, 20), _two(60, 60), question_only=_two(62, 20), shuffled_image=_two(20, 20))
+    (warning,) = tell(make_summary(evaluation=evaluation), []).warnings
+    assert warning.startswith("The rise on colour (60\u00a0%, the question alone 62\u00a0%) is no sign of looking")
+
+
 def test_only_the_aligned_policy_was_measured(make_summary: Callable[..., Summary]) -> None:
     account = tell(make_summary(evaluation=_evaluation(None, _two(60, 60))), RISING)
     assert "before alignment it was not measured" in account.verdict

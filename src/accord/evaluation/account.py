@@ -215,6 +215,22 @@ def _warnings(summary: Summary, metrics: Sequence[MetricsRow]) -> list[str]:
                 f"The aligned policy ({percent(after.macro)}) is not measurably better than answering {meaning} "
                 f"({percent(control.macro)}): this accuracy is no evidence that it uses what it sees."
             )
+    looks = evaluation.question_only is not None and macro_direction(evaluation.question_only, after) > 0
+    if evaluation.question_only is not None and before is not None and looks:  # else it was said of the whole
+        blind = evaluation.question_only.by_type
+        guessed = [
+            f"{name} ({_whole(result.accuracy)}, the question alone {_whole(blind[name].accuracy)})"
+            for name, result in after.by_type.items()
+            if name in blind
+            and name in before.by_type
+            and type_direction(before.by_type[name], result) > 0
+            and type_direction(blind[name], result) <= 0
+        ]
+        if guessed:
+            found.append(
+                f"The rise on {_listed(guessed)} is no sign of looking at the image: whoever gives each question's "
+                "commonest answer does as well."
+            )
     absences, messages = _absences(summary)
     if absences > _MANY_ABSENCES * messages:
         found.append(

@@ -37,7 +37,6 @@ from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
 from accord.recipe import Source
 from accord.routing.router import LearnedRouter, load_router
-from accord.runs import peak_memory_bytes
 from accord.version import VERSION
 
 
@@ -139,7 +138,7 @@ def _summary(
             for (site, kind), c in sorted(job.traffic.counts.items())
         ),
         seconds=job.run.seconds(),
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=job.run.peak_memory_bytes(),
     )
 
 

@@ -198,10 +198,11 @@ def open_site(recipe: Recipe, run: Path, name: str, training: LocalRouterTrainin
 def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
     """Start every site in this process: each with its reward model, and for router training also its pairs."""
     handlers = {}
+    for site in job.recipe.sites:
+        job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")
     if router_training:
         check_sites(job)
     for site in job.recipe.sites:
-        job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")
         training = None
         if router_training:
             pairs = site_pairs(job, site.name)
