@@ -3,7 +3,7 @@
     python benchmarks/quality/table.py runs/quality/easy-vqa-*
 
 A cell is the mean over seeds ± the sample standard deviation, in percent, on test. "share of the bound" is
-the gain in macro accuracy over the base, divided by that of the ground-truth reward.
+the gain in macro accuracy over the base, divided by that of the ground-truth reward where that gained in every seed.
 """
 
 import statistics
@@ -49,7 +49,8 @@ def main(folders: list[str]) -> None:
     for name, results in table.items():
         by_type = [cell([r.by_type[t].accuracy for r in results]) for t in types]
         share = ""
-        if bound and name not in ("base", *CONTROLS.values()):
+        gained = bound and all(g.macro > b.macro for g, b in zip(bound, base, strict=True))
+        if bound and gained and name not in ("base", *CONTROLS.values()):
             gains = [(r.macro - b.macro) / (g.macro - b.macro) for r, b, g in zip(results, base, bound, strict=True)]
             share = cell(gains)
         print(f"| {name} | {len(results)} | {cell([r.macro for r in results])} | {' | '.join(by_type)} | {share} |")
