@@ -105,6 +105,15 @@ def test_loss_and_gradient_are_those_of_full_rows(vlm, make, lora):
     assert batch["prompt_of"].unique().numel() == 3
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_group_may_take_several_rows(llava, make, monkeypatch, most):
+    """4 completions in rows of 1, 2 or 3: where they are long, one dense row would cost more than two."""
+    monkeypatch.setattr(trainer_module, "completions_per_row", lambda *_: most)
+    (loss, gradient), (full_loss, full_gradient), _ = compare(make(*load_vlm(llava)))
+    assert loss == approx(full_loss, abs=1e-5)
+    torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+
+
 def test_gradient_checkpointing(llava, make):
     (loss, gradient), (full_loss, full_gradient), _ = compare(make(*load_vlm(llava), gradient_checkpointing=True))
     assert loss == approx(full_loss, abs=1e-5)

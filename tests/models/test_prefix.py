@@ -6,7 +6,8 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2_5_VLConfig, Qw
 
 from accord.data.images import load_image
 from accord.models.inputs import build_batch, model_inputs, shared_inputs
-from accord.models.prefix import can_share, pack, prefix_positions, take_images
+from accord.models.load import load_vlm
+from accord.models.prefix import can_share, completions_per_row, pack, prefix_positions, take_images
 from accord.types import vqa_prompt
 
 PROMPTS = [vqa_prompt("is it red?"), vqa_prompt("what colour is it?"), vqa_prompt("how many squares?")]
@@ -106,3 +107,9 @@ def test_a_sliding_window_cannot_be_shared():
     for window, able in ((None, True), (16, False)):
         config = MistralConfig(vocab_size=50, num_key_value_heads=2, sliding_window=window, **shape)
         assert can_share(MistralForCausalLM(config)) is able
+
+
+def test_completions_of_a_row(llava):
+    """32 features: √(300 (256 + 300)) = 408.4; so 13 of 32 tokens, 3 of 128, and one at least."""
+    model = load_vlm(llava)[0]
+    assert [completions_per_row(model, 300, length) for length in (0.5, 32, 128, 5000)] == [408, 13, 3, 1]

@@ -16,6 +16,7 @@ fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from trl.trainer.utils import split_tensor_dict
 from accord.data.images import picture_key
 from accord.errors import DataWarning
 from accord.models.inputs import build_batch, chunks, completion_text
-from accord.models.prefix import Packed, can_share, pack, prefix_positions, take_images
+from accord.models.prefix import Packed, can_share, completions_per_row, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
 from accord.routing.router import Encoder, StateKey, state_key
 from accord.types import Prompt
@@ -294,8 +295,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         logps, entropies, size = [], [], 0
         states: dict[StateKey, Tensor] = {}
         keep = self.ref_model is not None and model is self.ref_model and self._reads_alike()
-        for span in chunks([len(found) for found in said.values()], batch_size or len(texts)):
-            chunk = list(said)[span]
+        lines = _lines(plain, prompts, said)
+        for span in chunks([len(those) for _, those in lines], batch_size or len(texts)):
+            chunk, parts = [p for p, _ in lines[span]], [those for _, those in lines[span]]
             prefixes = [prompts.ids[p] for p in chunk]
             types = None if prompts.token_types is None else [prompts.token_types[p] for p in chunk]
             images = prompts.take(chunk)
@@ -304,21 +306,21 @@ class SharedPrefixTrainer(GRPOTrainer):
                 plain,
                 [prefix[:-1] for prefix in prefixes],
                 [
-                    [[prefix[-1], *(text if keep else text[:-1])] for text in said[p]]
-                    for p, prefix in zip(chunk, prefixes, strict=True)
+                    [[prefix[-1], *(text if keep else text[:-1])] for text in those]
+                    for those, prefix in zip(parts, prefixes, strict=True)
                 ],
                 None if known is None else [each[..., :-1] for each in known],
                 pad=self._tokenizer.pad_token_id,
             )
             labels = torch.full(packed.input_ids.shape, -100)
-            for row, p in enumerate(chunk):
-                for start, text in zip(packed.starts[row], said[p], strict=True):
+            for row, (p, those) in enumerate(lines[span]):
+                for start, text in zip(packed.starts[row], those, strict=True):
                     labels[row, start : start + len(text)] = torch.tensor(text, dtype=torch.long)
                     said[p][text] = size + row * labels.shape[1] + start
             with self.accelerator.autocast(), _hidden_states(plain) as seen:
                 out = model(**packed.model_inputs(), **images, shift_labels=labels.to(plain.device), fused_lm_head=True)
             if keep:
-                states |= self._states(chunk, packed, [list(said[p]) for p in chunk], seen[-1])
+                states |= self._states(chunk, packed, parts, seen[-1])
             logps.append(out.log_probs.flatten())
             entropies.append(out.entropy.flatten() if entropy else out.log_probs.new_zeros(0))
             size += labels.numel()
@@ -439,6 +441,19 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 def _turns(prompt: Any) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else cast(Prompt, prompt)
+
+
+def _lines(
+    model: PreTrainedModel, prompts: _Prompts, said: Mapping[int, Mapping[tuple[int, ...], int]]
+) -> list[tuple[int, list[tuple[int, ...]]]]:
+    """Deal each prompt's distinct completions out to rows, evenly."""
+    lines: list[tuple[int, list[tuple[int, ...]]]] = []
+    for p, found in said.items():
+        texts = list(found)
+        most = completions_per_row(model, len(prompts.ids[p]), sum(map(len, texts)) / len(texts))
+        each = math.ceil(len(texts) / math.ceil(len(texts) / most))
+        lines += [(p, texts[n : n + each]) for n in range(0, len(texts), each)]
+    return lines
 
 
 def _can_deal(images: Mapping[str, Tensor], counts: Sequence[int]) -> bool:

@@ -11,6 +11,7 @@ G (L + R) tokens and G images. Any decoder that takes position ids and a 4D atte
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,17 @@ def can_share(model: PreTrainedModel) -> bool:
     windowed = set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None) is not None
     places = "position_ids" in inspect.signature(type(model).forward).parameters
     return text._attn_implementation in ("sdpa", "eager") and places and not windowed
+
+
+def completions_per_row(model: PreTrainedModel, prefix: float, completion: float) -> int:
+    """Return how many completions of a length to put behind one copy of a prefix, for the least work.
+
+    A row of S tokens costs about S (1 + S / 8D), D the hidden size: its attention is dense, also where the mask lets
+    completions not see each other. With m completions a row, a completion costs (P/m + R) (1 + (P + mR) / 8D), which is
+    least at m = √(P (8D + P)) / R: all of a group where completions are short, few where they outgrow the prefix.
+    """
+    features = model.config.get_text_config().hidden_size
+    return max(1, round(math.sqrt(prefix * (8 * features + prefix)) / max(completion, 1)))
 
 
 def pack(
