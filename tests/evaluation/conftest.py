@@ -20,6 +20,7 @@ from accord.evaluation.summary import (
     Summary,
     TrafficRow,
     accuracy,
+    headline,
     write_summary,
 )
 
@@ -78,7 +79,9 @@ def build_summary(**changes: object) -> Summary:
         },
         "peak_memory_bytes": 1_840_000_000,
     }  # fmt: skip
-    return Summary(**{**fields, **changes})  # type: ignore[arg-type]
+    fields |= {"checkpoint": "runs/three/policy", "versions": {"accord": "0.1.0", "torch": "2.13.0", "python": "3.11"}}
+    fields |= changes
+    return Summary(**{**headline(fields["evaluation"], fields["traffic"]), **fields})  # type: ignore[arg-type]
 
 
 def _metrics(reward_rise: float) -> list[dict[str, object]]:

@@ -14,9 +14,12 @@ import pytest
 
 from accord.errors import DataError, RunError
 from accord.evaluation.summary import (
+    EvaluationSummary,
     PolicySummary,
     Summary,
+    TrafficRow,
     accuracy,
+    headline,
     read_summary,
     summary_schema,
     wilson_interval,
@@ -173,3 +176,24 @@ def test_the_manual_explains_every_field() -> None:
     for name, record in json.loads(summary_schema())["$defs"].items():
         section = "" if name == "Summary" else f"{name}."
         assert {f"{section}{field}" for field in record["properties"]} <= explained
+
+
+def test_the_short_tables_say_what_the_records_say() -> None:
+    """Two comparisons under the names that programs read; an arm that was not run is not there."""
+    evaluation = EvaluationSummary(
+        base=accuracy({"a": (1, 4), "b": (3, 4)}),
+        aligned=accuracy({"a": (4, 4), "b": (3, 4)}),
+        question_only=None,
+        shuffled_image=None,
+        compare={"best-site": accuracy({"a": (0, 4), "b": (2, 4)}), "average": accuracy({"a": (2, 4), "b": (2, 4)})},
+    )
+    rows = [TrafficRow("x", "score", 2, 10, 3, 0), TrafficRow("x", "router", 1, 5, 5, 0)]
+    short = headline(evaluation, rows)
+    assert short["macro_accuracy"] == {"base": 0.5, "aligned": 0.875, "best_single": 0.25, "average": 0.5}
+    assert short["accuracy_by_type"]["aligned"] == {"a": 1.0, "b": 0.75}
+    assert short["bytes"] == {"x": {"to_site": 15, "from_site": 8}}
+    assert set(headline(dataclasses.replace(evaluation, base=None), rows)["macro_accuracy"]) == {
+        "aligned",
+        "best_single",
+        "average",
+    }

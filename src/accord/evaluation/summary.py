@@ -17,10 +17,10 @@ and compare them with `accord.evaluation.report.compare_runs`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
@@ -140,6 +140,37 @@ class Summary:
     traffic: tuple[TrafficRow, ...]
     seconds: Mapping[str, NonNegative]
     peak_memory_bytes: Count | None
+    macro_accuracy: Mapping[str, Share]
+    accuracy_by_type: Mapping[str, Mapping[str, Share]]
+    bytes: Mapping[str, Mapping[str, Count]]
+    checkpoint: str
+    versions: Mapping[str, str | None]
+
+
+ARMS = {"best-site": "best_single", "random": "random_site", "ground-truth": "ground_truth"}
+"""How the short tables of a summary name a recipe's comparisons; the others keep their names."""
+
+
+def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> dict[str, dict[str, Any]]:
+    """Return the short tables of a summary, which say again what its records say in full.
+
+    `macro_accuracy` and `accuracy_by_type` of base, aligned and every comparison; `bytes` by site and direction.
+    """
+    measured = {"base": evaluation.base, "aligned": evaluation.aligned}
+    measured |= {ARMS.get(arm, arm): result for arm, result in evaluation.compare.items()}
+    known = {name: result for name, result in measured.items() if result is not None}
+    total: dict[str, dict[str, int]] = {}
+    for row in traffic:
+        site = total.setdefault(row.site, {"to_site": 0, "from_site": 0})
+        site["to_site"] += row.bytes_to_site
+        site["from_site"] += row.bytes_from_site
+    return {
+        "macro_accuracy": {name: result.macro for name, result in known.items()},
+        "accuracy_by_type": {
+            name: {kind: of_type.accuracy for kind, of_type in result.by_type.items()} for name, result in known.items()
+        },
+        "bytes": total,
+    }
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:

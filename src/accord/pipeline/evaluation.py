@@ -22,6 +22,7 @@ from accord.evaluation.summary import (
     Summary,
     TrafficRow,
     accuracy,
+    headline,
     write_summary,
 )
 from accord.federation.engine import Engine, Traffic
@@ -112,6 +113,17 @@ def _summary(
     manifest = json.loads((job.path / "manifest.json").read_text())
     policy = job.encoder.model
     load_all_traffic(job)
+    evaluation = EvaluationSummary(
+        base=measured["base"],
+        aligned=measured["aligned"],
+        question_only=measured["question_only"],
+        shuffled_image=measured["shuffled_image"],
+        compare=compared,
+    )
+    traffic = tuple(
+        TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
+        for (site, kind), c in sorted(job.traffic.counts.items())
+    )
     return Summary(
         schema_version=1,
         name=recipe.name,
@@ -122,23 +134,17 @@ def _summary(
         policy=PolicySummary(recipe.policy.checkpoint, type(policy).__name__, parameter_count(policy)),
         sites=tuple(sites),
         router=RouterSummary(recipe.router.rounds, routed["accuracy"], parameter_count(router)),
-        evaluation=EvaluationSummary(
-            base=measured["base"],
-            aligned=measured["aligned"],
-            question_only=measured["question_only"],
-            shuffled_image=measured["shuffled_image"],
-            compare=compared,
-        ),
+        evaluation=evaluation,
         routing={
             name: {site: float(torch.stack(rows).mean(0)[k]) for k, site in enumerate(names)}
             for name, rows in sorted(by_type.items())
         },
-        traffic=tuple(
-            TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
-            for (site, kind), c in sorted(job.traffic.counts.items())
-        ),
+        traffic=traffic,
         seconds=job.run.seconds(),
         peak_memory_bytes=job.run.peak_memory_bytes(),
+        **headline(evaluation, traffic),
+        checkpoint=str(job.path / "policy"),
+        versions={**manifest["versions"], "python": manifest["python"]},
     )
 
 
