@@ -1,11 +1,11 @@
 """`accord run` from end to end: what it leaves, that it repeats itself bit for bit, and that stages add up to it."""
 
 import json
-from pathlib import Path
 import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,7 +104,6 @@ def test_the_summary_states_the_run(finished):
     messages = {(row.site, row.kind): row.messages for row in summary.traffic}
     assert messages == {(site, kind): n for site in SITES for kind, n in (("score", 4), ("router", 2))}
     assert all(row.bytes_to_site > 0 and row.bytes_from_site > 0 and not row.absences for row in summary.traffic)
-    # The evaluation that writes the summary has not ended when it does.
     assert set(summary.seconds) == {*(f"site {site}" for site in SITES), "router", "align", "evaluation"}
     assert Path(summary.checkpoint, "config.json").is_file() and summary.versions["trl"]
     assert summary.macro_accuracy["aligned"] == summary.evaluation.aligned.macro and set(summary.bytes) == set(SITES)
