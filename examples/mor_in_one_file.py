@@ -12,7 +12,7 @@ Read it from top to bottom. Only what any VLM script needs is imported from acco
 and a collator that encodes an image once however many answers it has. The method is all here. What the package adds is
 care: messages, validation, absent sites, byte counts, resuming.
 
-    python examples/mor_in_one_file.py            a few minutes on two cores
+    python examples/mor_in_one_file.py            about five minutes of one core
     python examples/mor_in_one_file.py --quick    under a minute; shows that it runs, learns nothing to speak of
 """
 
