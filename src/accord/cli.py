@@ -67,7 +67,7 @@ def main() -> None:
         if status:
             raise SystemExit(status)
     except (KeyboardInterrupt, typer.Abort):
-        again = [sys.argv[0], *sys.argv[1:]]
+        again = [*sys.argv]
         if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
             again.append("--resume")
         console.print(f"\nstopped; this goes on where it was: [bold]{escape(shlex.join(again))}[/]")

@@ -343,7 +343,7 @@ def test_a_batch_that_shows_nothing_is_no_comparison(llava, make):
 def test_what_was_refuted_is_not_remembered(llava, tmp_path, ask, monkeypatch):
     """The comparison fails on the reference, whose states the router would have been given: it reads for itself."""
     reward = Routed(llava)
-    monkeypatch.setitem(trainer_module.TOLERANCE, torch.float32, -1.0)
+    monkeypatch.setattr(trainer_module, "TOLERANCE", -1.0)
     with pytest.warns(DataWarning, match="differ from those of full rows"):
         align(*load_vlm(llava), [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
     assert all(again == all_of_them for again, all_of_them, _ in reward.apart) and reward.router.encoder._known == {}

@@ -38,13 +38,14 @@ from trl.trainer.utils import split_tensor_dict
 from accord.data.images import picture_key
 from accord.errors import DataWarning
 from accord.models.inputs import build_batch, chunks, completion_text
+from accord.models.load import without_adapter
 from accord.models.prefix import Packed, can_share, completions_per_row, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
-from accord.routing.router import Encoder, StateKey, state_key
+from accord.routing.router import Encoder, StateKey, prompt_words, state_key
 from accord.types import Prompt
 
-TOLERANCE = {torch.float32: 1e-4}
-"""Largest difference of a log-probability from that of a full row, in nats."""
+TOLERANCE = 1e-4
+"""In float32: largest difference of a log-probability from that of a full row, in nats."""
 COARSE_TOLERANCE = 2e-2
 """In half precision: largest mean difference, since single tokens are rounded by more than that in either way."""
 
@@ -94,7 +95,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         super().__init__(*args, **settings)  # type: ignore[arg-type]
         untold = not (self.tools or self.environment_factories or self.rollout_func)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which count every process's forward passes
-        able = can_share(_plain(self.accelerator.unwrap_model(self.model)))
+        able = can_share(without_adapter(self.accelerator.unwrap_model(self.model)))
         self._shares = shared_prefix and untold and able and not sharded
         self._encoder, self._alike = encoder, cast(bool | None, None)
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
@@ -169,7 +170,7 @@ class SharedPrefixTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            said = self._sample(_plain(model), prompts, sampling)
+            said = self._sample(without_adapter(model), prompts, sampling)
         return said, None
 
     def _sample(self, model: PreTrainedModel, prompts: _Prompts, sampling: GenerationConfig) -> list[list[int]]:
@@ -199,7 +200,7 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _sampling(self) -> GenerationConfig | None:
         """Return what the rollouts are told, by TRL and by the model itself; None if the shared way cannot follow."""
-        model = cast(Any, _plain(self.accelerator.unwrap_model(self.model)))
+        model = cast(Any, without_adapter(self.accelerator.unwrap_model(self.model)))
         told, _ = model._prepare_generation_config(self.generation_config)
         neutral = GenerationConfig._get_default_generation_params()
         asked = {name for name, value in told.to_dict().items() if value is not None and value != neutral.get(name)}
@@ -262,9 +263,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         images["num_images"] = [prompts.counts[p] for p in self._prompt_of]
         if prompts.token_types is not None:
             types = torch.zeros_like(input_ids)
+            end = input_ids.shape[1] - keep
             for row, p in enumerate(self._prompt_of):
                 kinds = torch.tensor(prompts.token_types[p], device=types.device)
-                end = input_ids.shape[1] - keep
                 types[row, end - len(kinds) : end] = kinds
             images["mm_token_type_ids"] = types
         return images
@@ -284,7 +285,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         A completion is packed as the prefix's last token and all but its own last one, so that every token is predicted
         in its own column: `[prefix without its end | end, c_0 … c_{R-2} | end, c'_0 … ]`.
         """
-        prompts, plain = self._prompts[self._mode], _plain(self.accelerator.unwrap_model(model))
+        prompts, plain = self._prompts[self._mode], without_adapter(self.accelerator.unwrap_model(model))
         shown = attention_mask[:, -logits_to_keep:].bool()
         lengths = shown.sum(dim=1).tolist()  # 0 for a truncated completion that is masked out
         columns = input_ids[:, -logits_to_keep:].tolist()
@@ -395,13 +396,13 @@ class SharedPrefixTrainer(GRPOTrainer):
         model.train(training)
         shown = attention_mask[:, -keep:]
         exact = self.accelerator.mixed_precision == "no"
-        exact &= _plain(self.accelerator.unwrap_model(model)).dtype == torch.float32
+        exact &= without_adapter(self.accelerator.unwrap_model(model)).dtype == torch.float32
         apart = ((full - shared).abs() * shown).float()
         mine = apart.max() if exact else apart.sum() / shown.sum().clamp(min=1)
         found = self.accelerator.gather(mine.reshape(1)).max().item()  # every process decides alike
         if not self.accelerator.gather(shown.sum().reshape(1)).sum():
             self._checked.discard(id(model))  # nothing was compared
-        allowed = TOLERANCE[torch.float32] if exact else COARSE_TOLERANCE
+        allowed = TOLERANCE if exact else COARSE_TOLERANCE
         if not found <= allowed:
             if self._encoder is not None:
                 self._encoder.remember({}, [])
@@ -468,10 +469,6 @@ def _can_deal(images: Mapping[str, Tensor], counts: Sequence[int]) -> bool:
     )
 
 
-def _plain(model: nn.Module) -> PreTrainedModel:
-    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
 def _tensor(value: object) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(np.array(value))
 
@@ -500,7 +497,7 @@ def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         for image in images:
             if id(image) not in pictures:
                 pictures[id(image)] = picture_key(image) if isinstance(image, Image) else (image,)
-        key = (str(_words(row["prompt"])), tuple(pictures[id(image)] for image in images))
+        key = (prompt_words(_turns(row["prompt"])), tuple(pictures[id(image)] for image in images))
         if key not in prompts:
             prompt = row["prompt"]
             own_columns = row.get("images") is not None or row.get("image") is not None
@@ -509,15 +506,6 @@ def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
         number.append(n)
         bare.append({**{name: row[name] for name in row if name not in ("image", "images")}, "prompt": prompt})
     return bare, number
-
-
-def _words(prompt: Any) -> Any:
-    """Return a prompt without its pictures."""
-    if isinstance(prompt, str):
-        return prompt
-    contents = [turn["content"] for turn in prompt]
-    texts = [[(b["type"], b.get("text")) for b in each] if isinstance(each, list) else each for each in contents]
-    return [(turn["role"], text) for turn, text in zip(prompt, texts, strict=True)]
 
 
 def _by_prompt(parts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -215,9 +215,9 @@ def _warnings(summary: Summary, metrics: Sequence[MetricsRow]) -> list[str]:
                 f"The aligned policy ({percent(after.macro)}) is not measurably better than answering {meaning} "
                 f"({percent(control.macro)}): this accuracy is no evidence that it uses what it sees."
             )
-    looks = evaluation.question_only is not None and macro_direction(evaluation.question_only, after) > 0
-    if evaluation.question_only is not None and before is not None and looks:  # else it was said of the whole
-        blind = evaluation.question_only.by_type
+    alone = evaluation.question_only
+    if alone is not None and before is not None and macro_direction(alone, after) > 0:  # else it was said of the whole
+        blind = alone.by_type
         guessed = [
             f"{name} ({_whole(result.accuracy)}, the question alone {_whole(blind[name].accuracy)})"
             for name, result in after.by_type.items()

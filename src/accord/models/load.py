@@ -185,6 +185,11 @@ def adapter_errors(settings: LoraSettings) -> Iterator[None]:
         ) from error
 
 
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model, with LoRA layers inside it if there are any."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters `model` has."""
     return sum(parameter.numel() for parameter in model.parameters())

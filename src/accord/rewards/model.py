@@ -38,7 +38,7 @@ from transformers.utils.hub import resolve_revision
 
 from accord.errors import CheckpointError
 from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
-from accord.models.load import PREFIX, LoraSettings, add_lora, load_vlm, locate
+from accord.models.load import PREFIX, LoraSettings, add_lora, load_vlm, locate, without_adapter
 from accord.runs import replace_folder
 from accord.types import Prompt
 
@@ -115,9 +115,7 @@ class RewardModel(nn.Module):
     @property
     def _plain(self) -> PreTrainedModel:
         """The transformers model, with LoRA layers inside it if there are any."""
-        return cast(
-            PreTrainedModel, self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
-        )
+        return without_adapter(self.backbone)
 
     @property
     def architecture(self) -> str:

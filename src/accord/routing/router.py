@@ -46,11 +46,14 @@ StateKey: TypeAlias = tuple[str, int, str]
 
 def state_key(prompt: Prompt, image: Image, completion: str) -> StateKey:
     """Return under what name `Encoder` remembers hidden states; it holds while the image object lives."""
-    return str([(turn["role"], _words(turn["content"])) for turn in prompt]), id(image), completion
+    return prompt_words(prompt), id(image), completion
 
 
-def _words(content: object) -> object:
-    return content if isinstance(content, str) else [b.get("text") for b in cast(Sequence[dict[str, str]], content)]
+def prompt_words(prompt: Prompt) -> str:
+    """Return a conversation without its pictures, to tell it from others."""
+    contents = [cast(str | Sequence[Mapping[str, object]], turn["content"]) for turn in prompt]
+    said = [each if isinstance(each, str) else [block.get("text") for block in each] for each in contents]
+    return str([(turn["role"], words) for turn, words in zip(prompt, said, strict=True)])
 
 
 class Encoder:
