@@ -61,6 +61,7 @@ class Source:
     )  # base, private, public, dev, test of a set without splits
     type_prefix: bool = False  # name types `domain/type`, where several domains use one name
     fine_types: bool = False  # of easy-vqa: two types of yes/no questions, about the colour and about the shape
+    compositions: bool = False  # of easy-vqa: types of their own for the colour of triangles, the shape of red and teal
 
     def __post_init__(self) -> None:
         """Refuse a source without its path."""

@@ -33,6 +33,29 @@ def test_fine_types_part_yes_no_by_what_is_asked_about(questions):
     ).question_type == ("yes/no shape")
 
 
+def test_compositions_keep_the_colour_of_triangles_and_the_shape_of_red_and_teal_apart(questions):
+    composed = load_easy_vqa(compositions=True)
+    counts = Counter(q.question_type for q in composed)
+    assert counts["yes/no"] == 35_543
+    assert counts["colour"] + counts["colour of triangles"] == 6_446 - 119
+    assert counts["shape"] + counts["shape of red or teal"] == 6_259 - 276
+    for q in composed:  # no picture that is asked about elsewhere may be of the other kind
+        assert not (q.question_type == "colour" and "triangle" in q.text)
+        assert not (
+            q.question_type == "colour of triangles" and {"circle", "rectangle"} & {*q.text.rstrip("?").split()}
+        )
+        assert not (q.question_type == "shape" and {"red", "teal"} & {*q.text.split()})
+    shapes = {q.image: q.answer for q in questions if q.question_type == "shape"}
+    colours = {q.image: q.answer for q in questions if q.question_type == "colour"}
+    assert {shapes.get(q.image) for q in composed if q.question_type == "colour of triangles"} == {None, "triangle"}
+    assert {colours.get(q.image) for q in composed if q.question_type == "shape of red or teal"} == {
+        None,
+        "red",
+        "teal",
+    }
+    assert {shapes.get(q.image) for q in composed if q.question_type == "colour"} == {None, "circle", "rectangle"}
+
+
 def test_splits_follow_the_image_number(questions):
     """Training images 0-999, 1000-2799, 2800-2999, 3000-3999: 1000, 1800, 200, 1000 images; 1000 of the test side."""
     images = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -24,19 +26,28 @@ DEV_END: Final = 3000
 COLOURS: Final = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES: Final = ("circle", "rectangle", "triangle")
 EASY_VQA_ANSWERS: Final = ("yes", "no", *SHAPES, *COLOURS)
+NEW_SHAPES: Final = ("triangle",)
+NEW_COLOURS: Final = ("red", "teal")
 
 
-def load_easy_vqa(*, fine_types: bool = False) -> list[Question]:
+def load_easy_vqa(*, fine_types: bool = False, compositions: bool = False) -> list[Question]:
     """Return all questions, training before test, each side in the package's order; ids are `easy_vqa-<side>-<row>`.
 
     Rows that repeat an earlier (image, question) are dropped; the ids of the others do not shift. With `fine_types`,
     `yes/no` is two types, after what is asked about: `yes/no colour` and `yes/no shape`.
+
+    With `compositions`, the colour of a triangle and the shape of a red or teal thing are types of their own, so that
+    they can be kept from all sites: who has learned colours from circles and rectangles should know those of triangles.
+    Questions for a colour or shape are left out where all questions about the picture do not tell which of the two they
+    are (309 of 10,168 in training, 86 of 2,537 in test).
 
     Raises:
         DataError: the package is not installed, or its data are not what they should be.
     """
     folder = _folder()
     questions = [*_side(folder, "train"), *_side(folder, "test")]
+    if compositions:
+        questions = _composed(questions)
     return [replace(q, question_type=_fine(q)) for q in questions] if fine_types else questions
 
 
@@ -62,6 +73,39 @@ def _fine(question: Question) -> str:
     if question.question_type != "yes/no":
         return question.question_type
     return "yes/no shape" if any(word in SHAPES for word in question.text.rstrip("?").split()) else "yes/no colour"
+
+
+def _composed(questions: Sequence[Question]) -> list[Question]:
+    pictures: dict[object, tuple[set[str], set[str]]] = defaultdict(lambda: (set(SHAPES), set(COLOURS)))
+    for q in questions:
+        for possible, told in zip(pictures[q.image], _told(q), strict=True):
+            possible &= told
+    composed = []
+    for q in questions:
+        shapes, colours = pictures[q.image]
+        asked = {
+            "colour": (shapes, NEW_SHAPES, "colour of triangles"),
+            "shape": (colours, NEW_COLOURS, "shape of red or teal"),
+        }
+        if q.question_type not in asked:
+            composed.append(q)
+            continue
+        possible, new, name = asked[q.question_type]
+        if possible <= {*new}:
+            composed.append(replace(q, question_type=name))
+        elif not possible & {*new}:
+            composed.append(q)
+    return composed
+
+
+def _told(question: Question) -> tuple[set[str], set[str]]:
+    """Return the shapes and the colours that a question with its answer leaves possible."""
+    words, told = question.text.rstrip("?").split(), []
+    for names in ({*SHAPES}, {*COLOURS}):
+        named = names & {question.answer, *words} or names
+        denied = question.question_type == "yes/no" and (question.answer == "no") != bool({"not", "no"} & {*words})
+        told.append(names - named if denied and named != names else named)
+    return told[0], told[1]
 
 
 def _folder() -> Path:

@@ -83,7 +83,7 @@ def load_questions(
 def read_source(source: Source) -> list[Question]:
     """Read the questions of one source."""
     if source.kind == "easy-vqa":
-        return load_easy_vqa(fine_types=source.fine_types)
+        return load_easy_vqa(fine_types=source.fine_types, compositions=source.compositions)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
     return read_vqa_dataset(
