@@ -32,6 +32,7 @@ from accord.types import Question
 
 ARMS = (
     *("routed", "routed-soft", "routed-prompt"),
+    *("routed-unclipped", "routed-raw", "routed-kl-0", "routed-kl-0.005", "routed-kl-0.08"),
     *("average", "median", "trimmed-mean", "minimum", "pessimistic", "plural-alpha"),
     *("mor", "mor-raw", "mor-opposite", "mor-quantile", "mor-anchor", "mor-random-feedback"),
     *("preference-gate", "correctness", "anchored", "oracle"),

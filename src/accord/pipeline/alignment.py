@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
@@ -62,12 +63,15 @@ def federated_reward(
     mode: Mode | None = None,
     scope: Scope | None = None,
     fusion: Fusion = mixture,
+    clipped: bool = True,
 ) -> FederatedReward:
-    """Make the federation a reward function with the recipe's routing; `mode` and `scope` override the recipe's."""
+    """Make the federation a reward function with the recipe's routing; `mode` and `scope` override the recipe's.
+
+    Where the sites' scores are not `clipped`, no score is the lowest, and a completion that was cut off is scored.
+    """
+    recipe = job.recipe if clipped else replace(job.recipe, scores=None)
     sources = {q.id: q.image for q in job.questions["public"]}
-    return _reward(
-        job.recipe, engine, router, job.encoder.model, mode=mode, scope=scope, fusion=fusion, sources=sources
-    )
+    return _reward(recipe, engine, router, job.encoder.model, mode=mode, scope=scope, fusion=fusion, sources=sources)
 
 
 def open_reward(folder: Path | str) -> FederatedReward:
@@ -146,6 +150,7 @@ def run_grpo(
     reward: RewardFunction,
     *,
     questions: Sequence[Question] = (),
+    kl: float | None = None,
     memory: Memory | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Aligned:
@@ -158,6 +163,7 @@ def run_grpo(
         stage: under what name.
         reward: any TRL reward function.
         questions: the prompts; by default the recipe's public ones.
+        kl: the KL term's weight; by default the recipe's.
         memory: what `reward` learns; it is kept with every checkpoint.
         callbacks: further trainer callbacks; what they learn belongs into `memory`.
 
@@ -190,7 +196,7 @@ def run_grpo(
             processor,
             questions or job.prompts,
             reward,
-            recipe.alignment,
+            recipe.alignment if kl is None else replace(recipe.alignment, kl=kl),
             seed=recipe.seed,
             out=out,
             measure=measure,

@@ -45,11 +45,11 @@ from accord.routing.router import LearnedRouter
 Method: TypeAlias = Callable[[Job, str], Aligned]
 
 
-def by_reward(make: Callable[[Job], RewardFunction]) -> Method:
-    """Return the method that aligns by GRPO with the reward that `make` returns."""
+def by_reward(make: Callable[[Job], RewardFunction], *, kl: float | None = None) -> Method:
+    """Return the method that aligns by GRPO with the reward that `make` returns, and with KL weight `kl` if given."""
 
     def method(job: Job, stage: str) -> Aligned:
-        return run_grpo(job, stage, make(job))
+        return run_grpo(job, stage, make(job), kl=kl)
 
     return method
 
@@ -58,6 +58,13 @@ def routed(job: Job, *, mode: Mode | None = None, scope: Scope | None = None) ->
     """Return MoR's reward with the offline router."""
     router = LearnedRouter(job.encoder, client_id_network(job))
     return federated_reward(job, open_federation(job), router, mode=mode, scope=scope)
+
+
+def routed_unclipped(job: Job, *, standardised: bool = True) -> FederatedReward:
+    """Return MoR's reward over scores that the sites do not clip, and if not `standardised` over their raw scores."""
+    router = LearnedRouter(job.encoder, client_id_network(job))
+    engine = open_federation(job, clipped=False, standardised=standardised)
+    return federated_reward(job, engine, router, clipped=False)
 
 
 def everyone(job: Job, rule: Fusion) -> FederatedReward:
@@ -159,6 +166,11 @@ METHODS: dict[str, Method] = {
     "routed": by_reward(routed),
     "routed-soft": by_reward(partial(routed, mode="soft")),
     "routed-prompt": by_reward(partial(routed, scope="prompt")),
+    "routed-unclipped": by_reward(routed_unclipped),
+    "routed-raw": by_reward(partial(routed_unclipped, standardised=False)),
+    "routed-kl-0": by_reward(routed, kl=0.0),
+    "routed-kl-0.005": by_reward(routed, kl=0.005),
+    "routed-kl-0.08": by_reward(routed, kl=0.08),
     "average": by_reward(partial(everyone, rule=fusion.mixture)),
     "median": by_reward(partial(everyone, rule=fusion.median)),
     "trimmed-mean": by_reward(partial(everyone, rule=fusion.trimmed_mean)),

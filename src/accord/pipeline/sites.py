@@ -25,7 +25,7 @@ from accord.models.load import LoraSettings, add_lora, load_vlm, save_vlm
 from accord.pipeline.job import Job
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.recipe import Recipe
-from accord.rewards.model import RewardModel
+from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
@@ -199,20 +199,36 @@ def _answers_by_type(questions: Sequence[Question]) -> dict[str, list[str]]:
     return {name: sorted(answers) for name, answers in sorted(by_type.items())}
 
 
-def open_site(recipe: Recipe, run: Path, name: str, training: LocalRouterTraining | None = None) -> Site:
-    """Start a site with the reward model that it left in its part of the run folder."""
+def open_site(
+    recipe: Recipe,
+    run: Path,
+    name: str,
+    training: LocalRouterTraining | None = None,
+    *,
+    clipped: bool = True,
+    standardised: bool = True,
+) -> Site:
+    """Start a site with the reward model that it left in its part of the run folder.
+
+    Without `clipped` its scores leave it as far out as they are, without `standardised` on the model's own scale.
+    """
     folder = run / "sites" / name
     record = folder / "card.json"
+    model = RewardModel.load(folder / "reward")
+    if not standardised:
+        model.standardisation = Standardisation()
     return Site(
         name,
-        RewardModel.load(folder / "reward"),
+        model,
         msgspec.json.decode(record.read_bytes(), type=SiteRecord) if record.is_file() else None,
-        score_range=recipe.scores,
+        score_range=recipe.scores if clipped else None,
         router_training=training,
     )
 
 
-def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngine:
+def open_federation(
+    job: Job, *, router_training: bool = False, clipped: bool = True, standardised: bool = True
+) -> InProcessEngine:
     """Start every site in this process: each with its reward model, and for router training also its pairs."""
     handlers = {}
     for site in job.recipe.sites:
@@ -224,7 +240,8 @@ def open_federation(job: Job, *, router_training: bool = False) -> InProcessEngi
         if router_training:
             pairs = site_pairs(job, site.name)
             training = LocalRouterTraining(job.encoder, pairs, len(job.recipe.sites), job.recipe.router)
-        handlers[site.name] = open_site(job.recipe, job.path, site.name, training).answer
+        opened = open_site(job.recipe, job.path, site.name, training, clipped=clipped, standardised=standardised)
+        handlers[site.name] = opened.answer
     engine = InProcessEngine(handlers)
     engine.traffic = job.traffic
     return engine
