@@ -5,9 +5,7 @@ anchors    public pairs from the `base` split, scored once by every site; kept i
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 from collections.abc import Sequence
 
 import torch
@@ -15,15 +13,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from accord.data.images import load_image
-from accord.data.preferences import build_preferences
+from accord.data.images import load_image, picture_key
 from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Traffic
-from accord.models.generate import answer
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.job import Job
-from accord.pipeline.sites import open_federation
+from accord.pipeline.sites import construct_pairs, open_federation
 from accord.pipeline.traffic import add_rows, traffic_rows
 from accord.routing.anchors import Anchors, collect, load_anchors, save_anchors
 from accord.routing.gate import (
@@ -56,27 +52,8 @@ def client_id_network(job: Job) -> RouterNetwork:
 
 def public_pairs(job: Job, questions: Sequence[Question], seed: int) -> list[PreferencePair]:
     """Construct pairs from the server's own labelled questions, as the sites construct theirs."""
-    settings = job.recipe.preferences
-    said = answer(
-        job.encoder.model,
-        job.encoder.processor,
-        questions,
-        max_new_tokens=job.recipe.alignment.max_completion_length,
-        samples=settings.policy_samples,
-        seed=seed,
-        batch_size=job.recipe.alignment.questions_at_once,
-    )
-    known: dict[str, set[str]] = {}
-    for q in job.questions["base"]:
-        known.setdefault(q.question_type, set()).add(q.answer)
-    return build_preferences(
-        questions,
-        rejected_per_question=settings.rejected_per_question,
-        generator=random.Random(seed),
-        policy_samples={q.id: texts for q, texts in zip(questions, said, strict=True)},
-        answers_by_type={kind: sorted(answers) for kind, answers in sorted(known.items())},
-        mix=settings.mix,
-    )
+    policy = job.encoder.model, job.encoder.processor
+    return construct_pairs(job.recipe, *policy, questions, job.questions["base"], seed=seed)
 
 
 def public_anchors(job: Job) -> Anchors:
@@ -140,20 +117,16 @@ def oracle(job: Job, stage: str) -> Aligned:
 def oracle_router(job: Job) -> Router:
     """Return the router that looks a prompt's domain and type up: what no server knows of a real prompt."""
     shares = [site.share for site in job.recipe.sites]
-    known: dict[tuple[str, str], Tensor] = {}
+    known: dict[tuple[str, int], Tensor] = {}  # a picture by its hash: the pixels of all prompts would fill the memory
     for q in job.prompts:
         fitting = [k for k, share in enumerate(shares) if share.wants(q)]
         weights = one_hot(torch.tensor(fitting[:1]), len(shares)).float()[0] if fitting else None
-        known[prompt_words(vqa_prompt(q.text)), _picture(load_image(q.image))] = (
+        known[prompt_words(vqa_prompt(q.text)), hash(picture_key(load_image(q.image)))] = (
             torch.full((len(shares),), 1 / len(shares)) if weights is None else weights
         )
 
     def route(prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /) -> Tensor:
-        rows = [known[prompt_words(p), _picture(image)] for p, image in zip(prompts, images, strict=True)]
+        rows = [known[prompt_words(p), hash(picture_key(image))] for p, image in zip(prompts, images, strict=True)]
         return torch.stack(rows).repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
 
     return route
-
-
-def _picture(image: Image) -> str:
-    return hashlib.sha256(repr((image.mode, image.size)).encode() + image.tobytes()).hexdigest()

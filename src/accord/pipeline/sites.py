@@ -12,7 +12,7 @@ from typing import cast
 
 import msgspec
 from peft import PeftModel
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
 from accord.data.sites import check_disjoint
@@ -66,30 +66,14 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
     """Return a site's pairs: its own, or constructed from its questions and from what the base policy says to them."""
     if name in job.pairs:
         return job.pairs[name]
-    site, questions, settings, seed = job.site(name), job.private[name], job.recipe.preferences, site_seed(job, name)
+    site, questions, seed = job.site(name), job.private[name], site_seed(job, name)
     if site.preferences:
         job.pairs[name] = flip(_own_pairs(job, name, Path(site.preferences)), site.flipped, random.Random(seed))
         return job.pairs[name]
-    model, processor = load_vlm(job.recipe.policy.checkpoint)
+    policy = load_vlm(job.recipe.policy.checkpoint)
+    known = [*job.questions.get("base", []), *questions]
     with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
-        said = answer(
-            model,
-            processor,
-            questions,
-            max_new_tokens=job.recipe.alignment.max_completion_length,
-            samples=settings.policy_samples,
-            seed=seed,
-            batch_size=job.recipe.alignment.questions_at_once,
-            on_batch=lambda n: advance(n),
-        )
-    pairs = build_preferences(
-        questions,
-        rejected_per_question=settings.rejected_per_question,
-        generator=random.Random(seed),
-        policy_samples={q.id: texts for q, texts in zip(questions, said, strict=True)},
-        answers_by_type=_answers_by_type([*job.questions.get("base", []), *questions]),
-        mix=settings.mix,
-    )
+        pairs = construct_pairs(job.recipe, *policy, questions, known, seed=seed, on_batch=lambda n: advance(n))
     if len(pairs) < MIN_PAIRS:
         raise DataError(
             f"site {name} has {len(pairs)} preference pairs from {len(questions)} questions, at least "
@@ -97,6 +81,48 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
         )
     job.pairs[name] = flip(pairs, site.flipped, random.Random(seed))
     return job.pairs[name]
+
+
+def construct_pairs(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    known: Sequence[Question],
+    *,
+    seed: int,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[PreferencePair]:
+    """Construct pairs from questions with reference answers and from what the base policy says to them.
+
+    Args:
+        recipe: how many, and by which mix.
+        model: the base policy.
+        processor: its processor.
+        questions: what the pairs are about.
+        known: questions whose answers may be wrong ones to others of their type.
+        seed: of what the policy says, and of the draw.
+        on_batch: told the number of questions that were just answered.
+    """
+    settings = recipe.preferences
+    said = answer(
+        model,
+        processor,
+        questions,
+        max_new_tokens=recipe.alignment.max_completion_length,
+        samples=settings.policy_samples,
+        seed=seed,
+        batch_size=recipe.alignment.questions_at_once,
+        on_batch=on_batch,
+    )
+    return build_preferences(
+        questions,
+        rejected_per_question=settings.rejected_per_question,
+        generator=random.Random(seed),
+        policy_samples={q.id: texts for q, texts in zip(questions, said, strict=True)},
+        answers_by_type=_answers_by_type(known),
+        mix=settings.mix,
+    )
 
 
 def flip(pairs: Sequence[PreferencePair], share: float, generator: random.Random) -> list[PreferencePair]:
