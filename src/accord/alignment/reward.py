@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import io
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,9 +31,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
-from accord.errors import DataError, DataWarning, ReplyError
+from accord.errors import DataError
+from accord.federation.asking import ask_scores
 from accord.federation.engine import Engine
-from accord.federation.messages import Absence, ScoreItem, ScoreRequest, check_scores, image_name, to_turns
+from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
 from accord.types import ImageSource, Message, Prompt
@@ -194,28 +194,13 @@ class FederatedReward:
                     places[site].append(rows)
             if items:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
-        for site, reply in self.engine.ask(requests, deadline=self.deadline).items():
+        consequence = "it counts as absent there, not as 0"
+        for site, checked in ask_scores(self.engine, requests, consequence=consequence, deadline=self.deadline).items():
             k = list(self.engine.sites).index(site)
-            if isinstance(reply, Absence):
-                self._miss(site, f"gave no answer ({reply.reason})")
-                continue
-            try:
-                checked = check_scores(requests[site], reply)
-            except ReplyError as error:
-                self.engine.traffic.counts[site, "score"].absences += 1
-                self._miss(site, f"sent scores that cannot be used ({error})")
-                continue
             for rows, values in zip(places[site], checked, strict=True):
                 if values is not None:
                     scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
-            if None in checked:
-                self.engine.traffic.counts[site, "score"].absences += 1
-                self._miss(site, "sent a score that is not finite")
         return scores
-
-    @staticmethod
-    def _miss(site: str, what: str) -> None:
-        warnings.warn(f"site {site} {what}; it counts as absent there, not as 0", DataWarning, stacklevel=4)
 
     def _finish(
         self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None

@@ -13,7 +13,6 @@ than the weights must travel, as in SCAFFOLD, a `Server` says what goes down bes
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from accord.errors import CheckpointError, DataWarning, ReplyError, RunError, check_least, check_positive
+from accord.errors import ReplyError, RunError, check_least, check_positive
+from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import Absence, Reply, Task, UpdateReply, UpdateRequest
+from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest
 from accord.routing.fit import federated_average
 from accord.routing.router import read_weights
 
@@ -193,30 +193,43 @@ def federated_rounds(
                 name = f"{task}-{group}-{t}-{site}"
                 own = zlib.crc32(f"{seed}-{name}".encode())  # neither on the sites' order nor on who else takes part
                 requests[site] = UpdateRequest(name, task, t, sent, own, beside, group)
-        updates, examples, losses = [], [], []
-        for site, reply in engine.ask(requests).items():
-            if isinstance(reply, Absence):
-                _sits_out(site, f"gave no answer ({reply.reason})")
-                continue
-            try:
-                update, received = check_update(requests[site], reply, current)
-                count = min(update.examples, most or update.examples)
-                if server:
-                    server.receive(site, count, update.state)
-            except (ReplyError, CheckpointError) as error:
-                engine.traffic.counts[site, "update"].absences += 1
-                _sits_out(site, f"sent an update that cannot be used ({error})")
-                continue
-            updates.append(received)
-            examples.append(count)
-            losses.append(update.loss)
+        updates = _ask_updates(engine, requests, current, most, server)
         if not updates:
             raise RunError(
                 f"no site answered in round {t + 1} of {task!r}; check the sites' logs and start again with --resume"
             )
-        current = federated_average(updates, examples)
-        on_round(t + 1, sum(losses) / len(losses))
+        current = federated_average([each.weights for each in updates], [each.examples for each in updates])
+        on_round(t + 1, sum(each.loss for each in updates) / len(updates))
     return current
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What counts of a site's reply."""
+
+    weights: dict[str, Tensor]
+    examples: int
+    loss: float
+
+
+def _ask_updates(
+    engine: Engine,
+    requests: Mapping[str, UpdateRequest],
+    expected: Mapping[str, Tensor],
+    most: int,
+    server: Server | None,
+) -> list[_Update]:
+    sites = {request.id: site for site, request in requests.items()}
+
+    def check(request: UpdateRequest, reply: Reply) -> _Update:
+        update, weights = check_update(request, reply, expected)
+        examples = min(update.examples, most or update.examples)
+        if server:
+            server.receive(sites[request.id], examples, update.state)
+        return _Update(weights, examples, update.loss)
+
+    consequence = "the shared model was averaged without it"
+    return list(ask_checked(engine, requests, check, what="an update", consequence=consequence).values())
 
 
 def check_update(
@@ -235,7 +248,3 @@ def check_update(
     if reply.examples < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples with a loss of {reply.loss}")
     return reply, read_weights(reply.weights, dict(expected))
-
-
-def _sits_out(site: str, what: str) -> None:
-    warnings.warn(f"site {site} {what}; the shared model was averaged without it", DataWarning, stacklevel=3)

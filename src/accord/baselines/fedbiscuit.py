@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -46,9 +45,10 @@ from accord.baselines.dpo import AdapterDpo
 from accord.baselines.feddpo import seeded_adapter
 from accord.data.images import load_image
 from accord.data.questions import normalise_answer
-from accord.errors import DataError, DataWarning, RunError, check_least, check_positive
+from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
+from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import UpdateReply, UpdateRequest
+from accord.federation.messages import Reply, UpdateReply, UpdateRequest
 from accord.models.finetune import SYMMETRIES, draw_balanced, transform
 from accord.models.generate import answer
 from accord.models.inputs import build_batch, completion_text, shared_inputs
@@ -262,21 +262,22 @@ def ask_losses(engine: Engine, selectors: Sequence[Weights], number: int) -> dic
             site: UpdateRequest(f"selector-{u}-{number}-{site}-loss", "selector", number, sent, 0, ONLY_LOSS, u)
             for site in losses
         }
-        for site, reply in engine.ask(requests).items():
-            if isinstance(reply, UpdateReply) and reply.id == requests[site].id and math.isfinite(reply.loss):
-                losses[site].append(reply.loss)
-                continue
-            if isinstance(reply, UpdateReply):
-                engine.traffic.counts[site, "update"].absences += 1
-            del losses[site]
-            warnings.warn(
-                f"site {site} gave no loss of selector {u}; it is in no group until the next regrouping",
-                DataWarning,
-                stacklevel=2,
-            )
+        consequence = f"it gave no loss of selector {u} and is in no group until the next regrouping"
+        given = ask_checked(engine, requests, _check_loss, what="a loss", consequence=consequence)
+        losses = {site: [*losses[site], loss] for site, loss in given.items()}
     if not losses:
         raise RunError(f"no site answered before selector round {number + 1}; check the sites' logs and start again")
     return losses
+
+
+def _check_loss(request: UpdateRequest, reply: Reply) -> float:
+    if not isinstance(reply, UpdateReply):
+        raise ReplyError(f"expected an update, got a {type(reply).__name__}")
+    if reply.id != request.id or not math.isfinite(reply.loss):
+        raise ReplyError(
+            f"a loss of {reply.loss} for request {reply.id!r:.40}, expected a finite one for {request.id!r}"
+        )
+    return reply.loss
 
 
 def train_selectors(

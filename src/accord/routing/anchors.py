@@ -15,7 +15,6 @@ answers of pair n are at positions 0 (chosen) and 1 (rejected).
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from accord.data.images import image_bytes, load_image
-from accord.errors import CheckpointError, DataError, DataWarning, ReplyError
+from accord.errors import CheckpointError, DataError
+from accord.federation.asking import ask_scores
 from accord.federation.engine import Engine
-from accord.federation.messages import Absence, ScoreItem, ScoreRequest, check_scores, image_name, to_turns
+from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
 from accord.models.inputs import chunks
 from accord.routing.fusion import mixture
 from accord.routing.router import Encoder, RouterNetwork
@@ -200,28 +200,13 @@ def _ask_all(
     engine: Engine, requests: Mapping[str, ScoreRequest], sizes: Sequence[int], deadline: float | None
 ) -> Tensor:
     scores = torch.full((sum(sizes), len(engine.sites)), torch.nan)
-    for site, reply in engine.ask(requests, deadline=deadline).items():
-        if isinstance(reply, Absence):
-            _miss(site, f"gave no answer ({reply.reason})")
-            continue
-        try:
-            checked = check_scores(requests[site], reply)
-        except ReplyError as error:
-            engine.traffic.counts[site, "score"].absences += 1
-            _miss(site, f"sent scores that cannot be used ({error})")
-            continue
-        if None in checked:
-            engine.traffic.counts[site, "score"].absences += 1
-            _miss(site, "sent a score that is not finite")
+    consequence = "it is absent from those anchors"
+    for site, checked in ask_scores(engine, requests, consequence=consequence, deadline=deadline).items():
         column = [
             torch.full((n,), torch.nan) if s is None else torch.tensor(s) for n, s in zip(sizes, checked, strict=True)
         ]
         scores[:, list(engine.sites).index(site)] = torch.cat(column)
     return scores
-
-
-def _miss(site: str, what: str) -> None:
-    warnings.warn(f"site {site} {what}; it is absent from those anchors", DataWarning, stacklevel=5)
 
 
 @torch.no_grad()

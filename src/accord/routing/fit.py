@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,9 +24,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from accord.data.images import load_image
-from accord.errors import CheckpointError, DataWarning, ReplyError, RunError
+from accord.errors import ReplyError, RunError
+from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import Absence, Reply, RouterReply, RouterRequest
+from accord.federation.messages import Reply, RouterReply, RouterRequest
 from accord.models.inputs import chunks
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork, read_weights
 from accord.types import PreferencePair
@@ -137,39 +137,31 @@ def fit_router(
             site: RouterRequest(f"router-{t}-{site}", t, k, weights, seed * 100_003 + t * 101 + k)
             for k, site in enumerate(engine.sites)
         }
-        updates, examples, losses = [], [], []
-        for site, reply in engine.ask(requests).items():
-            if isinstance(reply, Absence):
-                _sits_out(site, f"gave no answer ({reply.reason})")
-                continue
-            try:
-                updates.append(_check_update(requests[site], reply, network.state_dict()))
-            except (ReplyError, CheckpointError) as error:
-                engine.traffic.counts[site, "router"].absences += 1
-                _sits_out(site, f"sent an update that cannot be used ({error})")
-                continue
-            assert isinstance(reply, RouterReply)
-            examples.append(min(reply.examples, config.pairs_per_site))  # a site cannot claim more weight than that
-            losses.append(reply.loss)
+        updates = ask_checked(
+            engine,
+            requests,
+            partial(_check_update, expected=network.state_dict()),
+            what="an update",
+            consequence="the router was averaged without it",
+        ).values()
         if not updates:
             raise RunError(
                 f"no site answered in router round {t + 1}; check the sites' logs and start again with --resume"
             )
-        network.load_state_dict(federated_average(updates, examples))
-        on_round(t + 1, sum(losses) / len(losses))
+        examples = [min(reply.examples, config.pairs_per_site) for reply, _ in updates]  # no site may claim more weight
+        network.load_state_dict(federated_average([received for _, received in updates], examples))
+        on_round(t + 1, sum(reply.loss for reply, _ in updates) / len(updates))
     return network.eval()
 
 
-def _check_update(request: RouterRequest, reply: Reply, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Validate a site's update before use; return its weights."""
+def _check_update(
+    request: RouterRequest, reply: Reply, expected: dict[str, Tensor]
+) -> tuple[RouterReply, dict[str, Tensor]]:
+    """Validate a site's update before use; return it and its weights."""
     if not isinstance(reply, RouterReply):
         raise ReplyError(f"expected a router update, got a {type(reply).__name__}")
     if reply.id != request.id:
         raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
     if reply.examples < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples with a loss of {reply.loss}")
-    return read_weights(reply.weights, expected)
-
-
-def _sits_out(site: str, what: str) -> None:
-    warnings.warn(f"site {site} {what}; the router was averaged without it", DataWarning, stacklevel=3)
+    return reply, read_weights(reply.weights, expected)

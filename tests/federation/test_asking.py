@@ -1,0 +1,69 @@
+import math
+
+import pytest
+
+from accord.errors import CheckpointError, DataWarning, ReplyError
+from accord.federation.asking import ask_checked, ask_scores
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import CardRequest, RouterReply, RouterRequest, ScoreItem, ScoreReply, ScoreRequest
+
+
+def silent(request):
+    raise OSError("no power")
+
+
+def router(loss):
+    return lambda request: RouterReply(request.id, b"w", 1, loss)
+
+
+def absences(engine, kind):
+    return [engine.traffic.counts[site, kind].absences for site in engine.sites]
+
+
+def test_who_says_nothing_that_can_be_used_is_absent():
+    """Of four sites one answers well, one not at all, and two break a rule, each its own."""
+    engine = InProcessEngine({"a": router(0.5), "b": silent, "c": router(-1.0), "d": router(-2.0)})
+    requests = {site: RouterRequest(f"r-{site}", 0, 0, b"", 0) for site in engine.sites}
+
+    def check(request, reply):
+        if reply.loss == -1:
+            raise ReplyError(f"{request.id} is wrong")
+        if reply.loss == -2:
+            raise CheckpointError("no weights")
+        return request.id, reply.loss
+
+    with pytest.warns(DataWarning) as told:
+        found = ask_checked(engine, requests, check, what="an update", consequence="so be it")
+    assert found == {"a": ("r-a", 0.5)}
+    assert [str(warning.message) for warning in told] == [
+        "site b gave no answer (error); so be it",
+        "site c sent an update that cannot be used (r-c is wrong); so be it",
+        "site d sent an update that cannot be used (no weights); so be it",
+    ]
+    assert absences(engine, "router") == [0, 1, 1, 1]
+
+
+def test_an_error_of_ones_own_is_not_the_sites():
+    def check(request, reply):
+        raise KeyError("a slip")
+
+    engine = InProcessEngine({"a": router(0.5)})
+    with pytest.raises(KeyError, match="a slip"):
+        ask_checked(engine, {"a": CardRequest("r")}, check, what="a card", consequence="so be it")
+
+
+def test_a_score_that_is_not_finite_is_an_absence_there():
+    """Two items; site b's second has a NaN, site c says one item only."""
+    scores = {"a": [[1.0], [2.0]], "b": [[1.0], [math.nan]], "c": [[1.0]]}
+    engine = InProcessEngine({site: lambda r, s=site: ScoreReply(r.id, scores[s]) for site in scores})
+    items = [ScoreItem("i", [], ["red"]), ScoreItem("i", [], ["blue"])]
+    with pytest.warns(DataWarning) as told:
+        found = ask_scores(
+            engine, {site: ScoreRequest(f"s-{site}", {}, items) for site in scores}, consequence="so be it"
+        )
+    assert found == {"a": [[1.0], [2.0]], "b": [[1.0], None]}
+    assert sorted(str(warning.message) for warning in told) == [
+        "site b sent a score that is not finite; so be it",
+        "site c sent scores that cannot be used (scores for 1 questions, expected 2); so be it",
+    ]
+    assert absences(engine, "score") == [0, 1, 1]
