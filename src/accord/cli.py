@@ -114,7 +114,7 @@ def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None,
     """Open the run of a recipe."""
     from dataclasses import replace
 
-    from accord.pipeline import Job
+    from accord.pipeline.job import open_job
     from accord.recipe import load_recipe
     from accord.runs import Run
     from accord.toml import dump_toml
@@ -126,13 +126,8 @@ def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None,
     folder = out or Path("runs") / recipe.name
     text = dump_toml(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
-    with run:
-        job = Job(recipe, run, quiet=quiet)
-        try:
-            yield job
-        finally:
-            if "board" in vars(job):  # a cached property: only a stage that logged has opened it
-                job.board.close()
+    with open_job(recipe, run, quiet=quiet) as job:
+        yield job
 
 
 def _whole(recipe: Path, out: Path | None, resume: bool, seed: int | None, quiet: bool) -> None:

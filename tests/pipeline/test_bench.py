@@ -13,6 +13,7 @@ import tomli_w
 from accord.cli import main
 from accord.errors import DataError, RecipeError, RunError
 from accord.pipeline import bench as module
+from accord.pipeline import routing
 from accord.pipeline.bench import bench, duration, plan_grid, read_cells
 from accord.pipeline.comparison import arm_file
 from accord.runs import write_atomic
@@ -63,8 +64,8 @@ def did(monkeypatch):
     def site(job, name):
         did.note(job, f"site {name}", lambda: None)
 
-    monkeypatch.setattr(module, "train_site", site)
-    monkeypatch.setattr(module, "train_router", lambda job: did.note(job, "router", lambda: None))
+    monkeypatch.setattr(routing, "train_site", site)
+    monkeypatch.setattr(routing, "train_router", lambda job: did.note(job, "router", lambda: None))
     monkeypatch.setattr(module, "compare", method)
     monkeypatch.setattr(module, "to_figure", lambda made: "<svg/>")  # drawing takes longer than all the rest
     monkeypatch.setattr(module, "load_vlm", lambda checkpoint: (None, None))

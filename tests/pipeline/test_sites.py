@@ -11,7 +11,7 @@ from accord.data.preferences import read_preferences, write_preferences
 from accord.errors import DataError, RecipeError
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
-from accord.pipeline import sites
+from accord.pipeline import routing, sites
 from accord.pipeline.sites import (
     check_sites,
     common_answers,
@@ -132,7 +132,7 @@ def test_two_sites_pairs_are_not_about_one_image(bring, monkeypatch):
     """Before the first site trains, and again before the router does."""
     job = bring(a=60, b=60)
     trained = []
-    monkeypatch.setattr(pipeline, "train_site", lambda job, name: trained.append(name))
+    monkeypatch.setattr(routing, "train_site", lambda job, name: trained.append(name))
     shared = "the preferences of site 'a' and the preferences of site 'b' share 1 images"
     monkeypatch.setattr(job, "need", lambda *_: None)  # as if both were trained
     for look in (check_sites, pipeline.execute, lambda job: open_federation(job, router_training=True)):

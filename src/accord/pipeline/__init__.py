@@ -16,25 +16,18 @@ from accord.pipeline.alignment import align_policy, open_reward
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.job import Job
-from accord.pipeline.routing import train_router
-from accord.pipeline.sites import check_sites, train_site
+from accord.pipeline.routing import train_judges, train_router
+from accord.pipeline.sites import train_site
 
 __all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward", "train_router", "train_site"]
 
 
 def execute(job: Job) -> Path:
     """Run every stage that is not done; return the report's path."""
-    recipe = job.recipe
-    waiting = [site.name for site in recipe.sites if not job.run.done(f"site {site.name}")]
-    if waiting:
-        check_sites(job)
-    for name in waiting:
-        train_site(job, name)
-    if not job.run.done("router"):
-        train_router(job)
+    train_judges(job)
     if not job.run.done("align"):
         align_policy(job)
-    for arm in recipe.compare:
+    for arm in job.recipe.compare:
         if not job.run.done(f"compare {arm}"):
             compare(job, arm)
     if not job.run.done("evaluation"):

@@ -36,9 +36,8 @@ from accord.evaluation.table import CONTROLS, Cell, macro, table, to_csv, to_fig
 from accord.models.load import load_vlm
 from accord.pipeline.alignment import greedy
 from accord.pipeline.comparison import arm_file, compare
-from accord.pipeline.job import Job
-from accord.pipeline.routing import train_router
-from accord.pipeline.sites import check_sites, train_site
+from accord.pipeline.job import Job, open_job
+from accord.pipeline.routing import train_judges
 from accord.recipe import Recipe, load_recipe
 from accord.runs import Run, read_lines, something_done, write_atomic
 from accord.toml import build, dump_toml, load_toml
@@ -121,7 +120,7 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
     """Measure the cells of one seed that are not measured; sites and router are trained if a method needs them."""
     with _open(seed, bars=bars) as job:
         waiting = [method for method in seed.methods if not job.run.done(f"compare {method}")]
-        trained = not waiting or _attempt(job, waiting, _train)
+        trained = not waiting or _attempt(job, waiting, train_judges)
         # Only now, for a site that was trained has undone the comparisons, the controls among them.
         measures = {"base": measure_base, "question-only": measure_question_only}
         measures |= {method: partial(compare, arm=method) for method in seed.methods if trained}
@@ -143,13 +142,8 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
         run = Run.create(seed.folder, text, seed=seed.recipe.seed)
     if seed.recipe.threads:
         torch.set_num_threads(seed.recipe.threads)
-    with run:
-        job = Job(seed.recipe, run, quiet=not bars)
-        try:
-            yield job
-        finally:
-            if "board" in vars(job):  # a cached property: only a stage that logged has opened it
-                job.board.close()
+    with open_job(seed.recipe, run, quiet=not bars) as job:
+        yield job
 
 
 def _same(stored: Path, recipe: Recipe) -> bool:
@@ -158,16 +152,6 @@ def _same(stored: Path, recipe: Recipe) -> bool:
         return build(Recipe, load_toml(stored)) == recipe
     except RecipeError:
         return False
-
-
-def _train(job: Job) -> None:
-    waiting = [site.name for site in job.recipe.sites if not job.run.done(f"site {site.name}")]
-    if waiting:
-        check_sites(job)
-    for name in waiting:
-        train_site(job, name)
-    if not job.run.done("router"):
-        train_router(job)
 
 
 def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> bool:

@@ -205,6 +205,18 @@ class Job:
         return path
 
 
+@contextmanager
+def open_job(recipe: Recipe, run: Run, *, quiet: bool = False) -> Iterator[Job]:
+    """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
+    with run:
+        job = Job(recipe, run, quiet=quiet)
+        try:
+            yield job
+        finally:
+            if "board" in vars(job):  # a cached property: only a stage that logged has opened it
+                job.board.close()
+
+
 def scalars(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers of a metrics record under slash-separated names, the stage first; the step is no name."""
     if not prefix:

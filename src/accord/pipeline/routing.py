@@ -15,13 +15,24 @@ from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
 from accord.models.generate import answer
 from accord.pipeline.job import Job
-from accord.pipeline.sites import open_federation
+from accord.pipeline.sites import check_sites, open_federation, train_site
 from accord.pipeline.traffic import save_traffic
 from accord.progress import stage_bar
 from accord.routing.fit import fit_router
 from accord.routing.router import LearnedRouter, Router, save_router
 from accord.runs import write_atomic
 from accord.types import Prompt, Question, vqa_prompt
+
+
+def train_judges(job: Job) -> None:
+    """Train what every method stands on and is not trained: sites first, then the router."""
+    waiting = [site.name for site in job.recipe.sites if not job.run.done(f"site {site.name}")]
+    if waiting:
+        check_sites(job)
+    for name in waiting:
+        train_site(job, name)
+    if not job.run.done("router"):
+        train_router(job)
 
 
 def train_router(job: Job) -> None:
