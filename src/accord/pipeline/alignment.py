@@ -29,6 +29,7 @@ from accord.federation.engine import Engine, InProcessEngine
 from accord.models.generate import answer
 from accord.models.load import load_vlm, save_vlm
 from accord.pipeline.job import Job
+from accord.pipeline.routing import trained_router
 from accord.pipeline.sites import open_federation, open_site
 from accord.pipeline.traffic import SaveTraffic, load_traffic, save_traffic
 from accord.progress import ProgressBarCallback
@@ -47,7 +48,7 @@ def align_policy(job: Job) -> None:
     """Align the policy with the learned router and the sites' rewards."""
     with job.doing("align"):
         engine = open_federation(job)
-        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE", "router")))
+        router = LearnedRouter(job.encoder, trained_router(job))
         reward = federated_reward(job, engine, router)
         model, processor = run_grpo(job, "align", reward)
         save_vlm(model, processor, job.path / "policy")

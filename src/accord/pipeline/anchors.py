@@ -19,6 +19,7 @@ from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Traffic
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.job import Job
+from accord.pipeline.routing import trained_router
 from accord.pipeline.sites import construct_pairs, open_federation
 from accord.pipeline.traffic import add_rows, traffic_rows
 from accord.routing.anchors import Anchors, collect, load_anchors, save_anchors
@@ -33,7 +34,7 @@ from accord.routing.gate import (
     fit_preference_gate,
     save_gate,
 )
-from accord.routing.router import Router, RouterNetwork, load_router, prompt_words
+from accord.routing.router import Router, RouterNetwork, prompt_words
 from accord.runs import write_atomic
 from accord.types import PreferencePair, Prompt, Question, vqa_prompt
 
@@ -43,7 +44,7 @@ ANCHOR_QUESTIONS = 200
 
 def client_id_network(job: Job) -> RouterNetwork:
     """Return the network of the federated router, and count what its training sent: whoever uses it pays for it."""
-    network = load_router(job.need("router", "accord router train RECIPE", "router"))
+    network = trained_router(job)
     sent = job.path / "traffic" / "router.json"
     if sent.is_file():
         add_rows(job.traffic, json.loads(sent.read_text()))
@@ -75,7 +76,7 @@ def public_anchors(job: Job) -> Anchors:
             engine,
             job.encoder,
             pairs,
-            load_router(job.need("router", "accord router train RECIPE", "router")),
+            trained_router(job),
             deadline=job.recipe.routing.deadline,
             rows_at_once=job.recipe.router.rows_at_once,
         )

@@ -32,7 +32,7 @@ from accord.models.load import load_vlm, parameter_count
 from accord.pipeline.alignment import federated_reward
 from accord.pipeline.comparison import arm_accuracy
 from accord.pipeline.job import Job, read_source
-from accord.pipeline.routing import route
+from accord.pipeline.routing import route, trained_router
 from accord.pipeline.sites import open_federation
 from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
@@ -75,7 +75,7 @@ def evaluate(job: Job) -> None:
 
         engine = open_federation(job)
         engine.traffic = Traffic()  # the gallery's questions and the cards are for the page, not part of the run
-        router = LearnedRouter(job.encoder, load_router(job.need("router", "accord router train RECIPE", "router")))
+        router = LearnedRouter(job.encoder, trained_router(job))
         shown = federated_reward(job, engine, router)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
         weights = route(router, questions, [[text] for text in answers["aligned"]])

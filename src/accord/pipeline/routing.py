@@ -19,7 +19,7 @@ from accord.pipeline.sites import check_sites, open_federation, train_site
 from accord.pipeline.traffic import save_traffic
 from accord.progress import stage_bar
 from accord.routing.fit import fit_router
-from accord.routing.router import LearnedRouter, Router, save_router
+from accord.routing.router import LearnedRouter, Router, RouterNetwork, load_router, save_router
 from accord.runs import write_atomic
 from accord.types import Prompt, Question, vqa_prompt
 
@@ -53,6 +53,15 @@ def train_router(job: Job) -> None:
         save_router(job.path / "router", network)
         write_atomic(job.path / "router" / "measured.json", json.dumps({"accuracy": right}) + "\n")
         save_traffic(job, "router")
+
+
+def trained_router(job: Job) -> RouterNetwork:
+    """Return the network of the federated router.
+
+    Raises:
+        RunError: it is not trained; says which command does it.
+    """
+    return load_router(job.need("router", "accord router train RECIPE", "router"))
 
 
 def routing_accuracy(job: Job, router: Router) -> float:
