@@ -10,7 +10,7 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models.load import load_vlm
 from accord.routing import anchors as module
-from accord.routing.anchors import Anchors, collect, last_states, load_anchors, routed_accuracy, save_anchors
+from accord.routing.anchors import Anchors, collect, last_states, load_anchors, pair_accuracy, save_anchors
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
 
 WORTH = {"red": 1.0, "blue": -1.0, "green": 0.5, "yellow": 0.25}
@@ -147,13 +147,11 @@ def test_last_states_are_those_of_the_last_real_token():
     assert last_states(states, mask).tolist() == [[4, 5], [6, 7]]
 
 
-def test_routed_accuracy_by_hand():
+def test_pair_accuracy_by_hand():
     """Pair 1: 0.5 · 1 + 0.5 · 0 = 0.5 > 0.25. Pair 2: site 2 alone is asked, and says 0 against 1."""
     scores = tensor([[[1.0, 0.0], [0.0, 0.5]], [[1.0, 0.0], [0.0, 1.0]]])
     weights = tensor([[[0.5, 0.5], [0.5, 0.5]], [[0.0, 1.0], [0.0, 1.0]]])
-    two = Anchors(scores, torch.zeros(2, 4), torch.zeros(2, 2, 4), tensor([0, 1]))
-    assert routed_accuracy(two, weights) == 0.5
-    assert routed_accuracy(two.take(tensor([True, False])), weights[:1]) == 1.0
+    assert pair_accuracy(scores, weights).tolist() == [True, False]
 
 
 def test_taking_rows_takes_everything():

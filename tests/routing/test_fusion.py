@@ -6,10 +6,9 @@ from pytest import approx
 from torch import tensor
 
 from accord.rewards.model import Standardisation
-from accord.routing import fusion
 from accord.routing.fusion import Pessimistic, PluralAlpha, median, minimum, mixture, per_prompt, top1, trimmed_mean
 
-FUSIONS = [mixture, fusion.mean, median, minimum, trimmed_mean, Pessimistic(0.5), PluralAlpha]
+FUSIONS = [mixture, median, minimum, trimmed_mean, Pessimistic(0.5), PluralAlpha]
 """Every rule `(scores [N, K], weights [N, K]) -> rewards [N]`; a new one joins here and obeys the laws below."""
 
 
@@ -113,7 +112,7 @@ ALL = torch.full((3, 4), 0.25)
 @pytest.mark.parametrize(
     ("rule", "first", "second"),
     [
-        (fusion.mean, 3.5 / 4, 1.0),
+        (mixture, 3.5 / 4, 1.0),
         (median, 0.75, 1.0),
         (minimum, 0.0, 0.0),
         (trimmed_mean, 0.75, 1.0),

@@ -14,7 +14,7 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models.load import load_vlm
 from accord.rewards.model import Standardisation
-from accord.routing.anchors import Anchors, collect, routed_accuracy
+from accord.routing.anchors import Anchors, collect, pair_accuracy
 from accord.routing.gate import (
     AnchoredConfig,
     AnchoredRouter,
@@ -51,6 +51,11 @@ GATES = {
 @pytest.fixture(params=GATES)
 def kind(request):
     return request.param
+
+
+def routed_accuracy(anchors, weights):
+    """The share of pairs that the score fused by `weights` `[N, 2, K]` ranks right."""
+    return pair_accuracy(anchors.scores, weights).double().mean().item()
 
 
 def learn(kind, anchors, asked=None):

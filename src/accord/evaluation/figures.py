@@ -29,39 +29,39 @@ from accord.evaluation.trace import MetricsRow
 WIDE, NARROW = 7.6, 3.7
 """Inches across for a desk and for a phone."""
 
-# Stand-ins: `_svg` replaces each by the page's own colour, and keeps it as the fallback.
-_INK, _RULE, _BEFORE, _AFTER, _ACCENT = "#1a1b1c", "#d4d5d6", "#a3a4a5", "#0072b2", "#d55e00"
+# Stand-ins: `svg` replaces each by the page's own colour, and keeps it as the fallback.
+INK, RULE, BEFORE, AFTER, ACCENT = "#1a1b1c", "#d4d5d6", "#a3a4a5", "#0072b2", "#d55e00"
 _VARIABLES = {
-    _INK: "currentColor",
-    _RULE: f"var(--figure-rule, {_RULE})",
-    _BEFORE: f"var(--figure-before, {_BEFORE})",
-    _AFTER: f"var(--figure-after, {_AFTER})",
-    _ACCENT: f"var(--figure-accent, {_ACCENT})",
+    INK: "currentColor",
+    RULE: f"var(--figure-rule, {RULE})",
+    BEFORE: f"var(--figure-before, {BEFORE})",
+    AFTER: f"var(--figure-after, {AFTER})",
+    ACCENT: f"var(--figure-accent, {ACCENT})",
 }
-_TYPE_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", _ACCENT)
+_TYPE_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", ACCENT)
 _TYPE_STYLES = ("-", "--", "-.", ":")
 _CONTROL_MARKS = ("D", "^", "s", "v")
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: small, searchable, in the page's own font
     "svg.hashsalt": "accord",  # without it every drawing has other ids
     "text.parse_math": False,  # a "$" in a question type is a dollar
     "font.size": 9.5,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _RULE,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
     "axes.facecolor": "none",
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": _RULE,
+    "grid.color": RULE,
     "grid.linewidth": 0.6,
-    "xtick.color": _RULE,
-    "ytick.color": _RULE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "legend.frameon": False,
     "legend.borderaxespad": 0.0,
 }
@@ -71,17 +71,17 @@ def accuracy_bars(
     before: Accuracy | None, after: Accuracy, controls: Mapping[str, Accuracy], *, width: float = WIDE
 ) -> str:
     """Draw accuracy before and after with 95 % intervals, macro mean first, then each type; controls are marks."""
-    with matplotlib.rc_context(_STYLE):
-        series = ([("before", before, _BEFORE)] if before else []) + [("after", after, _AFTER)]
+    with matplotlib.rc_context(STYLE):
+        series = ([("before", before, BEFORE)] if before else []) + [("after", after, AFTER)]
         names = [_MACRO, *after.by_type]
-        figure, axes = _canvas(width, 0.62 * len(names) + 0.75)
+        figure, axes = canvas(width, 0.62 * len(names) + 0.75)
         height = 0.66 / len(series)
         for place, (label, result, colour) in enumerate(series):
             rows = [(row, _interval(result, name)) for row, name in enumerate(names)]
             drawn = [(row + (place - (len(series) - 1) / 2) * height, values) for row, values in rows if values]
             at = [y for y, _ in drawn]
             axes.barh(at, [100 * v[0] for _, v in drawn], height * 0.9, color=colour, label=label)
-            axes.hlines(at, [100 * v[1] for _, v in drawn], [100 * v[2] for _, v in drawn], color=_INK, linewidth=1.1)
+            axes.hlines(at, [100 * v[1] for _, v in drawn], [100 * v[2] for _, v in drawn], color=INK, linewidth=1.1)
         for mark, (label, result) in zip(_CONTROL_MARKS, controls.items(), strict=False):
             found = [(row, values[0]) for row, name in enumerate(names) if (values := _interval(result, name))]
             axes.plot(
@@ -90,21 +90,21 @@ def accuracy_bars(
                 linestyle="none",
                 marker=mark,
                 markersize=6.5,
-                markerfacecolor=_ACCENT,
+                markerfacecolor=ACCENT,
                 markeredgecolor="#ffffff",
                 markeredgewidth=0.9,
                 label=label,
             )
         for row, name in enumerate(names):
             _note_right(axes, row, _change(before, after, name), bold=name is _MACRO)
-        axes.axhline(0.5, color=_RULE, linewidth=0.8)
+        axes.axhline(0.5, color=RULE, linewidth=0.8)
         _percent_axis(axes, names)
         handles, labels = axes.get_legend_handles_labels()  # lines come before bars, whatever was drawn first
         bars = len(controls)
         handles, labels = handles[bars:] + handles[:bars], labels[bars:] + labels[:bars]
         columns = 4 if width > 5 else 2
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, columnspacing=1.4, handletextpad=0.6)
-        return _svg(figure, "accuracy", "Accuracy by question type before and after alignment, with 95 % intervals")
+        return svg(figure, "accuracy", "Accuracy by question type before and after alignment, with 95 % intervals")
 
 
 def curves(rows: Sequence[MetricsRow], *, width: float = WIDE) -> str:
@@ -114,15 +114,15 @@ def curves(rows: Sequence[MetricsRow], *, width: float = WIDE) -> str:
     """
     rows = [row for row in rows if row.stage == "align"]
     panels = [
-        ("Reward, standardised (thin: each step; thick: running mean)", _points(rows, "reward"), _AFTER),
-        ("KL divergence from the starting policy", _points(rows, "kl"), _AFTER),
-        ("Accuracy on development questions", _points(rows, "accuracy_macro"), _AFTER),
+        ("Reward, standardised (thin: each step; thick: running mean)", _points(rows, "reward"), AFTER),
+        ("KL divergence from the starting policy", _points(rows, "kl"), AFTER),
+        ("Accuracy on development questions", _points(rows, "accuracy_macro"), AFTER),
     ]
     panels = [panel for panel in panels if len(panel[1])]
     if not panels:
         return ""
-    with matplotlib.rc_context(_STYLE):
-        figure, _ = _canvas(width, 1.55 * len(panels) + 0.5, axes=False)
+    with matplotlib.rc_context(STYLE):
+        figure, _ = canvas(width, 1.55 * len(panels) + 0.5, axes=False)
         grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, points, colour) in zip(grid, panels, strict=True):
             axes.set_title(title if width > 5 else title.split(" (")[0])
@@ -132,7 +132,7 @@ def curves(rows: Sequence[MetricsRow], *, width: float = WIDE) -> str:
             else:
                 _smoothed(axes, points, colour)
         grid[-1].set_xlabel("GRPO step")
-        return _svg(figure, "curves", "Reward, KL divergence and development accuracy against the GRPO step")
+        return svg(figure, "curves", "Reward, KL divergence and development accuracy against the GRPO step")
 
 
 def judging_heatmap(routing: Mapping[str, Mapping[str, float]], *, width: float = WIDE) -> str:
@@ -140,30 +140,30 @@ def judging_heatmap(routing: Mapping[str, Mapping[str, float]], *, width: float 
     sites = list(dict.fromkeys(site for shares in routing.values() for site in shares))
     if not sites:
         return ""
-    with matplotlib.rc_context(_STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure, axes = _canvas(width, 0.42 * len(routing) + 0.7)
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+        figure, axes = canvas(width, 0.42 * len(routing) + 0.7)
         for y, shares in enumerate(routing.values()):
             for x, site in enumerate(sites):
                 share = shares.get(site, math.nan)
                 known = math.isfinite(share)
                 alpha = 0.05 + 0.95 * min(share, 1.0) if known else 0.0
                 # Opacity over the page, not a palette from white: an empty cell is then empty in the dark too.
-                axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=_AFTER, alpha=alpha, linewidth=0))
-                ink = "#ffffff" if alpha > 0.85 else _INK
+                axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=AFTER, alpha=alpha, linewidth=0))
+                ink = "#ffffff" if alpha > 0.85 else INK
                 if width / len(sites) > 0.35:  # inches a number needs; below it only the shade is left
-                    axes.text(x, y, _percent(share) if known else "–", ha="center", va="center", color=ink)
+                    axes.text(x, y, percent(share) if known else "–", ha="center", va="center", color=ink)
         axes.set(xlim=(-0.5, len(sites) - 0.5), ylim=(len(routing) - 0.5, -0.5))
         slanted = max(map(len, sites)) * len(sites) > 10 * width
         axes.set_xticks(
             range(len(sites)),
-            [_short(site) for site in sites],
+            [short(site) for site in sites],
             rotation=35 if slanted else 0,
             ha="left" if slanted else "center",
         )
         axes.xaxis.tick_top()
-        axes.set_yticks(range(len(routing)), [_short(name) for name in routing])
+        axes.set_yticks(range(len(routing)), [short(name) for name in routing])
         axes.tick_params(length=0)
-        return _svg(figure, "judging", "Share of weight of each site in judging each question type")
+        return svg(figure, "judging", "Share of weight of each site in judging each question type")
 
 
 def traffic_bars(traffic: Sequence[TrafficRow], *, width: float = WIDE) -> str:
@@ -174,20 +174,20 @@ def traffic_bars(traffic: Sequence[TrafficRow], *, width: float = WIDE) -> str:
     rows = [row for row in traffic if row.bytes_to_site or row.bytes_from_site]
     if not rows:
         return ""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _canvas(width, 0.34 * len(rows) + 0.85)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(width, 0.34 * len(rows) + 0.85)
         for y, row in enumerate(rows):
             if row.bytes_to_site and row.bytes_from_site:
-                axes.hlines(y, row.bytes_to_site, row.bytes_from_site, color=_RULE, linewidth=1.5)
+                axes.hlines(y, row.bytes_to_site, row.bytes_from_site, color=RULE, linewidth=1.5)
         # A little above and below the line, so that equal amounts do not hide each other.
         to = [(row.bytes_to_site, y - 0.13) for y, row in enumerate(rows) if row.bytes_to_site]
         back = [(row.bytes_from_site, y + 0.13) for y, row in enumerate(rows) if row.bytes_from_site]
         mark = {"linestyle": "none", "markersize": 7.5, "markeredgewidth": 1.4}
-        axes.plot(*_columns(to), marker=">", color=_AFTER, label="server to site", **mark)  # type: ignore[arg-type]
-        axes.plot(*_columns(back), marker="<", color=_ACCENT, markerfacecolor="none", label="site to server", **mark)  # type: ignore[arg-type]
+        axes.plot(*_columns(to), marker=">", color=AFTER, label="server to site", **mark)  # type: ignore[arg-type]
+        axes.plot(*_columns(back), marker="<", color=ACCENT, markerfacecolor="none", label="site to server", **mark)  # type: ignore[arg-type]
         axes.set_xscale("log")
         letters = 22 if width > 5 else 11
-        labels = [f"{_short(row.site, letters)} · {_short(row.kind, letters)}" for row in rows]
+        labels = [f"{short(row.site, letters)} · {short(row.kind, letters)}" for row in rows]
         low = min(size for size, _ in to + back)
         high = max(size for size, _ in to + back)
         bottom, top = math.floor(math.log10(low)), max(math.ceil(math.log10(high)), math.floor(math.log10(low)) + 1)
@@ -201,22 +201,22 @@ def traffic_bars(traffic: Sequence[TrafficRow], *, width: float = WIDE) -> str:
         axes.tick_params(length=0)
         axes.set_xlabel("bytes, logarithmic")
         figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
-        return _svg(figure, "traffic", "Bytes to and from each site by kind of message")
+        return svg(figure, "traffic", "Bytes to and from each site by kind of message")
 
 
 def comparison_bars(compare: Mapping[str, Accuracy], *, highlight: str = "", width: float = WIDE) -> str:
     """Draw the macro accuracy of several methods with 95 % intervals, best first; `highlight` names the one to mark."""
     if not compare:
         return ""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         ranked = sorted(compare.items(), key=lambda item: (-item[1].macro, item[0]))
-        figure, axes = _canvas(width, 0.36 * len(ranked) + 0.45)
+        figure, axes = canvas(width, 0.36 * len(ranked) + 0.45)
         for y, (name, result) in enumerate(ranked):
-            axes.barh(y, 100 * result.macro, 0.62, color=_AFTER if name == highlight else _BEFORE)
-            axes.hlines(y, 100 * result.macro_low, 100 * result.macro_high, color=_INK, linewidth=1.1)
-            _note_right(axes, y, _percent(result.macro), bold=name == highlight)
+            axes.barh(y, 100 * result.macro, 0.62, color=AFTER if name == highlight else BEFORE)
+            axes.hlines(y, 100 * result.macro_low, 100 * result.macro_high, color=INK, linewidth=1.1)
+            _note_right(axes, y, percent(result.macro), bold=name == highlight)
         _percent_axis(axes, [name for name, _ in ranked])
-        return _svg(figure, "comparison", "Macro accuracy of the methods compared, with 95 % intervals")
+        return svg(figure, "comparison", "Macro accuracy of the methods compared, with 95 % intervals")
 
 
 def human_bytes(size: float) -> str:
@@ -231,7 +231,8 @@ def human_bytes(size: float) -> str:
 _MACRO = "mean over types"
 
 
-def _canvas(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Axes]:
+    """Return an empty figure of a size in inches, and its axes; without `axes`, room for some of the caller's own."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0.0)
     plot = figure.add_subplot() if axes else Axes(figure, (0, 0, 1, 1))
@@ -247,14 +248,16 @@ def _interval(result: Accuracy, name: str) -> tuple[float, float, float] | None:
 
 def _change(before: Accuracy | None, after: Accuracy, name: str) -> str:
     ends = [values for result in (before, after) if result and (values := _interval(result, name))]
-    return " → ".join(_percent(values[0]) for values in ends)
+    return " → ".join(percent(values[0]) for values in ends)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Return a share in 0..1 as whole percent."""
     return f"{100 * share:.0f} %"
 
 
-def _short(name: str, limit: int = 22) -> str:
+def short(name: str, limit: int = 22) -> str:
+    """Return a name as one line of at most `limit` letters."""
     line = " ".join(name.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -262,7 +265,7 @@ def _short(name: str, limit: int = 22) -> str:
 def _percent_axis(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xlim(0, 100)
     axes.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
-    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.tick_params(length=0)
@@ -305,15 +308,15 @@ def _accuracy_panel(axes: Axes, rows: Sequence[MetricsRow], macro: np.ndarray) -
     for place, (name, points) in enumerate(by_type.items()):
         colour = _TYPE_COLOURS[place % len(_TYPE_COLOURS)]
         style = _TYPE_STYLES[place % len(_TYPE_STYLES)]
-        axes.plot(*_columns(points), color=colour, linestyle=style, linewidth=1.3, label=_short(name))
-    axes.plot(macro[:, 0], 100 * macro[:, 1], color=_AFTER, linewidth=2.2, marker="o", markersize=3.5, label=_MACRO)
+        axes.plot(*_columns(points), color=colour, linestyle=style, linewidth=1.3, label=short(name))
+    axes.plot(macro[:, 0], 100 * macro[:, 1], color=AFTER, linewidth=2.2, marker="o", markersize=3.5, label=_MACRO)
     axes.set_ylim(0, 100)
     axes.set_yticks((0, 50, 100), ("0 %", "50 %", "100 %"))
     if by_type:
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.45), ncols=2 if axes.figure.get_figwidth() < 5 else 4)  # type: ignore[union-attr]
 
 
-def _svg(figure: Figure, name: str, label: str) -> str:
+def svg(figure: Figure, name: str, label: str) -> str:
     """Return the figure as one `<svg>` element that can stand in a page beside others."""
     stream = io.StringIO()
     with warnings.catch_warnings():

@@ -28,7 +28,7 @@ from typing import Literal, TypeAlias
 
 import matplotlib
 
-from accord.evaluation.figures import _AFTER, _BEFORE, _INK, _STYLE, WIDE, _canvas, _percent, _short, _svg
+from accord.evaluation.figures import AFTER, BEFORE, INK, STYLE, WIDE, canvas, percent, short, svg
 
 CONTROLS = ("base", "question-only")
 """What no method has touched, and every table has: the untrained policy, and answers without the image."""
@@ -280,8 +280,8 @@ def to_figure(made: Table, *, width: float = WIDE) -> str:
     if not found:
         return ""
     rows = [row for _, row in sorted(found, key=lambda item: (-item[0], item[1].method))]
-    with matplotlib.rc_context(_STYLE):
-        figure, _ = _canvas(width, 0.3 * len(rows) + 0.75, axes=False)
+    with matplotlib.rc_context(STYLE):
+        figure, _ = canvas(width, 0.3 * len(rows) + 0.75, axes=False)
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, name in zip(grid, panels, strict=True):
             drawn = [(y, row, value) for y, row in enumerate(rows) if (value := row.values[place[name]])]
@@ -289,25 +289,25 @@ def to_figure(made: Table, *, width: float = WIDE) -> str:
             for y, row, value in drawn:
                 half = value.half or 0.0
                 low, high = max(value.mean - half, 0), min(value.mean + half, 1)
-                axes.hlines(y, 100 * low, 100 * high, color=_INK, linewidth=1.1)
-                face = _AFTER if row.competes else "#ffffff"
-                edge = _AFTER if row.competes else _BEFORE
+                axes.hlines(y, 100 * low, 100 * high, color=INK, linewidth=1.1)
+                face = AFTER if row.competes else "#ffffff"
+                edge = AFTER if row.competes else BEFORE
                 axes.plot(100 * value.mean, y, "o", markersize=6, markerfacecolor=face, markeredgecolor=edge)
                 if row.method == "base":
-                    axes.axvline(100 * value.mean, color=_BEFORE, linewidth=1.1, linestyle=":", zorder=1)
+                    axes.axvline(100 * value.mean, color=BEFORE, linewidth=1.1, linestyle=":", zorder=1)
             # Dots, unlike bars, need no zero: a cut axis shows differences of a few points.
             bottom = max(0, 10 * math.floor(10 * min(ends)))
             top = max(min(100, 10 * math.ceil(10 * max(ends))), bottom + 10)
             step = max(10, 10 * round((top - bottom) / 40))
             ticks = range(bottom, top + 1, step)
             axes.set_xlim(bottom - 1, top + 1)
-            axes.set_xticks(ticks, [_percent(tick / 100) for tick in ticks])
+            axes.set_xticks(ticks, [percent(tick / 100) for tick in ticks])
             axes.grid(axis="x")
             axes.tick_params(length=0)
             axes.set_title(name)
-        grid[0].set_yticks(range(len(rows)), [_short(row.method) for row in rows])
+        grid[0].set_yticks(range(len(rows)), [short(row.method) for row in rows])
         grid[0].set_ylim(len(rows) - 0.5, -0.5)
-        return _svg(figure, "table", f"Accuracy of the methods with 95 % intervals over seeds: {', '.join(panels)}")
+        return svg(figure, "table", f"Accuracy of the methods with 95 % intervals over seeds: {', '.join(panels)}")
 
 
 def _shown(value: Estimate | None, unit: Unit) -> str:

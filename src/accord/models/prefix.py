@@ -60,27 +60,24 @@ def pack(
     lengths = [len(prefix) + sum(map(len, those)) for prefix, those in zip(prefixes, completions, strict=True)]
     size = max(lengths)
     ids = torch.full((len(prefixes), size), pad, dtype=torch.long)
-    segment = torch.full((len(prefixes), size), -1)  # 0 the prefix, n the n-th completion, -1 padding
     axes = () if positions is None or positions[0].ndim == 1 else (positions[0].shape[0],)
     place = torch.zeros((*axes, len(prefixes), size), dtype=torch.long)
     starts: list[list[int]] = []
     for p, (prefix, those) in enumerate(zip(prefixes, completions, strict=True)):
         known = torch.arange(len(prefix) + 1) if positions is None else positions[p]
-        flat, owner, where = list(prefix), [0] * len(prefix), [known[..., :-1]]
+        flat, where = list(prefix), [known[..., :-1]]
         starts.append([])
-        for n, completion in enumerate(those, start=1):
+        for completion in those:
             starts[-1].append(len(flat))
             flat += completion
-            owner += [n] * len(completion)
             where.append(known[..., -1:] + torch.arange(len(completion)))
         ids[p, : len(flat)] = torch.tensor(flat)
-        segment[p, : len(flat)] = torch.tensor(owner)
         place[..., p, : len(flat)] = torch.cat(where, dim=-1)
     device = model.device
     if skips_hidden(model) and _worth_skipping(prefixes, completions):
         mask = _layout(prefixes, completions, starts, device)
     else:
-        mask = _dense(segment.to(device), model)
+        mask = _dense(_segments(prefixes, completions, size).to(device), model)
     return Packed(ids.to(device), mask, place.to(device), starts)
 
 
@@ -110,6 +107,15 @@ def _layout(
     ]
     row, prefix, columns = map(list, zip(*every, strict=True))
     return layout(row, prefix, columns, max(map(len, prefixes)), device)
+
+
+def _segments(prefixes: Sequence[Ids], completions: Sequence[Sequence[Ids]], size: int) -> Tensor:
+    """Return whose every token is, `[P, S]`: 0 the prefix's, n the n-th completion's, -1 padding."""
+    rows = []
+    for prefix, those in zip(prefixes, completions, strict=True):
+        row = [0] * len(prefix) + [n for n, completion in enumerate(those, start=1) for _ in completion]
+        rows.append(row + [-1] * (size - len(row)))
+    return torch.tensor(rows)
 
 
 def _dense(segment: Tensor, model: PreTrainedModel) -> Tensor:

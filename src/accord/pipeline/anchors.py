@@ -1,6 +1,8 @@
 """Methods that learn from the server's own few labelled questions, and the one that knows what nobody does.
 
-anchors    public pairs from the `base` split, scored once by every site; kept in the run folder
+    anchors    public pairs from the `base` split, scored once by every site; kept in the run folder
+
+Every method that learns from the anchors counts what asking for them sent.
 """
 
 from __future__ import annotations

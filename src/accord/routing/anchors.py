@@ -150,11 +150,6 @@ def pair_accuracy(scores: Tensor, weights: Tensor) -> Tensor:
     return fused[:, 0] > fused[:, 1]
 
 
-def routed_accuracy(anchors: Anchors, weights: Tensor) -> float:
-    """Return the share of pairs that the score fused by `weights` `[N, 2, K]` ranks right."""
-    return pair_accuracy(anchors.scores, weights).double().mean().item()
-
-
 def last_states(states: Tensor, mask: Tensor) -> Tensor:
     """Return each row's hidden state at its last real token, `[N, D]` on the CPU, from `[N, T, D]` and `[N, T]`."""
     return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1].float().cpu()

@@ -5,7 +5,7 @@
 
 Source: MoR, arXiv 2605.03426, section 3.4. The others ask every site and ignore the weights but for their zeros:
 
-    mean, median, trimmed mean, minimum
+    median, trimmed mean, minimum; the mean is `mixture` with equal weights
     pessimistic     mean_k R̄_k − c · var_k R̄_k                                      Coste et al. 2023, arXiv 2310.02743
     plural alpha    log(1/K Σ_k exp(a_k R̄_k)) where the sites disagree, else mean   PluralLLM-α, arXiv 2512.08786
 
@@ -60,11 +60,6 @@ def mixture(scores: Tensor, weights: Tensor) -> Tensor:
     total = used.sum(dim=-1)
     summed = (torch.where(present, scores, 0.0) * used).sum(dim=-1)
     return torch.where(total > 0, summed / total, torch.nan)
-
-
-def mean(scores: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean `[N]` of the scores that are present."""
-    return _asked(scores, weights).nanmean(dim=-1)
 
 
 def median(scores: Tensor, weights: Tensor) -> Tensor:
