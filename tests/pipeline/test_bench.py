@@ -13,8 +13,9 @@ import tomli_w
 from accord.cli import main
 from accord.errors import DataError, RecipeError, RunError
 from accord.pipeline import bench as module
-from accord.pipeline import routing
-from accord.pipeline.bench import bench, duration, plan_grid, read_cells
+from accord.pipeline import cells, routing
+from accord.pipeline.bench import bench, duration, plan_grid
+from accord.pipeline.cells import read_cells
 from accord.pipeline.comparison import arm_file
 from accord.runs import write_atomic
 
@@ -67,7 +68,7 @@ def did(monkeypatch):
     monkeypatch.setattr(routing, "train_site", site)
     monkeypatch.setattr(routing, "train_router", lambda job: did.note(job, "router", lambda: None))
     monkeypatch.setattr(module, "compare", method)
-    monkeypatch.setattr(module, "to_figure", lambda made: "<svg/>")  # drawing takes longer than all the rest
+    monkeypatch.setattr(cells, "to_figure", lambda made: "<svg/>")  # drawing takes longer than all the rest
     monkeypatch.setattr(module, "load_vlm", lambda checkpoint: (None, None))
     monkeypatch.setattr(module, "greedy", lambda model, processor, asked, recipe: ["blue"] * len(asked))
     return did

@@ -26,15 +26,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import count_correct, question_only
-from accord.evaluation.table import CONTROLS, Cell, macro, table, to_csv, to_figure, to_markdown
+from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.models.load import load_vlm
 from accord.pipeline.alignment import greedy
+from accord.pipeline.cells import cells_of, failure_file, stages_done, write_table
 from accord.pipeline.comparison import arm_file, compare
 from accord.pipeline.job import Job, open_job
 from accord.pipeline.routing import train_judges
@@ -104,7 +105,7 @@ def bench(
     """
     for seed in grid:
         for method in seed.rows:
-            _failure_file(seed.folder, method).unlink(missing_ok=True)
+            failure_file(seed.folder, method).unlink(missing_ok=True)
     progress = _Progress(grid, jobs, tell)
     # A process takes seconds to start: what is finished is only looked at, and that here.
     apart = [seed for seed in grid if jobs > 1 and _waiting(seed)]
@@ -161,7 +162,7 @@ def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> boo
     except AccordError as error:
         for row in rows:
             noted = {"method": row, "error": str(error)}
-            write_atomic(_failure_file(job.path, row), json.dumps(noted) + "\n")
+            write_atomic(failure_file(job.path, row), json.dumps(noted) + "\n")
         return False
     return True
 
@@ -193,60 +194,6 @@ def _note(job: Job, row: str, answers: Callable[[Sequence[Question], str], list[
     write_atomic(arm_file(job.path, row), json.dumps(measured, indent=2) + "\n")
 
 
-def read_cells(folder: Path) -> list[Cell]:
-    """Return the cells of a recipe that are measured or have failed, by seed and then in the order of measurement.
-
-    Args:
-        folder: `<out>/<recipe>`.
-    """
-    return [cell for place in _seed_folders(folder) for cell in _cells_of(place)]
-
-
-def _seed_folders(folder: Path) -> list[Path]:
-    found = [place for place in folder.glob("*") if place.name.isdecimal() and place.is_dir()]
-    return sorted(found, key=lambda place: int(place.name))
-
-
-def _cells_of(folder: Path) -> list[Cell]:
-    cells, seed = [], int(folder.name)
-    for method in (stage.removeprefix("compare ") for stage in _done(folder) if stage.startswith("compare ")):
-        measured = _read(arm_file(folder, method))
-        correct = {name: (right, n) for name, (right, n) in measured["test"].items()}
-        down, up = (sum(row[k] for row in measured["traffic"]) for k in (3, 4))
-        cells.append(Cell(method, seed, correct, down, up, measured["seconds"]))
-    measured_already = {cell.method for cell in cells}
-    for file in sorted((folder / "compare").glob("*.failed")):
-        failure = _read(file)
-        if failure["method"] not in measured_already:
-            cells.append(Cell(failure["method"], seed, failed=failure["error"]))
-    return cells
-
-
-def write_table(folder: Path) -> str:
-    """Write the table of a recipe's folder as Markdown, CSV and SVG, and its failures; return the Markdown."""
-    cells = read_cells(folder)
-    made = table(cells, _in_domain(folder))
-    text = f"## {folder.name}\n\n{to_markdown(made)}"
-    write_atomic(folder / "table.csv", to_csv(made))
-    if figure := to_figure(made):
-        write_atomic(folder / "table.svg", figure + "\n")
-    failures = [f"seed {cell.seed} {cell.method}: {' '.join(cell.failed.split())}\n" for cell in cells if cell.failed]
-    if failures:
-        write_atomic(folder / "failed.txt", "".join(failures))
-    else:
-        (folder / "failed.txt").unlink(missing_ok=True)
-    write_atomic(folder / "table.md", text)
-    return text
-
-
-def _in_domain(folder: Path) -> list[str]:
-    """Return the types that a site holds: the same for every seed."""
-    for place in _seed_folders(folder):
-        if "compare base" in _done(place):
-            return cast(list[str], _read(arm_file(place, "base"))["in_domain"])
-    return []
-
-
 class _Progress:
     """Tell of every cell once, as it appears in the folders, and keep the tables up to date."""
 
@@ -258,7 +205,7 @@ class _Progress:
         """Look for new cells."""
         for seed in self.grid:
             fresh = [
-                c for c in _cells_of(seed.folder) if c.method in seed.rows and (seed.folder, c.method) not in self.told
+                c for c in cells_of(seed.folder) if c.method in seed.rows and (seed.folder, c.method) not in self.told
             ]
             if fresh:
                 write_table(seed.folder.parent)
@@ -285,7 +232,7 @@ class _Progress:
             rows = [row for row in seed.rows if (seed.folder, row) not in self.told]
             unfinished += bool(rows)
             before = [*(f"site {site.name}" for site in seed.recipe.sites), "router"] if rows else []
-            done = _done(seed.folder)
+            done = stages_done(seed.folder)
             for stage in [*(stage for stage in before if stage not in done), *(f"compare {row}" for row in rows)]:
                 total += fmean(known.get((seed.recipe.name, stage)) or usual or [0.0])
         return total / max(1, min(self.jobs, unfinished)) if usual else 0.0
@@ -347,21 +294,5 @@ def _check(seed: SeedRun, status: int) -> None:
 
 
 def _waiting(seed: SeedRun) -> list[str]:
-    done = _done(seed.folder)
+    done = stages_done(seed.folder)
     return [row for row in seed.rows if f"compare {row}" not in done]
-
-
-def _done(folder: Path) -> list[str]:
-    file = folder / "stages.json"
-    return cast(list[str], _read(file)["done"]) if file.is_file() else []
-
-
-def _failure_file(folder: Path, method: str) -> Path:
-    return arm_file(folder, method).with_suffix(".failed")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read: {error}; remove its folder to measure that seed again") from error
