@@ -17,12 +17,9 @@ from accord.rewards.model import Standardisation
 from accord.routing.anchors import Anchors, collect, pair_accuracy
 from accord.routing.gate import (
     AnchoredConfig,
-    AnchoredRouter,
-    CorrectnessRouter,
     GateConfig,
     GateNetwork,
     GateShape,
-    PreferenceGate,
     anchored_prior,
     anchored_weights,
     correctness_weights,
@@ -35,6 +32,7 @@ from accord.routing.gate import (
     preference_weights,
     save_gate,
 )
+from accord.routing.gated import AnchoredRouter, CorrectnessRouter, PreferenceGate
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
 
 QUICK = GateConfig(steps=150)

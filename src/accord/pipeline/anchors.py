@@ -27,21 +27,19 @@ from accord.pipeline.traffic import add_rows, traffic_rows
 from accord.routing.anchors import Anchors, collect, load_anchors, save_anchors
 from accord.routing.gate import (
     AnchoredConfig,
-    AnchoredRouter,
-    CorrectnessRouter,
     GateConfig,
-    PreferenceGate,
     fit_anchored,
     fit_correctness,
     fit_preference_gate,
     save_gate,
 )
+from accord.routing.gated import AnchoredRouter, CorrectnessRouter, PreferenceGate
 from accord.routing.router import Router, RouterNetwork, prompt_words
 from accord.runs import write_atomic
 from accord.types import PreferencePair, Prompt, Question, vqa_prompt
 
 ANCHOR_QUESTIONS = 200
-"""Of the server's labelled questions, which the routers of `accord.routing.gate` learn from."""
+"""Of the server's labelled questions, which `accord.routing.gate` learns from."""
 
 
 def client_id_network(job: Job) -> RouterNetwork:

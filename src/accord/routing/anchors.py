@@ -1,4 +1,4 @@
-"""Ask all sites about a small public set of preference pairs: what the routers of `accord.routing.gate` learn from.
+"""Ask all sites about a small public set of preference pairs: what `accord.routing.gate` learns from.
 
     N public pairs  →  scores R̄_k(x_n, y_n±)  [N, 2, K]     what every site says, standardised at the site
                        f(x_n)                  [N, D]        last hidden state of (image, prompt, "")

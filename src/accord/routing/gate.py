@@ -1,4 +1,4 @@
-"""Routers that learn whom to believe from a few public anchor pairs (`accord.routing.anchors`).
+"""Learn whom to believe from a few public anchor pairs (`accord.routing.anchors`); `accord.routing.gated` routes by it.
 
     preference    α = softmax(g(f(x))),       L = -log σ(Σ_k α_k (R̄_k(x, y⁺) - R̄_k(x, y⁻)))          ArmoRM's gate
     correctness   α = softmax(h(x, y) · E_k), L = BCE(σ(h · E_k), 1[R̄_k(x, y⁺) > R̄_k(x, y⁻)])        BayesianRouter
@@ -22,24 +22,21 @@ same weights. A site that no anchor was scored by gets weight 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
 import msgspec
 import torch
-from PIL.Image import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmoid
 
 from accord.errors import CheckpointError, DataError, RecipeError, check_least
-from accord.models.inputs import chunks
-from accord.routing.anchors import Anchors, last_states
-from accord.routing.router import Encoder, RouterNetwork, read_weights
+from accord.routing.anchors import Anchors
+from accord.routing.router import read_weights
 from accord.runs import replace_folder, write_atomic
-from accord.types import Prompt
 
 Kind: TypeAlias = Literal["preference", "correctness", "anchored"]
 
@@ -291,82 +288,6 @@ def anchored_prior(anchors: Anchors) -> Tensor:
 def log_weights(logits: Tensor) -> Tensor:
     """Return `log((1 - ε) softmax(z) + ε / K)` of the client-id router's logits z `[…, K]`, ε = `FLOOR`."""
     return ((1 - FLOOR) * logits.softmax(dim=-1) + FLOOR / logits.shape[-1]).log()
-
-
-class PreferenceGate:
-    """Encoder and preference gate together: a `Router` that judges all completions of a prompt alike."""
-
-    def __init__(self, encoder: Encoder, network: GateNetwork, *, prompts_at_once: int = 64) -> None:
-        self.encoder = encoder
-        self.network = _of_kind(network, "preference")
-        self.prompts_at_once = prompts_at_once
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
-    ) -> Tensor:
-        """Return `softmax(g(f(x)))`, `[N, K]`: one forward pass per prompt, with an empty completion."""
-        weights = []
-        for span in chunks([1] * len(prompts), self.prompts_at_once):
-            those = completions[span]
-            features = last_states(*self.encoder(prompts[span], images[span], [[""]] * len(those)))
-            sizes = torch.tensor([len(c) for c in those])
-            weights.append(self.network(features).softmax(dim=-1).repeat_interleave(sizes, dim=0))
-        return torch.cat(weights)
-
-
-class CorrectnessRouter:
-    """Encoder and correctness head together: a `Router` that judges every completion by itself."""
-
-    def __init__(self, encoder: Encoder, network: GateNetwork, *, rows_at_once: int = 512) -> None:
-        self.encoder = encoder
-        self.network = _of_kind(network, "correctness")
-        self.rows_at_once = rows_at_once
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
-    ) -> Tensor:
-        """Return `softmax(h(x, y) · E)`, `[N, K]`: the likelier a site is right, the more it counts."""
-        weights = []
-        for span in chunks([len(c) for c in completions], self.rows_at_once):
-            features = last_states(*self.encoder(prompts[span], images[span], completions[span]))
-            weights.append(self.network(features).softmax(dim=-1))
-        return torch.cat(weights)
-
-
-class AnchoredRouter:
-    """Encoder, client-id router and its correction together: a `Router` that judges a prompt's completions alike."""
-
-    def __init__(self, encoder: Encoder, router: RouterNetwork, network: GateNetwork) -> None:
-        self.encoder = encoder
-        self.router = router.eval().to(encoder.model.device)
-        self.network = _of_kind(network, "anchored")
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
-    ) -> Tensor:
-        """Return `softmax(a z(x) + b + W f(x))`, `[N, K]`, z averaged over the completions of a prompt.
-
-        One pass of the encoder gives both: the empty completion stands before a prompt's own.
-        """
-        weights = []
-        for span in chunks([1 + len(c) for c in completions], self.router.config.rows_at_once):
-            texts = [["", *c] for c in completions[span]]
-            states, mask = self.encoder(prompts[span], images[span], texts)
-            sizes = [len(row) for row in texts]
-            z = [own[1:].mean(dim=0) for own in log_weights(self.router(states, mask).cpu()).split(sizes)]
-            f = [own[0] for own in last_states(states, mask).split(sizes)]
-            alike = self.network(torch.stack(f), torch.stack(z)).softmax(dim=-1)
-            weights.append(alike.repeat_interleave(torch.tensor(sizes) - 1, dim=0))
-        return torch.cat(weights)
-
-
-def _of_kind(network: GateNetwork, kind: Kind) -> GateNetwork:
-    if network.shape.kind != kind:
-        raise CheckpointError(f"a head of kind {network.shape.kind!r} was given, and {kind!r} is needed; fit that one")
-    return network.eval()
 
 
 def save_gate(path: Path, network: GateNetwork) -> None:
