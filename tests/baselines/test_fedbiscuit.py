@@ -10,21 +10,23 @@ from safetensors.torch import load
 from accord.baselines.averaging import Averaging, set_trainable_weights, to_bytes, trainable_weights
 from accord.baselines.fedbiscuit import (
     ONLY_LOSS,
-    Comparison,
     FedBiscuitConfig,
     LocalSelector,
-    Selector,
     ask_losses,
     assign_sites,
+    train_biscuit,
+    train_selectors,
+)
+from accord.baselines.feddpo import seeded_adapter
+from accord.baselines.selector import (
+    Comparison,
+    Selector,
     label_pairs,
     letter_tokens,
     majority,
     selector_loss,
     selector_prompt,
-    train_biscuit,
-    train_selectors,
 )
-from accord.baselines.feddpo import seeded_adapter
 from accord.data.images import load_image
 from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.federation.engine import InProcessEngine

@@ -13,8 +13,9 @@ from transformers import set_seed
 from accord.baselines import fedit
 from accord.baselines.dpo import AdapterDpo
 from accord.baselines.fedavg_reward import local_updates, standardise, train_shared_reward
-from accord.baselines.fedbiscuit import LocalSelector, Selector, train_biscuit
+from accord.baselines.fedbiscuit import LocalSelector, train_biscuit
 from accord.baselines.feddpo import LocalDpo, seeded_adapter, train_dpo
+from accord.baselines.selector import Selector
 from accord.errors import ReplyError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import InProcessEngine, Traffic
