@@ -7,7 +7,8 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from accord.evaluation.table import Cell, half_width, is_near, macro, t_quantile, table, to_csv, to_figure, to_markdown
+from accord.evaluation.intervals import half_width, is_near, t_quantile
+from accord.evaluation.table import Cell, macro, table, to_csv, to_figure, to_markdown
 
 
 def cells(method, **by_type):
