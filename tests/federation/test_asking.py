@@ -5,7 +5,15 @@ import pytest
 from accord.errors import CheckpointError, DataWarning, ReplyError
 from accord.federation.asking import ask_checked, ask_scores
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import CardRequest, RouterReply, RouterRequest, ScoreItem, ScoreReply, ScoreRequest
+from accord.federation.messages import (
+    CardRequest,
+    RouterReply,
+    RouterRequest,
+    ScoreItem,
+    ScoreReply,
+    ScoreRequest,
+    image_name,
+)
 
 
 def silent(request):
@@ -56,10 +64,11 @@ def test_a_score_that_is_not_finite_is_an_absence_there():
     """Two items; site b's second has a NaN, site c says one item only."""
     scores = {"a": [[1.0], [2.0]], "b": [[1.0], [math.nan]], "c": [[1.0]]}
     engine = InProcessEngine({site: lambda r, s=site: ScoreReply(r.id, scores[s]) for site in scores})
-    items = [ScoreItem("i", [], ["red"]), ScoreItem("i", [], ["blue"])]
+    image = image_name(b"png")
+    items = [ScoreItem(image, [], ["red"]), ScoreItem(image, [], ["blue"])]
     with pytest.warns(DataWarning) as told:
         found = ask_scores(
-            engine, {site: ScoreRequest(f"s-{site}", {}, items) for site in scores}, consequence="so be it"
+            engine, {site: ScoreRequest(f"s-{site}", {image: b"png"}, items) for site in scores}, consequence="so be it"
         )
     assert found == {"a": [[1.0], [2.0]], "b": [[1.0], None]}
     assert sorted(str(warning.message) for warning in told) == [

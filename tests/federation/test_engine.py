@@ -9,11 +9,13 @@ from accord.federation.messages import (
     Absence,
     Card,
     CardRequest,
+    Refusal,
     RouterReply,
     RouterRequest,
     ScoreReply,
     ScoreRequest,
     encode,
+    image_name,
 )
 
 SECRET = "patient 4711"
@@ -32,19 +34,25 @@ def failing(request):
     raise RuntimeError(f"cannot open the file of {SECRET}")
 
 
-REQUESTS = [ScoreRequest("s", {"x": b"png"}, []), RouterRequest("r", 0, 0, b"w" * 100, 1), CardRequest("c")]
+REQUESTS = [
+    ScoreRequest("s", {image_name(b"png"): b"png"}, []),
+    RouterRequest("r", 0, 0, b"w" * 100, 1),
+    CardRequest("c"),
+]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: type(r).__name__)
 def test_bytes_are_those_of_the_encodings(request_):
+    """An image travels once: the second score request is shorter by its name, its bytes and their headers."""
     engine = InProcessEngine({"colour": echo, "shape": echo})
     replies = engine.ask({"colour": request_})
     assert replies == {"colour": echo(request_)}
-    engine.ask({"colour": request_, "shape": request_})
+    assert engine.ask({"colour": request_, "shape": request_}) == dict.fromkeys(("colour", "shape"), echo(request_))
     sent, returned = len(encode(request_)), len(encode(echo(request_)))
+    again = sent - (2 + 64 + 2 + 3 if isinstance(request_, ScoreRequest) else 0)
     kind = KINDS[type(request_).__name__]
     assert dict(engine.traffic.counts) == {
-        ("colour", kind): Count(2, 2 * sent, 2 * returned, 0),
+        ("colour", kind): Count(2, sent + again, 2 * returned, 0),
         ("shape", kind): Count(1, sent, returned, 0),
     }
 
@@ -70,7 +78,7 @@ def test_an_error_stays_at_the_site(caplog):
     assert SECRET not in repr(replies)
     assert SECRET in caplog.text
     count = engine.traffic.counts["colour", "card"]
-    assert (count.messages, count.bytes_from_site, count.absences) == (1, 0, 1)
+    assert (count.messages, count.bytes_from_site, count.absences) == (1, len(encode(Refusal("c", "error"))), 1)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), RecursionError(), AssertionError(SECRET)])
@@ -120,4 +128,4 @@ def test_a_late_reply_is_not_used():
 
 def test_a_site_that_does_not_exist_is_an_absence(caplog):
     engine = InProcessEngine({"colour": echo})
-    assert engine.ask({"sound": REQUESTS[2]}) == {"sound": Absence("sound", "error")}
+    assert engine.ask({"sound": REQUESTS[2]}) == {"sound": Absence("sound", "gone")}

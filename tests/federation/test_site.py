@@ -107,12 +107,6 @@ def test_scores_leave_standardised(reward_model, request_):
         assert group == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_an_image_that_was_swapped_is_refused(request_, square):
-    images = {name: square("green") for name in request_.images}
-    with pytest.raises(ReplyError, match="SHA-256"):
-        Site("colour", Fixed()).answer(ScoreRequest("s1", images, request_.items))
-
-
 def test_an_image_that_cannot_be_read_is_an_absence(caplog):
     bad = ScoreRequest("s1", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
     site = Site("colour", Fixed())

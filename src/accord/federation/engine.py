@@ -2,29 +2,33 @@
 
 An algorithm hands over one request per site and gets, for each, a reply or an absence. It never knows which engine
 carried them. The in-process engine encodes and decodes every message exactly as a wire would, so that its byte counts
-are the real ones and a reply that would fail on the wire fails here.
+are the real ones and a reply that would fail on the wire fails here. `Outbox` is the server's half of an exchange on
+every engine.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+import msgspec
+
 from accord.errors import ReplyError
+from accord.federation.endpoint import Endpoint
 from accord.federation.messages import (
     Absence,
+    MissingImages,
+    Refusal,
     Reply,
     Request,
+    ScoreRequest,
     decode_reply,
-    decode_request,
     encode,
 )
-
-logger = logging.getLogger(__name__)
 
 KINDS = {"ScoreRequest": "score", "RouterRequest": "router", "UpdateRequest": "update", "CardRequest": "card"}
 
@@ -69,6 +73,63 @@ class Engine(Protocol):
         ...
 
 
+class Outbox:
+    """Exchange messages with sites: send an image only to a site that need not have it, and count every byte."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, set[str]] = defaultdict(set)  # names of images, by site
+
+    def exchange(
+        self, site: str, request: Request, send: Callable[[bytes], bytes], traffic: Traffic
+    ) -> Reply | Absence:
+        """Send a request and return what came back; a request whose images the site has dropped goes out again whole.
+
+        Args:
+            site: whom to ask.
+            request: what to ask, with all images.
+            send: carries a message to the site and returns its reply; raises `TimeoutError` for one that is late and
+                `ConnectionError` for a site that cannot be reached.
+            traffic: where to count.
+        """
+        reply = self._once(site, self._thin(site, request), send, traffic)
+        if isinstance(reply, MissingImages):
+            reply = self._once(site, request, send, traffic)
+            if isinstance(reply, MissingImages):
+                reply = Absence(site, "invalid")
+                traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+        if isinstance(request, ScoreRequest) and not isinstance(reply, Absence):
+            self._sent[site].update(request.images)
+        return reply
+
+    def forget(self, site: str) -> None:
+        """Send a site, which was started anew, every image again."""
+        self._sent.pop(site, None)
+
+    def _thin(self, site: str, request: Request) -> Request:
+        if not isinstance(request, ScoreRequest):
+            return request
+        new = {name: data for name, data in request.images.items() if name not in self._sent[site]}
+        return msgspec.structs.replace(request, images=new)
+
+    @staticmethod
+    def _once(site: str, request: Request, send: Callable[[bytes], bytes], traffic: Traffic) -> Reply | Absence:
+        sent, returned = encode(request), b""
+        try:
+            returned = send(sent)
+            reply: Reply | Absence = decode_reply(returned)
+        except TimeoutError:
+            reply = Absence(site, "late")
+        except ConnectionError:
+            reply = Absence(site, "gone")
+        except ReplyError:
+            reply = Absence(site, "invalid")
+        if isinstance(reply, Refusal):
+            reply = Absence(site, reply.reason)
+        kind = KINDS[type(request).__name__]
+        traffic.add(site, kind, len(sent), len(returned), absent=isinstance(reply, Absence))
+        return reply
+
+
 class InProcessEngine:
     """Run every site here, one after the other, in a fixed order: deterministic, for research and tests.
 
@@ -77,32 +138,28 @@ class InProcessEngine:
     """
 
     def __init__(self, handlers: Mapping[str, Callable[[Request], Reply]]) -> None:
-        self._handlers = dict(handlers)
+        self._endpoints = {site: Endpoint(site, handler) for site, handler in handlers.items()}
+        self._outbox = Outbox()
         self.traffic = Traffic()
 
     @property
     def sites(self) -> Sequence[str]:
         """The sites' names, `[K]`."""
-        return tuple(self._handlers)
+        return tuple(self._endpoints)
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Answer each request in turn; a handler that raises or is late is an absence; its error stays at the site."""
         replies: dict[str, Reply | Absence] = {}
         for site, request in requests.items():
-            sent = encode(request)
-            returned = b""
             start = time.monotonic()
-            try:
-                returned = encode(self._handlers[site](decode_request(sent)))
-                answer: Reply | Absence = decode_reply(returned)
-            except ReplyError:
-                answer = Absence(site, "invalid")
-            except Exception:  # whatever a site's own code raises must neither stop the run nor leave the site
-                logger.exception("site %s could not answer", site)
-                answer = Absence(site, "error")
+            replies[site] = self._outbox.exchange(site, request, partial(self._send, site), self.traffic)
             if deadline is not None and time.monotonic() - start > deadline:
-                answer = Absence(site, "late")
-            kind = KINDS[type(request).__name__]
-            self.traffic.add(site, kind, len(sent), len(returned), absent=isinstance(answer, Absence))
-            replies[site] = answer
+                if not isinstance(replies[site], Absence):
+                    self.traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+                replies[site] = Absence(site, "late")
         return replies
+
+    def _send(self, site: str, data: bytes) -> bytes:
+        if site not in self._endpoints:
+            raise ConnectionError(f"there is no site {site!r}")
+        return self._endpoints[site](data)

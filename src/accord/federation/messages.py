@@ -4,15 +4,17 @@ No type here can hold a preference pair, an annotation or a model of a site.
 
     server → site                          site → server
     ScoreRequest   images, prompts,        ScoreReply    standardised scores, one list per question
-                   candidate answers
+                   candidate answers       MissingImages names of images that the site has not kept
     RouterRequest  router weights          RouterReply   router weights after local steps, number of examples
     UpdateRequest  weights of a model      UpdateReply   the same after local steps: for the baselines that share
                                                          parameters, which MoR itself never does
     CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
+    any                                    Refusal       that there is no answer, and of what kind the reason is: the
+                                                         text of an error never leaves the site
 
 Messages are typed MessagePack (msgspec, strict); weights inside them are safetensors bytes. Nothing is ever unpickled
-or executed. An image is named by the SHA-256 of its stored bytes and sent once per message, however many candidates it
-has.
+or executed. An image is named by the SHA-256 of its stored bytes and sent to a site once: candidates share it, and a
+site keeps it for later requests as long as its cache has room.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=
     """Ask a site how good candidate answers are."""
 
     id: str
-    images: dict[str, bytes]
+    images: dict[str, bytes]  # those of the items' images that the site need not have
     items: list[ScoreItem]
 
 
@@ -66,6 +68,13 @@ class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
 
     id: str
     scores: list[list[float]]
+
+
+class MissingImages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="missing_images"):
+    """Images that came neither with a `ScoreRequest` nor before; the same request with all of them is answered."""
+
+    id: str
+    images: list[str]
 
 
 class RouterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router"):
@@ -131,15 +140,22 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card_re
     ranking: dict[str, float]
 
 
+class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
+    """A site's word that it gives no answer: it does not do that, cannot read the request, failed, or is not there."""
+
+    id: str
+    reason: Literal["error", "refused", "invalid", "gone"]
+
+
 class Absence(msgspec.Struct, frozen=True):
     """A site that did not answer. Absent is not zero: whoever reads scores must leave the site out."""
 
     site: str
-    reason: Literal["error", "late", "refused", "invalid"]
+    reason: Literal["error", "late", "refused", "invalid", "gone"]
 
 
 Request: TypeAlias = ScoreRequest | RouterRequest | UpdateRequest | CardRequest
-Reply: TypeAlias = ScoreReply | RouterReply | UpdateReply | Card
+Reply: TypeAlias = ScoreReply | MissingImages | RouterReply | UpdateReply | Card | Refusal
 T = TypeVar("T")
 
 MAX_SCORE = 1e4
@@ -203,18 +219,15 @@ def image_name(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def check_images(images: Mapping[str, bytes], items: Sequence[ScoreItem]) -> None:
-    """Check at the site that each item's image came along and is what its name says.
+def check_images(images: Mapping[str, bytes]) -> None:
+    """Check at the site that each image is what its name says.
 
     Raises:
-        ReplyError: an image is missing or does not match its name.
+        ReplyError: one is not.
     """
     for name, data in images.items():
         if image_name(data) != name:
             raise ReplyError(f"image {name[:12]}… does not match its SHA-256; it was changed on its way")
-    for item in items:
-        if item.image not in images:
-            raise ReplyError(f"image {item.image[:12]}… is asked about but was not sent")
 
 
 def check_scores(request: ScoreRequest, reply: Reply) -> list[list[float] | None]:

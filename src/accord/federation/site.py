@@ -27,7 +27,6 @@ from accord.federation.messages import (
     Task,
     UpdateReply,
     UpdateRequest,
-    check_images,
     from_turns,
 )
 from accord.models.load import parameter_count
@@ -140,7 +139,6 @@ class Site:
 
         A score that is not finite leaves as NaN: clipped, an infinity would be the best or the worst of scores.
         """
-        check_images(request.images, request.items)
         images = {name: load_image(data) for name, data in request.images.items()}
         scored = self.reward_model.score(
             [from_turns(item.prompt) for item in request.items],

@@ -1,0 +1,114 @@
+"""A site's end of the wire: bytes in, bytes out, whatever carries them.
+
+    request bytes → decode → put in the images that were kept → answer → encode → reply bytes
+
+An image travels to a site once. The endpoint keeps images by their SHA-256, the least recently asked about goes first,
+and asks for one that it no longer has. Nothing that goes wrong here leaves the site but one word: an exception's text,
+which may name a patient's file, goes to the site's own log.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from accord.errors import ReplyError
+from accord.federation.messages import (
+    MissingImages,
+    Refusal,
+    Reply,
+    Request,
+    ScoreRequest,
+    check_images,
+    decode_request,
+    encode,
+)
+
+logger = logging.getLogger(__name__)
+
+CACHE_BYTES: Final = 256 * 2**20
+"""Of compressed images: some thousands of photographs."""
+
+
+class ImageCache:
+    """Keep images by name up to a total of `limit` bytes."""
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self.limit = limit
+        self.size = 0
+        self._images: OrderedDict[str, bytes] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def get(self, name: str) -> bytes | None:
+        """Return an image, which is then the last to go; None if it is not kept."""
+        if name in self._images:
+            self._images.move_to_end(name)
+        return self._images.get(name)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep an image; one that is larger than the whole cache is not kept."""
+        self.size -= len(self._images.pop(name, b""))
+        if len(data) > self.limit:
+            return
+        self._images[name] = data
+        self.size += len(data)
+        while self.size > self.limit:
+            _, dropped = self._images.popitem(last=False)
+            self.size -= len(dropped)
+
+
+class Endpoint:
+    """Answer requests as bytes.
+
+    Args:
+        site: its name, for the log.
+        answer: answers a request, `Site.answer`; what it raises becomes a `Refusal`.
+        cache: of images.
+    """
+
+    def __init__(self, site: str, answer: Callable[[Request], Reply], cache: ImageCache | None = None) -> None:
+        self.site = site
+        self.answer = answer
+        self.cache = ImageCache() if cache is None else cache
+        self._one_at_a_time = threading.Lock()
+
+    def __call__(self, data: bytes) -> bytes:
+        """Return the reply's bytes; never raises."""
+        name = ""
+        with self._one_at_a_time:
+            try:
+                request = decode_request(data)
+                name = request.id
+                return encode(self._reply(request))
+            except ReplyError:
+                logger.warning("site %s refused a request of %d bytes", self.site, len(data))
+                return encode(Refusal(name, "invalid"))
+            except Exception:  # whatever a site's own code raises must neither stop the run nor leave the site
+                logger.exception("site %s could not answer", self.site)
+                return encode(Refusal(name, "error"))
+
+    def _reply(self, request: Request) -> Reply:
+        if isinstance(request, ScoreRequest):
+            images = self._images(request)
+            missing = sorted({item.image for item in request.items} - images.keys())
+            if missing:
+                return MissingImages(request.id, missing)
+            request = msgspec.structs.replace(request, images=images)
+        return self.answer(request)
+
+    def _images(self, request: ScoreRequest) -> dict[str, bytes]:
+        check_images(request.images)
+        images = dict(request.images)
+        for item in request.items:
+            if item.image not in images and (kept := self.cache.get(item.image)) is not None:
+                images[item.image] = kept
+        for name, data in request.images.items():
+            self.cache.put(name, data)
+        return images

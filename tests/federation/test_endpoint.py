@@ -1,0 +1,141 @@
+import logging
+
+import pytest
+
+from accord.federation.endpoint import Endpoint, ImageCache
+from accord.federation.engine import Outbox, Traffic
+from accord.federation.messages import (
+    Absence,
+    CardRequest,
+    MissingImages,
+    Refusal,
+    ScoreItem,
+    ScoreReply,
+    ScoreRequest,
+    decode_reply,
+    encode,
+    image_name,
+)
+
+RED, BLUE = b"red picture", b"blue picture!"
+
+
+def ask(*images, sent=None, name="s"):
+    items = [ScoreItem(image_name(image), [], ["x"]) for image in images]
+    return ScoreRequest(name, {image_name(image): image for image in (images if sent is None else sent)}, items)
+
+
+class Judge:
+    """Score an item by the length of its image, and remember what was asked."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, request):
+        self.seen.append(request)
+        return ScoreReply(request.id, [[float(len(request.images[item.image]))] for item in request.items])
+
+
+def test_an_image_that_was_kept_need_not_come_again():
+    judge = Judge()
+    endpoint = Endpoint("colour", judge)
+    assert decode_reply(endpoint(encode(ask(RED)))) == ScoreReply("s", [[11.0]])
+    assert decode_reply(endpoint(encode(ask(RED, BLUE, sent=[BLUE])))) == ScoreReply("s", [[11.0], [13.0]])
+    assert judge.seen[1].images == {image_name(RED): RED, image_name(BLUE): BLUE}
+
+
+def test_an_image_that_is_not_there_is_asked_for():
+    judge = Judge()
+    endpoint = Endpoint("colour", judge)
+    reply = decode_reply(endpoint(encode(ask(RED, BLUE, sent=[BLUE]))))
+    assert reply == MissingImages("s", [image_name(RED)]) and judge.seen == []
+
+
+def test_an_image_under_a_wrong_name_is_neither_used_nor_kept(caplog):
+    judge = Judge()
+    endpoint = Endpoint("colour", judge)
+    wrong = ScoreRequest("s", {image_name(RED): BLUE}, [ScoreItem(image_name(RED), [], ["x"])])
+    assert decode_reply(endpoint(encode(wrong))) == Refusal("s", "invalid")
+    assert judge.seen == [] and len(endpoint.cache) == 0
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x81" * 5000, encode(ScoreReply("s", []))], ids=len)
+def test_bytes_that_are_no_request(data, caplog):
+    assert decode_reply(Endpoint("colour", Judge())(data)) == Refusal("", "invalid")
+
+
+def test_the_text_of_an_error_stays(caplog):
+    def failing(request):
+        raise OSError("/scans/patient-4711.png")
+
+    with caplog.at_level(logging.ERROR):
+        reply = Endpoint("colour", failing)(encode(CardRequest("c")))
+    assert decode_reply(reply) == Refusal("c", "error")
+    assert "4711" in caplog.text and b"4711" not in reply
+
+
+def test_the_least_recently_used_image_goes_first():
+    """Room for 25 bytes: 11 + 13 fit; another 11 drop the older of the two that were not asked for."""
+    cache = ImageCache(25)
+    cache.put("red", RED)
+    cache.put("blue", BLUE)
+    assert cache.get("red") == RED and cache.size == 24
+    cache.put("rad", RED)
+    assert cache.get("blue") is None and cache.get("red") == cache.get("rad") == RED and cache.size == 22
+    cache.put("large", b"x" * 26)
+    assert cache.get("large") is None and len(cache) == 2
+    cache.put("red", BLUE)
+    assert cache.size == 24
+
+
+class Wire:
+    def __init__(self, endpoint):
+        self.endpoint, self.sent = endpoint, []
+
+    def __call__(self, data):
+        self.sent.append(data)
+        return self.endpoint(data)
+
+
+def test_the_outbox_sends_an_image_once_and_again_where_it_was_dropped():
+    """A site with room for one image of 13 bytes, asked about two in turn."""
+    wire, outbox, traffic = Wire(Endpoint("colour", Judge(), ImageCache(13))), Outbox(), Traffic()
+    for image, score in ((RED, 11.0), (RED, 11.0), (BLUE, 13.0), (RED, 11.0)):
+        assert outbox.exchange("colour", ask(image), wire, traffic) == ScoreReply("s", [[score]])
+    assert [RED in data for data in wire.sent] == [True, False, False, False, True]
+    assert [BLUE in data for data in wire.sent] == [False, False, True, False, False]
+    count = traffic.counts["colour", "score"]
+    assert (count.messages, count.bytes_to_site, count.absences) == (5, sum(map(len, wire.sent)), 0)
+
+
+def test_a_site_that_was_started_anew_gets_its_images_again():
+    outbox, traffic, judge = Outbox(), Traffic(), Judge()
+    first, second = Wire(Endpoint("colour", judge)), Wire(Endpoint("colour", judge))
+    outbox.exchange("colour", ask(RED), first, traffic)
+    assert outbox.exchange("colour", ask(RED), second, traffic) == ScoreReply("s", [[11.0]])
+    assert [RED in data for data in second.sent] == [False, True]
+    outbox.forget("colour")
+    outbox.exchange("colour", ask(RED), first, traffic)
+    assert RED in first.sent[-1]
+
+
+def test_a_site_that_never_has_the_image_is_absent():
+    wire = Wire(lambda data: encode(MissingImages("s", [image_name(RED)])))
+    traffic = Traffic()
+    assert Outbox().exchange("colour", ask(RED), wire, traffic) == Absence("colour", "invalid")
+    assert len(wire.sent) == 2 and traffic.counts["colour", "score"].absences == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"), [(TimeoutError(), "late"), (ConnectionRefusedError(), "gone"), (BrokenPipeError(), "gone")]
+)
+def test_what_the_carrier_raises_is_an_absence(raised, reason):
+    def send(data):
+        raise raised
+
+    outbox, traffic = Outbox(), Traffic()
+    assert outbox.exchange("colour", ask(RED), send, traffic) == Absence("colour", reason)
+    assert traffic.counts["colour", "score"].absences == 1
+    wire = Wire(Endpoint("colour", Judge()))
+    outbox.exchange("colour", ask(RED), wire, traffic)
+    assert RED in wire.sent[0]  # what was not answered may not have arrived
