@@ -1,0 +1,319 @@
+"""The engine between organisations: the same questions, carried by NVIDIA FLARE.
+
+    ask → a message per site → server.sock → relay job → mutual TLS → site's relay → site's service, and back
+
+A FLARE job cannot take in a site that comes late or was restarted. So the jobs are segments: while a run goes on, a
+relay job ends and the next begins with whoever is there, as soon as a site waits that the present job cannot reach. It
+takes some seconds and nobody's hand. A site that has missed its deadline twice in a row is not asked again in the same
+segment.
+
+Absences are what `accord.federation.engine` says they are; nothing here decides what follows from one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import socket
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import Final, Protocol
+
+from accord.errors import RunError
+from accord.federation.engine import KINDS, Outbox, Traffic
+from accord.federation.messages import Absence, Reply, Request
+from accord.flare.frames import listen, receive_frame, send_frame
+from accord.flare.relay import SERVER_SOCKET, Answer, Ask, Hello, decode_from_relay, encode_frame
+from accord.runs import write_atomic
+
+logger = logging.getLogger(__name__)
+
+DEADLINE: Final = 600.0
+"""Seconds for an answer where none are named: a wire may be silent for ever."""
+
+GRACE: Final = 5.0
+"""Seconds beyond a deadline in which the relay may say that it has passed."""
+
+MISSES: Final = 2
+"""Deadlines missed in a row, after which a site is left alone until the next segment."""
+
+RETRY: Final = (5.0, 600.0)
+"""Seconds between two segments for the same waiting sites: at first, and at most; they double while that is no help."""
+
+SERVER_CLASSES: Final = ("nvflare.collab.runtime.controller.CollabController", "accord.flare.relay.ServerRelay")
+SITE_CLASSES: Final = ("nvflare.collab.runtime.executor.CollabExecutor", "accord.flare.relay.SiteRelay")
+"""What a job names, and all that a participant's `class_allow_list` must let it name."""
+
+
+class Launcher(Protocol):
+    """How relay jobs come to run: FLARE in production, or its simulator."""
+
+    def submit(self, job: Path) -> None:
+        """Start the job in that folder; raises `ConnectionError` where FLARE's server cannot be reached."""
+        ...
+
+    def connected(self) -> set[str]:
+        """Return the names of the sites that are there; raises `ConnectionError` like `submit`."""
+        ...
+
+    def close(self) -> None:
+        """Let go."""
+        ...
+
+
+def write_job(folder: Path, sites: Sequence[str]) -> None:
+    """Write a job for these sites: configuration alone, no code (FLARE's `custom` folder is absent)."""
+    meta = {
+        "name": "accord",
+        "resource_spec": {},
+        "min_clients": 1,
+        "deploy_map": {"app": ["server", *sites]},
+    }
+    server = {
+        "format_version": 2,
+        "workflows": [{"id": "controller", "path": SERVER_CLASSES[0], "args": {"server_obj_id": "_server"}}],
+        "components": [{"id": "_server", "path": SERVER_CLASSES[1], "args": {}}],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    site = {
+        "format_version": 2,
+        "executors": [{"tasks": ["*"], "executor": {"path": SITE_CLASSES[0], "args": {"client_obj_id": "_client"}}}],
+        "components": [{"id": "_client", "path": SITE_CLASSES[1], "args": {}}],
+        "task_data_filters": [],
+        "task_result_filters": [],
+    }
+    write_atomic(folder / "meta.json", json.dumps(meta))
+    write_atomic(folder / "app" / "config" / "config_fed_server.json", json.dumps(server))
+    write_atomic(folder / "app" / "config" / "config_fed_client.json", json.dumps(site))
+
+
+class Segment:
+    """One relay job, from its first word until either side closes."""
+
+    def __init__(self, connection: socket.socket, sites: Sequence[str]) -> None:
+        self.sites = frozenset(sites)
+        self.misses: dict[str, int] = defaultdict(int)
+        self.ended = threading.Event()
+        self._connection = connection
+        self._writing = threading.Lock()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, Future[Answer]] = {}
+        threading.Thread(target=self._read, name="accord-relay", daemon=True).start()
+
+    def reaches(self, site: str) -> bool:
+        """Tell whether it makes sense to ask the site."""
+        return site in self.sites and self.misses[site] < MISSES and not self.ended.is_set()
+
+    def call(self, site: str, message: bytes, seconds: float) -> bytes:
+        """Carry a message to a site and return its reply.
+
+        Raises:
+            TimeoutError: it did not answer in time.
+            ConnectionError: it cannot be reached, or the job has ended.
+        """
+        future: Future[Answer] = Future()
+        with self._writing:
+            number = next(self._numbers)
+            self._waiting[number] = future
+            try:
+                if self.ended.is_set():
+                    raise ConnectionError("the job has ended")
+                send_frame(self._connection, encode_frame(Ask(number, site, seconds, message)))
+            except OSError as error:
+                self._waiting.pop(number, None)
+                raise ConnectionError("the relay is gone") from error
+        try:
+            answer = future.result(seconds + GRACE)
+        except FutureTimeoutError as error:
+            self.misses[site] += 1
+            raise TimeoutError from error
+        finally:
+            self._waiting.pop(number, None)
+        if answer.problem:
+            self.misses[site] += 1
+            raise TimeoutError if answer.problem == "late" else ConnectionError(f"site {site} cannot be reached")
+        self.misses[site] = 0
+        return answer.message
+
+    def close(self) -> None:
+        """End the job."""
+        self.ended.set()
+        self._connection.close()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message = decode_from_relay(receive_frame(self._connection))
+                # An answer that comes twice, or late, finds nobody waiting under its number.
+                if isinstance(message, Answer) and (future := self._waiting.pop(message.number, None)):
+                    future.set_result(message)
+        except Exception as error:  # however the connection ends, nobody may go on waiting for it
+            logger.info("the relay's connection ended: %s", type(error).__name__)
+        self.ended.set()
+        for future in list(self._waiting.values()):
+            if not future.done():
+                future.set_exception(ConnectionError("the relay is gone"))
+
+
+class FlareEngine:
+    """Carry requests to sites of other organisations.
+
+    Args:
+        sites: their names, in the order of the router's outputs, `[K]`.
+        launcher: starts relay jobs, and knows who is there.
+        folder: of the sockets that FLARE's processes know (`accord.flare.frames.socket_folder`).
+        wait: seconds to wait for all sites before the first segment, and for a segment to begin.
+        give_up: seconds without any site or server after which an error is raised.
+        poll: seconds between two looks at who is there.
+        tell: called with what a person should know.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        launcher: Launcher,
+        folder: Path,
+        *,
+        wait: float = 60.0,
+        give_up: float = 3600.0,
+        poll: float = 2.0,
+        tell: Callable[[str], object] = logger.info,
+    ) -> None:
+        self.traffic = Traffic()
+        self._sites = tuple(sites)
+        self._launcher = launcher
+        self._wait, self._give_up, self._poll, self._tell = wait, give_up, poll, tell
+        self._outbox = Outbox()
+        self._listener = listen(folder / SERVER_SOCKET)
+        self._segment: Segment | None = None
+        self._connected: set[str] = set()
+        self._pause, self._next_renewal = RETRY[0], 0.0
+        self._closed = threading.Event()
+        self._asking = threading.Lock()
+        threading.Thread(target=self._watch, name="accord-sites", daemon=True).start()
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The sites' names, `[K]`."""
+        return self._sites
+
+    @property
+    def present(self) -> set[str]:
+        """The sites that the present segment reaches."""
+        return {site for site in self._sites if self._segment is not None and self._segment.reaches(site)}
+
+    def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
+        """Ask all sites at once; a request without a deadline gets `DEADLINE` seconds.
+
+        Raises:
+            RunError: there was no site, or no FLARE server, for `give_up` seconds.
+        """
+        with self._asking, ThreadPoolExecutor(max(1, len(requests))) as pool:
+            segment = self._settled()
+            seconds = DEADLINE if deadline is None else deadline
+            asked = {
+                site: pool.submit(self._exchange, segment, site, request, seconds) for site, request in requests.items()
+            }
+            return {site: future.result() for site, future in asked.items()}
+
+    def close(self) -> None:
+        """End the present segment."""
+        self._closed.set()
+        if self._segment is not None:
+            self._segment.close()
+        self._listener.close()
+        self._launcher.close()
+
+    def __enter__(self) -> FlareEngine:
+        """Return the engine itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def _exchange(self, segment: Segment, site: str, request: Request, seconds: float) -> Reply | Absence:
+        if not segment.reaches(site):
+            self.traffic.add(site, KINDS[type(request).__name__], 0, 0, absent=True)
+            return Absence(site, "gone")
+        end = time.monotonic() + seconds
+        return self._outbox.exchange(
+            site, request, lambda data: segment.call(site, data, max(0.001, end - time.monotonic())), self.traffic
+        )
+
+    def _settled(self) -> Segment:
+        """Return a segment that reaches every site that is there, a new one if need be."""
+        segment = self._segment
+        waiting = self._waiting(segment)
+        if segment is None or segment.ended.is_set():
+            return self._renew(set())
+        if waiting and time.monotonic() >= self._next_renewal:
+            self._tell(f"{', '.join(sorted(waiting))} came back; a new segment begins")
+            return self._renew(waiting)
+        if not waiting:
+            self._pause, self._next_renewal = RETRY[0], 0.0
+        return segment
+
+    def _waiting(self, segment: Segment | None) -> set[str]:
+        if segment is None:
+            return set()
+        return {site for site in self._connected if site in self._sites and not segment.reaches(site)}
+
+    def _renew(self, waiting: set[str]) -> Segment:
+        first = self._segment is None
+        if self._segment is not None:
+            self._segment.close()
+        began, told = time.monotonic(), ""
+        while time.monotonic() - began < self._give_up and not self._closed.is_set():
+            try:
+                there = self._launcher.connected() & set(self._sites)
+                missing = set(self._sites) - there
+                patient = first and time.monotonic() - began < self._wait
+                if there and not (missing and patient):
+                    self._segment = self._begin(sorted(there, key=self._sites.index))
+                    self._pause = min(self._pause * 2, RETRY[1])
+                    self._next_renewal = time.monotonic() + self._pause
+                    return self._segment
+                said = f"waiting for {', '.join(sorted(missing))}"
+            except (ConnectionError, TimeoutError) as error:
+                said = f"waiting for FLARE's server ({error})"
+            if said != told:
+                self._tell(said)
+                told = said
+            self._closed.wait(self._poll)
+        raise RunError(
+            f"no site could be reached through FLARE for {self._give_up:g} s; see that the server and the sites run, "
+            "and start again with --resume"
+        )
+
+    def _begin(self, sites: Sequence[str]) -> Segment:
+        with tempfile.TemporaryDirectory(prefix="accord-job-") as folder:
+            job = Path(folder) / "accord"
+            write_job(job, sites)
+            self._launcher.submit(job)
+            self._listener.settimeout(self._wait)
+            connection, _ = self._listener.accept()
+        connection.settimeout(self._wait)
+        hello = decode_from_relay(receive_frame(connection))
+        if not isinstance(hello, Hello):
+            connection.close()
+            raise ConnectionError("the relay did not introduce itself")
+        connection.settimeout(None)
+        self._tell(f"a segment with {', '.join(hello.sites)}")
+        return Segment(connection, hello.sites)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(self._poll):
+            try:
+                self._connected = self._launcher.connected()
+            except Exception as error:  # the next question meets it, and says so
+                logger.info("cannot see who is there: %s", type(error).__name__)
+                self._connected = set()

@@ -1,0 +1,120 @@
+"""Start relay jobs: through a consortium's FLARE server, or in FLARE's simulator on one machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from accord.errors import RunError
+from accord.flare.engine import SERVER_CLASSES, SITE_CLASSES
+from accord.flare.frames import SOCKETS_VARIABLE
+from accord.runs import write_atomic
+
+HEARTBEAT: Final = 45.0
+"""Seconds since a site's last word to FLARE's server after which it counts as gone."""
+
+T = TypeVar("T")
+
+
+class Production:
+    """Submit jobs as the consortium's operator.
+
+    Args:
+        operator: the operator's start-up kit.
+    """
+
+    def __init__(self, operator: Path) -> None:
+        config = operator / "startup" / "fed_admin.json"
+        if not config.is_file():
+            raise RunError(f"{operator} is no operator's start-up kit (no startup/fed_admin.json); name that folder")
+        self._user = str(json.loads(config.read_text())["admin"]["username"])
+        self._kit = operator
+        self._session: object = None
+        self._lock = threading.Lock()  # the session is one connection
+
+    def submit(self, job: Path) -> None:
+        """Submit the job."""
+        self._call(lambda session: session.submit_job(str(job)))  # type: ignore[attr-defined]
+
+    def connected(self) -> set[str]:
+        """Return the sites that FLARE's server has lately heard of."""
+        info = self._call(lambda session: session.get_system_info())  # type: ignore[attr-defined]
+        return {client.name for client in info.client_info if time.time() - client.last_connect_time < HEARTBEAT}
+
+    def close(self) -> None:
+        """Log out."""
+        with self._lock:
+            self._drop()
+
+    def _call(self, what: Callable[[object], T]) -> T:
+        from nvflare.fuel.flare_api.flare_api import new_secure_session
+
+        with self._lock, contextlib.redirect_stdout(io.StringIO()):  # FLARE prints what it does
+            try:
+                if self._session is None:
+                    self._session = new_secure_session(self._user, str(self._kit), timeout=10.0)
+                return what(self._session)
+            except (
+                Exception
+            ) as error:  # FLARE's own kinds are many, and say one thing: no use going on with this session
+                self._drop()
+                raise ConnectionError(f"{type(error).__name__}: {error}") from error
+
+    def _drop(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            with contextlib.suppress(Exception):
+                session.close()  # type: ignore[attr-defined]
+
+
+class Simulator:
+    """Run jobs in FLARE's simulator, all sites on this machine; each job in a process of its own.
+
+    Args:
+        sites: their names; services listen for all of them.
+        folder: of the sockets.
+        workspace: a scratch folder.
+    """
+
+    def __init__(self, sites: Sequence[str], folder: Path, workspace: Path) -> None:
+        self._sites, self._folder, self._workspace = sites, folder, workspace
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def submit(self, job: Path) -> None:
+        """Run the job, instead of an earlier one."""
+        self.close()
+        shutil.rmtree(self._workspace, ignore_errors=True)
+        shutil.copytree(job, self._workspace / "job")  # beside FLARE's own folder, which it clears
+        allowed = json.dumps({"format_version": 2, "class_allow_list": [*SERVER_CLASSES, *SITE_CLASSES]})
+        write_atomic(self._workspace / "flare" / "local" / "resources.json", allowed)
+        command = [sys.executable, "-m", "nvflare.cli", "simulator", str(self._workspace / "job")]
+        command += ["-w", str(self._workspace / "flare"), "-c", ",".join(self._sites), "-t", str(len(self._sites))]
+        with (self._workspace / "simulator.log").open("wb") as log:
+            environment = {**os.environ, SOCKETS_VARIABLE: str(self._folder)}
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def connected(self) -> set[str]:
+        """Return all sites."""
+        return set(self._sites)
+
+    def close(self) -> None:
+        """End the job's process."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, 15)
+            self._process.wait()
+        self._process = None

@@ -1,0 +1,121 @@
+"""What FLARE's job processes run: relays that pass bytes on, and nothing else.
+
+    server's job:  frames from `accord run`  →  collab call to each site, all at once  →  frames back
+    site's job:    bytes of a collab call    →  one frame to `accord site join`        →  its reply
+
+These two classes are all that a job of Accord's names, and all that a participant's `class_allow_list` lets it name.
+They import neither torch nor a model: a job process starts in the time that FLARE itself needs. A failure's text stays
+where it arose; over the wire goes a `Refusal`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, cast
+
+import msgspec
+from nvflare.collab import CollabCallError, collab
+
+from accord.federation.messages import Refusal, encode
+from accord.flare.frames import SOCKETS_VARIABLE, connect, receive_frame, send_frame
+
+logger = logging.getLogger(__name__)
+
+SERVER_SOCKET: Final = "server.sock"
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """To the server's relay: carry a message to a site."""
+
+    number: int
+    site: str
+    seconds: float
+    message: bytes
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """From the server's relay, first of all: the sites of its job."""
+
+    sites: list[str]
+
+
+class Answer(msgspec.Struct, frozen=True, tag="answer"):
+    """From the server's relay: what came back for the message of that number."""
+
+    number: int
+    message: bytes
+    problem: Literal["", "late", "gone"] = ""
+
+
+FromRelay: TypeAlias = Hello | Answer
+
+encode_frame = msgspec.msgpack.Encoder().encode
+decode_ask = msgspec.msgpack.Decoder(Ask).decode
+decode_from_relay = cast(Callable[[bytes], FromRelay], msgspec.msgpack.Decoder(FromRelay).decode)
+
+
+def _socket(name: str) -> Path:
+    folder = os.environ.get(SOCKETS_VARIABLE)
+    if not folder:
+        raise RuntimeError(f"{SOCKETS_VARIABLE} is not set; start FLARE by `accord server start` or `accord site join`")
+    return Path(folder) / name
+
+
+class ServerRelay:
+    """The server's half of a job: lives as long as `accord run` keeps its connection open."""
+
+    @collab.main  # type: ignore[untyped-decorator]
+    def run(self) -> None:
+        """Carry messages until the other side closes."""
+        sites = {proxy.name: proxy for proxy in collab.clients}
+        writing = threading.Lock()
+        with connect(_socket(SERVER_SOCKET)) as connection, ThreadPoolExecutor(max(1, 4 * len(sites))) as calls:
+
+            def tell(message: FromRelay) -> None:
+                with writing, contextlib.suppress(OSError):  # whoever asked is gone; the loop below notices
+                    send_frame(connection, encode_frame(message))
+
+            def call(ask: Ask) -> None:
+                proxy = sites.get(ask.site)
+                if proxy is None:
+                    return tell(Answer(ask.number, b"", "gone"))
+                try:
+                    reply = proxy(timeout=ask.seconds).answer(ask.message)
+                except CollabCallError as error:
+                    late = error.cause_type == TimeoutError.__name__
+                    logger.warning("site %s: %s", ask.site, "late" if late else "gone")
+                    return tell(Answer(ask.number, b"", "late" if late else "gone"))
+                tell(Answer(ask.number, reply if isinstance(reply, bytes) else b""))
+
+            tell(Hello(list(sites)))
+            with contextlib.suppress(EOFError, OSError):
+                while True:
+                    calls.submit(call, decode_ask(receive_frame(connection)))
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            calls.shutdown(wait=False, cancel_futures=True)
+
+
+class SiteRelay:
+    """A site's half of a job: one request, one connection to the site's own service."""
+
+    @collab.publish  # type: ignore[untyped-decorator]
+    def answer(self, message: bytes) -> bytes:
+        """Return the service's reply, or a refusal; never raises, since FLARE would send an exception's text."""
+        try:
+            with connect(_socket(f"{collab.site_name}.sock")) as connection:
+                send_frame(connection, message)
+                return receive_frame(connection)
+        except (OSError, EOFError):
+            logger.warning("the site's service does not answer; start it with `accord site join`")
+            return encode(Refusal("", "gone"))
+        except Exception:
+            logger.exception("a request could not be passed on")
+            return encode(Refusal("", "error"))
