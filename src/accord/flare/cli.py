@@ -1,0 +1,143 @@
+"""The commands of a consortium's lead and of its server.
+
+accord provision CONSORTIUM --out KITS     make the participants' start-up kits
+accord server start KIT                    run the server, until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from accord.errors import RunError
+
+if TYPE_CHECKING:
+    from accord.flare.kit import Kit
+
+START_SECONDS: Final = 120.0
+"""How long FLARE may take until it listens."""
+
+STOP_SECONDS: Final = 10.0
+
+server_app = typer.Typer(no_args_is_help=True, help="A consortium's server.")
+
+
+def provision_command(
+    consortium: Annotated[Path, typer.Argument(help="who takes part, a TOML file")],
+    out: Annotated[Path, typer.Option("--out", help="new folder for the kits")] = Path("kits"),
+    authority: Annotated[
+        Path | None, typer.Option("--authority", help="of an earlier call: make kits for sites added since")
+    ] = None,
+) -> None:
+    """Make the start-up kits of a consortium: one folder for each participant."""
+    from accord.flare.provision import load_consortium, provision
+
+    settings = load_consortium(consortium)
+    organisations = {site.name: site.org for site in settings.sites}
+    for kit in provision(settings, out, authority=authority):
+        to = organisations.get(kit.name, settings.server.org)
+        use = {"server": "accord server start", "operator": "accord run"}.get(kit.name, "accord site join")
+        typer.echo(f"{kit}\tfor {to}: {use}")
+    if authority is None:
+        typer.echo(f"{out / 'authority'}\tstays with you alone: its key admits whomever it signs")
+
+
+@server_app.command("start")
+def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")]) -> None:
+    """Run the server of a consortium in the foreground, until Ctrl-C."""
+    from accord.flare.kit import check_certificate, kit_of
+
+    server = kit_of(kit)
+    if server.role != "server":
+        raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
+    until = check_certificate(server)
+    _refuse_taken_port(server)
+    process = _start(server)
+    stopped = []
+
+    def stop(*_: object) -> None:
+        stopped.append(True)
+        # FLARE does not end on SIGINT: its threads go on.
+        process.terminate()
+
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        _await_listener(server, process)
+        if not stopped:
+            typer.echo(f"{server.consortium}: listening on {server.listen}:{server.port}; Ctrl-C stops it")
+            typer.echo(
+                f"certificate valid until {until:%Y-%m-%d}; logs in {server.path}: log.txt, log.json, console.log"
+            )
+            if server.listen.startswith("127.") and server.host not in ("localhost", server.listen):
+                typer.echo(f'only this machine reaches it: for {server.host}, provision with listen = "0.0.0.0"')
+        while process.poll() is None and not stopped:
+            time.sleep(0.2)
+    finally:
+        status = _end(process)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    if not stopped:
+        raise RunError(f"FLARE's server ended with status {status}; see {server.path / 'console.log'}")
+    typer.echo("stopped")
+
+
+def _refuse_taken_port(kit: Kit) -> None:
+    """Refuse a port where something listens: gRPC would share it, and each would get some of the connections."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((kit.listen, kit.port))
+        except OSError as error:
+            raise RunError(
+                f"{kit.listen}:{kit.port} cannot be listened on ({error.strerror}); stop what is there"
+            ) from error
+
+
+def _start(kit: Kit) -> subprocess.Popen[bytes]:
+    """Start FLARE, in a session of its own so that Ctrl-C reaches it only through us."""
+    from accord.flare.kit import start_command, start_environment
+
+    command = start_command(kit)
+    with (kit.path / "console.log").open("ab") as console:
+        return subprocess.Popen(
+            command,
+            env=start_environment(kit),
+            cwd=kit.path,
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _await_listener(kit: Kit, process: subprocess.Popen[bytes]) -> None:
+    """Return when the server listens or has ended.
+
+    Raises:
+        RunError: it does neither in time.
+    """
+    host = "127.0.0.1" if kit.listen == "0.0.0.0" else kit.listen
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None:
+        try:
+            socket.create_connection((host, kit.port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+        if time.monotonic() > end:
+            raise RunError(f"FLARE does not listen after {START_SECONDS:g} s; see {kit.path / 'console.log'}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> int:
+    process.terminate()
+    try:
+        return process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
