@@ -104,6 +104,7 @@ class Job:
     recipe: Recipe
     run: Run
     quiet: bool = False
+    alone: str = ""  # the one site that works here: no questions but its own need be there
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
 
@@ -141,6 +142,9 @@ class Job:
     @cached_property
     def questions(self) -> dict[str, list[Question]]:
         """All questions by split; `private` may be missing where no site needs it."""
+        if self.alone:
+            needed = ["private"] if self.site(self.alone).needs_questions else []
+            return {"public": [], "dev": [], "test": []} | load_questions(self.recipe.questions, needed)
         private = ["private"] if any(site.needs_questions for site in self.recipe.sites) else []
         return load_questions(self.recipe.questions, [*private, "public", "dev", "test"])
 
@@ -160,9 +164,12 @@ class Job:
     @cached_property
     def private(self) -> dict[str, list[Question]]:
         """Each site's private questions; none for a site that needs none."""
+        private = self.questions.get("private", [])
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
+        if self.alone:  # who wants none of the questions here has its own elsewhere; the draw is the same without it
+            shares = [share for share in shares if share.name == self.alone or any(map(share.wants, private))]
         dealt = share_out(
-            self.questions.get("private", []),
+            private,
             shares,
             seed=self.recipe.seed,
             disjoint_images=self.recipe.disjoint_images,
@@ -206,10 +213,10 @@ class Job:
 
 
 @contextmanager
-def open_job(recipe: Recipe, run: Run, *, quiet: bool = False) -> Iterator[Job]:
+def open_job(recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "") -> Iterator[Job]:
     """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
     with run:
-        job = Job(recipe, run, quiet=quiet)
+        job = Job(recipe, run, quiet=quiet, alone=alone)
         try:
             yield job
         finally:

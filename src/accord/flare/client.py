@@ -1,0 +1,100 @@
+"""Keep FLARE's client process as a child: started, started again when it ends, and ended with all it started."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import psutil  # type: ignore[import-untyped]
+
+from accord.flare.ledger import LOG_BYTES
+
+logger = logging.getLogger(__name__)
+
+PAUSES: Final = (1.0, 60.0)
+"""Seconds before it is started again: at first, and at most; they double while it ends early."""
+
+
+class FlareClient:
+    """FLARE's client process.
+
+    Args:
+        command: its command line.
+        environment: its environment.
+        log: what it prints is appended there.
+        tell: told in words when it starts or ends.
+    """
+
+    def __init__(self, command: list[str], environment: dict[str, str], log: Path, tell: Callable[[str], None]) -> None:
+        self._command, self._environment, self._log, self._tell = command, environment, log, tell
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> None:
+        """Do nothing yet; `keep` starts it."""
+
+    def __exit__(self, *_: object) -> None:
+        """End it."""
+        if self._process is not None:
+            time.sleep(0.5)  # the last reply is on its way through FLARE's processes
+            self._end()
+
+    def keep(self, stop: threading.Event, note: Callable[[tuple[int, float]], None]) -> None:
+        """Keep it running until `stop` is set; `note` is told each new process."""
+        pause = PAUSES[0]
+        while not stop.is_set():
+            began = time.monotonic()
+            if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
+                self._log.replace(self._log.with_suffix(".log.1"))
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    self._command,
+                    env=self._environment,
+                    cwd=self._log.parent,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in a terminal is for this process alone
+                )
+            note((self._process.pid, psutil.Process(self._process.pid).create_time()))
+            self._tell("running")
+            while self._process.poll() is None:
+                if stop.wait(0.2):
+                    return
+            if stop.is_set():
+                return
+            ended = self._process.returncode
+            self._end()
+            pause = PAUSES[0] if time.monotonic() - began > PAUSES[1] else min(2 * pause, PAUSES[1])
+            logger.warning("FLARE's client ended with status %d; it is started again in %.0f s", ended, pause)
+            self._tell(f"ended with status {ended}, again in {pause:.0f} s")
+            stop.wait(pause)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            end(self._process.pid)
+            self._process.wait()
+            self._process = None
+
+
+def end(pid: int, began: float | None = None) -> None:
+    """End a process with all its descendants: FLARE's job processes are sessions of their own, no group holds them."""
+    try:
+        first = psutil.Process(pid)
+        if began is not None and abs(first.create_time() - began) > 1.0:  # the id is another's by now
+            return
+        tree = [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for each in tree:
+        with contextlib.suppress(psutil.Error):
+            each.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=10.0)
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.kill()

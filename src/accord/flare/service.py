@@ -1,0 +1,348 @@
+"""What a site runs between organisations: a service that keeps its model warm and writes down whatever is asked of it.
+
+    server ⇄ mutual TLS ⇄ FLARE client, job process ⇄ <name>.sock ⇄ this process: reward model, pairs, ledger
+
+This process never talks to a network: bytes come and go over a Unix socket that this user alone may enter, and FLARE's
+client is its child. One request is answered at a time, in one thread, and the result is the in-process engine's, bit
+by bit. A line of the ledger (`accord.flare.ledger`) is written before a reply leaves; where it cannot be, none leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
+
+import torch
+
+from accord.errors import ReplyError, RunError
+from accord.federation.endpoint import Endpoint
+from accord.federation.engine import KINDS
+from accord.federation.messages import MissingImages, Refusal, ScoreRequest, decode_reply, decode_request, encode
+from accord.federation.site import Site
+from accord.flare.client import FlareClient, end
+from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
+from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_running, site_log
+from accord.pipeline.job import Job
+from accord.pipeline.sites import open_site, site_pairs
+from accord.recipe import Recipe, load_recipe
+from accord.routing.fit import LocalRouterTraining
+from accord.runs import Run
+from accord.types import PreferencePair
+
+if TYPE_CHECKING:
+    from accord.flare.kit import Kit
+
+logger = logging.getLogger(__name__)
+
+PATIENCE: Final = 30.0
+"""Seconds in which a connection must bring its request, or take its reply."""
+
+
+class RouterTrainingHere:
+    """A site's half of the router's training, made ready when it is first asked for.
+
+    Most of a service's life is alignment, which needs neither pairs nor the encoder.
+    """
+
+    def __init__(self, job: Job, name: str) -> None:
+        self._job, self._name = job, name
+
+    @cached_property
+    def _local(self) -> LocalRouterTraining:
+        pairs = site_pairs(self._job, self._name)
+        return LocalRouterTraining(self._job.encoder, pairs, len(self._job.recipe.sites), self._job.recipe.router)
+
+    @property
+    def pairs(self) -> list[PreferencePair]:
+        """What it trains on."""
+        return self._local.pairs
+
+    def __call__(self, weights: bytes, site: int, seed: int, /) -> tuple[bytes, float]:
+        """Return the router's weights after local steps from `weights`, and the mean loss."""
+        return self._local(weights, site, seed)
+
+
+def read_site_folder(folder: Path, name: str) -> Recipe:
+    """Return the recipe of a site's run folder, in which `accord site train` has left a reward model.
+
+    Raises:
+        RunError: the folder is no run folder, the recipe has no such site, or its reward model is not there or was
+            broken off.
+        RecipeError: the recipe is wrong.
+    """
+    if not (folder / "recipe.toml").is_file():
+        raise RunError(f"{folder} holds no run (no recipe.toml); make one with `accord site train RECIPE {name} --out`")
+    recipe = load_recipe(folder / "recipe.toml")
+    alone(recipe, name).site(name)
+    stages = folder / "stages.json"
+    done = stages.read_text(encoding="utf-8") if stages.is_file() else ""
+    if json.dumps(f"site {name}") not in done or not (folder / "sites" / name / "reward").is_dir():
+        raise RunError(
+            f"{folder} has no finished reward model of site {name}; "
+            f"make it with `accord site train {folder / 'recipe.toml'} {name} --out {folder}`"
+        )
+    return recipe
+
+
+def alone(recipe: Recipe, name: str) -> Job:
+    """Return the job of one site, with nothing to write: no run is opened."""
+    return Job(recipe, cast(Run, None), quiet=True, alone=name)
+
+
+def open_site_folder(folder: Path, name: str) -> Site:
+    """Open the site that `accord site train RECIPE NAME --out FOLDER` made, ready to answer as the in-process engine's.
+
+    Pairs of its own are read at once, so that a fault in them shows now; constructed ones when the router is trained.
+
+    Raises:
+        RunError, RecipeError: as `read_site_folder`.
+        CheckpointError: the reward model cannot be loaded.
+        DataError: its pairs cannot be read.
+    """
+    recipe = read_site_folder(folder, name)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    job = alone(recipe, name)
+    if job.site(name).preferences:
+        site_pairs(job, name)
+    site = open_site(recipe, folder, name)
+    site.router_training = RouterTrainingHere(job, name)
+    return site
+
+
+class SiteService:
+    """Answer requests that come over a Unix socket.
+
+    Args:
+        site: with its model.
+        folder: gets the ledger.
+        path: of the socket.
+        limit: bytes of a request at most.
+        patience: seconds in which a connection must bring its request, or take its reply.
+        on_entry: told every line of the ledger.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        folder: Path,
+        path: Path,
+        *,
+        limit: int = MAX_FRAME,
+        patience: float = PATIENCE,
+        on_entry: Callable[[Entry], None] = lambda _: None,
+    ) -> None:
+        self.folder, self.path, self.limit, self.patience = folder, path, limit, patience
+        self.endpoint = Endpoint(site.name, site.answer)
+        self._on_entry = on_entry
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._reading: dict[threading.Thread, socket.socket | None] = {}  # None once the request is whole
+        # One thread for the model: a new one for every connection would build a new pool of OpenMP threads each time.
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+
+    def __enter__(self) -> SiteService:
+        """Begin to listen.
+
+        Raises:
+            RunError: another process listens there.
+        """
+        mend(self.folder)
+        self._listener = listen(self.path)
+        self._listener.settimeout(0.2)  # closing a socket wakes no thread that waits in accept
+        self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Finish the request in hand, drop the others, and remove the socket."""
+        self._closing.set()
+        self._accepting.join()
+        self._listener.close()
+        self.path.unlink(missing_ok=True)
+        with self._lock:
+            for connection in self._reading.values():
+                if connection is not None:
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+            threads = list(self._reading)
+        self._model.shutdown(wait=True, cancel_futures=True)
+        for thread in threads:
+            thread.join(self.patience)
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(connection,), name="connection", daemon=True).start()
+            except TimeoutError:
+                continue
+            except (OSError, RuntimeError):  # no file descriptors or no threads are left, for now
+                logger.exception("a connection could not be accepted")
+                self._closing.wait(1.0)
+
+    def _serve(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._reading[threading.current_thread()] = connection
+        try:
+            with connection, contextlib.suppress(CancelledError):
+                connection.settimeout(self.patience)
+                if (data := self._receive(connection)) is not None:
+                    reply = self._model.submit(self._answer, data, connection).result()
+                    send_frame(connection, reply)
+        except OSError as error:
+            logger.warning("a reply could not be delivered: %s", type(error).__name__)
+        except RuntimeError:  # no request is taken on any more
+            logger.warning("a request came while the service closed")
+        finally:
+            with self._lock:
+                del self._reading[threading.current_thread()]
+
+    def _receive(self, connection: socket.socket) -> bytes | None:
+        """Return a request's bytes; None for a connection that brought none, as when somebody looks who listens."""
+        try:
+            if not connection.recv(1, socket.MSG_PEEK):
+                return None
+            data = receive_frame(connection, limit=self.limit)
+        except (OSError, EOFError, ValueError) as error:
+            if not self._closing.is_set():
+                logger.warning("a connection was dropped: %s", error if isinstance(error, ValueError) else type(error))
+                with contextlib.suppress(RunError):
+                    self._note(Entry(now(), "", "", 0, 0, 0, 0, 0, 0.0, "dropped"))
+            return None
+        with self._lock:
+            self._reading[threading.current_thread()] = None
+        return data
+
+    def _answer(self, data: bytes, connection: socket.socket) -> bytes:
+        """Return the reply's bytes, once the ledger has its line; without a line nothing leaves but a refusal."""
+        start = time.monotonic()
+        kind, name, images, questions, candidates = _describe(data, self.endpoint)
+        reply = b"" if _gone(connection) else self.endpoint(data)
+        seconds = round(time.monotonic() - start, 3)
+        shown = re.sub(r"[^A-Za-z0-9._:-]", "?", name[:48])
+        counts = (images, questions, candidates, len(data), len(reply))
+        try:
+            self._note(Entry(now(), kind, shown, *counts, seconds, _outcome(reply)))
+        except RunError:
+            logger.exception("the ledger cannot be written, and so nothing is answered")
+            return encode(Refusal(name, "error"))
+        return reply
+
+    def _note(self, entry: Entry) -> None:
+        with self._lock:
+            note(self.folder, entry)
+            self._on_entry(entry)
+
+
+def _describe(data: bytes, endpoint: Endpoint) -> tuple[str, str, int, int, int]:
+    """Return a request's kind and id, and its numbers of new images, questions and candidates."""
+    try:
+        request = decode_request(data)
+    except ReplyError:
+        return "", "", 0, 0, 0
+    kind = KINDS[type(request).__name__]
+    if not isinstance(request, ScoreRequest):
+        return kind, request.id, 0, 0, 0
+    new = sum(endpoint.cache.get(name) is None for name in request.images)
+    return kind, request.id, new, len(request.items), sum(len(item.candidates) for item in request.items)
+
+
+def _outcome(reply: bytes) -> Outcome:
+    if not reply:
+        return "gone"
+    decoded = decode_reply(reply)
+    if isinstance(decoded, Refusal):
+        return decoded.reason
+    return "missing images" if isinstance(decoded, MissingImages) else "answered"
+
+
+def _gone(connection: socket.socket) -> bool:
+    """Tell whether the other side has closed: FLARE ends its jobs' processes while their requests still wait here."""
+    poll = select.poll()
+    poll.register(connection, 0)  # a hang-up is told always
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def join(
+    kit: Path,
+    folder: Path,
+    name: str | None = None,
+    *,
+    stop: threading.Event | None = None,
+    on_start: Callable[[Kit], None] = lambda _: None,
+    on_entry: Callable[[Entry], None] = lambda _: None,
+    on_flare: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Serve a consortium's requests until `stop` is set, or by SIGINT or SIGTERM; a second one ends at once.
+
+    Args:
+        kit: the site's start-up kit.
+        folder: what `open_site_folder` opens; locked meanwhile.
+        name: of the site, by default the kit's; no other is asked by the server.
+        stop: set it to leave.
+        on_start: told the kit once the model is loaded and the socket is there.
+        on_entry: told every line of the ledger.
+        on_flare: told when FLARE's client starts or ends.
+
+    Raises:
+        RunError: the kit is no site's or not valid, the folder is not this site's or is in use, or FLARE is missing.
+        AccordError: as `open_site_folder`.
+    """
+    from accord.flare.kit import check_certificate, kit_of, start_command, start_environment
+
+    found = kit_of(kit)
+    if found.role != "site":
+        raise RunError(f"{kit} is the kit of the consortium's {found.role}; pass the one that was made for this site")
+    if name not in (None, found.name):
+        raise RunError(f"{kit} is the kit of site {found.name}, and the server asks nobody {name}; leave the name out")
+    check_certificate(found)
+    read_site_folder(folder, found.name)
+    stop = stop or threading.Event()
+    path = socket_folder(found.path) / f"{found.name}.sock"
+    with Run.resume(folder, (folder / "recipe.toml").read_text(encoding="utf-8")), site_log(folder):
+        if (before := read_running(folder)) is not None and before.flare is not None:
+            end(*before.flare)  # a service that was killed left it behind
+        running = Running(found.name, os.getpid(), now(), str(path))
+        service = SiteService(open_site_folder(folder, found.name), folder, path, on_entry=on_entry)
+        flare = FlareClient(start_command(found), start_environment(found), found.path / "flare.log", on_flare)
+        # FLARE goes last: it carries the reply in hand.
+        with _leaving(stop), flare, service:
+            on_start(found)
+            flare.keep(stop, lambda each: replace(running, flare=each).write(folder))
+        running.write(folder)
+
+
+@contextlib.contextmanager
+def _leaving(stop: threading.Event) -> Iterator[None]:
+    """Set `stop` on the first SIGINT or SIGTERM; the second does what it does by default."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
+        yield
+        return
+
+    def leave(*_: object) -> None:
+        stop.set()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+    before = [signal.signal(number, leave) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

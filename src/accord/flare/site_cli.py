@@ -1,0 +1,215 @@
+"""The commands of a site's engineer.
+
+accord site check KIT FOLDER     is everything right, and what will leave
+accord site join KIT FOLDER      answer the consortium's requests, until Ctrl-C
+accord site status FOLDER        what was asked so far
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from accord.errors import AccordError, RunError
+
+if TYPE_CHECKING:
+    from accord.flare.kit import Kit
+    from accord.flare.ledger import Entry, Status
+
+KitFolder = Annotated[Path, typer.Argument(help="the site's start-up kit, a folder")]
+SiteFolder = Annotated[Path, typer.Argument(help="what `accord site train RECIPE NAME --out FOLDER` wrote")]
+KitName = Annotated[str | None, typer.Option("--name", help="the site's name; by default the kit's")]
+
+
+def site_check(
+    kit: KitFolder,
+    folder: SiteFolder,
+    name: KitName = None,
+    no_server: Annotated[bool, typer.Option("--no-server", help="do not greet the server")] = False,
+) -> None:
+    """Check a site before it joins: data, model, certificate, server, policies, and what will leave."""
+    import transformers
+
+    from accord.flare.check import NOT_PROTECTED, check_site, what_crosses
+    from accord.flare.service import read_site_folder
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    site = _site_kit(kit, name)
+    console = Console(highlight=False)
+    console.print(Text(f"site {site.name}, consortium {site.consortium}", style="bold"))
+    problems = 0
+    for found in check_site(site, folder, server=not no_server):
+        problems += not found.ok
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=7)
+        grid.add_column(width=15)
+        grid.add_column()
+        word = Text("ok", style="green") if found.ok else Text("problem", style="bold red")
+        grid.add_row(word, found.about, Text(_clean(found.text)))
+        if not found.ok:
+            grid.add_row("", "", Text(f"→ {_clean(found.remedy)}", style="yellow"))
+        console.print(grid)
+    with contextlib.suppress(AccordError):  # without a trained site, which is a problem above
+        crossings = what_crosses(read_site_folder(folder, site.name), folder, site.name)
+        for way, title in (("leaves", "WHAT WILL LEAVE"), ("enters", "WHAT COMES IN"), ("stays", "WHAT STAYS")):
+            grid = Table.grid(padding=(0, 2))
+            for crossing in crossings:
+                if crossing.way == way:
+                    grid.add_row("", crossing.what, Text(_clean(crossing.amount)))
+            console.print(Text(f"\n{title}", style="bold"), grid)
+        console.print(Text("\nWHAT IS NOT PROTECTED", style="bold"))
+        for line in NOT_PROTECTED:
+            console.print(Padding(Text(line), (0, 0, 0, 2)))
+    many = f"{problems} problem{'s' if problems > 1 else ''}"
+    console.print(Text(f"\n{many}" if problems else "\nnothing stands in the way"))
+    if problems:
+        raise typer.Exit(1)
+
+
+def site_join(
+    kit: KitFolder,
+    folder: SiteFolder,
+    name: KitName = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="show nothing")] = False,
+) -> None:
+    """Answer a consortium's requests with the site's reward model, until Ctrl-C."""
+    import transformers
+
+    from accord.flare.service import join
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    site = _site_kit(kit, name)
+    with _view(site, folder, quiet=quiet) as view:
+        join(kit, folder, name, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
+    if not quiet:
+        again = shlex.join([Path(sys.argv[0]).name, "site", "join", str(kit), str(folder)])
+        typer.echo(f"left; the same command comes back: {again}")
+
+
+def site_status(folder: SiteFolder) -> None:
+    """Show what a site was asked so far, and whether it is there."""
+    from accord.flare.ledger import status
+
+    Console(highlight=False).print(_page(status(folder)))
+
+
+def _site_kit(folder: Path, name: str | None) -> Kit:
+    from accord.flare.kit import kit_of
+
+    kit = kit_of(folder)
+    if kit.role != "site":
+        raise RunError(f"{folder} is the kit of the consortium's {kit.role}; pass the one that was made for this site")
+    if name not in (None, kit.name):
+        raise RunError(f"{folder} is the kit of site {kit.name}, not of {name}; leave --name out")
+    return kit
+
+
+class _View:
+    """What `site join` shows: one page that changes on a terminal, a line for every event elsewhere."""
+
+    def __init__(self, kit: Kit, folder: Path, console: Console, *, live: bool, quiet: bool) -> None:
+        from accord.flare.ledger import Status
+
+        self._kit, self._folder, self._console, self._live, self._quiet = kit, folder, console, live, quiet
+        self._lock = threading.Lock()  # events come from the model's thread, the page is drawn in another
+        self._status, self._flare = Status(kit.name), "not started yet"
+
+    def start(self, kit: Kit) -> None:
+        """Tell that requests are answered from now on."""
+        from accord.flare.ledger import now
+
+        with self._lock:
+            self._status.running, self._status.since = True, now()
+        self._line(f"{kit.name}: listening for {kit.consortium}; ledger {self._folder / 'ledger.jsonl'}")
+
+    def entry(self, entry: Entry) -> None:
+        """Show a line of the ledger."""
+        with self._lock:
+            self._status.add(entry)
+        self._line(_sentence(entry))
+
+    def flare(self, text: str) -> None:
+        """Show what FLARE's client does."""
+        with self._lock:
+            self._flare = text
+        self._line(f"FLARE's client: {text}")
+
+    def __rich__(self) -> Group:
+        """Return the page."""
+        with self._lock:
+            page = _page(self._status)
+            more = _rows(
+                ("consortium", f"{self._kit.consortium}, {self._kit.host}:{self._kit.port}"),
+                ("FLARE's client", f"{self._flare}; its words: {self._kit.path / 'flare.log'}"),
+                ("ledger", str(self._folder / "ledger.jsonl")),
+            )
+        return Group(page, more, Text("Ctrl-C leaves", style="dim"))
+
+    def _line(self, text: str) -> None:
+        if not self._live and not self._quiet:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _view(kit: Kit, folder: Path, *, quiet: bool) -> Iterator[_View]:
+    console = Console(stderr=True)
+    live = console.is_terminal and not console.is_dumb_terminal and not quiet
+    view = _View(kit, folder, console, live=live, quiet=quiet)
+    if not live:
+        yield view
+        return
+    with Live(view, console=console, refresh_per_second=4):
+        yield view
+
+
+def _page(status: Status) -> Table:
+    state = f"running since {status.since}" if status.running else "not running"
+    if not status.running and status.since:
+        state += f", last started {status.since}"
+    asked = ", ".join(f"{count:,} {kind}" for kind, count in sorted(status.requests.items()))
+    became = ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(status.outcomes.items()))
+    return _rows(
+        ("site", f"{status.name or '(never joined)'}: {state}"),
+        ("requests", asked or "none yet"),
+        ("what became of them", became or "–"),
+        ("without an answer", f"{status.failed:,}"),
+        ("images received", f"{status.images:,}"),
+        ("bytes in", f"{status.bytes_in:,}, today {status.bytes_in_today:,}"),
+        ("bytes that left", f"{status.bytes_out:,}, today {status.bytes_out_today:,}"),
+        ("last request", _sentence(status.last) if status.last else "–"),
+    )
+
+
+def _rows(*rows: tuple[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(width=19)
+    grid.add_column()
+    for about, text in rows:
+        grid.add_row(about, Text(_clean(text)))  # no plain string, in which rich would look for its own marks
+    return grid
+
+
+def _sentence(entry: Entry) -> str:
+    what = f"{entry.kind or 'unreadable'} {entry.id}".strip()
+    if entry.kind == "score":
+        what += f", {entry.questions} questions, {entry.candidates} candidates, {entry.images} new images"
+    return f"{entry.time} {what}: {entry.outcome}; {entry.bytes_in} B in, {entry.bytes_out} B out, {entry.seconds} s"
+
+
+def _clean(text: str) -> str:
+    """Replace control characters: what stands in a data file must not steer the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
