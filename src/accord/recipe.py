@@ -141,11 +141,14 @@ class Routing:
     mode: Mode = "top1"
     scope: Scope = "completion"
     deadline: float | None = None  # seconds to wait for a site
+    quorum: float = 0.5  # share of the routing weight that must have answered; below it, sites that left are awaited
 
     def __post_init__(self) -> None:
-        """Refuse a deadline that every site misses."""
+        """Refuse a deadline that every site misses, and a share that is none."""
         if self.deadline is not None:
             check_positive(self, "deadline")
+        if not 0 <= self.quorum <= 1:
+            raise RecipeError(f"quorum must be in [0, 1], got {self.quorum}; correct routing.quorum")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import itertools
 import math
+import signal
 
 import pytest
 import torch
@@ -319,6 +320,111 @@ def test_completions_may_be_plain_text():
     prompts = [[{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what?"}]}]] * 2
     assert reward(prompts, ["a", "c"]) == [1.0, 3.0]
     assert reward(prompts, [[{"role": "assistant", "content": text}] for text in "ac"]) == [1.0, 3.0]
+
+
+class Away(Spy):
+    """Sites that do not answer their first few messages."""
+
+    def __init__(self, tries, error=ConnectionError, here=None, there=None):
+        super().__init__(here=here or judge(HERE), there=there or judge(THERE))
+        self.tries, self.error = dict(tries), error
+
+    def _send(self, site, data):
+        if self.tries.get(site, 0) > 0:
+            self.tries[site] -= 1
+            raise self.error
+        return super()._send(site, data)
+
+
+def waiting(engine, quorum, **settings):
+    """A reward, the seconds of its pauses, and what it told."""
+    pauses, told = [], []
+    return (
+        FederatedReward(engine, route, quorum=quorum, tell=told.append, pause=pauses.append, **settings),
+        pauses,
+        told,
+    )
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError])
+def test_below_the_quorum_a_step_waits_for_who_may_come_back(error):
+    """b, a third of the weight, is there's: 2/3 answered. At .67 the step waits, and asks there alone, thrice more."""
+    engine = Away({"there": 3}, error)
+    reward, pauses, told = waiting(engine, 0.67)
+    assert ask(reward, ["a", "b", "c"]) == [1.0, -2.0, 3.0]
+    assert pauses == [1.0, 2.0, 4.0]
+    assert [list(requests) for requests in engine.asked] == [["here", "there"], ["there"], ["there"], ["there"]]
+    assert len({request.id for requests in engine.asked for request in requests.values()}) == 5
+    assert told == [
+        "too few sites answered: waiting for there; Ctrl-C ends the run",
+        "the wait for sites is over",
+    ]
+
+
+@pytest.mark.parametrize(("mode", "enough", "too_much"), [("top1", 0.66, 0.67), ("soft", 0.56, 0.57)])
+@absent
+def test_with_the_quorum_a_step_goes_on_without_the_absent(mode, enough, too_much):
+    """top1: 2 of 3 rows answered. soft: here has .9 + .2 + .6 = 1.7 of 3, .5667. Who is absent is nobody's 0."""
+    reward, pauses, told = waiting(Away({"there": 1}), enough, mode=mode)
+    expected = [1.0, None if mode == "top1" else 2.0, 3.0]
+    assert ask(reward, ["a", "b", "c"]) == approx(expected)
+    assert (pauses, told) == ([], [])
+    reward, pauses, _ = waiting(Away({"there": 1}), too_much, mode=mode)
+    assert ask(reward, ["a", "b", "c"])[1] == approx({"top1": -2.0, "soft": -1.2}[mode])
+    assert pauses == [1.0]
+
+
+def test_the_quorum_may_be_reached_before_all_are_back():
+    """Both gone; here, two of three rows, comes back first. The warning is of there alone, when the step goes on."""
+    reward, pauses, _ = waiting(Away({"here": 2, "there": 9}), 0.5)
+    with pytest.warns(DataWarning) as told:
+        assert ask(reward, ["a", "b", "c"]) == [1.0, None, 3.0]
+    assert pauses == [1.0, 2.0]
+    assert [str(w.message) for w in told] == ["site there gave no answer (gone); it counts as absent there, not as 0"]
+
+
+def test_pauses_grow_to_a_minute_and_a_word_comes_now_and_then():
+    """Twelve tries fail: before the next ones 1, 2, 4, … 32 s, then 60 s."""
+    reward, pauses, told = waiting(Away({"there": 12}), 1.0)
+    assert ask(reward, ["b"]) == [-2.0]
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0] + [60.0] * 6
+    assert told[1:-1] == ["still waiting for there, after 10 tries"]
+
+
+@pytest.mark.parametrize(
+    "there",
+    [gone, judge({"b": math.nan}), lambda request: ScoreReply(request.id, []), lambda request: CardRequest(request.id)],
+    ids=["error", "nan", "shape", "kind"],
+)
+@absent
+def test_a_site_that_fails_is_not_waited_for(there, caplog):
+    reward, pauses, told = waiting(spy(there=there), 1.0)
+    assert ask(reward, ["a", "b"]) == [1.0, None]
+    assert (pauses, told) == ([], [])
+
+
+@absent
+def test_a_site_that_comes_back_broken_ends_the_wait(caplog):
+    reward, pauses, told = waiting(Away({"there": 1}, there=gone), 1.0)
+    assert ask(reward, ["a", "b"]) == [1.0, None]
+    assert pauses == [1.0] and told[-1] == "the wait for sites is over"
+
+
+def test_ctrl_c_ends_the_wait():
+    reward = FederatedReward(
+        Away({"there": 9}), route, quorum=1.0, pause=lambda seconds: signal.raise_signal(signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ask(reward, ["b"])
+
+
+def test_only_a_step_waits():
+    """`ask` is for those who look at scores, and asks once."""
+    reward, pauses, _ = waiting(Away({"there": 1}), 1.0)
+    groups = reward.group([[{"role": "user", "content": "what?"}]], ["b"], {"image": [RED]})
+    with pytest.warns(DataWarning, match="site there gave no answer"):
+        scores = reward.ask(groups, torch.ones(1, 2, dtype=torch.bool))
+    assert scores[0, 0] == 2.0 and scores[0, 1].isnan() and pauses == []
 
 
 def stock_arguments(folder):

@@ -8,10 +8,12 @@ from transformers import modeling_utils
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataWarning, RunError
+from accord.federation.engine import InProcessEngine
 from accord.models.load import LoraSettings, load_vlm, save_vlm
 from accord.pipeline import alignment
-from accord.pipeline.alignment import _newest_checkpoint, greedy, run_grpo
-from accord.recipe import Policy
+from accord.pipeline.alignment import _newest_checkpoint, federated_reward, greedy, run_grpo
+from accord.pipeline.routing import constant_router
+from accord.recipe import Policy, Routing
 from accord.runs import read_lines
 
 
@@ -137,3 +139,12 @@ def test_the_policy_answers_as_many_questions_at_once_as_the_recipe_says(job, as
     recipe = replace(job.recipe, alignment=replace(job.recipe.alignment, questions_at_once=2))
     assert greedy(None, None, [ask(n) for n in range(5)], recipe) == ["red"] * 5
     assert sizes == [(5, 2)]
+
+
+def test_a_run_waits_as_its_recipe_says_and_tells_it_on_standard_error(job, ask, llava, capsys):
+    job.recipe = replace(job.recipe, policy=Policy(llava), routing=Routing(quorum=0.7))
+    job.questions = {"public": [ask(1)]}
+    reward = federated_reward(job, InProcessEngine({}), constant_router([1.0]))
+    capsys.readouterr()  # the encoder's loading
+    reward.tell("waiting for [b]")
+    assert reward.quorum == 0.7 and capsys.readouterr() == ("", "waiting for [b]\n")

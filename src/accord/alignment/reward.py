@@ -14,15 +14,21 @@ Absent is not zero. `missing="none"`, the default, returns None: TRL leaves a ro
 group's mean and deviation and gives it advantage zero. Beside further reward functions TRL's sum counts the None as 0;
 there use `missing="group_mean"`, which gives it the mean of its group's rewards, at the price of a smaller deviation
 (a group that nobody scored gets the mean of all that were).
+
+Where many are absent a step would be taken on the word of a few. So below a quorum, a share of the routing weight, the
+step waits for sites that may come back; what is absent once it goes on stays absent.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import math
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias, cast
 
 import torch
@@ -32,12 +38,14 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
 from accord.errors import DataError
-from accord.federation.asking import ask_scores
+from accord.federation.asking import Patience, Scores, ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
 from accord.types import ImageSource, Message, Prompt
+
+logger = logging.getLogger(__name__)
 
 Mode: TypeAlias = Literal["top1", "soft"]
 Scope: TypeAlias = Literal["completion", "prompt"]
@@ -52,6 +60,16 @@ class Group:
     data: bytes  # the image as it travels
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
+
+
+@dataclass(frozen=True)
+class ScoreQuery:
+    """What is asked about the completions of a step, and of whom."""
+
+    groups: Sequence[Group]
+    weights: Tensor  # [M, K] over the distinct completions of all groups
+    requests: dict[str, ScoreRequest]
+    places: dict[str, list[list[int]]]  # of every item of a site's request, its rows of `weights`
 
 
 class FederatedReward:
@@ -69,6 +87,10 @@ class FederatedReward:
         missing: what a completion gets that no site scored (see the module's docstring).
         sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
             as PNG.
+        quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on,
+            as long as there are sites to wait for: those that are gone or late. 0 waits for nobody.
+        tell: called when a wait begins, now and then while it lasts, and when it is over.
+        pause: waits for some seconds between two tries.
     """
 
     __name__ = "federation"  # TRL names its metrics after it
@@ -86,6 +108,9 @@ class FederatedReward:
         deadline: float | None = None,
         missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
+        quorum: float = 0.0,
+        tell: Callable[[str], object] = logger.warning,
+        pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self.engine = engine
         self.router = router
@@ -97,6 +122,9 @@ class FederatedReward:
         self.deadline = deadline
         self.missing = missing
         self.sources = sources or {}
+        self.quorum = quorum
+        self.tell = tell
+        self.pause = pause
         self._asked = 0
 
     def __call__(
@@ -164,27 +192,31 @@ class FederatedReward:
 
         Returns the weights used and the scores, both `[M, K]`; NaN where a site was not asked or is absent.
         """
-        sizes = [len(group.candidates) for group in groups]
-        candidates = [group.candidates for group in groups]
-        weights = self.router([g.prompt for g in groups], [g.image for g in groups], candidates)
-        if self.scope == "prompt":
-            weights = per_prompt(weights, sizes)
-        if self.mode == "top1":
-            weights = top1(weights)
-        return weights, self.ask(groups, weights > 0)
+        query = self._query(groups, self._route(groups))
+        return query.weights, self._scores(query, Patience(partial(self._whom, query), self.tell, self.pause))
 
     def ask(self, groups: Sequence[Group], wanted: Tensor) -> Tensor:
-        """Ask the sites for the scores that are `wanted` `[M, K]`; return `[M, K]` with NaN where there is none."""
-        scores = torch.full(wanted.shape, torch.nan)
+        """Ask the sites once for what is `wanted` `[M, K]`; return the scores `[M, K]`, NaN where there is none."""
+        return self._scores(self._query(groups, wanted))
+
+    def _route(self, groups: Sequence[Group]) -> Tensor:
+        """Return the weights used, `[M, K]`."""
+        weights = self.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
+        if self.scope == "prompt":
+            weights = per_prompt(weights, [len(group.candidates) for group in groups])
+        return top1(weights) if self.mode == "top1" else weights
+
+    def _query(self, groups: Sequence[Group], weights: Tensor) -> ScoreQuery:
+        """Put into words what is asked of every site: whatever has weight there."""
         requests: dict[str, ScoreRequest] = {}
-        places: dict[str, list[list[int]]] = defaultdict(list)  # per item of a site's request: its rows in `scores`
+        places: dict[str, list[list[int]]] = defaultdict(list)
         self._asked += 1
         for k, site in enumerate(self.engine.sites):
             images: dict[str, bytes] = {}
             items: list[ScoreItem] = []
             start = 0
             for group in groups:
-                rows = [start + i for i in range(len(group.candidates)) if wanted[start + i, k]]
+                rows = [start + i for i in range(len(group.candidates)) if weights[start + i, k] > 0]
                 start += len(group.candidates)
                 if rows:
                     name = image_name(group.data)
@@ -194,13 +226,34 @@ class FederatedReward:
                     places[site].append(rows)
             if items:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
-        consequence = "it counts as absent there, not as 0"
-        for site, checked in ask_scores(self.engine, requests, consequence=consequence, deadline=self.deadline).items():
+        return ScoreQuery(groups, weights, requests, places)
+
+    def _scores(self, query: ScoreQuery, patience: Patience | None = None) -> Tensor:
+        """Ask; return the scores `[M, K]`."""
+        given = ask_scores(
+            self.engine,
+            query.requests,
+            consequence="it counts as absent there, not as 0",
+            deadline=self.deadline,
+            patience=patience,
+        )
+        return self._table(query, given)
+
+    def _table(self, query: ScoreQuery, given: Mapping[str, Scores]) -> Tensor:
+        """Put the sites' scores in their places `[M, K]`, NaN where there is none."""
+        scores = torch.full(query.weights.shape, torch.nan)
+        for site, of_site in given.items():
             k = list(self.engine.sites).index(site)
-            for rows, values in zip(places[site], checked, strict=True):
+            for rows, values in zip(query.places[site], of_site, strict=True):
                 if values is not None:
                     scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
         return scores
+
+    def _whom(self, query: ScoreQuery, given: Mapping[str, Scores], may_return: Collection[str]) -> Collection[str]:
+        """Return whom to wait for: all that may return, as long as the quorum is not reached."""
+        weights = query.weights.double().clamp(min=0)  # what is asked has weight
+        answered = weights[self._table(query, given).isfinite()].sum()
+        return may_return if answered < self.quorum * weights.sum() else ()
 
     def _finish(
         self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None

@@ -1,14 +1,19 @@
 """Ask sites and check what they say; who says nothing that can be used is absent, and the run goes on without it.
 
 A site that did not answer and one whose reply breaks the rules are the same to an algorithm: both are left out, both
-count as absences in the engine's traffic, and both are told in a warning that says what follows.
+count as absences in the engine's traffic, and both are told in a warning that says what follows. They differ in what
+waiting is worth: a site that is gone or late may come back, one that fails or breaks the rules would do so again.
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias, TypeVar
+
+import msgspec
 
 from accord.errors import CheckpointError, DataWarning, ReplyError
 from accord.federation.engine import KINDS, Engine
@@ -16,6 +21,33 @@ from accord.federation.messages import Absence, Reply, Request, ScoreRequest, ch
 
 Asked = TypeVar("Asked", bound=Request)
 Checked = TypeVar("Checked")
+Replies: TypeAlias = Mapping[str, Reply | Absence]
+Scores: TypeAlias = list[list[float] | None]
+"""Of every item of a request; None for an item with a score that is not finite."""
+
+MAY_RETURN: Final = ("gone", "late")
+"""Reasons of an absence that waiting may end."""
+
+PAUSES: Final = (1.0, 60.0)
+"""Seconds before the second try, and at most before any; they double."""
+
+TELL_EVERY: Final = 10
+"""Tries between two words about a wait: some four minutes at first, then ten."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Whether and how to wait for sites that may come back; Ctrl-C ends the wait.
+
+    Attributes:
+        whom: gets the scores so far and the absent sites that may come back; returns whom to wait for, or nobody.
+        tell: called with what a person should know.
+        pause: waits for some seconds.
+    """
+
+    whom: Callable[[Mapping[str, Scores], Collection[str]], Collection[str]]
+    tell: Callable[[str], object]
+    pause: Callable[[float], object] = time.sleep
 
 
 def ask_checked(
@@ -37,10 +69,73 @@ def ask_checked(
         consequence: what follows from an absence, "the router was averaged without it", for the warning.
         deadline: seconds to wait for the sites.
     """
+    replies = engine.ask(requests, deadline=deadline)
+    _warn_absent(_absences(replies), consequence)
+    return _check(engine, requests, replies, check, what, consequence)
+
+
+def ask_scores(
+    engine: Engine,
+    requests: Mapping[str, ScoreRequest],
+    *,
+    consequence: str,
+    deadline: float | None = None,
+    replies: Replies | None = None,
+    patience: Patience | None = None,
+) -> dict[str, Scores]:
+    """Return each site's scores of every item of its request.
+
+    Args:
+        engine: carries the requests.
+        requests: one for each site.
+        consequence: as in `ask_checked`.
+        deadline: seconds to wait for the sites.
+        replies: what the sites have said, if they have been asked already.
+        patience: for sites that may come back, which are then asked again; without it every site is asked once.
+    """
+    if replies is None:
+        replies = engine.ask(requests, deadline=deadline)
+    scores: dict[str, Scores] = {}
+    absent: dict[str, Absence] = {}
+    tries, pause, asked = 1, PAUSES[0], requests
+    while True:
+        absent = {site: absence for site, absence in absent.items() if site not in replies} | _absences(replies)
+        given = _check(engine, asked, replies, check_scores, "scores", consequence)
+        for site, of_site in given.items():
+            if None in of_site:
+                engine.traffic.counts[site, "score"].absences += 1
+                _warn(site, "sent a score that is not finite", consequence)
+        scores |= given
+        may_return = [site for site, absence in absent.items() if absence.reason in MAY_RETURN]
+        if patience is None or not (waited_for := patience.whom(scores, may_return)):
+            break
+        if tries == 1:
+            patience.tell(f"too few sites answered: waiting for {', '.join(waited_for)}; Ctrl-C ends the run")
+        elif tries % TELL_EVERY == 0:
+            patience.tell(f"still waiting for {', '.join(waited_for)}, after {tries} tries")
+        patience.pause(pause)
+        tries, pause = tries + 1, min(2 * pause, PAUSES[1])
+        asked = {
+            site: msgspec.structs.replace(requests[site], id=f"{requests[site].id}-{tries}") for site in may_return
+        }
+        replies = engine.ask(asked, deadline=deadline)
+    if patience is not None and tries > 1:
+        patience.tell("the wait for sites is over")
+    _warn_absent(absent, consequence)
+    return scores
+
+
+def _check(
+    engine: Engine,
+    requests: Mapping[str, Asked],
+    replies: Replies,
+    check: Callable[[Asked, Reply], Checked],
+    what: str,
+    consequence: str,
+) -> dict[str, Checked]:
     checked: dict[str, Checked] = {}
-    for site, reply in engine.ask(requests, deadline=deadline).items():
+    for site, reply in replies.items():
         if isinstance(reply, Absence):
-            _warn(site, f"gave no answer ({reply.reason})", consequence)
             continue
         try:
             checked[site] = check(requests[site], reply)
@@ -50,23 +145,13 @@ def ask_checked(
     return checked
 
 
-def ask_scores(
-    engine: Engine, requests: Mapping[str, ScoreRequest], *, consequence: str, deadline: float | None = None
-) -> dict[str, list[list[float] | None]]:
-    """Return each site's scores of every item of its request; None for an item with a score that is not finite.
+def _absences(replies: Replies) -> dict[str, Absence]:
+    return {site: reply for site, reply in replies.items() if isinstance(reply, Absence)}
 
-    Args:
-        engine: carries the requests.
-        requests: one for each site.
-        consequence: as in `ask_checked`.
-        deadline: seconds to wait for the sites.
-    """
-    scores = ask_checked(engine, requests, check_scores, what="scores", consequence=consequence, deadline=deadline)
-    for site, of_site in scores.items():
-        if None in of_site:
-            engine.traffic.counts[site, "score"].absences += 1
-            _warn(site, "sent a score that is not finite", consequence)
-    return scores
+
+def _warn_absent(absences: Mapping[str, Absence], consequence: str) -> None:
+    for site, absence in absences.items():
+        _warn(site, f"gave no answer ({absence.reason})", consequence)
 
 
 def _warn(site: str, what: str, consequence: str) -> None:

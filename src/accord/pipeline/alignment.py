@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias
 
+from rich.console import Console
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import (
@@ -114,7 +115,14 @@ def _reward(
         deadline=recipe.routing.deadline,
         unfinished=recipe.scores.low if recipe.scores else None,
         sources=sources,
+        quorum=recipe.routing.quorum,
+        tell=_tell,
     )
+
+
+def _tell(line: str) -> None:
+    """Say a line on standard error, above a progress bar if there is one."""
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:
