@@ -84,6 +84,8 @@ def site(**fields):
         ({"routing": {"deadline": 0.0}}, "[routing] deadline must be above 0, got 0.0; raise deadline"),
         ({"routing": {"deadline": -1.0}}, "deadline must be at least 0, got -1.0"),
         ({"routing": {"deadline": INF}}, "deadline must be finite, got inf"),
+        ({"routing": {"quorum": 1.01}}, "quorum must be in [0, 1], got 1.01; correct routing.quorum"),
+        ({"routing": {"quorum": -0.01}}, "quorum must be in [0, 1], got -0.01"),
         ({"pretrain": {"vision_steps": 0}}, "[pretrain] vision_steps must be at least 1, got 0"),
         ({"pretrain": {"vision_learning_rate": INF}}, "vision_learning_rate must be finite, got inf"),
         ({"aligment": {}}, "aligment is not a setting; did you mean alignment?"),
