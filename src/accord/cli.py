@@ -2,6 +2,10 @@
 
     accord demo                              the main job with the embedded defaults
     accord run RECIPE                        a whole recipe
+    accord provision CONSORTIUM              the start-up kits of a consortium, one for each organisation
+    accord server start KIT                  a consortium's server
+    accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
+    accord site status FOLDER                what was asked of the site, and how many bytes left it
     accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
@@ -25,7 +29,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +39,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from accord.errors import AccordError, DataError, DataWarning, RunError
+from accord.flare.cli import provision_command, server_app
+from accord.flare.site_cli import site_check, site_join, site_status
 
 if TYPE_CHECKING:
     from accord.pipeline import Job
@@ -48,7 +55,20 @@ site_app = typer.Typer(no_args_is_help=True, help="What a site does.")
 router_app = typer.Typer(no_args_is_help=True, help="The router.")
 app.add_typer(site_app, name="site")
 app.add_typer(router_app, name="router")
+app.add_typer(server_app, name="server")
+app.command("provision")(provision_command)
+site_app.command("check")(site_check)
+site_app.command("join")(site_join)
+site_app.command("status")(site_status)
 console = Console(stderr=True, soft_wrap=True)
+
+
+class EngineName(StrEnum):
+    """What `--engine` may say."""
+
+    in_process = "in-process"
+    flare = "flare"
+
 
 RecipeFile = Annotated[Path, typer.Argument(help="the recipe, a TOML file")]
 SiteName = Annotated[str, typer.Argument(help="the site's name in the recipe")]
@@ -110,8 +130,17 @@ def _settle(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None, quiet: bool) -> Iterator[Job]:
-    """Open the run of a recipe."""
+def _job(
+    recipe_file: Path,
+    out: Path | None,
+    *,
+    resume: bool,
+    seed: int | None,
+    quiet: bool,
+    alone: str = "",
+    kits: tuple[Path, Path | None] | None = None,
+) -> Iterator[Job]:
+    """Open the run of a recipe; with the server's and the operator's kit, of sites that are other organisations'."""
     from dataclasses import replace
 
     from accord.pipeline.job import open_job
@@ -126,17 +155,35 @@ def _job(recipe_file: Path, out: Path | None, *, resume: bool, seed: int | None,
     folder = out or Path("runs") / recipe.name
     text = dump_toml(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
-    with open_job(recipe, run, quiet=quiet) as job:
-        yield job
+    with ExitStack() as stack:
+        engine = None
+        if kits is not None:
+            from accord.flare.launch import open_engine
+
+            names = [site.name for site in recipe.sites]
+            engine = stack.enter_context(open_engine(*kits, names, tell=lambda line: _tell(line, quiet=quiet)))
+        yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
 
 
-def _whole(recipe: Path, out: Path | None, resume: bool, seed: int | None, quiet: bool) -> None:
+def _tell(line: str, *, quiet: bool) -> None:
+    if not quiet:
+        console.print(f"[dim]{escape(line)}[/]", highlight=False)
+
+
+def _whole(
+    recipe: Path,
+    out: Path | None,
+    resume: bool,
+    seed: int | None,
+    quiet: bool,
+    kits: tuple[Path, Path | None] | None = None,
+) -> None:
     from accord.evaluation.account import tell
     from accord.evaluation.summary import read_summary
     from accord.evaluation.trace import read_metrics
     from accord.pipeline import execute
 
-    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet) as job:
+    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, kits=kits) as job:
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
     typer.echo(account.verdict)
@@ -151,9 +198,22 @@ def demo(out: Out = None, resume: Resume = False, seed: Seed = None, quiet: Quie
 
 
 @app.command()
-def run(recipe: RecipeFile, out: Out = None, resume: Resume = False, seed: Seed = None, quiet: Quiet = False) -> None:
+def run(
+    recipe: RecipeFile,
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="how the sites are reached; flare: they are other organisations'")
+    ] = EngineName.in_process,
+    kit: Annotated[Path, typer.Option("--kit", help="with flare: the server's start-up kit")] = Path("kits/server"),
+    operator: Annotated[
+        Path | None, typer.Option("--operator", help="with flare: the operator's kit; by default beside the server's")
+    ] = None,
+) -> None:
     """Run a whole recipe."""
-    _whole(recipe, out, resume, seed, quiet)
+    _whole(recipe, out, resume, seed, quiet, (kit, operator) if engine is EngineName.flare else None)
 
 
 @app.command()
@@ -165,13 +225,15 @@ def plan(recipe: RecipeFile) -> None:
     typer.echo(describe(load_recipe(recipe)))
 
 
-def _stage(recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None]) -> None:
+def _stage(
+    recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None], *, alone: str = ""
+) -> None:
     """Run one stage in the recipe's run folder, made if it is not there."""
     from accord.recipe import load_recipe
     from accord.runs import something_done
 
     folder = out or Path("runs") / load_recipe(recipe).name
-    with _job(recipe, out, resume=something_done(folder), seed=seed, quiet=quiet) as job:
+    with _job(recipe, out, resume=something_done(folder), seed=seed, quiet=quiet, alone=alone) as job:
         stage(job)
     typer.echo(f"done: {folder}")
 
@@ -181,7 +243,7 @@ def site_train(recipe: RecipeFile, name: SiteName, out: Out = None, seed: Seed =
     """Train one site's reward model on its private pairs."""
     from accord.pipeline import train_site
 
-    _stage(recipe, out, seed, quiet, lambda job: train_site(job, name))
+    _stage(recipe, out, seed, quiet, lambda job: train_site(job, name), alone=name)
 
 
 @router_app.command("train")

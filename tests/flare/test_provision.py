@@ -51,7 +51,7 @@ def local(kits: Path, name: str, file: str) -> dict[str, object]:
 
 def test_the_example_is_a_consortium():
     """The recipe's three sites of `demo`, on this machine."""
-    example = load_consortium(ROOT / "recipes" / "consortium.toml")
+    example = load_consortium(ROOT / "examples" / "consortium.toml")
     assert [site.name for site in example.sites] == ["colour", "shape", "yes-no"]
     assert (example.server.address, example.server.listen) == ("localhost", "127.0.0.1")
     assert example.admin == "operator@accord.local"
@@ -337,7 +337,7 @@ def app() -> typer.Typer:
 
 
 def test_the_command_says_whose_each_kit_is(app, tmp_path):
-    example = ROOT / "recipes" / "consortium.toml"
+    example = ROOT / "examples" / "consortium.toml"
     result = CliRunner().invoke(
         app, ["provision", str(example), "--out", str(tmp_path / "kits")], catch_exceptions=False
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import secrets
 import socket
 import tempfile
 import threading
@@ -25,6 +26,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Final, Protocol
+
+import msgspec
 
 from accord.errors import RunError
 from accord.federation.engine import KINDS, Outbox, Traffic
@@ -59,8 +62,8 @@ class Launcher(Protocol):
         """Start the job in that folder; raises `ConnectionError` where FLARE's server cannot be reached."""
         ...
 
-    def connected(self) -> set[str]:
-        """Return the names of the sites that are there; raises `ConnectionError` like `submit`."""
+    def connected(self) -> dict[str, float]:
+        """Return the sites that are there, and when each was last heard of; raises `ConnectionError` like `submit`."""
         ...
 
     def close(self) -> None:
@@ -194,7 +197,8 @@ class FlareEngine:
         self._outbox = Outbox()
         self._listener = listen(folder / SERVER_SOCKET)
         self._segment: Segment | None = None
-        self._connected: set[str] = set()
+        self._connected: dict[str, float] = {}
+        self._missed: dict[str, float] = {}  # by site that was given up, when it had last been heard of then
         self._pause, self._next_renewal = RETRY[0], 0.0
         self._closed = threading.Event()
         self._asking = threading.Lock()
@@ -245,9 +249,20 @@ class FlareEngine:
             self.traffic.add(site, KINDS[type(request).__name__], 0, 0, absent=True)
             return Absence(site, "gone")
         end = time.monotonic() + seconds
-        return self._outbox.exchange(
-            site, request, lambda data: segment.call(site, data, max(0.001, end - time.monotonic())), self.traffic
+        # Never used before, so that an earlier reply, whoever sends it again, answers nothing.
+        stamped = msgspec.structs.replace(request, id=f"{request.id}.{secrets.token_hex(8)}")
+        reply = self._outbox.exchange(
+            site, stamped, lambda data: segment.call(site, data, max(0.001, end - time.monotonic())), self.traffic
         )
+        if isinstance(reply, Absence):
+            if not segment.reaches(site):
+                self._missed[site] = self._connected.get(site, 0.0)
+            return reply
+        self._missed.pop(site, None)
+        if reply.id != stamped.id:
+            self.traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+            return Absence(site, "invalid")
+        return msgspec.structs.replace(reply, id=request.id)
 
     def _settled(self) -> Segment:
         """Return a segment that reaches every site that is there, a new one if need be."""
@@ -265,7 +280,9 @@ class FlareEngine:
     def _waiting(self, segment: Segment | None) -> set[str]:
         if segment is None:
             return set()
-        return {site for site in self._connected if site in self._sites and not segment.reaches(site)}
+        lost = {site: heard for site, heard in self._connected.items() if not segment.reaches(site)}
+        # FLARE goes on listing a site that was killed: only one that has been heard of since is there.
+        return {site for site, heard in lost.items() if site in self._sites and heard > self._missed.get(site, 0.0)}
 
     def _renew(self, waiting: set[str]) -> Segment:
         first = self._segment is None
@@ -274,7 +291,8 @@ class FlareEngine:
         began, told = time.monotonic(), ""
         while time.monotonic() - began < self._give_up and not self._closed.is_set():
             try:
-                there = self._launcher.connected() & set(self._sites)
+                heard = self._launcher.connected()
+                there = {s for s in self._sites if s in heard and heard[s] > self._missed.get(s, 0.0)}
                 missing = set(self._sites) - there
                 patient = first and time.monotonic() - began < self._wait
                 if there and not (missing and patient):
@@ -316,4 +334,4 @@ class FlareEngine:
                 self._connected = self._launcher.connected()
             except Exception as error:  # the next question meets it, and says so
                 logger.info("cannot see who is there: %s", type(error).__name__)
-                self._connected = set()
+                self._connected = {}

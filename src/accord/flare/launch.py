@@ -16,14 +16,35 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from accord.errors import RunError
-from accord.flare.engine import SERVER_CLASSES, SITE_CLASSES
-from accord.flare.frames import SOCKETS_VARIABLE
+from accord.flare.engine import SERVER_CLASSES, SITE_CLASSES, FlareEngine
+from accord.flare.frames import SOCKETS_VARIABLE, socket_folder
+from accord.flare.kit import kit_of, require_flare
 from accord.runs import write_atomic
 
 HEARTBEAT: Final = 45.0
 """Seconds since a site's last word to FLARE's server after which it counts as gone."""
 
 T = TypeVar("T")
+
+
+def open_engine(
+    kit: Path, operator: Path | None, sites: Sequence[str], *, tell: Callable[[str], object]
+) -> FlareEngine:
+    """Open the engine of a consortium, on the machine where its server runs.
+
+    Args:
+        kit: the server's start-up kit.
+        operator: the operator's kit; by default the folder `operator` beside the server's.
+        sites: their names, as in the recipe.
+        tell: called with what a person should know.
+
+    Raises:
+        RunError: a folder is not the kit that it should be, or another run uses this server.
+    """
+    require_flare()
+    if (found := kit_of(kit)).role != "server":
+        raise RunError(f"{kit} is the kit of the {found.role} {found.name}; pass the server's")
+    return FlareEngine(sites, Production(operator or kit.parent / "operator"), socket_folder(kit), tell=tell)
 
 
 class Production:
@@ -46,10 +67,11 @@ class Production:
         """Submit the job."""
         self._call(lambda session: session.submit_job(str(job)))  # type: ignore[attr-defined]
 
-    def connected(self) -> set[str]:
-        """Return the sites that FLARE's server has lately heard of."""
+    def connected(self) -> dict[str, float]:
+        """Return the sites that FLARE's server has lately heard of, and when."""
         info = self._call(lambda session: session.get_system_info())  # type: ignore[attr-defined]
-        return {client.name for client in info.client_info if time.time() - client.last_connect_time < HEARTBEAT}
+        heard = {str(client.name): float(client.last_connect_time) for client in info.client_info}
+        return {site: last for site, last in heard.items() if time.time() - last < HEARTBEAT}
 
     def close(self) -> None:
         """Log out."""
@@ -105,9 +127,9 @@ class Simulator:
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
-    def connected(self) -> set[str]:
+    def connected(self) -> dict[str, float]:
         """Return all sites."""
-        return set(self._sites)
+        return dict.fromkeys(self._sites, time.time())
 
     def close(self) -> None:
         """End the job's process."""

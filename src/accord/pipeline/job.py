@@ -18,7 +18,7 @@ from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_fol
 from accord.data.sites import check_disjoint, share_out
 from accord.errors import DataError, RunError
 from accord.evaluation.accuracy import sample_questions
-from accord.federation.engine import Traffic
+from accord.federation.engine import Engine, Traffic
 from accord.models.load import load_vlm
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.routing.router import Encoder
@@ -105,6 +105,7 @@ class Job:
     run: Run
     quiet: bool = False
     alone: str = ""  # the one site that works here: no questions but its own need be there
+    engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
 
@@ -145,7 +146,8 @@ class Job:
         if self.alone:
             needed = ["private"] if self.site(self.alone).needs_questions else []
             return {"public": [], "dev": [], "test": []} | load_questions(self.recipe.questions, needed)
-        private = ["private"] if any(site.needs_questions for site in self.recipe.sites) else []
+        here = self.engine is None and any(site.needs_questions for site in self.recipe.sites)
+        private = ["private"] if here else []
         return load_questions(self.recipe.questions, [*private, "public", "dev", "test"])
 
     @cached_property
@@ -164,6 +166,8 @@ class Job:
     @cached_property
     def private(self) -> dict[str, list[Question]]:
         """Each site's private questions; none for a site that needs none."""
+        if self.engine is not None:
+            raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         if self.alone:  # who wants none of the questions here has its own elsewhere; the draw is the same without it
@@ -213,10 +217,12 @@ class Job:
 
 
 @contextmanager
-def open_job(recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "") -> Iterator[Job]:
+def open_job(
+    recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "", engine: Engine | None = None
+) -> Iterator[Job]:
     """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
     with run:
-        job = Job(recipe, run, quiet=quiet, alone=alone)
+        job = Job(recipe, run, quiet=quiet, alone=alone, engine=engine)
         try:
             yield job
         finally:

@@ -25,8 +25,9 @@ from accord.types import Prompt, Question, vqa_prompt
 
 
 def train_judges(job: Job) -> None:
-    """Train what every method stands on and is not trained: sites first, then the router."""
-    waiting = [site.name for site in job.recipe.sites if not job.run.done(f"site {site.name}")]
+    """Train what every method stands on and is not trained: sites first, those of this process, then the router."""
+    here = [] if job.engine is not None else job.recipe.sites
+    waiting = [site.name for site in here if not job.run.done(f"site {site.name}")]
     if waiting:
         check_sites(job)
     for name in waiting:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
 from accord.data.sites import check_disjoint
-from accord.errors import DataError, RecipeError
-from accord.federation.engine import InProcessEngine
+from accord.errors import DataError, RecipeError, RunError
+from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
@@ -254,8 +254,17 @@ def open_site(
 
 def open_federation(
     job: Job, *, router_training: bool = False, clipped: bool = True, standardised: bool = True
-) -> InProcessEngine:
-    """Start every site in this process: each with its reward model, and for router training also its pairs."""
+) -> Engine:
+    """Reach the sites: by the job's engine, or start each here with its reward model, and its pairs to train a router.
+
+    Raises:
+        RunError: a site's reward model is missing, or other organisations' sites should send scores in another form.
+    """
+    if job.engine is not None:
+        if not clipped or not standardised:
+            raise RunError("other organisations' sites send standardised, clipped scores only; run it in one process")
+        job.engine.traffic = job.traffic
+        return job.engine
     handlers = {}
     for site in job.recipe.sites:
         job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")

@@ -1,0 +1,201 @@
+"""A consortium on loopback, by the commands of the documentation: real FLARE processes, each site in its own folder."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import tomli_w
+
+from accord.data.easy_vqa import load_easy_vqa
+
+IMAGES = {"base": 10, "private": 40, "public": 12, "dev": 8, "test": 10}
+TUNING = {"steps": 2, "batch_size": 8}
+REWARD = {
+    "steps": 6,
+    "prompts_per_batch": 4,
+    "rejected_per_prompt": 2,
+    "evaluate_every": 3,
+    "evaluate_on": 12,
+    "vocabulary": 13,
+}
+SITES = {"colour": "colour", "shape": "shape", "yes-no": "yes/no"}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def end(process):
+    """Kill a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for each in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
+
+
+class Consortium:
+    """Kits, and the processes of server and sites; `kits` are the start-up kits, `folders` the sites' own."""
+
+    def __init__(self, root, names, folders):
+        self.root, self.names, self.folders = root, names, folders
+        self.kits = root / "kits"
+        self.logs = root / "logs"
+        self.logs.mkdir(parents=True)
+        self.processes = {}
+        self.port = free_port()
+        table = {
+            "name": "trial",
+            "server": {"org": "lead", "address": "localhost", "port": self.port},
+            "sites": [{"name": name, "org": f"hospital_{n}"} for n, name in enumerate(names)],
+        }
+        (root / "consortium.toml").write_text(tomli_w.dumps(table))
+        done = self.accord("provision", root / "consortium.toml", "--out", self.kits)
+        assert done.returncode == 0, done.stderr
+
+    @staticmethod
+    def command(*words):
+        return [str(Path(sysconfig.get_path("scripts")) / "accord"), *map(str, words)]
+
+    def accord(self, *words, timeout=250):
+        """Run a command to its end."""
+        return subprocess.run(
+            self.command(*words), capture_output=True, text=True, timeout=timeout, cwd=self.root, env=ENVIRONMENT
+        )
+
+    def start(self, name, *words):
+        """Start a command under a name, its output in a log."""
+        log = (self.logs / f"{name}.log").open("ab")
+        with log:
+            self.processes[name] = subprocess.Popen(
+                self.command(*words), stdout=log, stderr=log, cwd=self.root, env=ENVIRONMENT, start_new_session=True
+            )
+        return self.processes[name]
+
+    def start_server(self):
+        self.start("server", "server", "start", self.kits / "server")
+
+    def join(self, name):
+        self.start(name, "site", "join", self.kits / name, self.folders[name], "--quiet")
+
+    def kill(self, name):
+        """As if the power had gone."""
+        end(self.processes.pop(name))
+
+    def log(self, name):
+        return (self.logs / f"{name}.log").read_text()
+
+    def await_log(self, name, text, seconds=120):
+        until = time.monotonic() + seconds
+        while text not in self.log(name):
+            ended = self.processes[name].poll()
+            assert ended is None, f"{name} ended with {ended}: {self.log(name)}"
+            assert time.monotonic() < until, f"{text!r} never appeared: {self.log(name)}"
+            time.sleep(0.2)
+
+    def close(self):
+        for name in list(self.processes):
+            self.kill(name)
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="session")
+def vqa_folder(tmp_path_factory):
+    """The questions about the first few images of every split, in Accord's own form."""
+    folder = tmp_path_factory.mktemp("vqa") / "shapes"
+    (folder / "images").mkdir(parents=True)
+    taken = {split: set() for split in IMAGES}
+    lines = []
+    for q in load_easy_vqa():
+        if q.image not in taken[q.split]:
+            if len(taken[q.split]) == IMAGES[q.split]:
+                continue
+            taken[q.split].add(q.image)
+            shutil.copyfile(q.image, folder / "images" / f"{q.split}-{q.image.name}")
+        row = {"id": q.id, "image": f"images/{q.split}-{q.image.name}", "question": q.text, "answer": q.answer}
+        lines.append(json.dumps({**row, "question_type": q.question_type, "split": q.split}) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines))
+    assert Counter(json.loads(line)["split"] for line in lines)["test"] > 60
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(vqa_folder, tmp_path_factory):
+    """A recipe of few steps, in a file."""
+    families = ("accord/llava-siglip-qwen2", "accord/idefics3", "accord/llava-clip-llama")
+    table = {
+        "name": "tiny",
+        "seed": 0,
+        "threads": 1,
+        "questions": [{"kind": "folder", "path": str(vqa_folder)}],
+        "preferences": {"rejected_per_question": 3, "policy_samples": 2},
+        "sites": [
+            {
+                **{"name": name, "checkpoint": checkpoint, "question_types": [kind], "fraction": 0.5},
+                **{"finetune": TUNING, "reward_model": REWARD},
+            }
+            for checkpoint, (name, kind) in zip(families, SITES.items(), strict=True)
+        ],
+        "router": {"layers": 1, "width": 16, "rounds": 2, "local_steps": 1, "pairs_per_batch": 8, "pairs_per_site": 8},
+        "alignment": {
+            **{"steps": 6, "prompts_per_step": 6, "group_size": 4, "evaluate_every": 2, "evaluate_on": 12},
+            "save_every": 1,
+        },
+        "routing": {"mode": "soft", "deadline": 20.0},
+        "evaluation": {"questions": 60, "gallery": 4},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+@pytest.fixture(scope="session")
+def in_process(recipe, tmp_path_factory):
+    """The recipe, run in one process: its folder."""
+    out = tmp_path_factory.mktemp("in-process") / "run"
+    done = subprocess.run(
+        Consortium.command("run", recipe, "--out", out, "--quiet"), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def site_folders(in_process, tmp_path_factory):
+    """A folder for each site, with its own part of the run in one process and nothing else."""
+    folders = {name: tmp_path_factory.mktemp("site") / name for name in SITES}
+    for name, folder in folders.items():
+        shutil.copytree(in_process / "sites" / name, folder / "sites" / name)
+        for file in ("recipe.toml", "manifest.json"):
+            shutil.copyfile(in_process / file, folder / file)
+        (folder / "stages.json").write_text(json.dumps({"done": [f"site {name}"]}))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def consortium(site_folders, tmp_path_factory):
+    """Server and sites, running."""
+    made = Consortium(tmp_path_factory.mktemp("consortium"), tuple(SITES), site_folders)
+    try:
+        made.start_server()
+        made.await_log("server", "listening")
+        for name in made.names:
+            made.join(name)
+        yield made
+    finally:
+        made.close()
