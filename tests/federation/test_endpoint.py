@@ -2,8 +2,8 @@ import logging
 
 import pytest
 
-from accord.federation.endpoint import Endpoint, ImageCache
-from accord.federation.engine import Outbox, Traffic
+from accord.federation.endpoint import Endpoint, ImageCache, image_library
+from accord.federation.engine import ASK_FIRST, Outbox, Traffic
 from accord.federation.messages import (
     Absence,
     CardRequest,
@@ -123,7 +123,7 @@ def test_a_site_that_never_has_the_image_is_absent():
     wire = Wire(lambda data: encode(MissingImages("s", [image_name(RED)])))
     traffic = Traffic()
     assert Outbox().exchange("colour", ask(RED), wire, traffic) == Absence("colour", "invalid")
-    assert len(wire.sent) == 2 and traffic.counts["colour", "score"].absences == 1
+    assert len(wire.sent) == 3 and traffic.counts["colour", "score"].absences == 1
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,31 @@ def test_what_the_carrier_raises_is_an_absence(raised, reason):
     wire = Wire(Endpoint("colour", Judge()))
     outbox.exchange("colour", ask(RED), wire, traffic)
     assert RED in wire.sent[0]  # what was not answered may not have arrived
+
+
+def test_an_image_that_a_site_has_for_itself_need_not_be_sent(tmp_path):
+    """64 KiB and more are asked for by name first; a file that was changed since is no longer that image."""
+    large, other = b"a" * ASK_FIRST, b"b" * ASK_FIRST
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.png").write_bytes(large)
+    library = image_library(tmp_path)
+    assert library == {image_name(large): tmp_path / "deep" / "a.png"}
+    wire = Wire(Endpoint("colour", Judge(), ImageCache(library=library)))
+    outbox, traffic = Outbox(), Traffic()
+    assert outbox.exchange("colour", ask(large), wire, traffic) == ScoreReply("s", [[float(ASK_FIRST)]])
+    assert len(wire.sent) == 1 and len(wire.sent[0]) < 200
+    outbox.exchange("colour", ask(large, other), wire, traffic)
+    assert [(large in data, other in data) for data in wire.sent[1:]] == [(False, False), (False, True)]
+    (tmp_path / "deep" / "a.png").write_bytes(b"another")
+    outbox.exchange("colour", ask(large), wire, traffic)
+    assert large in wire.sent[-1]
+
+
+def test_a_cache_without_room_for_a_request_gets_the_whole_of_it():
+    """Room for one of the two images: the one that it names as missing is not enough."""
+    wire = Wire(Endpoint("colour", Judge(), ImageCache(13)))
+    outbox, traffic = Outbox(), Traffic()
+    outbox.exchange("colour", ask(RED), wire, traffic)
+    outbox.exchange("colour", ask(BLUE), wire, traffic)
+    assert outbox.exchange("colour", ask(RED, BLUE), wire, traffic) == ScoreReply("s", [[11.0], [13.0]])
+    assert [(RED in data, BLUE in data) for data in wire.sent[2:]] == [(False, False), (True, False)]

@@ -9,10 +9,13 @@ which may name a patient's file, goes to the site's own log.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -27,6 +30,7 @@ from accord.federation.messages import (
     check_images,
     decode_request,
     encode,
+    image_name,
 )
 
 logger = logging.getLogger(__name__)
@@ -36,10 +40,16 @@ CACHE_BYTES: Final = 256 * 2**20
 
 
 class ImageCache:
-    """Keep images by name up to a total of `limit` bytes."""
+    """Keep images by name up to a total of `limit` bytes.
 
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
+    Args:
+        limit: of the images that were sent.
+        library: files that the site has anyway, by name, such as those of a public data set; they need no room.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES, library: Mapping[str, Path] | None = None) -> None:
         self.limit = limit
+        self.library = library or {}
         self.size = 0
         self._images: OrderedDict[str, bytes] = OrderedDict()
 
@@ -50,7 +60,12 @@ class ImageCache:
         """Return an image, which is then the last to go; None if it is not kept."""
         if name in self._images:
             self._images.move_to_end(name)
-        return self._images.get(name)
+            return self._images[name]
+        if name in self.library:
+            with contextlib.suppress(OSError):
+                data = self.library[name].read_bytes()
+                return data if image_name(data) == name else None  # a file that was changed since is another image
+        return None
 
     def put(self, name: str, data: bytes) -> None:
         """Keep an image; one that is larger than the whole cache is not kept."""
@@ -62,6 +77,16 @@ class ImageCache:
         while self.size > self.limit:
             _, dropped = self._images.popitem(last=False)
             self.size -= len(dropped)
+
+
+def image_library(folder: Path) -> dict[str, Path]:
+    """Return the files below `folder` by the names under which they would travel, their SHA-256."""
+    library = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                library[hashlib.file_digest(file, "sha256").hexdigest()] = path
+    return library
 
 
 class Endpoint:
