@@ -214,6 +214,16 @@ class FlareEngine:
         """The sites that the present segment reaches."""
         return {site for site in self._sites if self._segment is not None and self._segment.reaches(site)}
 
+    @property
+    def heard(self) -> dict[str, float]:
+        """The sites that FLARE's server knows to be there, and when each was last heard of."""
+        return dict(self._connected)
+
+    @property
+    def given_up(self) -> set[str]:
+        """The sites that missed their deadlines, and have not been heard of since."""
+        return {site for site, heard in list(self._missed.items()) if self._connected.get(site, 0.0) <= heard}
+
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Ask all sites at once; a request without a deadline gets `DEADLINE` seconds.
 
