@@ -189,7 +189,7 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
         disable_tqdm=True,
         save_strategy="steps" if config.save_every else "no",
         save_steps=max(config.save_every, 1),
-        save_total_limit=2,
+        save_total_limit=3,  # `run_grpo` keeps two, and removes the oldest only once the newest is sealed
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -315,7 +315,7 @@ def align(
         measure: accuracy by question type on held-out questions, for the curve.
         log: receives one record per step, and one per point of the curve.
         callbacks: further trainer callbacks, such as a progress bar.
-        resume: continue from the newest checkpoint in `out`.
+        resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.checkpoints`).
 
     Raises:
         RecipeError: the adapter's `target_modules` fit nothing in the policy.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,8 @@ from transformers import (
 
 from accord.alignment.grpo import RewardFunction, align
 from accord.alignment.reward import FederatedReward, Mode, Scope
-from accord.errors import DataWarning, RunError
+from accord.checkpoints import keep_newest, newest_good, seal, step_of
+from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
 from accord.federation.engine import Engine, InProcessEngine
 from accord.models.generate import answer
@@ -53,8 +54,9 @@ def align_policy(job: Job) -> None:
         reward = federated_reward(job, engine, router)
         model, processor = run_grpo(job, "align", reward)
         save_vlm(model, processor, job.path / "policy")
-        shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)
         save_traffic(job, "align")
+    # Not before the stage is done: killed in between, a run would have every step to do again.
+    shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)
 
 
 def federated_reward(
@@ -153,6 +155,20 @@ class _SaveMemory(TrainerCallback):
         write_atomic(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / MEMORY, save(known))
 
 
+class _Seal(TrainerCallback):
+    """Seal every checkpoint; the last of the callbacks, for a file that is written later would count as damage."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        out = Path(str(args.output_dir))
+        with (self.job.path / "metrics.jsonl").open("rb") as records:
+            os.fsync(records.fileno())  # those of the steps that a sealed checkpoint makes final
+        seal(out / f"checkpoint-{state.global_step}")
+        keep_newest(out, 2)
+
+
 def run_grpo(
     job: Job,
     stage: str,
@@ -183,9 +199,11 @@ def run_grpo(
     set_seed(recipe.seed)
     model, processor = load_vlm(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
     out = job.path / "checkpoints" / stage
-    last = _newest_checkpoint(out)
+    # The trainer reads optimizer.pt, scheduler.pt and rng_state.pth from there by torch.load (weights only): our own
+    # files in our own run folder. Their hashes, compared here before any is read, show damage and not malice.
+    last = newest_good(out)
     # Records of step 0 are of a reward model that this stage has trained and kept.
-    job.run.truncate(stage, after_step=_step_of(last) if last else 0)
+    job.run.truncate(stage, after_step=step_of(last) if last else 0)
     if last is not None:
         load_traffic(job, last / "traffic.json")
         if memory is not None:
@@ -197,7 +215,7 @@ def run_grpo(
         return {name: right / n for name, (right, n) in counts.items()}
 
     with (
-        full_disk_told(out, clean=lambda: _newest_checkpoint(out)),
+        full_disk_told(out, clean=lambda: newest_good(out)),
         ProgressBarCallback(stage, metrics=("reward", "kl"), quiet=job.quiet) as bar,
     ):
         model = align(
@@ -210,33 +228,16 @@ def run_grpo(
             out=out,
             measure=measure,
             log=lambda record: job.log({"stage": stage, **record}),
-            callbacks=[bar, *callbacks, *([_SaveMemory(memory)] if memory is not None else []), SaveTraffic(job)],
+            callbacks=[
+                bar,
+                *callbacks,
+                *([_SaveMemory(memory)] if memory is not None else []),
+                SaveTraffic(job),
+                _Seal(job),
+            ],
             resume=last is not None,
         )
     return model.to(job.encoder.model.dtype), processor
-
-
-def _newest_checkpoint(out: Path) -> Path | None:
-    """Return the newest complete checkpoint in `out`; remove those after it, which an interruption left half-written.
-
-    The trainer writes `trainer_state.json` last, and our byte counts follow it.
-    """
-    for folder in sorted(out.glob("checkpoint-*"), key=_step_of, reverse=True):
-        missing = [name for name in ("trainer_state.json", "traffic.json") if not (folder / name).is_file()]
-        if not missing:
-            return folder
-        warnings.warn(
-            f"{folder} is incomplete (no {' and no '.join(missing)}) and was removed; "
-            "the alignment goes on from the checkpoint before it, or from its beginning",
-            DataWarning,
-            stacklevel=3,
-        )
-        shutil.rmtree(folder)
-    return None
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def greedy(

@@ -1,0 +1,106 @@
+"""A run killed in its alignment, again and again, ends with the bytes of one that was left alone.
+
+A process dies by SIGKILL at a moment that is drawn from a seed: some while after its n-th touch of a file among the
+checkpoints. So it may die while it takes the folder over, verifies or loads a checkpoint, in a step, or between the
+files of a new checkpoint.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import sys
+
+import pytest
+
+from accord.checkpoints import MANIFEST
+from accord.runs import read_lines
+
+DYING = """
+import os, signal, sys, threading, time
+from accord.cli import main
+
+run, place, count, delay = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+sys.argv = ["accord", *sys.argv[5:]]
+
+def die():
+    time.sleep(delay)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def watch(event, arguments):
+    global count
+    if event == "open" or event.startswith(("os.", "shutil.")):
+        path = str(arguments[0]) if arguments else ""
+        if place in path and path.startswith(run):
+            count -= 1
+            if count == 0:
+                threading.Thread(target=die, daemon=True).start() if delay else die()
+
+sys.addaudithook(watch)
+main()
+"""
+
+APPEARS = ("checkpoint-2/", 1, 0.0)
+"""As the first file of the second checkpoint is opened: its folder is there, and empty."""
+
+
+def moments(seed, count):
+    """Draw moments: to take over, verify and load takes some 45 touches, a step 60 and 0.15 seconds on one core."""
+    draw = random.Random(seed)
+    return [("checkpoints/align/", draw.randint(1, 110), draw.uniform(0.0, 0.2)) for _ in range(count)]
+
+
+def unaligned(run, to):
+    """Copy a finished run as it was before its alignment."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("policy", "align.json", "summary.json", "report.html"))
+    done = json.loads((to / "stages.json").read_text())["done"]
+    assert done[-2:] == ["align", "evaluation"]
+    (to / "stages.json").write_text(json.dumps({"done": done[:-2]}))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (to / "metrics.jsonl").write_text(
+        "".join(x for x in lines if json.loads(x)["stage"] not in ("align", "evaluation"))
+    )
+    return to
+
+
+def fingerprint(run):
+    """Return the hashes of what must be equal, and how often each site was asked and silent.
+
+    Bytes are counted as they were sent: a new process numbers its requests from 1, and sends images again.
+    """
+    files = ("metrics.jsonl", "policy/model.safetensors")
+    rows = json.loads((run / "traffic" / "align.json").read_text())
+    asked = [(site, kind, messages, absences) for site, kind, messages, _, _, absences in rows]
+    return {name: hashlib.sha256((run / name).read_bytes()).hexdigest() for name in files} | {"asked": asked}
+
+
+def kill_until_done(start, recipe, run, whole, deaths):
+    """Kill the run at every moment in turn, then let it end; compare it with the one that was left alone."""
+    command = ["run", recipe, "--out", run, "--resume", "--quiet"]
+    told, unsealed = "", []
+    for place, count, delay in [*deaths, ("never", 1, 0.0)]:
+        process = start([sys.executable, "-c", DYING, run, place, count, delay, *command])
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == (0 if place == "never" else -signal.SIGKILL), err
+        told += err
+        if place.startswith("checkpoint-"):
+            unsealed.append(place.partition("/")[0])
+            left = run / "checkpoints" / "align" / unsealed[-1]
+            assert left.is_dir() and not (left / MANIFEST).exists()
+    assert unsealed and all(f"{name} is incomplete (manifest.json: missing)" in told for name in unsealed)
+    assert fingerprint(run) == fingerprint(whole)
+    attempts = [row["done"] for row in read_lines(run / "timings.jsonl") if row["stage"] == "align"]
+    assert attempts == [True, True]  # that of the copied run, and one: nobody who is killed notes a time
+    assert not (run / "checkpoints" / "align").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_nothing(finished, start, tmp_path):
+    """Once as a checkpoint's folder appears, then three times at random: steps 1 to 4 once each, the same weights."""
+    recipe, whole, _, _ = finished
+    run = unaligned(whole, tmp_path / "run")
+    assert not (run / "policy").exists() and "align" not in (run / "metrics.jsonl").read_text()
+    kill_until_done(start, recipe, run, whole, [APPEARS, *moments(43, 3)])
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if row["stage"] == "align" and "reward" in row]
+    assert steps == [1, 2, 3, 4]
