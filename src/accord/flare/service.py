@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Final, cast
 import torch
 
 from accord.errors import ReplyError, RunError
-from accord.federation.endpoint import Endpoint
+from accord.federation.endpoint import Endpoint, ImageCache, image_library
 from accord.federation.engine import KINDS
 from accord.federation.messages import MissingImages, Refusal, ScoreRequest, decode_reply, decode_request, encode
 from accord.federation.site import Site
@@ -133,6 +133,7 @@ class SiteService:
         path: of the socket.
         limit: bytes of a request at most.
         patience: seconds in which a connection must bring its request, or take its reply.
+        cache: of images.
         on_entry: told every line of the ledger.
     """
 
@@ -144,10 +145,11 @@ class SiteService:
         *,
         limit: int = MAX_FRAME,
         patience: float = PATIENCE,
+        cache: ImageCache | None = None,
         on_entry: Callable[[Entry], None] = lambda _: None,
     ) -> None:
         self.folder, self.path, self.limit, self.patience = folder, path, limit, patience
-        self.endpoint = Endpoint(site.name, site.answer)
+        self.endpoint = Endpoint(site.name, site.answer, cache)
         self._on_entry = on_entry
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -283,6 +285,7 @@ def join(
     folder: Path,
     name: str | None = None,
     *,
+    images: Path | None = None,
     stop: threading.Event | None = None,
     on_start: Callable[[Kit], None] = lambda _: None,
     on_entry: Callable[[Entry], None] = lambda _: None,
@@ -294,6 +297,7 @@ def join(
         kit: the site's start-up kit.
         folder: what `open_site_folder` opens; locked meanwhile.
         name: of the site, by default the kit's; no other is asked by the server.
+        images: a folder of images, below which the server's may be found: those need not be sent.
         stop: set it to leave.
         on_start: told the kit once the model is loaded and the socket is there.
         on_entry: told every line of the ledger.
@@ -318,7 +322,9 @@ def join(
         if (before := read_running(folder)) is not None and before.flare is not None:
             end(*before.flare)  # a service that was killed left it behind
         running = Running(found.name, os.getpid(), now(), str(path))
-        service = SiteService(open_site_folder(folder, found.name), folder, path, on_entry=on_entry)
+        cache = ImageCache(library=image_library(images)) if images is not None else None
+        site = open_site_folder(folder, found.name)
+        service = SiteService(site, folder, path, cache=cache, on_entry=on_entry)
         flare = FlareClient(start_command(found), start_environment(found), found.path / "flare.log", on_flare)
         # FLARE goes last: it carries the reply in hand.
         with _leaving(stop), flare, service:

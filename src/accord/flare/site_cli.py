@@ -83,6 +83,9 @@ def site_join(
     kit: KitFolder,
     folder: SiteFolder,
     name: KitName = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="a folder with images of the server's, which need not be sent then")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="show nothing")] = False,
 ) -> None:
     """Answer a consortium's requests with the site's reward model, until Ctrl-C."""
@@ -93,10 +96,12 @@ def site_join(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     site = _site_kit(kit, name)
+    if images is not None and not images.is_dir():
+        raise RunError(f"{images} is no folder; name one with images, or leave --images out")
     with _view(site, folder, quiet=quiet) as view:
-        join(kit, folder, name, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
+        join(kit, folder, name, images=images, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
     if not quiet:
-        again = shlex.join([Path(sys.argv[0]).name, "site", "join", str(kit), str(folder)])
+        again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         typer.echo(f"left; the same command comes back: {again}")
 
 
