@@ -17,9 +17,9 @@ from accord.types import vqa_prompt
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script, *arguments):
+def run(script, *arguments, launcher=()):
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
+        [sys.executable, *launcher, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=280,
@@ -51,6 +51,18 @@ def test_stock_trl(run_folder, tmp_path):
     asked = {line.split()[0] for line in out.splitlines() if line.endswith(" B")}
     assert asked and asked <= {"colour", "shape", "yes-no"}
     load_vlm(str(tmp_path / "policy"))
+
+
+@pytest.mark.slow
+def test_two_ranks(run_folder):
+    """Every rank ends with the same weights; a site gets at most one message a step, and no answer lacks a score."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    out = run("examples/two_ranks.py", str(run_folder), "--quick", launcher=launcher)
+    weights = re.findall(r"^rank (\d) of 2  weights (\w+)$", out, re.M)
+    assert sorted(rank for rank, _ in weights) == ["0", "1"] and len({digest for _, digest in weights}) == 1
+    assert "steps 2  absent 0.000" in out
+    messages = [int(line.split()[1]) for line in out.splitlines() if line.endswith(" B")]
+    assert messages and max(messages) <= 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

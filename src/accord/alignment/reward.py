@@ -41,6 +41,7 @@ from accord.errors import DataError
 from accord.federation.asking import Patience, Scores, ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.federation.ranks import OneConnection
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
 from accord.types import ImageSource, Message, Prompt
@@ -252,8 +253,14 @@ class FederatedReward:
     def _whom(self, query: ScoreQuery, given: Mapping[str, Scores], may_return: Collection[str]) -> Collection[str]:
         """Return whom to wait for: all that may return, as long as the quorum is not reached."""
         weights = query.weights.double().clamp(min=0)  # what is asked has weight
-        answered = weights[self._table(query, given).isfinite()].sum()
-        return may_return if answered < self.quorum * weights.sum() else ()
+        present = self._table(query, given).isfinite()
+        sums = [weights[present].sum().item(), weights.sum().item()]
+        sums += [float(site in may_return) for site in self.engine.sites]
+        if isinstance(self.engine, OneConnection):  # the step is everybody's: all wait, or none
+            sums = self.engine.total(sums)
+        answered, asked, *missing = sums
+        waited_for = [site for site, ranks in zip(self.engine.sites, missing, strict=True) if ranks]
+        return waited_for if answered < self.quorum * asked else ()
 
     def _finish(
         self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None

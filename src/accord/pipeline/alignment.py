@@ -28,6 +28,7 @@ from accord.checkpoints import keep_newest, newest_good, seal, step_of
 from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
 from accord.federation.engine import Engine, InProcessEngine
+from accord.federation.ranks import OneConnection, rank_and_count
 from accord.models.generate import answer
 from accord.models.load import load_vlm, save_vlm
 from accord.pipeline.job import Job
@@ -81,6 +82,8 @@ def federated_reward(
 def open_reward(folder: Path | str) -> FederatedReward:
     """Open the sites and the router of a run folder as one TRL reward function, for a training script of your own.
 
+    Under `accelerate launch` with several processes all of them call this, and the first alone opens the sites.
+
     Raises:
         RunError: the folder holds no recipe.
         CheckpointError: a site's reward model or the router is missing or damaged.
@@ -91,7 +94,13 @@ def open_reward(folder: Path | str) -> FederatedReward:
             f"{path}: no recipe.toml, so this is not a run folder; make one with `accord demo` or `accord run`"
         )
     recipe = load_recipe(path / "recipe.toml")
-    engine = InProcessEngine({site.name: open_site(recipe, path, site.name).answer for site in recipe.sites})
+    names = [site.name for site in recipe.sites]
+    rank, count = rank_and_count()
+    engine: Engine | None = None
+    if rank == 0:
+        engine = InProcessEngine({name: open_site(recipe, path, name).answer for name in names})
+    if engine is None or count > 1:
+        engine = OneConnection(engine, names)
     encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
     return _reward(recipe, engine, LearnedRouter(encoder, load_router(path / "router")), encoder.model)
 
@@ -118,7 +127,7 @@ def _reward(
         unfinished=recipe.scores.low if recipe.scores else None,
         sources=sources,
         quorum=recipe.routing.quorum,
-        tell=_tell,
+        tell=_tell if rank_and_count()[0] == 0 else lambda _: None,
     )
 
 
@@ -193,8 +202,13 @@ def run_grpo(
         callbacks: further trainer callbacks; what they learn belongs into `memory`.
 
     Raises:
-        RunError: the disk is full; no half-written checkpoint is left.
+        RunError: this is one of several processes, or the disk is full; no half-written checkpoint is left.
     """
+    if (processes := rank_and_count()[1]) > 1:
+        raise RunError(
+            f"a run folder is one process's, and this is one of {processes}; start `accord` without accelerate or "
+            "torchrun, or train with several processes in a script of your own, as examples/two_ranks.py does"
+        )
     recipe = job.recipe
     set_seed(recipe.seed)
     model, processor = load_vlm(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)

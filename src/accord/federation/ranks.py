@@ -1,0 +1,178 @@
+"""One connection to the sites for all processes of a training run.
+
+Under `accelerate launch` with W processes (ranks) each has completions of its own, and TRL calls the reward function
+in each. The sites must not notice: they see one federation that sends them one message a step.
+
+    rank 0 … W−1   their requests, encoded → rank 0
+    rank 0         merges those to one site, an image once; asks; takes the replies apart
+    rank 0 … W−1   ← each its scores; an absence reaches all who asked
+
+Between ranks travels MessagePack in byte tensors, in a group of its own over gloo: torch.distributed's collectives for
+objects pickle, and a backend of GPUs would want the bytes there. Every rank takes part in every question, also with
+nothing to ask, or the others wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Final, cast
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from accord.errors import ReplyError, RunError
+from accord.federation.engine import Engine, Traffic
+from accord.federation.messages import Absence, Reply, Request, ScoreReply, ScoreRequest, check_scores
+
+PATIENCE: Final = timedelta(days=7)
+"""How long ranks wait for each other: rank 0 may wait for sites meanwhile. One that dies is missed at once."""
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What rank 0 tells a rank: what the sites said to it, or why nobody could be asked."""
+
+    replies: dict[str, ScoreReply]
+    absences: dict[str, Absence]
+    problem: str = ""
+
+
+_requests = msgspec.msgpack.Decoder(dict[str, ScoreRequest])
+_answers = msgspec.msgpack.Decoder(Answers)
+
+
+def rank_and_count() -> tuple[int, int]:
+    """Return which process this is, and of how many: by torch.distributed, or before it starts by its launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class OneConnection:
+    """The engine of every rank; rank 0 alone has a real one.
+
+    Args:
+        engine: carries the questions; None on all ranks but 0.
+        sites: the sites' names, `[K]`, in the engine's order.
+
+    Raises:
+        RunError: rank 0 has no engine, another rank has one, or the engine reaches other sites.
+    """
+
+    def __init__(self, engine: Engine | None, sites: Sequence[str]) -> None:
+        rank, _ = rank_and_count()
+        if (engine is None) == (rank == 0):
+            has = "none" if engine is None else "one"
+            raise RunError(f"rank 0 alone has an engine, and rank {rank} was given {has}; pass None on the others")
+        if engine is not None and tuple(engine.sites) != tuple(sites):
+            raise RunError(f"the engine reaches {list(engine.sites)}, not {list(sites)}; name its sites in its order")
+        self.traffic = Traffic() if engine is None else engine.traffic
+        self._engine, self._sites = engine, tuple(sites)
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def sites(self) -> Sequence[str]:
+        """The sites' names, `[K]`."""
+        return self._sites
+
+    def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
+        """Ask together with all other ranks; return the answers to this one's requests.
+
+        Raises:
+            RunError: a request is not for scores, or rank 0 could not ask.
+        """
+        for request in requests.values():
+            if not isinstance(request, ScoreRequest):
+                raise RunError(
+                    f"several processes together ask for scores only, got a {type(request).__name__}; "
+                    "do what asks for it before, in one process"
+                )
+        asked = self._gather(msgspec.msgpack.encode(requests))
+        answers: list[Answers] = []
+        if self._engine is not None:
+            try:
+                answers = _ask(self._engine, [_requests.decode(data) for data in asked], deadline)
+            except Exception as error:
+                self._scatter([Answers({}, {}, str(error) or type(error).__name__) for _ in asked])
+                raise
+        own = _answers.decode(self._scatter(answers))
+        if own.problem:
+            raise RunError(f"rank 0 could not ask the sites: {own.problem}")
+        return {**own.replies, **own.absences}
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over the ranks, the same on all of them."""
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed, group=self._ranks())
+        return cast(list[float], summed.tolist())
+
+    def _ranks(self) -> dist.ProcessGroup:
+        if self._group is None:  # not before the first question: by then the trainer has started torch.distributed
+            if not dist.is_initialized():
+                raise RunError(
+                    "torch.distributed has not started; ask when the trainer is made, and use `accelerate launch`"
+                )
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return self._group
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        """Return every rank's bytes on rank 0, nothing elsewhere."""
+        group, (rank, count) = self._ranks(), rank_and_count()
+        sizes = torch.zeros(count, dtype=torch.int64)
+        sizes[rank] = len(data)
+        dist.all_reduce(sizes, group=group)
+        longest = int(sizes.max())
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count)] if rank == 0 else None
+        dist.gather(_padded(data, longest), parts, dst=0, group=group)
+        return [_cut(part, size) for part, size in zip(parts or (), sizes, strict=False)]
+
+    def _scatter(self, answers: Sequence[Answers]) -> bytes:
+        """Return this rank's share of what rank 0 hands out, one for each rank."""
+        group, (rank, count) = self._ranks(), rank_and_count()
+        encoded = [msgspec.msgpack.encode(each) for each in answers]
+        sizes = torch.tensor([len(data) for data in encoded] if rank == 0 else [0] * count)
+        dist.broadcast(sizes, src=0, group=group)
+        longest = int(sizes.max())
+        own = torch.empty(longest, dtype=torch.uint8)
+        dist.scatter(own, [_padded(data, longest) for data in encoded] if rank == 0 else None, src=0, group=group)
+        return _cut(own, sizes[rank])
+
+
+def _ask(engine: Engine, by_rank: Sequence[Mapping[str, ScoreRequest]], deadline: float | None) -> list[Answers]:
+    """Ask what the ranks want to know; return what each is told."""
+    asking = {site: [n for n, asked in enumerate(by_rank) if site in asked] for site in engine.sites}
+    merged = {site: _merge([by_rank[n][site] for n in ranks]) for site, ranks in asking.items() if ranks}
+    answers = [Answers({}, {}) for _ in by_rank]
+    for site, reply in engine.ask(merged, deadline=deadline).items():
+        said: Reply | Absence = reply
+        if not isinstance(reply, Absence):
+            try:
+                check_scores(merged[site], reply)  # what has another shape cannot be taken apart
+            except ReplyError:
+                engine.traffic.counts[site, "score"].absences += 1
+                said = Absence(site, "invalid")
+        start = 0
+        for n in asking[site]:
+            request = by_rank[n][site]
+            if isinstance(said, ScoreReply):
+                answers[n].replies[site] = ScoreReply(request.id, said.scores[start : start + len(request.items)])
+                start += len(request.items)
+            else:
+                answers[n].absences[site] = cast(Absence, said)
+    return answers
+
+
+def _merge(requests: Sequence[ScoreRequest]) -> ScoreRequest:
+    images = {name: data for request in requests for name, data in request.images.items()}
+    return ScoreRequest(requests[0].id, images, [item for request in requests for item in request.items])
+
+
+def _padded(data: bytes, size: int) -> Tensor:
+    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
+
+
+def _cut(part: Tensor, size: Tensor) -> bytes:
+    return part[: int(size)].numpy().tobytes()

@@ -1,0 +1,309 @@
+"""Two processes over gloo: what each is told, what the sites saw, and that they end with one policy."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from accord.errors import RunError
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import CardRequest
+from accord.federation.ranks import OneConnection, rank_and_count
+
+BEGIN = """
+import json, sys, warnings
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from accord.errors import DataWarning, RunError
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import Absence, CardRequest, ScoreItem, ScoreReply, ScoreRequest, image_name
+from accord.federation.ranks import OneConnection, rank_and_count
+
+out, rank = Path(sys.argv[1]), rank_and_count()[0]
+warnings.simplefilter("always", DataWarning)
+
+def scores(request):
+    return ScoreReply(request.id, [[float(len(c)) for c in item.candidates] for item in request.items])
+
+def broken(request):
+    return ScoreReply(request.id, [[0.0]])
+
+class Spy(InProcessEngine):
+    asked = []
+
+    def ask(self, requests, *, deadline=None):
+        Spy.asked.append({site: [len(r.images), [i.candidates for i in r.items]] for site, r in requests.items()})
+        return super().ask(requests, deadline=deadline)
+
+def start():
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+
+def end(**found):
+    (out / f"{rank}.json").write_text(json.dumps({**found, "asked": Spy.asked}))
+"""
+
+
+def together(tmp_path, script):
+    """Run a script in two processes; return what each wrote in the end."""
+    file = tmp_path / "script.py"
+    file.write_text(BEGIN + textwrap.dedent(script))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(file), str(tmp_path)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_ranks_ask_as_one(tmp_path):
+    """A score is the length of the candidate. Both ask `here` about one picture, and rank 1 about another, too."""
+    one, two = together(
+        tmp_path,
+        """
+        def request(*items):
+            pictures = {image_name(data): data for data, _ in items}
+            return ScoreRequest("r", pictures, [ScoreItem(image_name(data), [], texts) for data, texts in items])
+
+        def told(answers):
+            return {s: a.reason if isinstance(a, Absence) else [a.id, a.scores] for s, a in sorted(answers.items())}
+
+        def away(request):
+            raise OSError("no power")
+
+        sites = {"here": scores, "away": away, "broken": broken}
+        connection = OneConnection(Spy(sites) if rank == 0 else None, list(sites))
+        start()
+        mine = [
+            {"here": request((b"red", ["a", "bb"])), "broken": request((b"red", ["a"]))},
+            {
+                "here": request((b"red", ["ccc"]), (b"blue", ["dddd"])),
+                "away": request((b"red", ["a"])),
+                "broken": request((b"red", ["a"])),
+            },
+        ][rank]
+        both = told(connection.ask(mine))
+        alone = told(connection.ask({} if rank == 0 else {"here": request((b"red", ["a"]))}))
+        nobody = told(connection.ask({}))
+        total = connection.total([1.0 + rank, 10.0])
+        counts = {f"{s} {k}": [c.messages, c.absences] for (s, k), c in connection.traffic.counts.items()}
+        end(both=both, alone=alone, nobody=nobody, total=total, counts=counts)
+        """,
+    )
+    assert one["both"] == {"broken": "invalid", "here": ["r", [[1.0, 2.0]]]}
+    assert two["both"] == {"away": "error", "broken": "invalid", "here": ["r", [[3.0], [4.0]]]}
+    assert (one["alone"], two["alone"]) == ({}, {"here": ["r", [[1.0]]]})
+    assert one["nobody"] == two["nobody"] == {} and one["total"] == two["total"] == [3.0, 20.0]
+    assert one["asked"] == [
+        {
+            "here": [2, [["a", "bb"], ["ccc"], ["dddd"]]],
+            "away": [1, [["a"]]],
+            "broken": [1, [["a"], ["a"]]],
+        },
+        {"here": [1, [["a"]]]},
+        {},
+    ]
+    assert two["asked"] == [] and two["counts"] == {}
+    assert one["counts"] == {"here score": [2, 0], "away score": [1, 1], "broken score": [1, 1]}
+
+
+def test_what_stops_rank_0_stops_all(tmp_path):
+    one, two = together(
+        tmp_path,
+        """
+        class Down(Spy):
+            def ask(self, requests, *, deadline=None):
+                raise RunError("no site for an hour")
+
+        connection = OneConnection(Down({"here": scores}) if rank == 0 else None, ["here"])
+        start()
+        try:
+            connection.ask({})
+        except RunError as error:
+            end(said=str(error))
+        """,
+    )
+    assert one["said"] == "no site for an hour"
+    assert two["said"] == "rank 0 could not ask the sites: no site for an hour"
+
+
+@pytest.mark.slow
+def test_the_quorum_is_of_all_ranks(tmp_path):
+    """Rank 0's two answers are here's, rank 1's there's, who comes back at the third try: half of the weight is there.
+
+    At .5 the step goes on, and rank 1's answers have no score, which is no zero. At .6 rank 0, which lacks nothing,
+    waits with rank 1.
+    """
+    one, two = together(
+        tmp_path,
+        """
+        from PIL import Image
+        from accord.alignment.reward import FederatedReward
+
+        class Away(Spy):
+            away = 3
+
+            def _send(self, site, data):
+                if site == "there" and Away.away:
+                    Away.away -= 1
+                    raise ConnectionError
+                return super()._send(site, data)
+
+        def route(prompts, images, completions):
+            return torch.eye(2)[rank].expand(sum(map(len, completions)), 2)
+
+        engine = Away({"here": scores, "there": scores}) if rank == 0 else None
+        pauses, told = [], []
+        reward = FederatedReward(
+            OneConnection(engine, ["here", "there"]), route, quorum=0.5, tell=told.append, pause=pauses.append
+        )
+        start()
+        rows = {"prompts": [[{"role": "user", "content": "what?"}]] * 2, "completions": ["a", "bb"]}
+        with warnings.catch_warnings(record=True) as warned:
+            first = reward(**rows, image=[Image.new("RGB", (4, 4), "red")] * 2)
+        reward.quorum = 0.6
+        second = reward(**rows, image=[Image.new("RGB", (4, 4), "red")] * 2)
+        end(first=first, second=second, pauses=pauses, told=told, warned=[str(w.message) for w in warned])
+        """,
+    )
+    assert (one["first"], two["first"]) == ([1.0, 2.0], [None, None])
+    assert one["warned"] == [] and len(two["warned"]) == 1 and "site there gave no answer (gone)" in two["warned"][0]
+    assert one["second"] == two["second"] == [1.0, 2.0]
+    assert one["pauses"] == two["pauses"] == [1.0, 2.0]
+    assert one["told"][0] == "too few sites answered: waiting for there; Ctrl-C ends the run"
+    assert [list(asked) for asked in one["asked"]] == [["here", "there"], ["here", "there"], ["there"], ["there"]]
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+TRAINING = """
+import hashlib, os
+from PIL import Image
+from accord.alignment.reward import FederatedReward
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from trl import GRPOConfig, GRPOTrainer
+from accord.models.load import load_vlm
+
+def digest(model):
+    weights = [tensor.detach().numpy().tobytes() for tensor in model.state_dict().values()]
+    return hashlib.sha256(b"".join(weights)).hexdigest()
+
+def uneven(request):
+    return ScoreReply(request.id, [[sum(map(ord, c)) % 7 / 3 for c in item.candidates] for item in request.items])
+
+class Kept(FederatedReward):
+    given = []
+
+    def __call__(self, prompts, completions, **columns):
+        Kept.given.append([c[0]["content"] for c in completions])
+        return super().__call__(prompts, completions, **columns)
+
+def equal(prompts, images, completions):
+    return torch.full((sum(map(len, completions)), 2), 0.5)
+
+model, processor = load_vlm(os.environ["POLICY"])
+before = digest(model)
+sites = {"here": uneven, "there": uneven}
+reward = Kept(OneConnection(Spy(sites) if rank == 0 else None, list(sites)), equal, mode="soft")
+rows = [(text, colour) for text in ("what colour is it?", "is it red?") for colour in ("red", "blue", "green")]
+features = Features({"prompt": [{"role": Value("string"), "content": Value("string")}], "image": ImageFeature()})
+pictures = out / "pictures"
+pictures.mkdir(exist_ok=True)
+for _, colour in rows:
+    Image.new("RGB", (32, 32), colour).save(pictures / f"{rank}-{colour}.png")
+data = Dataset.from_dict(
+    {
+        "prompt": [[{"role": "user", "content": text}] for text, _ in rows],
+        "image": [{"bytes": None, "path": str(pictures / f"{rank}-{colour}.png")} for _, colour in rows],
+    },
+    features=features,
+)
+trainer = GRPOTrainer(
+    model=model,
+    processing_class=processor,
+    reward_funcs=reward,
+    train_dataset=data,
+    args=GRPOConfig(
+        output_dir=str(out / "trainer"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=3,
+        learning_rate=1e-2,
+        beta=0.02,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        activation_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    ),
+)
+trainer.train()
+absent = [entry["absent"] for entry in trainer.state.log_history if "absent" in entry]
+counts = {site: count.messages for (site, _), count in reward.engine.traffic.counts.items()}
+after = digest(trainer.accelerator.unwrap_model(trainer.model))
+end(before=before, after=after, given=Kept.given, absent=absent, counts=counts)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_policy(tmp_path, llava):
+    """Two steps of one prompt a rank: each site sees one message a step, which holds what either rank sampled."""
+    (tmp_path / "script.py").write_text(BEGIN + TRAINING)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "POLICY": llava, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["before"] == two["before"] and one["after"] == two["after"] != one["before"]
+    assert one["absent"] == [0.0, 0.0] and one["counts"] == {"here": 2, "there": 2}
+    assert len(one["asked"]) == len(one["given"]) == len(two["given"]) == 2
+    for step, requests in enumerate(one["asked"]):
+        sampled = [sorted(set(rank["given"][step])) for rank in (one, two)]
+        for _, candidates in requests.values():
+            assert [sorted(each) for each in candidates] == sampled
+
+
+def test_one_process_is_rank_0_of_1(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert rank_and_count() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rank_and_count() == (1, 2)
+
+
+def test_who_has_the_engine(monkeypatch):
+    engine = InProcessEngine({"a": lambda request: None})
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RunError, match="rank 1 was given one; pass None on the others"):
+        OneConnection(engine, ["a"])
+    other = OneConnection(None, ["a"])
+    assert list(other.sites) == ["a"]
+    with pytest.raises(RunError, match=r"torch\.distributed has not started"):
+        other.ask({})
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(RunError, match="rank 0 was given none"):
+        OneConnection(None, ["a"])
+    with pytest.raises(RunError, match=r"the engine reaches \['a'\], not \['b'\]"):
+        OneConnection(engine, ["b"])
+    with pytest.raises(RunError, match="ask for scores only, got a CardRequest"):
+        OneConnection(engine, ["a"]).ask({"a": CardRequest("c")})
