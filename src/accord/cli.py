@@ -6,6 +6,7 @@
     accord server start KIT                  a consortium's server
     accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
     accord site status FOLDER                what was asked of the site, and how many bytes left it
+    accord watch RUN                         how far a run is, and which sites are there
     accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
@@ -29,7 +30,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -159,9 +160,16 @@ def _job(
         engine = None
         if kits is not None:
             from accord.flare.launch import open_engine
+            from accord.flare.state import FederationFile
 
-            names = [site.name for site in recipe.sites]
-            engine = stack.enter_context(open_engine(*kits, names, tell=lambda line: _tell(line, quiet=quiet)))
+            names, federation = [site.name for site in recipe.sites], FederationFile(folder)
+
+            def tell(line: str) -> None:
+                federation.tell(line)
+                _tell(line, quiet=quiet)
+
+            engine = stack.enter_context(open_engine(*kits, names, tell=tell))
+            stack.enter_context(federation.follow(engine))
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
 
 
@@ -214,6 +222,18 @@ def run(
 ) -> None:
     """Run a whole recipe."""
     _whole(recipe, out, resume, seed, quiet, (kit, operator) if engine is EngineName.flare else None)
+
+
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    once: Annotated[bool, typer.Option("--once", help="show it as it is now, and end")] = False,
+) -> None:
+    """Watch a run: how far it is, its reward, and which sites are there; Ctrl-C ends the view alone."""
+    from accord.flare.view import watch as show
+
+    with suppress(KeyboardInterrupt):
+        show(folder, Console(highlight=False), once=once)
 
 
 @app.command()
