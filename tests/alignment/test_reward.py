@@ -1,6 +1,7 @@
 import itertools
 import math
 import signal
+import threading
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from accord.alignment.reward import FederatedReward
 from accord.data.images import load_image
-from accord.errors import DataError, DataWarning
+from accord.errors import DataError, DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
+from accord.federation.ranks import OneConnection
 from accord.federation.site import ScoreRange, Site
 from accord.models.load import load_vlm
 from accord.rewards.model import RewardModel
@@ -425,6 +427,95 @@ def test_only_a_step_waits():
     with pytest.warns(DataWarning, match="site there gave no answer"):
         scores = reward.ask(groups, torch.ones(1, 2, dtype=torch.bool))
     assert scores[0, 0] == 2.0 and scores[0, 1].isnan() and pauses == []
+
+
+class Slow(Spy):
+    """Answers once it is let."""
+
+    def __init__(self, **handlers):
+        super().__init__(here=handlers.get("here", judge(HERE)), there=handlers.get("there", judge(THERE)))
+        self.let, self.threads = threading.Event(), []
+
+    def ask(self, requests, *, deadline=None):
+        self.threads.append(threading.current_thread())
+        assert self.let.wait(20)
+        return super().ask(requests, deadline=deadline)
+
+
+def rows_of(*texts):
+    prompts = [[{"role": "user", "content": "what?"}] for _ in texts]
+    return {"prompts": prompts, "completions": list(texts), "image": [RED] * len(texts)}
+
+
+def test_a_question_may_begin_before_its_call():
+    """`start` routes in the caller's thread and comes back while the engine still asks in another."""
+    engine, routers, told = Slow(), [], {}
+
+    def noted(*given):
+        routers.append(threading.current_thread())
+        return route(*given)
+
+    reward, rows = FederatedReward(engine, noted), rows_of("a", "b", "c")
+    reward.start(**rows)
+    assert routers == [threading.main_thread()] and engine.asked == []
+    engine.let.set()
+    assert reward(**rows, log_metric=told.__setitem__) == ask(FederatedReward(spy(), route), ["a", "b", "c"])
+    assert len(engine.asked) == len(routers) == 1 and engine.threads[0] is not threading.main_thread()
+    assert told == {"routed/here": approx(2 / 3), "routed/there": approx(1 / 3), "absent": 0.0}
+    assert reward(**rows) == [1.0, -2.0, 3.0] and len(engine.asked) == 2  # it was a question for one call
+
+
+def test_other_rows_have_their_own_question():
+    """Equal lists are other lists: whoever did not start the question does not get its answers. One at a time."""
+    engine = Slow()
+    engine.let.set()
+    reward = FederatedReward(engine, route)
+    reward.start(**rows_of("a"))
+    assert reward(**rows_of("b")) == [-2.0]
+    reward.start(**rows_of("a"))
+    rows = rows_of("c")
+    reward.start(**rows)
+    assert reward(**rows) == [3.0]
+    assert [list(requests) for requests in engine.asked] == [["here"], ["there"], ["here"], ["here"]]
+
+
+def test_a_started_question_waits_for_its_quorum():
+    """The retries are the call's own: in the main thread, where Ctrl-C is."""
+    engine = Away({"there": 2})
+    reward, pauses, _ = waiting(engine, 1.0)
+    rows = rows_of("a", "b")
+    reward.start(**rows)
+    assert reward(**rows) == [1.0, -2.0] and pauses == [1.0, 2.0]
+
+
+def test_what_the_engine_raises_comes_out_of_the_call():
+    class Down(Spy):
+        def ask(self, requests, *, deadline=None):
+            raise RunError("no site for an hour")
+
+    reward, rows = FederatedReward(Down(here=judge(HERE), there=judge(THERE)), route), rows_of("a")
+    reward.start(**rows)
+    with pytest.raises(RunError, match="no site for an hour"):
+        reward(**rows)
+
+
+def test_ctrl_c_ends_the_wait_for_a_started_question():
+    engine = Slow()
+    reward, rows = FederatedReward(engine, route), rows_of("a")
+    reward.start(**rows)
+    press = threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    press.start()
+    with pytest.raises(KeyboardInterrupt):
+        reward(**rows)
+    engine.let.set()
+    press.join()
+    engine.threads[0].join()
+
+
+def test_several_processes_do_not_start_early():
+    reward = FederatedReward(OneConnection(spy(), ["here", "there"]), route)
+    reward.start(**rows_of("a"))  # else it would ask, and find no torch.distributed
+    assert reward._started is None
 
 
 def stock_arguments(folder):

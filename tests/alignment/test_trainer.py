@@ -1,6 +1,10 @@
 """The shared way against the stock way, on the same rollouts: nothing may be approximated."""
 
+import dataclasses
 import math
+import random
+import threading
+import time
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from accord.alignment import trainer as trainer_module
 from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset, reference_encoder
 from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
-from accord.errors import DataWarning
+from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models import prefix
@@ -44,13 +48,9 @@ def letters(prompts, completions, **_):
 @pytest.fixture
 def make(ask, tmp_path):
     """Return a function that makes a trainer on three questions, two of them with the same words."""
-    import random
-
     questions = [ask(0, "red"), ask(1, "blue"), ask(2, "green", text="is it red? or is it some other colour?")]
 
     def build(model, processor, *, reward=letters, lora=None, data=None, shared=True, **changes):
-        import dataclasses
-
         config = dataclasses.replace(SETTINGS, **changes)
         torch.manual_seed(0)
         return SharedPrefixTrainer(
@@ -271,6 +271,106 @@ def test_the_router_reads_what_the_reference_has_read(llava, tmp_path, ask, monk
     for again, all_of_them, apart in reward.apart:
         assert (again, all_of_them) == (3, 9) and apart < 1e-5
     assert reward.router.encoder._known == {}
+
+
+def by_length(request):
+    return ScoreReply(request.id, [[len(c) % 5 / 4 for c in item.candidates] for item in request.items])
+
+
+class Timed(InProcessEngine):
+    """Takes a while, and notes from when to when, in which thread."""
+
+    def __init__(self, seconds=0.0):
+        super().__init__({name: by_length for name in "ab"})
+        self.seconds, self.spans = seconds, []
+
+    def ask(self, requests, *, deadline=None):
+        began = time.monotonic()
+        time.sleep(self.seconds)
+        replies = super().ask(requests, deadline=deadline)
+        self.spans.append((began, time.monotonic(), threading.current_thread() is threading.main_thread()))
+        return replies
+
+
+def halves(prompts, images, completions):
+    return torch.full((sum(map(len, completions)), 2), 0.5)
+
+
+def without_start(reward):
+    def plain(*rows, **columns):
+        given = reward(*rows, **columns)
+        plain.given.append(given)
+        return given
+
+    plain.given = []
+    return plain
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "stock"])
+def test_the_question_goes_on_beside_the_reference(llava, make, shared):
+    """Each takes a second and what it computes: together less than one after the other."""
+    engine = Timed(1.0)
+    reward = FederatedReward(engine, halves, mode="soft")
+    ended = []
+
+    def finished(*rows, **columns):
+        given = reward(*rows, **columns)
+        ended.append(time.monotonic())
+        return given
+
+    finished.__wrapped__ = reward  # as `accord.alignment.grpo.finite` leaves it
+    trainer = make(*load_vlm(llava), reward=finished, shared=shared)
+    trainer._check = lambda *_: None
+    slept = []
+
+    def slow(*_):
+        slept.append(time.monotonic())
+        time.sleep(1.0)
+
+    trainer.accelerator.unwrap_model(trainer.ref_model).register_forward_pre_hook(slow)
+    rollouts(trainer)
+    ((began, answered, in_main),) = engine.spans
+    assert len(slept) == 1 and not in_main and slept[0] < answered < ended[0]
+    assert ended[0] - began < (answered - began) + 1.0
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+def test_an_early_question_changes_no_bit(llava, make, lora):
+    """Two steps with and without: the same rewards and the same weights; only the thread that asked differs."""
+    ended = []
+    for early in (True, False):
+        engine, model = Timed(), load_vlm(llava)
+        reward = FederatedReward(engine, halves, mode="soft")
+        noted = without_start(reward)
+        if early:
+            noted.__wrapped__ = reward
+        trainer = make(*model, reward=noted, lora=lora)
+        trainer.train()
+        assert [in_main for *_, in_main in engine.spans] == [not early] * 2
+        ended.append((noted.given, flat(trainer.accelerator.unwrap_model(trainer.model))))
+    assert ended[0][0] == ended[1][0] and len({value for step in ended[0][0] for value in step}) > 1
+    assert torch.equal(ended[0][1], ended[1][1])
+
+
+def test_what_is_raised_meanwhile_stops_the_step(llava, make):
+    class Down(Timed):
+        def ask(self, requests, *, deadline=None):
+            raise RunError("no site for an hour")
+
+    trainer = make(*load_vlm(llava), reward=FederatedReward(Down(), halves))
+    with pytest.raises(RunError, match="no site for an hour"):
+        rollouts(trainer)
+
+
+def test_a_router_that_reads_with_the_reference_comes_after_it(llava, tmp_path, ask):
+    """The question then starts with the call, in its thread; with an encoder of its own the router comes first."""
+    questions = [ask(0, "red"), ask(1, "blue")]
+    for shared, in_thread in ((True, True), (False, False)):
+        engine = Timed()
+        router = LearnedRouter(Encoder(*load_vlm(llava)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
+        config = dataclasses.replace(SETTINGS, shared_prefix=shared)
+        align(*load_vlm(llava), questions, FederatedReward(engine, router), config, seed=0, out=tmp_path / str(shared))
+        assert [in_main for *_, in_main in engine.spans] == [in_thread] * 2
 
 
 def test_another_encoder_reads_for_itself(llava, checkpoints):

@@ -27,6 +27,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias, cast
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
 from accord.errors import DataError
-from accord.federation.asking import Patience, Scores, ask_scores
+from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
 from accord.federation.ranks import OneConnection
@@ -71,6 +72,16 @@ class ScoreQuery:
     weights: Tensor  # [M, K] over the distinct completions of all groups
     requests: dict[str, ScoreRequest]
     places: dict[str, list[list[int]]]  # of every item of a site's request, its rows of `weights`
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A question under way, and about which rows: those of these very lists."""
+
+    prompts: object
+    completions: object
+    query: ScoreQuery
+    replies: Future[Replies]
 
 
 class FederatedReward:
@@ -127,6 +138,32 @@ class FederatedReward:
         self.tell = tell
         self.pause = pause
         self._asked = 0
+        self._started: _Started | None = None
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Message]] | Sequence[str],
+        **columns: object,
+    ) -> None:
+        """Route, and ask in the background; the call with the same two lists waits for the answers and finishes.
+
+        Routing is done here, in the caller's thread: only the engine works in the other one. Several processes that ask
+        together do not start early: their order of asking would be up to chance.
+        """
+        self._end()
+        if isinstance(self.engine, OneConnection):
+            return
+        query = self._route_and_query(self.group(prompts, completions, columns))
+        replies = ask_meanwhile(self.engine, query.requests, deadline=self.deadline)
+        self._started = _Started(prompts, completions, query, replies)
+
+    def _end(self) -> _Started | None:
+        """Return the question that is under way, which is so no longer; an engine carries one at a time."""
+        if (started := self._started) is not None:
+            started.replies.exception()  # waits
+        self._started = None
+        return started
 
     def __call__(
         self,
@@ -137,8 +174,13 @@ class FederatedReward:
         **columns: object,
     ) -> list[float | None]:
         """Return one reward per completion, `[P·G]`."""
-        groups = self.group(prompts, completions, columns)
-        routed, scores = self.judge(groups)
+        started = self._end()
+        if started is not None and started.prompts is prompts and started.completions is completions:
+            query, replies = started.query, started.replies.result()
+        else:
+            query, replies = self._route_and_query(self.group(prompts, completions, columns)), None
+        groups, routed = query.groups, query.weights
+        scores = self._scores(query, self._patience(query), replies)
         distinct = self.fusion(scores, routed)  # [M] over distinct completions
         for k, site in enumerate(self.engine.sites):
             log_metric(f"routed/{site}", routed[:, k].mean().item())
@@ -193,19 +235,18 @@ class FederatedReward:
 
         Returns the weights used and the scores, both `[M, K]`; NaN where a site was not asked or is absent.
         """
-        query = self._query(groups, self._route(groups))
-        return query.weights, self._scores(query, Patience(partial(self._whom, query), self.tell, self.pause))
+        query = self._route_and_query(groups)
+        return query.weights, self._scores(query, self._patience(query))
 
     def ask(self, groups: Sequence[Group], wanted: Tensor) -> Tensor:
         """Ask the sites once for what is `wanted` `[M, K]`; return the scores `[M, K]`, NaN where there is none."""
         return self._scores(self._query(groups, wanted))
 
-    def _route(self, groups: Sequence[Group]) -> Tensor:
-        """Return the weights used, `[M, K]`."""
+    def _route_and_query(self, groups: Sequence[Group]) -> ScoreQuery:
         weights = self.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
         if self.scope == "prompt":
             weights = per_prompt(weights, [len(group.candidates) for group in groups])
-        return top1(weights) if self.mode == "top1" else weights
+        return self._query(groups, top1(weights) if self.mode == "top1" else weights)
 
     def _query(self, groups: Sequence[Group], weights: Tensor) -> ScoreQuery:
         """Put into words what is asked of every site: whatever has weight there."""
@@ -229,13 +270,17 @@ class FederatedReward:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
         return ScoreQuery(groups, weights, requests, places)
 
-    def _scores(self, query: ScoreQuery, patience: Patience | None = None) -> Tensor:
-        """Ask; return the scores `[M, K]`."""
+    def _patience(self, query: ScoreQuery) -> Patience:
+        return Patience(partial(self._whom, query), self.tell, self.pause)
+
+    def _scores(self, query: ScoreQuery, patience: Patience | None = None, replies: Replies | None = None) -> Tensor:
+        """Ask, unless there are `replies` already; return the scores `[M, K]`."""
         given = ask_scores(
             self.engine,
             query.requests,
             consequence="it counts as absent there, not as 0",
             deadline=self.deadline,
+            replies=replies,
             patience=patience,
         )
         return self._table(query, given)

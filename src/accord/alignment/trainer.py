@@ -11,12 +11,17 @@ Nothing is approximated: losses and gradients are those of full rows up to round
 compares the log-probabilities of the two ways, and goes back to full rows with a warning if they differ. Rollouts rest
 on the same masks and are not compared by themselves.
 
+A reward function may offer `start(prompts, completions, **columns)`, called as soon as both are there. What it begins,
+such as a question to distant sites, goes on beside the reference's log-probabilities; the call with the same lists ends
+it. Where a router reads what the reference has read, the question waits for the reference instead.
+
 What of TRL this relies on (tested with 1.16): the methods overridden here, with their arguments; that a model given a
 fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and `completion_mask` of a batch.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +99,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         self, *args: object, shared_prefix: bool = True, encoder: Encoder | None = None, **settings: object
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
-        untold = not (self.tools or self.environment_factories or self.rollout_func)
+        untold = self._untold = not (self.tools or self.environment_factories or self.rollout_func)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which count every process's forward passes
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         able = all(can_share(without_adapter(model)) for model in models)
@@ -209,6 +214,20 @@ class SharedPrefixTrainer(GRPOTrainer):
         neutral = GenerationConfig._get_default_generation_params()
         asked = {name for name, value in told.to_dict().items() if value is not None and value != neutral.get(name)}
         return cast(GenerationConfig, told) if told.do_sample and asked <= SHARED_GENERATION else None
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        made = super()._generate(prompts)
+        if self._untold and not self._reference_comes_first():
+            columns = {name: [row[name] for row in self._given] for name in self._given[0] if name != "prompt"}
+            for reward in self.reward_funcs:
+                start = getattr(inspect.unwrap(cast(Callable[..., object], reward)), "start", None)
+                if callable(start):
+                    start(prompts=prompts, completions=made[3], **columns)
+        return made
+
+    def _reference_comes_first(self) -> bool:
+        """Return whether the router is to read what the reference reads of this batch."""
+        return self._hides and self._shares and self.beta != 0 and self.ref_model is not None and self._reads_alike()
 
     def _calculate_rewards(self, inputs: list[Row], prompts: Any, completions: Any, ids: Any) -> Tensor:
         stock: Callable[..., Tensor] = super()._calculate_rewards

@@ -7,9 +7,11 @@ waiting is worth: a site that is gone or late may come back, one that fails or b
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, TypeAlias, TypeVar
 
@@ -72,6 +74,25 @@ def ask_checked(
     replies = engine.ask(requests, deadline=deadline)
     _warn_absent(_absences(replies), consequence)
     return _check(engine, requests, replies, check, what, consequence)
+
+
+def ask_meanwhile(
+    engine: Engine, requests: Mapping[str, ScoreRequest], *, deadline: float | None = None
+) -> Future[Replies]:
+    """Ask in a thread of its own; the future has the replies, or what the engine raised.
+
+    The process does not end before the question does: a thread that is killed inside torch takes the exit status along.
+    """
+    answered: Future[Replies] = Future()
+
+    def run() -> None:
+        try:
+            answered.set_result(engine.ask(requests, deadline=deadline))
+        except BaseException as error:  # whoever waits is to have it, whatever it is
+            answered.set_exception(error)
+
+    threading.Thread(target=run, name="accord-asking").start()
+    return answered
 
 
 def ask_scores(
