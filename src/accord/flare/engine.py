@@ -12,6 +12,7 @@ Absences are what `accord.federation.engine` says they are; nothing here decides
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -23,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -32,17 +32,14 @@ import msgspec
 from accord.errors import RunError
 from accord.federation.engine import KINDS, Outbox, Traffic
 from accord.federation.messages import Absence, Reply, Request
-from accord.flare.frames import listen, receive_frame, send_frame
-from accord.flare.relay import SERVER_SOCKET, Answer, Ask, Hello, decode_from_relay, encode_frame
+from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame
+from accord.flare.relay import SERVER_SOCKET, WRAPPING, Answer, Ask, Hello, decode_from_relay, encode_frame
 from accord.runs import write_atomic
 
 logger = logging.getLogger(__name__)
 
 DEADLINE: Final = 600.0
 """Seconds for an answer where none are named: a wire may be silent for ever."""
-
-GRACE: Final = 5.0
-"""Seconds beyond a deadline in which the relay may say that it has passed."""
 
 MISSES: Final = 2
 """Deadlines missed in a row, after which a site is left alone until the next segment."""
@@ -121,23 +118,23 @@ class Segment:
         Raises:
             TimeoutError: it did not answer in time.
             ConnectionError: it cannot be reached, or the job has ended.
+            RunError: the message is too long for any site.
         """
-        future: Future[Answer] = Future()
-        with self._writing:
-            number = next(self._numbers)
-            self._waiting[number] = future
-            try:
-                if self.ended.is_set():
-                    raise ConnectionError("the job has ended")
-                send_frame(self._connection, encode_frame(Ask(number, site, seconds, message)))
-            except OSError as error:
-                self._waiting.pop(number, None)
-                raise ConnectionError("the relay is gone") from error
+        if len(message) > MAX_FRAME:
+            raise RunError(
+                f"a request of {len(message):,} bytes, at most {MAX_FRAME:,} cross at once; lower prompts_per_step, "
+                "or share a smaller model"
+            )
+        end = time.monotonic() + seconds
+        number = next(self._numbers)
+        future = self._waiting[number] = Future()
         try:
-            answer = future.result(seconds + GRACE)
-        except FutureTimeoutError as error:
-            self.misses[site] += 1
-            raise TimeoutError from error
+            self._send(encode_frame(Ask(number, site, seconds, message)), end)
+            try:
+                answer = future.result(max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                self.misses[site] += 1
+                raise
         finally:
             self._waiting.pop(number, None)
         if answer.problem:
@@ -149,18 +146,37 @@ class Segment:
     def close(self) -> None:
         """End the job."""
         self.ended.set()
+        with contextlib.suppress(OSError):  # closing alone would not wake the thread that reads, nor tell the relay
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
+
+    def _send(self, frame: bytes, end: float) -> None:
+        if not self._writing.acquire(timeout=max(0.0, end - time.monotonic())):
+            raise TimeoutError
+        # A socket's own timeout would hold for the thread that reads, too; closing wakes both.
+        alarm = threading.Timer(max(0.0, end - time.monotonic()), self.close)
+        alarm.start()
+        try:
+            if self.ended.is_set():
+                raise ConnectionError("the job has ended")
+            send_frame(self._connection, frame)
+        except OSError as error:
+            self.close()  # nothing makes sense after half a message
+            raise ConnectionError("the relay is gone") from error
+        finally:
+            alarm.cancel()
+            self._writing.release()
 
     def _read(self) -> None:
         try:
             while True:
-                message = decode_from_relay(receive_frame(self._connection))
+                message = decode_from_relay(receive_frame(self._connection, limit=MAX_FRAME + WRAPPING))
                 # An answer that comes twice, or late, finds nobody waiting under its number.
                 if isinstance(message, Answer) and (future := self._waiting.pop(message.number, None)):
                     future.set_result(message)
         except Exception as error:  # however the connection ends, nobody may go on waiting for it
             logger.info("the relay's connection ended: %s", type(error).__name__)
-        self.ended.set()
+        self.close()
         for future in list(self._waiting.values()):
             if not future.done():
                 future.set_exception(ConnectionError("the relay is gone"))
@@ -199,6 +215,7 @@ class FlareEngine:
         self._segment: Segment | None = None
         self._connected: dict[str, float] = {}
         self._missed: dict[str, float] = {}  # by site that was given up, when it had last been heard of then
+        self._hoped: set[str] = set()  # sites for which the present segment began, and that have not answered yet
         self._pause, self._next_renewal = RETRY[0], 0.0
         self._closed = threading.Event()
         self._asking = threading.Lock()
@@ -236,7 +253,11 @@ class FlareEngine:
             asked = {
                 site: pool.submit(self._exchange, segment, site, request, seconds) for site, request in requests.items()
             }
-            return {site: future.result() for site, future in asked.items()}
+            try:
+                return {site: future.result() for site, future in asked.items()}
+            except BaseException:  # Ctrl-C, above all: let nobody wait for the rest
+                segment.close()
+                raise
 
     def close(self) -> None:
         """End the present segment."""
@@ -265,10 +286,11 @@ class FlareEngine:
             site, stamped, lambda data: segment.call(site, data, max(0.001, end - time.monotonic())), self.traffic
         )
         if isinstance(reply, Absence):
-            if not segment.reaches(site):
+            if segment.misses[site] >= MISSES:
                 self._missed[site] = self._connected.get(site, 0.0)
             return reply
         self._missed.pop(site, None)
+        self._hoped.discard(site)
         if reply.id != stamped.id:
             self.traffic.counts[site, KINDS[type(request).__name__]].absences += 1
             return Absence(site, "invalid")
@@ -279,11 +301,12 @@ class FlareEngine:
         segment = self._segment
         waiting = self._waiting(segment)
         if segment is None or segment.ended.is_set():
-            return self._renew(set())
+            return self._renew()
         if waiting and time.monotonic() >= self._next_renewal:
             self._tell(f"{', '.join(sorted(waiting))} came back; a new segment begins")
-            return self._renew(waiting)
-        if not waiting:
+            self._hoped |= waiting
+            return self._renew()
+        if not waiting and not self._hoped:
             self._pause, self._next_renewal = RETRY[0], 0.0
         return segment
 
@@ -294,14 +317,14 @@ class FlareEngine:
         # FLARE goes on listing a site that was killed: only one that has been heard of since is there.
         return {site for site, heard in lost.items() if site in self._sites and heard > self._missed.get(site, 0.0)}
 
-    def _renew(self, waiting: set[str]) -> Segment:
+    def _renew(self) -> Segment:
         first = self._segment is None
         if self._segment is not None:
             self._segment.close()
         began, told = time.monotonic(), ""
         while time.monotonic() - began < self._give_up and not self._closed.is_set():
             try:
-                heard = self._launcher.connected()
+                self._connected = heard = self._launcher.connected()
                 there = {s for s in self._sites if s in heard and heard[s] > self._missed.get(s, 0.0)}
                 missing = set(self._sites) - there
                 patient = first and time.monotonic() - began < self._wait
@@ -326,15 +349,25 @@ class FlareEngine:
         with tempfile.TemporaryDirectory(prefix="accord-job-") as folder:
             job = Path(folder) / "accord"
             write_job(job, sites)
+            self._listener.settimeout(0.0)
+            with contextlib.suppress(OSError):
+                while True:  # jobs that were given up and began after all
+                    self._listener.accept()[0].close()
             self._launcher.submit(job)
+        try:
             self._listener.settimeout(self._wait)
             connection, _ = self._listener.accept()
-        connection.settimeout(self._wait)
-        hello = decode_from_relay(receive_frame(connection))
-        if not isinstance(hello, Hello):
+        except OSError as error:
+            raise ConnectionError(f"no job began in {self._wait:g} s") from error
+        try:
+            connection.settimeout(self._wait)
+            hello = decode_from_relay(receive_frame(connection))
+            if not isinstance(hello, Hello):
+                raise ConnectionError
+            connection.settimeout(None)
+        except Exception as error:  # it closed, said nothing, or said what makes no sense
             connection.close()
-            raise ConnectionError("the relay did not introduce itself")
-        connection.settimeout(None)
+            raise ConnectionError("the relay did not introduce itself") from error
         self._tell(f"a segment with {', '.join(hello.sites)}")
         return Segment(connection, hello.sites)
 

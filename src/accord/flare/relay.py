@@ -24,11 +24,14 @@ import msgspec
 from nvflare.collab import CollabCallError, collab
 
 from accord.federation.messages import Refusal, encode
-from accord.flare.frames import SOCKETS_VARIABLE, connect, receive_frame, send_frame
+from accord.flare.frames import MAX_FRAME, SOCKETS_VARIABLE, connect, receive_frame, send_frame
 
 logger = logging.getLogger(__name__)
 
 SERVER_SOCKET: Final = "server.sock"
+
+WRAPPING: Final = 1024
+"""Bytes by which a frame may be longer than the message in it."""
 
 
 class Ask(msgspec.Struct, frozen=True, tag="ask"):
@@ -92,12 +95,14 @@ class ServerRelay:
                     late = error.cause_type == TimeoutError.__name__
                     logger.warning("site %s: %s", ask.site, "late" if late else "gone")
                     return tell(Answer(ask.number, b"", "late" if late else "gone"))
-                tell(Answer(ask.number, reply if isinstance(reply, bytes) else b""))
+                # Of a site's own making: what no frame can hold would end the job for all.
+                usable = isinstance(reply, bytes) and len(reply) <= MAX_FRAME
+                tell(Answer(ask.number, reply if usable else b""))
 
             tell(Hello(list(sites)))
             with contextlib.suppress(EOFError, OSError):
                 while True:
-                    calls.submit(call, decode_ask(receive_frame(connection)))
+                    calls.submit(call, decode_ask(receive_frame(connection, limit=MAX_FRAME + WRAPPING)))
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             calls.shutdown(wait=False, cancel_futures=True)
