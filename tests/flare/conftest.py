@@ -1,13 +1,17 @@
-"""A consortium on loopback, by the commands of the documentation: real FLARE processes, each site in its own folder."""
+"""Consortia on loopback, of real FLARE processes.
+
+`consortium` is run by the commands of the documentation, each site in its own folder; in `wire` the sites' services are
+threads of the test, which say what the test wants said.
+"""
 
 import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sysconfig
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +21,12 @@ import pytest
 import tomli_w
 
 from accord.data.easy_vqa import load_easy_vqa
+from accord.flare.engine import FlareEngine
+from accord.flare.frames import listen, receive_frame, send_frame, socket_folder
+from accord.flare.kit import kit_of, start_command, start_environment
+from accord.flare.launch import Production
+from accord.flare.provision import Consortium as Members
+from accord.flare.provision import Member, Server, provision
 
 IMAGES = {"base": 10, "private": 40, "public": 12, "dev": 8, "test": 10}
 TUNING = {"steps": 2, "batch_size": 8}
@@ -199,3 +209,100 @@ def consortium(site_folders, tmp_path_factory):
         yield made
     finally:
         made.close()
+
+
+class Service:
+    """A site's service: `reply` answers a message, `send` puts it on the connection; both may be changed."""
+
+    def __init__(self, path, reply):
+        self.path, self.reply, self.send = path, reply, send_frame
+        self.asked = []
+        self.start()
+
+    def start(self):
+        self.listener = listen(self.path)
+        self.listener.settimeout(0.1)
+        self.running = True
+        self.thread = threading.Thread(target=self.accept)
+        self.thread.start()
+
+    def stop(self):
+        """As if it had been killed: whoever asks meets nobody."""
+        self.running = False
+        self.thread.join()
+        self.listener.close()
+
+    def accept(self):
+        while self.running:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        with connection, contextlib.suppress(OSError, EOFError):
+            connection.settimeout(None)
+            message = receive_frame(connection)
+            self.asked.append(message)
+            self.send(connection, self.reply(message))
+
+
+class Wire:
+    """FLARE's server and clients, and light services in place of the sites' own."""
+
+    def __init__(self, root, replies):
+        self.root, self.names = root, tuple(replies)
+        self.kits = root / "kits"
+        members = tuple(Member(name, f"hospital_{n}") for n, name in enumerate(self.names))
+        provision(Members("trial", Server("lead", port=free_port()), members), self.kits)
+        self.processes, self.said = {}, []
+        self.open = None
+        self.services = {
+            name: Service(socket_folder(self.kits / name) / f"{name}.sock", reply) for name, reply in replies.items()
+        }
+        for name in ("server", *self.names):
+            self.start(name)
+
+    def start(self, name):
+        """Start a participant's FLARE process."""
+        kit = kit_of(self.kits / name)
+        with (self.root / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                start_command(kit),
+                env=start_environment(kit),
+                cwd=kit.path,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def kill(self, name):
+        """As if the power had gone."""
+        end(self.processes.pop(name))
+
+    def engine(self, *, new=False):
+        """Return the engine, another one if it must be new."""
+        if self.open is not None and new:
+            self.open.close()
+            self.open = None
+        if self.open is None:
+            launcher = Production(self.kits / "operator")
+            self.open = FlareEngine(self.names, launcher, socket_folder(self.kits / "server"), tell=self.said.append)
+        return self.open
+
+    def close(self):
+        if self.open is not None:
+            self.open.close()
+        for name in list(self.processes):
+            self.kill(name)
+        for service in self.services.values():
+            if service.running:
+                service.stop()
+
+
+@pytest.fixture(scope="module")
+def wire(request, tmp_path_factory):
+    """Start FLARE for the sites that the module's `REPLIES` names, each with the function that answers there."""
+    made = Wire(tmp_path_factory.mktemp("wire"), request.module.REPLIES)
+    yield made
+    made.close()

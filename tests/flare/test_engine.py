@@ -506,7 +506,7 @@ def test_close_while_a_segment_is_awaited(start, jobs):
 
 @pytest.mark.parametrize("seconds", [1.0, 4.0])
 def test_a_deadline_holds_whatever_the_relay_does(start, jobs, seconds):
-    """Nothing comes back of one site: within a tenth of the deadline, and no other site's answer is lost that was there."""
+    """Nothing comes back of one site: within a tenth of the deadline, and the others' answers are there."""
     jobs.script = without_shape
     engine = start()
     engine.ask(cards("colour"), deadline=5)
