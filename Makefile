@@ -12,10 +12,10 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean force
+.PHONY: help setup demo test test-long lint format clean force
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## install Accord and its tools into .venv
 
@@ -24,6 +24,9 @@ demo: setup ## align a small model on this machine and open no connection
 
 test: lint ## check style and types, then run every test
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+test-long: setup ## the tests that take minutes: runs and sites killed many times
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
 
 lint: setup ## check style and types
 	@$(BIN)/ruff format --check --quiet $(SOURCES)

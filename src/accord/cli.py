@@ -39,7 +39,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from accord.errors import AccordError, DataError, DataWarning, RunError
+from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
 
@@ -95,7 +95,7 @@ def main() -> None:
         console.print(f"\nstopped; this goes on where it was: [bold]{escape(shlex.join(again))}[/]")
         raise SystemExit(130) from None
     except AccordError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        console.print(f"[bold red]error:[/] {escape(printable(str(error)))}")
         raise SystemExit(2) from None
     except OSError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}; free space on the disk or correct the path")
@@ -114,7 +114,7 @@ def _prepare() -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, DataWarning):
-            console.print(f"[yellow]warning:[/] {escape(str(message))}")
+            console.print(f"[yellow]warning:[/] {escape(printable(str(message)))}")
 
     warnings.showwarning = show
 
@@ -175,7 +175,7 @@ def _job(
 
 def _tell(line: str, *, quiet: bool) -> None:
     if not quiet:
-        console.print(f"[dim]{escape(line)}[/]", highlight=False)
+        console.print(f"[dim]{escape(printable(line))}[/]", highlight=False)
 
 
 def _whole(

@@ -70,3 +70,8 @@ def check_positive(settings: object, *names: str) -> None:
         if getattr(settings, name) == 0:
             raise RecipeError(f"{name} must be above 0, got {getattr(settings, name)}; raise {name}")
         check_least(settings, **{name: 0})
+
+
+def printable(text: str) -> str:
+    """Replace control characters: what a site or a data file says must neither steer a terminal nor forge a line."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from accord.errors import printable
+
 
 class Advance(Protocol):
     """Report that `steps` more are done, and what to show beside the bar until the next report."""
@@ -41,10 +43,10 @@ def stage_bar(
     if quiet:
         yield lambda steps=1, /, *, text=None: None
     elif console.is_terminal and not console.is_dumb_terminal:
-        with _live_bar(_printable(description), total, start, console) as advance:
+        with _live_bar(printable(description), total, start, console) as advance:
             yield advance
     else:
-        yield _plain_lines(_printable(description), total, start, console)
+        yield _plain_lines(printable(description), total, start, console)
 
 
 class ProgressBarCallback(TrainerCallback):
@@ -148,7 +150,7 @@ def _live_bar(description: str, total: int, start: int, console: Console) -> Ite
             if text is None:
                 progress.update(task, advance=steps)
             else:
-                progress.update(task, advance=steps, text=_printable(text))
+                progress.update(task, advance=steps, text=printable(text))
 
         yield advance
 
@@ -162,7 +164,7 @@ def _plain_lines(
     def advance(steps: int = 1, /, *, text: str | None = None) -> None:
         nonlocal done, shown, note
         done += steps
-        note = note if text is None else f"  {_printable(text)}"
+        note = note if text is None else f"  {printable(text)}"
         if (tenths := _tenths(done, total)) > shown and done > start:
             shown = tenths
             elapsed = clock() - began
@@ -181,8 +183,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _printable(text: str) -> str:
-    """Replace control characters: a site's name or reply must not be able to steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -13,12 +13,12 @@ STOP_IN_ALIGNMENT = """
 import os, signal
 from accord.cli import main
 from accord.pipeline import alignment
-save = alignment.SaveTraffic.on_save
+save = alignment._Seal.on_save
 def on_save(self, args, state, control, **rest):
     save(self, args, state, control, **rest)
     if state.global_step == 2:
         os.kill(os.getpid(), signal.SIGINT)
-alignment.SaveTraffic.on_save = on_save
+alignment._Seal.on_save = on_save
 main()
 """
 
@@ -58,15 +58,15 @@ def test_ctrl_c_during_alignment(stopped, finished, accord, tmp_path):
 
 
 @pytest.mark.filterwarnings("default::accord.errors.DataWarning")
-@pytest.mark.parametrize("lost", ["trainer_state.json", "traffic.json"])
-def test_a_half_written_checkpoint_is_passed_over(stopped, finished, accord, tmp_path, lost):
-    """Without either of the files that are written last, step 2 is done again from checkpoint 1; the user is told."""
+@pytest.mark.parametrize(("lost", "state"), [("manifest.json", "incomplete"), ("traffic.json", "damaged")])
+def test_a_half_written_checkpoint_is_passed_over(stopped, finished, accord, tmp_path, lost, state):
+    """Without its seal or a file that is in it, step 2 is done again from checkpoint 1; the user is told."""
     recipe, run = stopped
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "align" / "checkpoint-2" / lost).unlink()
     status, _, err = accord("run", recipe, "--out", tmp_path / "run", "--quiet", "--resume")
     assert status == 0
-    assert err.count("warning:") == 1 and "checkpoint-2 is incomplete" in err and lost in err
+    assert err.count("warning:") == 1 and f"checkpoint-2 is {state} ({lost}: missing)" in err
     assert same(tmp_path / "run", finished[1])
 
 

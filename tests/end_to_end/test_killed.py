@@ -43,6 +43,8 @@ main()
 
 APPEARS = ("checkpoint-2/", 1, 0.0)
 """As the first file of the second checkpoint is opened: its folder is there, and empty."""
+UNSEALED = ("checkpoint-4/.manifest.json", 1, 0.0)
+"""As the manifest is begun: all that it names is there."""
 
 
 def moments(seed, count):
@@ -104,3 +106,17 @@ def test_a_killed_run_loses_nothing(finished, start, tmp_path):
     kill_until_done(start, recipe, run, whole, [APPEARS, *moments(43, 3)])
     steps = [row["step"] for row in read_lines(run / "metrics.jsonl") if row["stage"] == "align" and "reward" in row]
     assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_run_killed_twenty_times_loses_nothing(write_recipe, tiny_recipe, start, script, tmp_path):
+    """Of 60 steps, each saved: at both ends of a checkpoint's writing, then at random."""
+    alignment = {**tiny_recipe["alignment"], "steps": 60}
+    recipe, whole = write_recipe(tmp_path / "tiny.toml", alignment=alignment), tmp_path / "whole"
+    process = start([script, "run", recipe, "--out", whole, "--quiet"])
+    _, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    run = unaligned(whole, tmp_path / "run")
+    kill_until_done(start, recipe, run, whole, [APPEARS, UNSEALED, *moments(1, 18)])

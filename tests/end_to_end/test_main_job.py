@@ -216,11 +216,11 @@ def test_comparisons_are_measured_beside_an_unchanged_run(compared, finished, ac
         if state.global_step == 2:
             raise KeyboardInterrupt
 
-    saved = alignment.SaveTraffic.on_save
+    saved = alignment._Seal.on_save
     for arm in ("random", "pooled"):
         forget(run, f"compare {arm}")
         with monkeypatch.context() as patch:
-            patch.setattr(alignment.SaveTraffic, "on_save", interrupt)
+            patch.setattr(alignment._Seal, "on_save", interrupt)
             assert accord("run", recipe, "--out", run, "--quiet", "--resume")[0] == 130
         status, _, err = accord("run", recipe, "--out", run, "--quiet", "--resume")
         assert (status, err) == (0, "")

@@ -63,7 +63,7 @@ def test_what_a_method_has_learnt_outlives_an_interruption(folder, arm, tmp_path
         shutil.copytree(folder, tmp_path / name)
     expected = measured(tmp_path / "whole", arm)
 
-    saved = alignment.SaveTraffic.on_save
+    saved = alignment._Seal.on_save
 
     def stop(self, args, state, control, **rest):
         saved(self, args, state, control, **rest)
@@ -71,7 +71,7 @@ def test_what_a_method_has_learnt_outlives_an_interruption(folder, arm, tmp_path
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(alignment.SaveTraffic, "on_save", stop)
+        patched.setattr(alignment._Seal, "on_save", stop)
         with pytest.raises(KeyboardInterrupt):
             measured(tmp_path / "stopped", arm)
     assert (tmp_path / "stopped" / "checkpoints" / f"compare {arm}" / "checkpoint-2" / alignment.MEMORY).is_file()

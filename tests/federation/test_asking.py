@@ -6,6 +6,7 @@ from accord.errors import CheckpointError, DataWarning, ReplyError
 from accord.federation.asking import ask_checked, ask_scores
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
+    Absence,
     CardRequest,
     RouterReply,
     RouterRequest,
@@ -76,3 +77,25 @@ def test_a_score_that_is_not_finite_is_an_absence_there():
         "site c sent scores that cannot be used (scores for 1 questions, expected 2); so be it",
     ]
     assert absences(engine, "score") == [0, 1, 1]
+
+
+def test_where_nobody_can_be_reached_all_are_asked_again():
+    """The way breaks twice: pauses of 1 and 2 seconds, then both answer."""
+
+    class Broken(InProcessEngine):
+        tries = 0
+
+        def ask(self, requests, *, deadline=None):
+            self.tries += 1
+            if self.tries <= 2:
+                return {site: Absence(site, "gone") for site in requests}
+            return super().ask(requests, deadline=deadline)
+
+    pauses = []
+    engine = Broken({"a": router(0.5), "b": router(0.5)})
+    requests = {site: RouterRequest(f"r-{site}", 0, 0, b"w", 1) for site in ("a", "b")}
+    with pytest.warns(DataWarning, match="all are asked again"):
+        found = ask_checked(
+            engine, requests, lambda request, reply: reply.loss, what="an update", consequence="", pause=pauses.append
+        )
+    assert found == {"a": 0.5, "b": 0.5} and pauses == [1.0, 2.0]

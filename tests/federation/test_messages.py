@@ -13,6 +13,7 @@ from accord.federation.messages import (
     MAX_SCORE,
     Card,
     CardRequest,
+    MissingImages,
     ImageBlock,
     RouterReply,
     RouterRequest,
@@ -21,6 +22,7 @@ from accord.federation.messages import (
     ScoreRequest,
     TextBlock,
     Turn,
+    check_card,
     check_images,
     check_scores,
     decode_reply,
@@ -28,6 +30,7 @@ from accord.federation.messages import (
     encode,
     from_turns,
     image_name,
+    reply_limit,
     to_turns,
 )
 from accord.types import vqa_prompt
@@ -268,7 +271,7 @@ def test_a_score_that_is_not_finite_makes_the_site_absent_for_its_group_alone(ba
         (ScoreReply("s1", [[0.0, 0.0]] * 3), "scores for 3 questions, expected 2"),
         (ScoreReply("s1", [[0.0, 0.0], [0.0]]), "1 scores for 2 candidates"),
         (ScoreReply("s1", [[0.0, 0.0], [0.0] * 3]), "3 scores for 2 candidates"),
-        (ScoreReply("s1", [[0.0, -10_001.0], [0.0, 0.0]]), "of -1e.04, beyond the limit of 10000"),
+        (ScoreReply("s1", [[0.0, -10_001.0], [0.0, 0.0]]), "of -1e.04, beyond the limits of -10000 and 10000"),
         (CARD, "expected scores, got a Card"),
     ],
     ids=["id", "too few", "too many", "short group", "long group", "range", "type"],
@@ -281,3 +284,38 @@ def test_scores_that_must_not_be_used(reply, message):
 def test_messages_are_immutable():
     with pytest.raises(AttributeError):
         REQUEST.id = "other"
+
+
+def test_scores_outside_the_agreed_range():
+    """A site whose scores are to be clipped to 0..2 may not send a 3; rounding by a millionth is no offence."""
+    assert check_scores(REQUEST, ScoreReply("s1", [[0.0, 2.0], [1.0, 2.0000005]]), 0.0, 2.0)
+    for bad in (3.0, -0.5):
+        with pytest.raises(ReplyError, match=f"score of {bad:g}, beyond the limits of 0 and 2"):
+            check_scores(REQUEST, ScoreReply("s1", [[0.0, bad], [1.0, 2.0]]), 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "other"}, "expected 'c'"),
+        ({"pairs": -1}, "a count of -1"),
+        ({"ranking": {"colour": math.nan}}, "a ranking of nan"),
+        ({"ranking": {"colour": 1.5}}, "a ranking of 1.5"),
+        ({"architecture": "x" * 101}, "100 characters at most"),
+        ({"ranking": {"a\x1b[2J": 0.5}}, "must be printable"),
+    ],
+    ids=str,
+)
+def test_a_card_that_is_not_shown(changes, message):
+    card = Card("c", "Llava", 1, 2, 3, True, {"colour": 0.5})
+    assert check_card(CardRequest("c"), card) == card
+    with pytest.raises(ReplyError, match=message):
+        check_card(CardRequest("c"), msgspec.structs.replace(card, **changes))
+
+
+def test_an_honest_reply_is_within_its_limit():
+    scores = ScoreReply("s1", [[math.pi] * len(item.candidates) for item in REQUEST.items])
+    missing = MissingImages("s1", [item.image for item in REQUEST.items])
+    assert max(len(encode(scores)), len(encode(missing))) <= reply_limit(REQUEST)
+    router = RouterRequest("r", 0, 0, b"w" * 10_000, 1)
+    assert len(encode(RouterReply("r", b"w" * 10_000, 1, 0.5))) <= reply_limit(router)

@@ -21,8 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 
 from accord.errors import RunError
 from accord.flare.cli import server_start
-from accord.flare.kit import Kit, check_certificate, kit_of, start_command, start_environment
-from accord.flare.provision import CLASSES, Consortium, Member, Server, provision
+from accord.flare.kit import CLASSES, Kit, check_certificate, kit_of, start_command, start_environment
+from accord.flare.provision import Consortium, Member, Server, provision
 
 pytestmark = pytest.mark.slow
 

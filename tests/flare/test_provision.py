@@ -16,8 +16,8 @@ from accord.errors import RecipeError, RunError
 from accord.flare import kit as kit_module
 from accord.flare.cli import provision_command, server_app
 from accord.flare.frames import SOCKETS_VARIABLE, socket_folder
-from accord.flare.kit import Kit, check_certificate, kit_of, start_command, start_environment
-from accord.flare.provision import CLASSES, Consortium, Member, Server, load_consortium, provision
+from accord.flare.kit import CLASSES, Kit, check_certificate, kit_of, start_command, start_environment
+from accord.flare.provision import Consortium, Member, Server, load_consortium, provision
 from accord.toml import build
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -41,7 +41,7 @@ from accord.data.images import image_bytes, picture_key
 from accord.errors import DataError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
-from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.federation.messages import MAX_SCORE, ScoreItem, ScoreRequest, image_name, to_turns
 from accord.federation.ranks import OneConnection
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
@@ -99,6 +99,7 @@ class FederatedReward:
         missing: what a completion gets that no site scored (see the module's docstring).
         sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
             as PNG.
+        limits: the range to which sites clip their scores; who sends one outside it is absent.
         quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on,
             as long as there are sites to wait for: those that are gone or late. 0 waits for nobody.
         tell: called when a wait begins, now and then while it lasts, and when it is over.
@@ -120,6 +121,7 @@ class FederatedReward:
         deadline: float | None = None,
         missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
+        limits: tuple[float, float] = (-MAX_SCORE, MAX_SCORE),
         quorum: float = 0.0,
         tell: Callable[[str], object] = logger.warning,
         pause: Callable[[float], object] = time.sleep,
@@ -134,6 +136,7 @@ class FederatedReward:
         self.deadline = deadline
         self.missing = missing
         self.sources = sources or {}
+        self.limits = limits
         self.quorum = quorum
         self.tell = tell
         self.pause = pause
@@ -282,6 +285,7 @@ class FederatedReward:
             deadline=self.deadline,
             replies=replies,
             patience=patience,
+            limits=self.limits,
         )
         return self._table(query, given)
 

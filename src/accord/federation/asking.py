@@ -13,13 +13,14 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
 from accord.errors import CheckpointError, DataWarning, ReplyError
 from accord.federation.engine import KINDS, Engine
-from accord.federation.messages import Absence, Reply, Request, ScoreRequest, check_scores
+from accord.federation.messages import MAX_SCORE, Absence, Reply, Request, ScoreRequest, check_scores
 
 Asked = TypeVar("Asked", bound=Request)
 Checked = TypeVar("Checked")
@@ -60,8 +61,12 @@ def ask_checked(
     what: str,
     consequence: str,
     deadline: float | None = None,
+    pause: Callable[[float], object] = time.sleep,
 ) -> dict[str, Checked]:
     """Return what `check` made of each site's reply, by site; a site without a usable one is not in it.
+
+    Where nobody answered and all may come back, as when the way to them broke, they are asked again, for ever; Ctrl-C
+    ends it.
 
     Args:
         engine: carries the requests.
@@ -70,8 +75,13 @@ def ask_checked(
         what: what a site sends, "an update", for the warning.
         consequence: what follows from an absence, "the router was averaged without it", for the warning.
         deadline: seconds to wait for the sites.
+        pause: waits for some seconds.
     """
-    replies = engine.ask(requests, deadline=deadline)
+    replies, seconds = engine.ask(requests, deadline=deadline), PAUSES[0]
+    while replies and all(isinstance(reply, Absence) and reply.reason in MAY_RETURN for reply in replies.values()):
+        _warn_absent(_absences(replies), "all are asked again")
+        pause(seconds)
+        replies, seconds = engine.ask(requests, deadline=deadline), min(2 * seconds, PAUSES[1])
     _warn_absent(_absences(replies), consequence)
     return _check(engine, requests, replies, check, what, consequence)
 
@@ -103,6 +113,7 @@ def ask_scores(
     deadline: float | None = None,
     replies: Replies | None = None,
     patience: Patience | None = None,
+    limits: tuple[float, float] = (-MAX_SCORE, MAX_SCORE),
 ) -> dict[str, Scores]:
     """Return each site's scores of every item of its request.
 
@@ -113,7 +124,10 @@ def ask_scores(
         deadline: seconds to wait for the sites.
         replies: what the sites have said, if they have been asked already.
         patience: for sites that may come back, which are then asked again; without it every site is asked once.
+        limits: the range of scores that was agreed; a reply with one outside it is not used.
     """
+    low, high = limits
+    check = partial(check_scores, low=low, high=high)
     if replies is None:
         replies = engine.ask(requests, deadline=deadline)
     scores: dict[str, Scores] = {}
@@ -121,7 +135,7 @@ def ask_scores(
     tries, pause, asked = 1, PAUSES[0], requests
     while True:
         absent = {site: absence for site, absence in absent.items() if site not in replies} | _absences(replies)
-        given = _check(engine, asked, replies, check_scores, "scores", consequence)
+        given = _check(engine, asked, replies, check, "scores", consequence)
         for site, of_site in given.items():
             if None in of_site:
                 engine.traffic.counts[site, "score"].absences += 1

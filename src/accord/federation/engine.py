@@ -28,6 +28,7 @@ from accord.federation.messages import (
     ScoreRequest,
     decode_reply,
     encode,
+    reply_limit,
 )
 
 KINDS = {"ScoreRequest": "score", "RouterRequest": "router", "UpdateRequest": "update", "CardRequest": "card"}
@@ -117,15 +118,13 @@ class Outbox:
             self._sent[site].update(request.images)
         return reply
 
-    def forget(self, site: str) -> None:
-        """Send a site, which was started anew, every image again."""
-        self._sent.pop(site, None)
-
     @staticmethod
     def _once(site: str, request: Request, send: Callable[[bytes], bytes], traffic: Traffic) -> Reply | Absence:
         sent, returned = encode(request), b""
         try:
             returned = send(sent)
+            if len(returned) > reply_limit(request):
+                raise ReplyError(f"a reply of {len(returned)} bytes, at most {reply_limit(request)} were expected")
             reply: Reply | Absence = decode_reply(returned)
         except TimeoutError:
             reply = Absence(site, "late")

@@ -161,6 +161,9 @@ T = TypeVar("T")
 MAX_SCORE = 1e4
 """A standardised score beyond this is no score; it would drown every other site's."""
 
+MAX_NAME = 100
+"""Characters of an architecture's or a question type's name."""
+
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
@@ -230,11 +233,49 @@ def check_images(images: Mapping[str, bytes]) -> None:
             raise ReplyError(f"image {name[:12]}… does not match its SHA-256; it was changed on its way")
 
 
-def check_scores(request: ScoreRequest, reply: Reply) -> list[list[float] | None]:
+def reply_limit(request: Request) -> int:
+    """Return how many bytes an honest reply to a request may have; a longer one is dropped before it is read.
+
+    A reply of empty lists takes seventy times its bytes in memory.
+    """
+    if isinstance(request, ScoreRequest):  # nine bytes a score, or a name of 66 an image
+        return 4096 + sum(80 + 9 * len(item.candidates) for item in request.items)
+    if isinstance(request, RouterRequest):
+        return 65_536 + len(request.weights)
+    if isinstance(request, UpdateRequest):
+        return 65_536 + 2 * (len(request.weights) + len(request.state))
+    return 65_536
+
+
+def check_card(request: CardRequest, reply: Reply) -> Card:
+    """Validate what a site says of itself before it is shown.
+
+    Raises:
+        ReplyError: wrong type or request id, a count below 0, a share outside 0 to 1, or text that is long or cannot be
+            printed.
+    """
+    if not isinstance(reply, Card):
+        raise ReplyError(f"expected a card, got a {type(reply).__name__}")
+    if reply.id != request.id:
+        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    if min(reply.parameters, reply.questions, reply.pairs) < 0:
+        raise ReplyError(f"a count of {min(reply.parameters, reply.questions, reply.pairs)}")
+    for share in reply.ranking.values():
+        if not 0 <= share <= 1:
+            raise ReplyError(f"a ranking of {share}, which must be from 0 to 1")
+    for text in (reply.architecture, *reply.ranking):
+        if len(text) > MAX_NAME or not text.isprintable():
+            raise ReplyError(f"a name {text[:40]!a}, which must be printable and of {MAX_NAME} characters at most")
+    return reply
+
+
+def check_scores(
+    request: ScoreRequest, reply: Reply, low: float = -MAX_SCORE, high: float = MAX_SCORE
+) -> list[list[float] | None]:
     """Validate a site's scores before use; a group with a non-finite score becomes None: the site is absent for it.
 
     Raises:
-        ReplyError: wrong type, request id, or shape, or a score beyond `MAX_SCORE`.
+        ReplyError: wrong type, request id, or shape, or a score outside `low` to `high`, the range that was agreed.
     """
     if not isinstance(reply, ScoreReply):
         raise ReplyError(f"expected scores, got a {type(reply).__name__}")
@@ -249,7 +290,8 @@ def check_scores(request: ScoreRequest, reply: Reply) -> list[list[float] | None
         if not all(map(math.isfinite, scores)):
             checked.append(None)
             continue
-        if any(abs(score) > MAX_SCORE for score in scores):
-            raise ReplyError(f"a standardised score of {max(scores, key=abs):.3g}, beyond the limit of {MAX_SCORE:g}")
+        if any(not low - 1e-6 <= score <= high + 1e-6 for score in scores):
+            worst = max(scores, key=lambda score: max(low - score, score - high))
+            raise ReplyError(f"a standardised score of {worst:.3g}, beyond the limits of {low:g} and {high:g}")
         checked.append(scores)
     return checked

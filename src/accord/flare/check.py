@@ -145,7 +145,8 @@ def check_expiry(kit: Kit) -> Finding:
 
 def check_policies(kit: Kit) -> Iterator[Finding]:
     """Check that a job can build nothing but our relay here, brings no code, and that no log is sent."""
-    from accord.flare.provision import CLASSES, DENIED
+    from accord.flare.kit import CLASSES
+    from accord.flare.provision import DENIED
 
     local, again = kit.path / "local", "unpack the kit again, or ask the consortium's lead for a new one"
     try:

@@ -31,8 +31,9 @@ import msgspec
 
 from accord.errors import RunError
 from accord.federation.engine import KINDS, Outbox, Traffic
-from accord.federation.messages import Absence, Reply, Request
+from accord.federation.messages import Absence, Reply, Request, reply_limit
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame
+from accord.flare.kit import CLASSES
 from accord.flare.relay import SERVER_SOCKET, WRAPPING, Answer, Ask, Hello, decode_from_relay, encode_frame
 from accord.runs import write_atomic
 
@@ -47,9 +48,7 @@ MISSES: Final = 2
 RETRY: Final = (5.0, 600.0)
 """Seconds between two segments for the same waiting sites: at first, and at most; they double while that is no help."""
 
-SERVER_CLASSES: Final = ("nvflare.collab.runtime.controller.CollabController", "accord.flare.relay.ServerRelay")
-SITE_CLASSES: Final = ("nvflare.collab.runtime.executor.CollabExecutor", "accord.flare.relay.SiteRelay")
-"""What a job names, and all that a participant's `class_allow_list` must let it name."""
+SERVER_CLASSES, SITE_CLASSES = CLASSES["server"], CLASSES["site"]
 
 
 class Launcher(Protocol):
@@ -112,8 +111,8 @@ class Segment:
         """Tell whether it makes sense to ask the site."""
         return site in self.sites and self.misses[site] < MISSES and not self.ended.is_set()
 
-    def call(self, site: str, message: bytes, seconds: float) -> bytes:
-        """Carry a message to a site and return its reply.
+    def call(self, site: str, message: bytes, seconds: float, limit: int = MAX_FRAME) -> bytes:
+        """Carry a message to a site and return its reply, empty where it is longer than `limit` bytes.
 
         Raises:
             TimeoutError: it did not answer in time.
@@ -129,7 +128,7 @@ class Segment:
         number = next(self._numbers)
         future = self._waiting[number] = Future()
         try:
-            self._send(encode_frame(Ask(number, site, seconds, message)), end)
+            self._send(encode_frame(Ask(number, site, seconds, min(limit, MAX_FRAME), message)), end)
             try:
                 answer = future.result(max(0.0, end - time.monotonic()))
             except TimeoutError:
@@ -279,11 +278,14 @@ class FlareEngine:
         if not segment.reaches(site):
             self.traffic.add(site, KINDS[type(request).__name__], 0, 0, absent=True)
             return Absence(site, "gone")
-        end = time.monotonic() + seconds
+        end, limit = time.monotonic() + seconds, reply_limit(request)
         # Never used before, so that an earlier reply, whoever sends it again, answers nothing.
         stamped = msgspec.structs.replace(request, id=f"{request.id}.{secrets.token_hex(8)}")
         reply = self._outbox.exchange(
-            site, stamped, lambda data: segment.call(site, data, max(0.001, end - time.monotonic())), self.traffic
+            site,
+            stamped,
+            lambda data: segment.call(site, data, max(0.001, end - time.monotonic()), limit),
+            self.traffic,
         )
         if isinstance(reply, Absence):
             if segment.misses[site] >= MISSES:
@@ -315,7 +317,7 @@ class FlareEngine:
             return set()
         lost = {site: heard for site, heard in self._connected.items() if not segment.reaches(site)}
         # FLARE goes on listing a site that was killed: only one that has been heard of since is there.
-        return {site for site, heard in lost.items() if site in self._sites and heard > self._missed.get(site, 0.0)}
+        return {site for site, heard in lost.items() if site in self._sites and heard != self._missed.get(site)}
 
     def _renew(self) -> Segment:
         first = self._segment is None
@@ -325,7 +327,7 @@ class FlareEngine:
         while time.monotonic() - began < self._give_up and not self._closed.is_set():
             try:
                 self._connected = heard = self._launcher.connected()
-                there = {s for s in self._sites if s in heard and heard[s] > self._missed.get(s, 0.0)}
+                there = {s for s in self._sites if s in heard and heard[s] != self._missed.get(s)}
                 missing = set(self._sites) - there
                 patient = first and time.monotonic() - began < self._wait
                 if there and not (missing and patient):

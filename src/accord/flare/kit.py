@@ -12,10 +12,11 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from accord.errors import RunError
 from accord.flare.frames import SOCKETS_VARIABLE, socket_folder
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
 Role: TypeAlias = Literal["server", "site", "operator"]
+
+CLASSES: Final[Mapping[Role, tuple[str, ...]]] = {
+    "server": ("nvflare.collab.runtime.controller.CollabController", "accord.flare.relay.ServerRelay"),
+    "site": ("nvflare.collab.runtime.executor.CollabExecutor", "accord.flare.relay.SiteRelay"),
+}
+"""What a job of Accord's names, and all that it may build at a participant, besides the kit's own components."""
 
 
 @dataclass(frozen=True)

@@ -17,20 +17,13 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from accord.errors import RecipeError, RunError, check_least
-from accord.flare.kit import Role, move_storage, require_flare, write_private
+from accord.flare.kit import CLASSES, Role, move_storage, require_flare, write_private
 from accord.toml import build, dump_toml, load_toml
-
-CLASSES: Final[Mapping[Role, tuple[str, ...]]] = {
-    "server": ("nvflare.collab.runtime.controller.CollabController", "accord.flare.relay.ServerRelay"),
-    "site": ("nvflare.collab.runtime.executor.CollabExecutor", "accord.flare.relay.SiteRelay"),
-}
-"""All that a job may build there, besides the kit's own components."""
 
 DENIED: Final = ("byoc", "shell_commands", "show_errors", "get_job_log", "configure_site_log", "configure_job_log")
 """What no role may do anywhere: bring code, read files, ask for a site's error texts or log, make it log more."""

@@ -40,6 +40,7 @@ class Ask(msgspec.Struct, frozen=True, tag="ask"):
     number: int
     site: str
     seconds: float
+    limit: int  # bytes of a reply at most
     message: bytes
 
 
@@ -90,13 +91,13 @@ class ServerRelay:
                 if proxy is None:
                     return tell(Answer(ask.number, b"", "gone"))
                 try:
-                    reply = proxy(timeout=ask.seconds).answer(ask.message)
+                    reply = proxy(timeout=ask.seconds).answer(ask.message, ask.seconds)
                 except CollabCallError as error:
                     late = error.cause_type == TimeoutError.__name__
                     logger.warning("site %s: %s", ask.site, "late" if late else "gone")
                     return tell(Answer(ask.number, b"", "late" if late else "gone"))
-                # Of a site's own making: what no frame can hold would end the job for all.
-                usable = isinstance(reply, bytes) and len(reply) <= MAX_FRAME
+                # Of a site's own making: what is longer than any honest reply goes no further.
+                usable = isinstance(reply, bytes) and len(reply) <= ask.limit
                 tell(Answer(ask.number, reply if usable else b""))
 
             tell(Hello(list(sites)))
@@ -105,17 +106,22 @@ class ServerRelay:
                     calls.submit(call, decode_ask(receive_frame(connection, limit=MAX_FRAME + WRAPPING)))
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-            calls.shutdown(wait=False, cancel_futures=True)
 
 
 class SiteRelay:
     """A site's half of a job: one request, one connection to the site's own service."""
 
     @collab.publish  # type: ignore[untyped-decorator]
-    def answer(self, message: bytes) -> bytes:
-        """Return the service's reply, or a refusal; never raises, since FLARE would send an exception's text."""
+    def answer(self, message: bytes, seconds: float) -> bytes:
+        """Return the service's reply, or a refusal; never raises, since FLARE would send an exception's text.
+
+        After `seconds` the server has given up; the service then sees that nobody waits, and does not compute.
+        """
+        if collab.caller != "server":  # FLARE lets every participant of a job call every other
+            logger.warning("another site asked this one; only the server may")
+            return encode(Refusal("", "refused"))
         try:
-            with connect(_socket(f"{collab.site_name}.sock")) as connection:
+            with connect(_socket(f"{collab.site_name}.sock"), timeout=seconds) as connection:
                 send_frame(connection, message)
                 return receive_frame(connection)
         except (OSError, EOFError):

@@ -22,7 +22,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from accord.errors import AccordError, RunError
+from accord.errors import AccordError, RunError, printable
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -58,9 +58,9 @@ def site_check(
         grid.add_column(width=15)
         grid.add_column()
         word = Text("ok", style="green") if found.ok else Text("problem", style="bold red")
-        grid.add_row(word, found.about, Text(_clean(found.text)))
+        grid.add_row(word, found.about, Text(printable(found.text)))
         if not found.ok:
-            grid.add_row("", "", Text(f"→ {_clean(found.remedy)}", style="yellow"))
+            grid.add_row("", "", Text(f"→ {printable(found.remedy)}", style="yellow"))
         console.print(grid)
     with contextlib.suppress(AccordError):  # without a trained site, which is a problem above
         crossings = what_crosses(read_site_folder(folder, site.name), folder, site.name)
@@ -68,7 +68,7 @@ def site_check(
             grid = Table.grid(padding=(0, 2))
             for crossing in crossings:
                 if crossing.way == way:
-                    grid.add_row("", crossing.what, Text(_clean(crossing.amount)))
+                    grid.add_row("", crossing.what, Text(printable(crossing.amount)))
             console.print(Text(f"\n{title}", style="bold"), grid)
         console.print(Text("\nWHAT IS NOT PROTECTED", style="bold"))
         for line in NOT_PROTECTED:
@@ -204,7 +204,7 @@ def _rows(*rows: tuple[str, str]) -> Table:
     grid.add_column(width=19)
     grid.add_column()
     for about, text in rows:
-        grid.add_row(about, Text(_clean(text)))  # no plain string, in which rich would look for its own marks
+        grid.add_row(about, Text(printable(text)))  # no plain string, in which rich would look for its own marks
     return grid
 
 
@@ -213,8 +213,3 @@ def _sentence(entry: Entry) -> str:
     if entry.kind == "score":
         what += f", {entry.questions} questions, {entry.candidates} candidates, {entry.images} new images"
     return f"{entry.time} {what}: {entry.outcome}; {entry.bytes_in} B in, {entry.bytes_out} B out, {entry.seconds} s"
-
-
-def _clean(text: str) -> str:
-    """Replace control characters: what stands in a data file must not steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)

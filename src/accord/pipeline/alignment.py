@@ -28,6 +28,7 @@ from accord.checkpoints import keep_newest, newest_good, seal, step_of
 from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
 from accord.federation.engine import Engine, InProcessEngine
+from accord.federation.messages import MAX_SCORE
 from accord.federation.ranks import OneConnection, rank_and_count
 from accord.models.generate import answer
 from accord.models.load import load_vlm, save_vlm
@@ -126,6 +127,7 @@ def _reward(
         deadline=recipe.routing.deadline,
         unfinished=recipe.scores.low if recipe.scores else None,
         sources=sources,
+        limits=(recipe.scores.low, recipe.scores.high) if recipe.scores else (-MAX_SCORE, MAX_SCORE),
         quorum=recipe.routing.quorum,
         tell=_tell if rank_and_count()[0] == 0 else lambda _: None,
     )

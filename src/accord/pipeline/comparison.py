@@ -35,7 +35,8 @@ def compare(job: Job, arm: str) -> None:
         }
         measured = {**counts, "traffic": sent, "seconds": round(time.monotonic() - began, 1), "commit": commit()}
         write_atomic(arm_file(job.path, arm), json.dumps(measured, indent=2) + "\n")
-        shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)
+    # Not before the stage is done: killed in between, it would have every step to do again.
+    shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)
 
 
 def arm_file(run: Path, arm: str) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from accord.errors import DataError, RunError
+from accord.errors import DataError, DataWarning, ReplyError
 from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
 from accord.evaluation.gallery import write_gallery
 from accord.evaluation.summary import (
@@ -26,7 +28,7 @@ from accord.evaluation.summary import (
     write_summary,
 )
 from accord.federation.engine import Engine, Traffic
-from accord.federation.messages import Card, CardRequest
+from accord.federation.messages import Absence, Card, CardRequest, check_card
 from accord.models.generate import answer
 from accord.models.load import load_vlm, parameter_count
 from accord.pipeline.alignment import federated_reward
@@ -39,6 +41,10 @@ from accord.progress import stage_bar
 from accord.recipe import Source
 from accord.routing.router import LearnedRouter, load_router
 from accord.version import VERSION
+
+CARD_SECONDS: Final = 60.0
+
+ABSENT: Final = Card("", "unknown, the site was away", 0, 0, 0, False, {})
 
 
 def evaluate(job: Job) -> None:
@@ -90,11 +96,10 @@ def _summary(
     by_type: dict[str, list[Tensor]] = defaultdict(list)
     for q, row in zip(job.evaluated, weights, strict=True):
         by_type[q.question_type].append(row)
+    cards = _cards(engine, names)
     sites, constructed = [], False
     for config in recipe.sites:
-        card = engine.ask({config.name: CardRequest(f"card-{config.name}")})[config.name]
-        if not isinstance(card, Card):
-            raise RunError(f"site {config.name} did not describe itself; check its log and start again with --resume")
+        card = cards.get(config.name, ABSENT)
         constructed = constructed or card.constructed
         macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else None
         sites.append(
@@ -146,6 +151,22 @@ def _summary(
         checkpoint=str(job.path / "policy"),
         versions={**manifest["versions"], "python": manifest["python"]},
     )
+
+
+def _cards(engine: Engine, names: Sequence[str]) -> dict[str, Card]:
+    """Ask all sites to describe themselves; one that is away now has done its part, and the report goes without."""
+    requests = {name: CardRequest(f"card-{name}") for name in names}
+    cards = {}
+    for name, reply in engine.ask(requests, deadline=CARD_SECONDS).items():
+        try:
+            if isinstance(reply, Absence):
+                raise ReplyError(reply.reason)
+            cards[name] = check_card(requests[name], reply)
+        except ReplyError as error:
+            warnings.warn(
+                f"site {name} did not describe itself ({error}); the report says so", DataWarning, stacklevel=2
+            )
+    return cards
 
 
 def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, quiet: bool) -> str:

@@ -114,7 +114,8 @@ class Job:
         """Do a stage; what was built on its earlier result is done no longer, and its checkpoints are removed."""
         later = BUILT_ON_IT[stage.split()[0]]
         for checkpoints in (self.path / "checkpoints").glob("*"):
-            if checkpoints.name.split()[0] in later:
+            # A stage that is done has checkpoints only where a kill came before their removal.
+            if checkpoints.name.split()[0] in later or self.run.done(checkpoints.name):
                 shutil.rmtree(checkpoints, ignore_errors=True)
         if "compare" in later:
             shutil.rmtree(self.path / "anchors", ignore_errors=True)

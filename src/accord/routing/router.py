@@ -186,9 +186,10 @@ def read_weights(data: bytes, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         weights = load(data)
     except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
-        raise CheckpointError(f"router weights of {len(data)} bytes cannot be read: {error}") from error
+        # Its text quotes the bytes, which a site may have made up for whoever reads the warning.
+        raise CheckpointError(f"router weights of {len(data)} bytes cannot be read ({type(error).__name__})") from error
     if weights.keys() != expected.keys():
-        raise CheckpointError(f"router weights have other names: {sorted(weights.keys() ^ expected.keys())[:5]}")
+        raise CheckpointError(f"router weights have other names: {sorted(weights.keys() ^ expected.keys())[:5]!a:.200}")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
             want = f"{tuple(expected[name].shape)} {expected[name].dtype}"
