@@ -58,7 +58,7 @@ def test_a_method_gives_a_policy_and_counts_its_bytes(folder, arm):
 
 @pytest.mark.parametrize("arm", REMEMBERING)
 def test_what_a_method_has_learnt_outlives_an_interruption(folder, arm, tmp_path, monkeypatch):
-    """Stopped once step 2 of 4 is saved, and resumed: the accuracy, the answers' bytes and the curve of a run in one piece."""
+    """Stopped once step 2 of 4 is saved, and resumed: accuracy, answers' bytes and curve of a run in one piece."""
     for name in ("whole", "stopped"):
         shutil.copytree(folder, tmp_path / name)
     expected = measured(tmp_path / "whole", arm)

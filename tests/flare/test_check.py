@@ -159,7 +159,8 @@ def test_what_leaves_is_what_the_messages_can_hold(site):
     for word in ("scores", "router weights", "number of pairs", "loss", "counts", "ranking", "one word"):
         assert word in leaving
     staying = " ".join(crossing.what for crossing in crossings if crossing.way == "stays")
-    assert not any(word in leaving for word in ("image", "annotation")) and "reward model's weights" in staying
+    assert leaving.count("image") == leaving.count("which of the server's images the site has not") == 1
+    assert "annotation" not in leaving and "reward model's weights" in staying
 
 
 def test_a_model_that_is_missing(kit, site):

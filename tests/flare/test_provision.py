@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -270,7 +271,7 @@ def test_adding_a_site(consortium, kits, tmp_path):
 def test_the_processes(kits):
     server, site = kit_of(kits / "server"), kit_of(kits / "colour")
     shared = ["--set", "secure_train=true"]
-    assert start_command(server)[4:] == [
+    assert start_command(server)[6:] == [
         *(
             "-m",
             str(server.path),
@@ -282,8 +283,9 @@ def test_the_processes(kits):
             "config_folder=config",
         )
     ]
-    assert start_command(site)[:4] == [sys.executable, "-u", "-m", "nvflare.private.fed.app.client.client_train"]
-    assert start_command(site)[4:] == [
+    child = [sys.executable, "-u", "-m", "accord.flare.child", str(os.getpid())]
+    assert start_command(site)[:6] == [*child, "nvflare.private.fed.app.client.client_train"]
+    assert start_command(site)[6:] == [
         *(
             "-m",
             str(site.path),

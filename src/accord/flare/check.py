@@ -277,6 +277,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         Crossing("leaves", "number of pairs the router saw, mean loss", "two numbers a round"),
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
+        Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),
         Crossing("leaves", "one word where a request cannot be answered", "error, invalid, refused or gone"),
         Crossing("leaves", "that the site is there: FLARE's heartbeats", "name, organisation, address, state of jobs"),
         Crossing("enters", "the server's images", "kept in memory only, at most " + _size(CACHE_BYTES)),

@@ -125,7 +125,9 @@ def check_certificate(kit: Kit) -> datetime:
 
 
 def start_command(kit: Kit) -> list[str]:
-    """Return the command line of the participant's FLARE process; it stays until it is ended with SIGTERM.
+    """Return the command line of the participant's FLARE process, to be started by this process.
+
+    It stays until it is ended with SIGTERM, or this process ends.
 
     FLARE's storage wants absolute paths: a server's kit is pointed to where it lies now.
 
@@ -143,7 +145,8 @@ def start_command(kit: Kit) -> list[str]:
         module, file, own = "client.client_train", "fed_client.json", f"uid={kit.name}"
     module = f"nvflare.private.fed.app.{module}"
     settings = ("secure_train=true", own, f"org={org}", "config_folder=config")
-    return [sys.executable, "-u", "-m", module, "-m", str(kit.path), "-s", file, "--set", *settings]
+    child = (sys.executable, "-u", "-m", "accord.flare.child", str(os.getpid()))  # ends with this process
+    return [*child, module, "-m", str(kit.path), "-s", file, "--set", *settings]
 
 
 def start_environment(kit: Kit) -> dict[str, str]:

@@ -335,8 +335,8 @@ def join(
 
 @contextlib.contextmanager
 def _leaving(stop: threading.Event) -> Iterator[None]:
-    """Set `stop` on the first SIGINT or SIGTERM; the second does what it does by default."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    """Set `stop` on the first SIGINT, SIGTERM or SIGHUP; the second does what it does by default."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if threading.current_thread() is not threading.main_thread():  # Python lets no other set handlers
         yield
         return

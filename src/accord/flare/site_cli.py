@@ -84,7 +84,12 @@ def site_join(
     folder: SiteFolder,
     name: KitName = None,
     images: Annotated[
-        Path | None, typer.Option("--images", help="a folder with images of the server's, which need not be sent then")
+        Path | None,
+        typer.Option(
+            "--images",
+            help="a folder of public images that the server asks about and need not send then; no patients' images: "
+            "the server learns which of its own are there",
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="show nothing")] = False,
 ) -> None:
@@ -101,7 +106,8 @@ def site_join(
     with _view(site, folder, quiet=quiet) as view:
         join(kit, folder, name, images=images, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
     if not quiet:
-        again = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        words = [*(["--images", str(images)] if images is not None else []), str(kit), str(folder)]
+        again = shlex.join([Path(sys.argv[0]).name, "site", "join", *words])
         typer.echo(f"left; the same command comes back: {again}")
 
 
