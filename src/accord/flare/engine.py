@@ -356,11 +356,7 @@ class FlareEngine:
                 while True:  # jobs that were given up and began after all
                     self._listener.accept()[0].close()
             self._launcher.submit(job)
-        try:
-            self._listener.settimeout(self._wait)
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            raise ConnectionError(f"no job began in {self._wait:g} s") from error
+        connection = self._accept()
         try:
             connection.settimeout(self._wait)
             hello = decode_from_relay(receive_frame(connection))
@@ -372,6 +368,15 @@ class FlareEngine:
             raise ConnectionError("the relay did not introduce itself") from error
         self._tell(f"a segment with {', '.join(hello.sites)}")
         return Segment(connection, hello.sites)
+
+    def _accept(self) -> socket.socket:
+        """Return the connection of the job that was submitted; closing a listener would wake nobody who waits in it."""
+        end = time.monotonic() + self._wait
+        self._listener.settimeout(0.2)
+        while time.monotonic() < end and not self._closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                return self._listener.accept()[0]
+        raise ConnectionError(f"no job began in {self._wait:g} s")
 
     def _watch(self) -> None:
         while not self._closed.wait(self._poll):
