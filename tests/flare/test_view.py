@@ -155,9 +155,11 @@ def test_a_run_that_was_killed(tmp_path):
     assert look(folder).holder == "process 1 on elsewhere.example"
 
 
-def test_sites_of_a_run_that_has_ended_are_let_go(tmp_path):
+def test_sites_of_a_run_that_has_ended_are_let_go_and_of_one_that_was_killed_unknown(tmp_path):
     folder = write_run(tmp_path / "run", federation=Federation("2026-11-20T18:41:08Z", True, [], SITES))
     assert [line.split()[1:3] for line in shown(look(folder))[-2:]] == [["let", "go"], ["let", "go"]]
+    (folder / "federation.json").write_bytes(msgspec.json.encode(Federation("2026-11-20T18:41:08Z", False, [], SITES)))
+    assert [line.split()[1] for line in shown(look(folder))[-2:]] == ["unknown", "unknown"]
 
 
 def test_what_was_said_cannot_steer_the_terminal(tmp_path):

@@ -238,7 +238,7 @@ class FlareEngine:
     @property
     def given_up(self) -> set[str]:
         """The sites that missed their deadlines, and have not been heard of since."""
-        return {site for site, heard in list(self._missed.items()) if self._connected.get(site, 0.0) <= heard}
+        return {site for site, heard in list(self._missed.items()) if self._connected.get(site, heard) == heard}
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Ask all sites at once; a request without a deadline gets `DEADLINE` seconds.

@@ -31,7 +31,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from accord.errors import RunError
+from accord.errors import RunError, printable
 from accord.evaluation.trace import MetricsRow, read_metrics, stages_done
 from accord.flare.state import Federation, SiteState, read_federation
 from accord.runs import read_lines, stage_of
@@ -169,7 +169,7 @@ def page(glance: Glance, now: float, before: Glance | None = None) -> Group:
         rows.add_row(about, shown)
     if glance.federation is None:
         return Group(rows)
-    return Group(rows, Text(), _sites(glance.federation, now), *_said(glance.federation))
+    return Group(rows, Text(), _sites(glance.federation, now, running=bool(glance.holder)), *_said(glance.federation))
 
 
 def blocks(values: Sequence[float], width: int = TREND) -> str:
@@ -184,9 +184,9 @@ def blocks(values: Sequence[float], width: int = TREND) -> str:
 
 
 def _state(glance: Glance) -> str:
-    if glance.holder:
-        return f"running, {glance.holder}"
-    return "finished" if glance.finished else "not running"
+    if glance.finished:
+        return "finished"
+    return f"running, {glance.holder}" if glance.holder else "not running"
 
 
 def _rows(glance: Glance, now: float, before: Glance | None) -> Iterator[tuple[str, Text | Table]]:
@@ -220,17 +220,17 @@ def _stage(glance: Glance, now: float, before: Glance | None) -> Table:
     return line
 
 
-def _sites(federation: Federation, now: float) -> Table:
+def _sites(federation: Federation, now: float, *, running: bool) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("site", "state"):
         table.add_column(name)
     for name in ("messages", "absences", "MB to it", "MB from it", "last heard"):
         table.add_column(name, justify="right")
     for site in federation.sites:
-        # What a run that was killed wrote last is no longer so.
-        known = "let go" if federation.ended else site.state
+        # What a run that was killed wrote last need no longer be so.
+        known = "let go" if federation.ended else site.state if running else "unknown"
         table.add_row(
-            Text(_clean(site.name)),
+            Text(printable(site.name)),
             Text(known, style=STYLES.get(known, "dim")),
             f"{site.messages:,}",
             f"{site.absences:,}",
@@ -249,7 +249,7 @@ def _ago(site: SiteState, now: float) -> str:
 
 def _said(federation: Federation) -> Iterator[Text]:
     for line in federation.said:
-        yield Text(_clean(line), style="dim")
+        yield Text(printable(line), style="dim")
 
 
 def _recipe(folder: Path) -> _Recipe:
@@ -310,8 +310,3 @@ def _alive(pid: int) -> bool:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _clean(text: str) -> str:
-    """Replace control characters: what FLARE says must not steer the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)

@@ -1,0 +1,57 @@
+"""The sockets by which Accord's processes reach FLARE's on the same machine: nobody else's."""
+
+import os
+import socket
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from accord.errors import RunError
+from accord.flare.frames import connect, listen, socket_folder
+
+
+@pytest.fixture
+def temporary(monkeypatch):
+    """A temporary folder whose name is short, as the path of a socket must be."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_only_their_owner_may_enter(temporary):
+    folder = socket_folder("kits/server")
+    with listen(folder / "server.sock"):
+        assert [mode(each) for each in (folder.parent, folder, folder / "server.sock")] == [0o700, 0o700, 0o600]
+    assert socket_folder("kits/server") == folder != socket_folder("kits/colour")
+
+
+@pytest.mark.parametrize("which", ["parent", "folder"])
+def test_a_folder_that_others_may_enter_is_refused(temporary, which):
+    folder = socket_folder("kits/server")
+    (folder.parent if which == "parent" else folder).chmod(0o755)
+    with pytest.raises(RunError, match=r"is not a folder that is this user's alone; remove it, or set TMPDIR"):
+        socket_folder("kits/server")
+
+
+def test_a_link_that_another_user_left_is_not_followed(temporary):
+    elsewhere = temporary / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (temporary / f"accord-{os.getuid()}").symlink_to(elsewhere)
+    with pytest.raises(RunError, match="this user's alone"):
+        socket_folder("kits/server")
+
+
+def test_a_socket_that_a_dead_process_left_is_replaced_and_a_live_one_is_not(temporary):
+    path = socket_folder("kits/server") / "server.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(os.fspath(path))
+    with listen(path):
+        connect(path).close()
+        with pytest.raises(RunError, match=r"another process listens on .*; stop it, or wait until it ends"):
+            listen(path)
