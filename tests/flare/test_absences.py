@@ -5,6 +5,7 @@ import random
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -192,12 +193,23 @@ def kill_and_wait(asking, name, chance):
     return asking.until_all(240)
 
 
+def job_processes(wire, name):
+    """FLARE's processes for jobs at a participant; a job has one."""
+    lines = (" ".join(each.cmdline()) for each in psutil.Process(wire.processes[name].pid).children(recursive=True))
+    return [line for line in lines if "nvflare" in line]
+
+
 def test_a_site_that_is_killed_three_times_takes_part_again(asking):
     """T24: its whole process tree, with SIGKILL. Nobody touches the server; no reply is counted twice."""
     chance = random.Random(24)
     asks = [kill_and_wait(asking, "third", chance) for _ in range(3)]
     assert max(asks) < 240
     assert asking.wire.said[-1] == "a segment with first, second, third"
+    end = time.monotonic() + 120
+    while any(len(job_processes(asking.wire, name)) > 1 for name in asking.wire.processes):  # earlier segments' jobs
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    assert len(job_processes(asking.wire, "server")) == 1
 
 
 def test_a_server_that_is_killed_and_started_again(asking):
