@@ -412,7 +412,15 @@ def test_a_site_that_comes_back_broken_ends_the_wait(caplog):
     assert pauses == [1.0] and told[-1] == "the wait for sites is over"
 
 
-def test_ctrl_c_ends_the_wait():
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C at work, also where the tests are a job in the background, which a shell starts deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_the_wait(ctrl_c):
     reward = FederatedReward(
         Away({"there": 9}), route, quorum=1.0, pause=lambda seconds: signal.raise_signal(signal.SIGINT)
     )
@@ -499,7 +507,7 @@ def test_what_the_engine_raises_comes_out_of_the_call():
         reward(**rows)
 
 
-def test_ctrl_c_ends_the_wait_for_a_started_question():
+def test_ctrl_c_ends_the_wait_for_a_started_question(ctrl_c):
     engine = Slow()
     reward, rows = FederatedReward(engine, route), rows_of("a")
     reward.start(**rows)
