@@ -9,9 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -61,7 +61,8 @@ class Production:
         self._user = str(json.loads(config.read_text())["admin"]["username"])
         self._kit = operator
         self._session: object = None
-        self._lock = threading.Lock()  # the session is one connection
+        # One thread, for the session is one connection; and not the main one, since FLARE's code swallows a Ctrl-C.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="accord-session")
 
     def submit(self, job: Path) -> None:
         """Submit the job."""
@@ -75,13 +76,17 @@ class Production:
 
     def close(self) -> None:
         """Log out."""
-        with self._lock:
-            self._drop()
+        with contextlib.suppress(RuntimeError):  # it is done
+            self._thread.submit(self._drop).result()
+        self._thread.shutdown()
 
     def _call(self, what: Callable[[object], T]) -> T:
+        return self._thread.submit(self._called, what).result()
+
+    def _called(self, what: Callable[[object], T]) -> T:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
 
-        with self._lock, contextlib.redirect_stdout(io.StringIO()):  # FLARE prints what it does
+        with contextlib.redirect_stdout(io.StringIO()):  # FLARE prints what it does
             try:
                 if self._session is None:
                     self._session = new_secure_session(self._user, str(self._kit), timeout=10.0)

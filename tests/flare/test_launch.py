@@ -1,0 +1,94 @@
+"""The operator's session: one connection, used by one thread, and never in the way of Ctrl-C."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from accord.errors import RunError
+from accord.flare.launch import Production
+
+
+@pytest.fixture
+def operator(tmp_path):
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "fed_admin.json").write_text(json.dumps({"admin": {"username": "operator@accord.local"}}))
+    return tmp_path
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A session as FLARE's, which counts how often it was opened and closed."""
+    made = SimpleNamespace(opened=0, closed=0, threads=set(), info=lambda: SimpleNamespace(client_info=[]))
+
+    def get_system_info():
+        made.threads.add(threading.current_thread())
+        return made.info()
+
+    def close():
+        made.closed += 1
+
+    def opened(*_, **__):
+        made.opened += 1
+        return SimpleNamespace(get_system_info=get_system_info, close=close)
+
+    monkeypatch.setattr("nvflare.fuel.flare_api.flare_api.new_secure_session", opened)
+    return made
+
+
+def test_ctrl_c_is_not_lost_in_flares_code(operator, session):
+    """FLARE catches whatever is raised in it, and goes on; the interrupt comes all the same, while it is at work."""
+    began = threading.Event()
+
+    def stubborn():
+        began.set()
+        with contextlib.suppress(BaseException):
+            time.sleep(1.0)
+        return SimpleNamespace(client_info=[])
+
+    session.info = stubborn
+    launcher = Production(operator)
+    threading.Thread(target=lambda: began.wait(10) and os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        launcher.connected()
+    launcher.close()
+    assert (session.opened, session.closed) == (1, 1)
+
+
+def test_one_connection_and_one_thread(operator, session):
+    launcher = Production(operator)
+    callers = [threading.Thread(target=launcher.connected) for _ in range(4)]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    launcher.close()
+    launcher.close()
+    assert (session.opened, session.closed, len(session.threads)) == (1, 1, 1)
+
+
+def test_a_session_that_failed_is_opened_anew(operator, session):
+    """Once it cannot be reached; then it can, with a site that was heard of now and one of an hour ago."""
+    launcher, now = Production(operator), time.time()
+
+    def fail():
+        raise ValueError("no")
+
+    session.info = fail
+    with pytest.raises(ConnectionError, match="ValueError: no"):
+        launcher.connected()
+    clients = [SimpleNamespace(name=n, last_connect_time=t) for n, t in (("colour", now), ("shape", now - 3600))]
+    session.info = lambda: SimpleNamespace(client_info=clients)
+    assert launcher.connected() == {"colour": now}
+    launcher.close()
+    assert (session.opened, session.closed) == (2, 2)
+
+
+def test_what_is_no_operators_kit(tmp_path):
+    with pytest.raises(RunError, match=r"is no operator's start-up kit .*; name that folder"):
+        Production(tmp_path)
