@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from accord.errors import RunError
+from accord.errors import DataWarning
 from accord.evaluation.summary import Ranking, SiteSummary, accuracy
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import Card
@@ -40,5 +40,15 @@ def test_a_site_that_says_nothing_of_itself(summarise):
     def silent(_):
         raise RuntimeError("out of order")
 
-    with pytest.raises(RunError, match="site a did not describe itself"):
-        summarise(a=silent, b=silent)
+    with pytest.warns(DataWarning, match=r"site a did not describe itself \(error\); the report says so"):
+        summary = summarise(a=silent, b=lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}))
+    assert [site.architecture for site in summary.sites] == ["unknown, the site was away", "Llava"]
+    assert summary.sites[0].pairs == 0 and summary.sites[0].ranking.macro is None
+
+
+def test_a_card_that_must_not_be_shown(summarise):
+    """A request's id that is another's, and a ranking that is no share."""
+    bad = Card("card-b", "Llava", 1, 2, 3, True, {"colour": 2.0})
+    with pytest.warns(DataWarning, match="did not describe itself"):
+        summary = summarise(a=lambda request: bad, b=lambda request: bad)
+    assert {site.architecture for site in summary.sites} == {"unknown, the site was away"}

@@ -139,6 +139,16 @@ def test_an_image_in_two_splits_is_refused(vqa):
         load_questions([Source("folder", folder)])
 
 
+def test_checkpoints_of_a_stage_that_was_broken_off_stay_for_it(job):
+    (job.path / "checkpoints" / "align").mkdir(parents=True)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), job.doing("align"):
+            raise KeyboardInterrupt
+        assert (job.path / "checkpoints" / "align").exists()
+    with job.doing("site a"):
+        assert not (job.path / "checkpoints" / "align").exists()
+
+
 def test_what_was_built_on_a_repeated_stage_is_done_no_longer(job):
     """Sites do not stand on each other; comparisons stand on the sites and on the router, which some of them use."""
     stages = ["site a", "site b", "router", "align", "compare average", "evaluation"]
@@ -155,6 +165,6 @@ def test_what_was_built_on_a_repeated_stage_is_done_no_longer(job):
         with job.doing(stage):
             assert not job.run.done(stage)
         assert {done for done in stages if job.run.done(done)} == left
-        assert (job.path / "checkpoints" / "align").exists() == (stage == "align")
-        assert (job.path / "checkpoints" / "compare average").exists() == (stage == "align")
+        assert not (job.path / "checkpoints" / "align").exists()
+        assert not (job.path / "checkpoints" / "compare average").exists()
     assert json.loads((job.path / "stages.json").read_text())["done"] == ["site b", "site a"]
