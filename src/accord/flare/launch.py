@@ -61,7 +61,7 @@ class Production:
         self._user = str(json.loads(config.read_text())["admin"]["username"])
         self._kit = operator
         self._session: object = None
-        # One thread, for the session is one connection; and not the main one, since FLARE's code swallows a Ctrl-C.
+        # One thread, for the session is one connection; not the main one: a bare `except` of FLARE's swallows Ctrl-C.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="accord-session")
 
     def submit(self, job: Path) -> None:
