@@ -137,7 +137,7 @@ def check_line(line):
     if program == "accord" and words[1:] and words[1:] != ["…"]:
         check_accord(words[1:])
     elif program == "make":
-        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
         assert set(words[1:]) <= targets, line
     elif program == "python" and words[1].endswith(".py"):
         script = (ROOT / words[1]).read_text(encoding="utf-8")
