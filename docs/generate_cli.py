@@ -58,7 +58,7 @@ def _default(option: Any) -> str:
         return ""
     value = option.default
     # A path inside the package is another one on every machine.
-    return f"`{value.name}` of the package" if isinstance(value, Path) else f"`{value}`"
+    return f"`{value.name}` of the package" if isinstance(value, Path) and value.is_absolute() else f"`{value}`"
 
 
 def page() -> str:

@@ -514,7 +514,7 @@ def _foreign(folder: Path) -> list[str]:
     return [] if found <= ours | {"run.lock"} else sorted(found - {"manifest.json", "run.lock"})
 
 
-_BEGINNING = ("recipe.toml", "timings.jsonl")
+_BEGINNING = ("recipe.toml", "timings.jsonl", "federation.json")
 """What a run has left when its first stage has failed at once, as for a wrong path."""
 
 

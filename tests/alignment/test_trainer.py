@@ -306,32 +306,40 @@ def without_start(reward):
     return plain
 
 
+class Meeting(InProcessEngine):
+    """Answers only once the reference pass has begun, which for its part waits until the question is under way."""
+
+    def __init__(self):
+        super().__init__({name: by_length for name in "ab"})
+        self.asked, self.passed, self.met = threading.Event(), threading.Event(), []
+
+    def ask(self, requests, *, deadline=None):
+        self.asked.set()
+        self.met.append((self.passed.wait(120), threading.current_thread() is threading.main_thread()))
+        return super().ask(requests, deadline=deadline)
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "stock"])
 def test_the_question_goes_on_beside_the_reference(llava, make, shared):
-    """Each takes a second and what it computes: together less than one after the other."""
-    engine = Timed(1.0)
+    """Each waits for the other to begin: one after the other neither would end."""
+    engine = Meeting()
     reward = FederatedReward(engine, halves, mode="soft")
-    ended = []
 
     def finished(*rows, **columns):
-        given = reward(*rows, **columns)
-        ended.append(time.monotonic())
-        return given
+        return reward(*rows, **columns)
 
     finished.__wrapped__ = reward  # as `accord.alignment.grpo.finite` leaves it
     trainer = make(*load_vlm(llava), reward=finished, shared=shared)
     trainer._check = lambda *_: None
-    slept = []
+    under_way = []
 
-    def slow(*_):
-        slept.append(time.monotonic())
-        time.sleep(1.0)
+    def meet(*_):
+        under_way.append(engine.asked.wait(120))
+        engine.passed.set()
 
-    trainer.accelerator.unwrap_model(trainer.ref_model).register_forward_pre_hook(slow)
+    trainer.accelerator.unwrap_model(trainer.ref_model).register_forward_pre_hook(meet)
     rollouts(trainer)
-    ((began, answered, in_main),) = engine.spans
-    assert len(slept) == 1 and not in_main and slept[0] < answered < ended[0]
-    assert ended[0] - began < (answered - began) + 1.0
+    assert under_way == [True] and engine.met == [(True, False)]
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["whole", "lora"])

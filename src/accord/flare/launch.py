@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -89,6 +90,8 @@ class Production:
         with contextlib.redirect_stdout(io.StringIO()):  # FLARE prints what it does
             try:
                 if self._session is None:
+                    # It prints about each message that a dead server does not take; `tell` says so once.
+                    logging.getLogger("nvflare").setLevel(logging.CRITICAL)
                     self._session = new_secure_session(self._user, str(self._kit), timeout=10.0)
                 return what(self._session)
             except (
