@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from accord.errors import CheckpointError, DataWarning
-from accord.runs import write_atomic
+from accord.runs import sync, write_atomic
 
 MANIFEST: Final = "manifest.json"
 
@@ -45,10 +45,10 @@ def seal(folder: Path) -> None:
     """
     files = {}
     for name, path in _files(folder).items():
-        _flush(path)
+        sync(path)
         files[name] = _entry(path)
     write_atomic(folder / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
-    _flush(folder.parent)
+    sync(folder.parent)
 
 
 def verify(folder: Path) -> None:
@@ -148,12 +148,3 @@ def _flaw(folder: Path) -> str | None:
         if entry["sha256"] != sha256:
             return f"{name}: SHA-256 differs"
     return None
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's contents, or a folder's names, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,10 +43,10 @@ _PARTIAL = ".partial-"
 _REPLACED = ".replaced-"
 
 
-def write_atomic(path: Path | str, data: bytes | str) -> None:
+def write_atomic(path: Path | str, data: bytes | str, *, mode: int = 0o666) -> None:
     """Write `data` (text as UTF-8) to `path` so that a reader, or a crash, never sees half of it.
 
-    Missing parent folders are made.
+    Missing parent folders are made. `mode` is of the new file, less the umask.
 
     Raises:
         RunError: the file cannot be written; what stood at `path` before still stands, and no temporary file is left.
@@ -56,7 +56,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}-{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         try:
             view = memoryview(content)
             while view:
@@ -65,7 +65,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
         finally:
             os.close(descriptor)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def replace_folder(path: Path | str, write: Callable[[Path], object]) -> None:
             if moved:
                 os.rename(replaced, path)
             raise
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) or _disk_is_full(error):
@@ -426,8 +426,9 @@ def _cannot_write(path: Path, error: BaseException) -> RunError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -437,8 +438,8 @@ def _sync_folder(folder: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync_folder(Path(root, name))
-        _sync_folder(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def _put_back(path: Path) -> None:

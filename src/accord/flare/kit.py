@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,9 +19,13 @@ from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from accord.errors import RunError
 from accord.flare.frames import SOCKETS_VARIABLE, socket_folder
+from accord.runs import write_atomic
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
+
+PRIVATE: Final = 0o600
+"""The mode of a kit's files: keys lie among them."""
 
 Role: TypeAlias = Literal["server", "site", "operator"]
 
@@ -175,19 +178,7 @@ def move_storage(kit: Path, *, to: Path) -> None:
     manager = next(each for each in resources["components"] if each["id"] == "job_manager")
     manager["args"]["uri_root"] = str(to / "storage" / "jobs")
     if (new := json.dumps(resources, indent=2)) != old:
-        write_private(file, new)
-
-
-def write_private(path: Path, text: str) -> None:
-    """Replace a file as a whole, readable by this user alone."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        write_atomic(file, new, mode=PRIVATE)
 
 
 def _certificate(path: Path) -> Certificate:

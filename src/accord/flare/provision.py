@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Final
 
 from accord.errors import RecipeError, RunError, check_least
-from accord.flare.kit import CLASSES, Role, move_storage, require_flare, write_private
+from accord.flare.kit import CLASSES, PRIVATE, Role, move_storage, require_flare
+from accord.runs import write_atomic
 from accord.toml import build, dump_toml, load_toml
 
 DENIED: Final = ("byoc", "shell_commands", "show_errors", "get_job_log", "configure_site_log", "configure_job_log")
@@ -163,7 +164,7 @@ def provision(consortium: Consortium, out: Path, *, authority: Path | None = Non
             path.chmod(path.stat().st_mode & 0o700)
         kits.rename(out)
     if authority is not None:
-        write_private(authority / "consortium.toml", dump_toml(consortium))
+        write_atomic(authority / "consortium.toml", dump_toml(consortium), mode=PRIVATE)
     return [out / name for name in roles]
 
 
@@ -241,9 +242,11 @@ def _restrict(kit: Path, role: Role, listen: str) -> None:
         resources["accord"] = {"listen": listen}
     resources["class_allow_list"] = list(dict.fromkeys([*CLASSES[role], *own]))
     resources["class_list_enforcement_mode"] = "enforce"
-    write_private(local / "resources.json", json.dumps(resources, indent=2))
-    write_private(
-        local / "authorization.json", json.dumps({"format_version": "1.0", "permissions": PERMISSIONS}, indent=2)
+    write_atomic(local / "resources.json", json.dumps(resources, indent=2), mode=PRIVATE)
+    write_atomic(
+        local / "authorization.json",
+        json.dumps({"format_version": "1.0", "permissions": PERMISSIONS}, indent=2),
+        mode=PRIVATE,
     )
     # INFO, in text and as JSON lines (log.json), as FLARE has it.
     shutil.copyfile(local / "log_config.json.default", local / "log_config.json")
@@ -253,12 +256,13 @@ def _write_authority(folder: Path, state: Path, consortium: Consortium) -> None:
     """Keep the authority's key and certificate, and nothing of the participants' keys."""
     folder.mkdir()
     kept = json.loads((state / "cert.json").read_text(encoding="utf-8"))
-    write_private(folder / "rootCA.pem", kept["root_cert"])
-    write_private(folder / "rootCA.key", kept["root_pri_key"])
-    write_private(folder / "consortium.toml", dump_toml(consortium))
-    write_private(
+    write_atomic(folder / "rootCA.pem", kept["root_cert"], mode=PRIVATE)
+    write_atomic(folder / "rootCA.key", kept["root_pri_key"], mode=PRIVATE)
+    write_atomic(folder / "consortium.toml", dump_toml(consortium), mode=PRIVATE)
+    write_atomic(
         folder / "README.txt",
         "Never hand out this folder: whoever has rootCA.key can admit anyone to the consortium.\n"
         "Keep it where only the lead reaches it. It admits further sites: accord provision … --authority FOLDER\n"
         "The kits beside it hold private keys too: hand each to its participant alone, then delete your copy.\n",
+        mode=PRIVATE,
     )
