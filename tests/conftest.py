@@ -1,5 +1,8 @@
 import io
+import json
 import os
+import shutil
+from collections import Counter
 from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; read when the hub's client is imported
@@ -8,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
+from accord.data.easy_vqa import load_easy_vqa
 from accord.models.load import load_vlm
 from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.types import PreferencePair, Question, vqa_prompt
@@ -100,3 +104,76 @@ def prefer() -> Callable[..., PreferencePair]:
         return PreferencePair(chosen=chosen, rejected=rejected, **{**given, **fields})  # type: ignore[arg-type]
 
     return make
+
+
+IMAGES = {"base": 10, "private": 40, "public": 12, "dev": 8, "test": 10}
+TUNING = {"steps": 2, "batch_size": 8}
+REWARD = {
+    "steps": 6,
+    "prompts_per_batch": 4,
+    "rejected_per_prompt": 2,
+    "evaluate_every": 3,
+    "evaluate_on": 12,
+    "vocabulary": 13,
+}
+
+
+@pytest.fixture(scope="session")
+def vqa_folder(tmp_path_factory):
+    """The questions about the first few images of every split, in Accord's own form."""
+    folder = tmp_path_factory.mktemp("vqa") / "shapes"
+    (folder / "images").mkdir(parents=True)
+    taken = {split: set() for split in IMAGES}
+    lines = []
+    for q in load_easy_vqa():
+        if q.image not in taken[q.split]:
+            if len(taken[q.split]) == IMAGES[q.split]:
+                continue
+            taken[q.split].add(q.image)
+            shutil.copyfile(q.image, folder / "images" / f"{q.split}-{q.image.name}")
+        image = f"images/{q.split}-{q.image.name}"
+        row = {"id": q.id, "image": image, "question": q.text, "answer": q.answer}
+        lines.append(json.dumps({**row, "question_type": q.question_type, "split": q.split}) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines))
+    assert Counter(json.loads(line)["split"] for line in lines)["test"] > 60
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(vqa_folder):
+    """A recipe as a table: three sites of three families, a few steps of everything."""
+    families = {
+        "colour": ("accord/llava-siglip-qwen2", "colour"),
+        "shape": ("accord/idefics3", "shape"),
+        "yes-no": ("accord/llava-clip-llama", "yes/no"),
+    }
+    return {
+        "name": "tiny",
+        "seed": 0,
+        "threads": 1,
+        "questions": [{"kind": "folder", "path": str(vqa_folder)}],
+        "preferences": {"rejected_per_question": 3, "policy_samples": 2},
+        "sites": [
+            {
+                "name": name,
+                "checkpoint": checkpoint,
+                "question_types": [kind],
+                "fraction": 0.5,
+                "finetune": TUNING,
+                "reward_model": REWARD,
+            }
+            for name, (checkpoint, kind) in families.items()
+        ],
+        "router": {"layers": 1, "width": 16, "rounds": 2, "local_steps": 1, "pairs_per_batch": 8, "pairs_per_site": 8},
+        "alignment": {
+            "steps": 4,
+            "prompts_per_step": 6,
+            "group_size": 4,
+            "evaluate_every": 2,
+            "evaluate_on": 12,
+            "save_every": 1,
+        },
+        "routing": {"mode": "soft"},  # every site is asked, whatever a router of two rounds has learnt
+        "pooled": {"finetune": TUNING, "reward_model": REWARD},
+        "evaluation": {"questions": 60, "gallery": 4},
+    }

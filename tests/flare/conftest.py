@@ -13,14 +13,12 @@ import subprocess
 import sysconfig
 import threading
 import time
-from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 import tomli_w
 
-from accord.data.easy_vqa import load_easy_vqa
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import listen, receive_frame, send_frame, socket_folder
 from accord.flare.kit import kit_of, start_command, start_environment
@@ -28,17 +26,7 @@ from accord.flare.launch import Production
 from accord.flare.provision import Consortium as Members
 from accord.flare.provision import Member, Server, provision
 
-IMAGES = {"base": 10, "private": 40, "public": 12, "dev": 8, "test": 10}
-TUNING = {"steps": 2, "batch_size": 8}
-REWARD = {
-    "steps": 6,
-    "prompts_per_batch": 4,
-    "rejected_per_prompt": 2,
-    "evaluate_every": 3,
-    "evaluate_on": 12,
-    "vocabulary": 13,
-}
-SITES = {"colour": "colour", "shape": "shape", "yes-no": "yes/no"}
+SITES = ("colour", "shape", "yes-no")
 
 
 def free_port():
@@ -125,50 +113,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")
-def vqa_folder(tmp_path_factory):
-    """The questions about the first few images of every split, in Accord's own form."""
-    folder = tmp_path_factory.mktemp("vqa") / "shapes"
-    (folder / "images").mkdir(parents=True)
-    taken = {split: set() for split in IMAGES}
-    lines = []
-    for q in load_easy_vqa():
-        if q.image not in taken[q.split]:
-            if len(taken[q.split]) == IMAGES[q.split]:
-                continue
-            taken[q.split].add(q.image)
-            shutil.copyfile(q.image, folder / "images" / f"{q.split}-{q.image.name}")
-        row = {"id": q.id, "image": f"images/{q.split}-{q.image.name}", "question": q.text, "answer": q.answer}
-        lines.append(json.dumps({**row, "question_type": q.question_type, "split": q.split}) + "\n")
-    (folder / "questions.jsonl").write_text("".join(lines))
-    assert Counter(json.loads(line)["split"] for line in lines)["test"] > 60
-    return folder
-
-
-@pytest.fixture(scope="session")
-def recipe(vqa_folder, tmp_path_factory):
-    """A recipe of few steps, in a file."""
-    families = ("accord/llava-siglip-qwen2", "accord/idefics3", "accord/llava-clip-llama")
-    table = {
-        "name": "tiny",
-        "seed": 0,
-        "threads": 1,
-        "questions": [{"kind": "folder", "path": str(vqa_folder)}],
-        "preferences": {"rejected_per_question": 3, "policy_samples": 2},
-        "sites": [
-            {
-                **{"name": name, "checkpoint": checkpoint, "question_types": [kind], "fraction": 0.5},
-                **{"finetune": TUNING, "reward_model": REWARD},
-            }
-            for checkpoint, (name, kind) in zip(families, SITES.items(), strict=True)
-        ],
-        "router": {"layers": 1, "width": 16, "rounds": 2, "local_steps": 1, "pairs_per_batch": 8, "pairs_per_site": 8},
-        "alignment": {
-            **{"steps": 6, "prompts_per_step": 6, "group_size": 4, "evaluate_every": 2, "evaluate_on": 12},
-            "save_every": 1,
-        },
-        "routing": {"mode": "soft", "deadline": 20.0},
-        "evaluation": {"questions": 60, "gallery": 4},
-    }
+def recipe(tiny_recipe, tmp_path_factory):
+    """The tiny recipe with six steps and a deadline, in a file."""
+    table = {**tiny_recipe, "alignment": {**tiny_recipe["alignment"], "steps": 6}}
+    table["routing"] = {**tiny_recipe["routing"], "deadline": 20.0}
     path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
     path.write_text(tomli_w.dumps(table))
     return path
@@ -200,7 +148,7 @@ def site_folders(in_process, tmp_path_factory):
 @pytest.fixture(scope="module")
 def consortium(site_folders, tmp_path_factory):
     """Server and sites, running."""
-    made = Consortium(tmp_path_factory.mktemp("consortium"), tuple(SITES), site_folders)
+    made = Consortium(tmp_path_factory.mktemp("consortium"), SITES, site_folders)
     try:
         made.start_server()
         made.await_log("server", "listening")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 START_SECONDS: Final = 120.0
 """How long FLARE may take until it listens."""
 
-STOP_SECONDS: Final = 10.0
-
 server_app = typer.Typer(no_args_is_help=True, help="A consortium's server.")
 
 
@@ -51,6 +49,7 @@ def provision_command(
 @server_app.command("start")
 def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")]) -> None:
     """Run the server of a consortium in the foreground, until Ctrl-C."""
+    from accord.flare.client import end
     from accord.flare.kit import check_certificate, kit_of
 
     server = kit_of(kit)
@@ -79,7 +78,8 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
         while process.poll() is None and not stopped:
             time.sleep(0.2)
     finally:
-        status = _end(process)
+        end(process.pid)
+        status = process.wait()
         for each, handler in before.items():
             signal.signal(each, handler)
     if not stopped:
@@ -132,12 +132,3 @@ def _await_listener(kit: Kit, process: subprocess.Popen[bytes]) -> None:
             time.sleep(0.2)
         if time.monotonic() > end:
             raise RunError(f"FLARE does not listen after {START_SECONDS:g} s; see {kit.path / 'console.log'}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> int:
-    process.terminate()
-    try:
-        return process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
