@@ -38,6 +38,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
+from accord.data.questions import normalise_answer
 from accord.errors import DataError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
@@ -92,6 +93,9 @@ class FederatedReward:
         router: whose judgement counts, weights `[N, K]`.
         mode: "top1" asks only the site with the largest weight; "soft" asks all and mixes.
         fusion: rewards from scores and weights; by default their weighted mean.
+        within_group: let `fusion` see the G completions of one prompt at a time, repeated ones as often as they were
+            drawn, as whatever compares a completion with its group must.
+        form: weight of a further reward, 1 for a completion that ended and says something, else 0.
         scope: route every completion by itself, or all completions of a prompt alike.
         unfinished: reward of a completion that was cut off before its end token; None scores it like any other.
         end_tokens: ids that end a completion; without them no completion counts as cut off.
@@ -115,6 +119,8 @@ class FederatedReward:
         *,
         mode: Mode = "top1",
         fusion: Fusion = mixture,
+        within_group: bool = False,
+        form: float = 0.0,
         scope: Scope = "completion",
         unfinished: float | None = 0.0,
         end_tokens: Sequence[int] = (),
@@ -130,6 +136,8 @@ class FederatedReward:
         self.router = router
         self.mode = mode
         self.fusion = fusion
+        self.within_group = within_group
+        self.form = form
         self.scope = scope
         self.unfinished = unfinished
         self.end_tokens = frozenset(end_tokens)
@@ -184,15 +192,13 @@ class FederatedReward:
             query, replies = self._route_and_query(self.group(prompts, completions, columns)), None
         groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
-        distinct = self.fusion(scores, routed)  # [M] over distinct completions
+        fused = self._fuse(groups, scores, routed)
         for k, site in enumerate(self.engine.sites):
             log_metric(f"routed/{site}", routed[:, k].mean().item())
         rewards: list[float | None] = []
-        start = 0
-        for group in groups:
-            of_group = [distinct[start + row].item() for row in group.rows]
-            start += len(group.candidates)
-            rewards += self._finish(of_group, len(rewards), completion_ids)
+        for group, of_group in zip(groups, fused, strict=True):
+            texts = [group.candidates[row] for row in group.rows]
+            rewards += self._finish(of_group.tolist(), texts, len(rewards), completion_ids)
         absent = sum(reward is None or math.isnan(reward) for reward in rewards)
         log_metric("absent", absent / len(rewards))
         return self._fill(rewards, [len(group.rows) for group in groups])
@@ -273,6 +279,16 @@ class FederatedReward:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
         return ScoreQuery(groups, weights, requests, places)
 
+    def _fuse(self, groups: Sequence[Group], scores: Tensor, weights: Tensor) -> list[Tensor]:
+        """Return the rewards `[G]` of every group from scores and weights `[M, K]` of the distinct completions."""
+        sizes = [len(group.candidates) for group in groups]
+        rows = [torch.tensor(group.rows) for group in groups]
+        if not self.within_group:
+            fused = self.fusion(scores, weights).split(sizes)
+            return [of_group[index] for of_group, index in zip(fused, rows, strict=True)]
+        split = zip(scores.split(sizes), weights.split(sizes), rows, strict=True)
+        return [self.fusion(own[index], trust[index]) for own, trust, index in split]
+
     def _patience(self, query: ScoreQuery) -> Patience:
         return Patience(partial(self._whom, query), self.tell, self.pause)
 
@@ -312,13 +328,23 @@ class FederatedReward:
         return waited_for if answered < self.quorum * asked else ()
 
     def _finish(
-        self, rewards: list[float], offset: int, completion_ids: Sequence[Sequence[int]] | None
+        self,
+        rewards: list[float],
+        texts: Sequence[str],
+        offset: int,
+        completion_ids: Sequence[Sequence[int]] | None,
     ) -> list[float | None]:
-        """Give completions that were cut off their fixed reward."""
-        if completion_ids is None or self.unfinished is None or not self.end_tokens:
-            return list(rewards)
-        cut = [not self.end_tokens.intersection(completion_ids[offset + i]) for i in range(len(rewards))]
-        return [self.unfinished if c else reward for c, reward in zip(cut, rewards, strict=True)]
+        """Give completions that were cut off their fixed reward, and those in good form theirs."""
+        cut = [False] * len(rewards)
+        if completion_ids is not None and self.end_tokens:
+            cut = [not self.end_tokens.intersection(completion_ids[offset + i]) for i in range(len(rewards))]
+        formed = [
+            reward + self.form * (not c and bool(normalise_answer(text)))
+            for reward, text, c in zip(rewards, texts, cut, strict=True)
+        ]
+        if self.unfinished is None:
+            return list(formed)
+        return [self.unfinished if c else reward for c, reward in zip(cut, formed, strict=True)]
 
     def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:
         """Put what `missing` says where no site scored."""
