@@ -120,3 +120,33 @@ def test_a_recipe_may_start_from_another(tmp_path):
 def test_prompts_of_some_types_only(ask):
     chosen = Prompts(question_types=("colour",))
     assert chosen.wants(ask(0)) and not chosen.wants(ask(1, question_type="shape"))
+
+
+def test_copies_of_a_site(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text(
+        'name = "x"\n[dealing]\nalpha = 0.1\n'
+        '[[sites]]\nname = "a"\ncheckpoint = "accord/idefics3"\ncopies = 2\n'
+        '[[sites]]\nname = "b"\ncheckpoint = "accord/llava-clip-llama"\n'
+    )
+    recipe = load_recipe(file)
+    assert [(site.name, site.checkpoint) for site in recipe.sites] == [
+        ("a-1", "accord/idefics3"),
+        ("a-2", "accord/idefics3"),
+        ("b", "accord/llava-clip-llama"),
+    ]
+    assert build(Recipe, tomllib.loads(dump_toml(recipe))) == recipe
+
+
+@pytest.mark.parametrize("copies", ["0", "true", "2.5", '"two"'])
+def test_copies_that_are_no_number(tmp_path, copies):
+    file = tmp_path / "x.toml"
+    file.write_text(f'name = "x"\n[[sites]]\nname = "a"\ncheckpoint = "accord/idefics3"\ncopies = {copies}\n')
+    with pytest.raises(RecipeError, match="copies of site 'a' must be a whole number of at least 1"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("own", [{"domains": ["d"]}, {"question_types": ["t"]}, {"fraction": 0.5}])
+def test_a_site_does_not_say_what_it_holds_where_that_is_drawn(own):
+    with pytest.raises(RecipeError, match="'b' says itself what it holds"):
+        build(Recipe, {"name": "x", "dealing": {}, "sites": [SITES[0], {**SITES[1], **own}]})

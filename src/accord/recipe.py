@@ -17,6 +17,7 @@ from accord.baselines.fedavg_reward import SharedRewardConfig
 from accord.baselines.fedbiscuit import FedBiscuitConfig
 from accord.baselines.feddpo import FedDpoConfig
 from accord.baselines.fedit import FedITConfig
+from accord.data.dealing import Dealing
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
@@ -180,8 +181,10 @@ class Recipe:
     sites: tuple[SiteConfig, ...]
     seed: int = 0
     threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
+    method: Literal["routed", "fedgrpo"] = "routed"  # what `accord align` aligns by: MoR's router, or FedGRPO's choice
     compare: tuple[str, ...] = ()
     disjoint_images: bool = True  # no image is at two sites
+    dealing: Dealing | None = None  # draws the sites' mixtures of types, in place of their own domains and types
     questions: tuple[Source, ...] = (Source(),)
     policy: Policy = Policy()
     prompts: Prompts = Prompts()
@@ -213,6 +216,12 @@ class Recipe:
         for name in names:
             if not name or not name.replace("-", "").replace("_", "").isalnum():
                 raise RecipeError(f"a site's name is letters, digits, - and _, since it names a folder; got {name!r}")
+        chosen = [site.name for site in self.sites if site.domains or site.question_types or site.fraction < 1]
+        if self.dealing and chosen:
+            raise RecipeError(
+                f"[dealing] draws what every site holds, and {chosen[0]!r} says itself what it holds; remove its "
+                "domains, question_types and fraction, or [dealing]"
+            )
         if "pooled" in names and "pooled" in self.compare:
             raise RecipeError("a site may not be called 'pooled' beside the comparison of that name; rename the site")
         known = [*ARMS, *(f"{word} {name}" for word in ("site", "local") for name in names)]
@@ -229,10 +238,25 @@ class Recipe:
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe. `base = "other.toml"` in it starts from that recipe's settings: tables are merged, lists replaced.
 
+    A site with `copies = 3` stands for three, called `<name>-1` to `<name>-3`.
+
     Raises:
         RecipeError: the file is absent or wrong; the message names the place, the value and the remedy.
     """
-    return build(Recipe, _with_base(Path(path), ()))
+    table = _with_base(Path(path), ())
+    if isinstance(sites := table.get("sites"), list):
+        table["sites"] = [copy for site in sites for copy in _copies(site)]
+    return build(Recipe, table)
+
+
+def _copies(site: object) -> list[object]:
+    if not isinstance(site, Mapping) or "copies" not in site:
+        return [site]
+    own = {key: value for key, value in site.items() if key != "copies"}
+    count, name = site["copies"], site.get("name")
+    if type(count) is not int or count < 1:
+        raise RecipeError(f"copies of site {name!r} must be a whole number of at least 1, got {count!r}; correct it")
+    return [{**own, "name": f"{name}-{number}"} for number in range(1, count + 1)]
 
 
 def _with_base(path: Path, before: tuple[Path, ...]) -> dict[str, object]:

@@ -117,7 +117,7 @@ def oracle(job: Job, stage: str) -> Aligned:
 
 def oracle_router(job: Job) -> Router:
     """Return the router that looks a prompt's domain and type up: what no server knows of a real prompt."""
-    shares = [site.share for site in job.recipe.sites]
+    shares = [*job.shares.values()]
     known: dict[tuple[str, int], Tensor] = {}  # a picture by its hash: the pixels of all prompts would fill the memory
     for q in job.prompts:
         fitting = [k for k, share in enumerate(shares) if share.wants(q)]

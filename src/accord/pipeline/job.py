@@ -13,9 +13,10 @@ from typing import cast
 
 from torch.utils.tensorboard import SummaryWriter
 
+from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
 from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
-from accord.data.sites import check_disjoint, share_out
+from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RunError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Engine, Traffic
@@ -170,6 +171,8 @@ class Job:
         if self.engine is not None:
             raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
+        if self.mixtures:
+            return deal(private, self.mixtures, seed=self.recipe.seed)
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         if self.alone:  # who wants none of the questions here has its own elsewhere; the draw is the same without it
             shares = [share for share in shares if share.name == self.alone or any(map(share.wants, private))]
@@ -180,6 +183,23 @@ class Job:
             disjoint_images=self.recipe.disjoint_images,
         )
         return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
+
+    @cached_property
+    def mixtures(self) -> dict[str, dict[tuple[str, str], float]]:
+        """Each site's mixture of domains and types, where the recipe has them drawn; empty where it does not."""
+        if self.recipe.dealing is None:
+            return {}
+        kinds = sorted({kind_of(q) for questions in self.questions.values() for q in questions})
+        names = [site.name for site in self.recipe.sites]
+        return mixtures(kinds, names, self.recipe.dealing.alpha, self.recipe.seed)
+
+    @cached_property
+    def shares(self) -> dict[str, SiteShare]:
+        """What each site stands for: its domains and types, as the recipe says or as they were drawn."""
+        return {
+            site.name: stands_for(site.name, self.mixtures[site.name]) if self.mixtures else site.share
+            for site in self.recipe.sites
+        }
 
     @cached_property
     def identify(self) -> Callable[[ImageSource], str]:

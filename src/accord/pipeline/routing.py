@@ -71,7 +71,7 @@ def routing_accuracy(job: Job, router: Router) -> float:
     Raises:
         DataError: no dev question is of a domain and type that a site holds.
     """
-    shares = [site.share for site in job.recipe.sites]
+    shares = [*job.shares.values()]
     known = [q for q in job.questions["dev"] if any(share.wants(q) for share in shares)]
     if not known:
         raise DataError(

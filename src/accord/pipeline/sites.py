@@ -47,7 +47,7 @@ def train_site(job: Job, name: str) -> None:
             lora=site.lora,
             questions=questions,
             pairs=pairs,
-            held_out=[q for q in job.questions["dev"] if site.share.wants(q)],
+            held_out=[q for q in job.questions["dev"] if job.shares[name].wants(q)],
             seed=seed,
             log=lambda record: job.log({"stage": "site", "site": name, **record}),
         )
