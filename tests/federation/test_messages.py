@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from accord.errors import ReplyError
 from accord.federation import messages
 from accord.federation.messages import (
+    MAX_ANSWER,
     MAX_SCORE,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     ImageBlock,
@@ -22,6 +26,7 @@ from accord.federation.messages import (
     ScoreRequest,
     TextBlock,
     Turn,
+    check_answers,
     check_card,
     check_images,
     check_scores,
@@ -38,17 +43,31 @@ from accord.types import vqa_prompt
 TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
 ITEM = ScoreItem(image_name(b"png"), TURNS, ["left", ""])
 REQUEST = ScoreRequest("s1", {image_name(b"png"): b"png"}, [ITEM, ITEM])
-REQUESTS = [REQUEST, RouterRequest("r1", 2, 1, b"weights", 7), CardRequest("c1")]
+JUDGED = ScoreRequest("s2", {}, [ScoreItem(None, [Turn("user", "2 + 2?")], ["4"])], judge="answer", truth=True)
+ANSWER = AnswerRequest(
+    "a1", {image_name(b"png"): b"png"}, [AnswerItem(image_name(b"png"), TURNS), AnswerItem(None, TURNS[:1])]
+)
+REQUESTS = [REQUEST, JUDGED, ANSWER, RouterRequest("r1", 2, 1, b"weights", 7), CardRequest("c1")]
 CARD = Card("c1", "LlavaForConditionalGeneration", 9, 5, 20, True, {"colour": 0.75})
 REPLIES = [
     ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),
+    AnswerReply("a1", ["links 🙂", ""]),
     RouterReply("r1", b"weights", 20, 0.5),
     CARD,
 ]
 
 FIELDS = {
-    "ScoreRequest": {"id": str, "images": dict[str, bytes], "items": list[ScoreItem]},
-    "ScoreItem": {"image": str, "prompt": list[Turn], "candidates": list[str]},
+    "ScoreRequest": {
+        "id": str,
+        "images": dict[str, bytes],
+        "items": list[ScoreItem],
+        "judge": typing.Literal["reward", "answer"],
+        "truth": bool,
+    },
+    "ScoreItem": {"image": str | None, "prompt": list[Turn], "candidates": list[str]},
+    "AnswerRequest": {"id": str, "images": dict[str, bytes], "items": list[AnswerItem]},
+    "AnswerItem": {"image": str | None, "prompt": list[Turn]},
+    "AnswerReply": {"id": str, "answers": list[str]},
     "Turn": {"role": typing.Literal["system", "user", "assistant"], "content": str | list[ImageBlock | TextBlock]},
     "ImageBlock": {},
     "TextBlock": {"text": str},
@@ -113,14 +132,16 @@ def test_the_set_is_closed():
 
 
 def test_no_reply_can_hold_a_pair_or_an_image():
-    """Text that leaves a site: a request's id, names of images it was asked about, an architecture, names of question
-    types. Bytes: shared weights."""
+    """Text that leaves a site: a request's id, names of images it was asked about, what its model says to the server's
+    questions, an architecture, names of question types. Bytes: shared weights."""
     fields = reachable(messages.Reply, {})
     texts = {(kind, name) for kind, named in fields.items() for name, hint in named.items() if "str" in str(hint)}
     assert texts == {
         ("ScoreReply", "id"),
         ("MissingImages", "id"),
         ("MissingImages", "images"),
+        ("AnswerReply", "id"),
+        ("AnswerReply", "answers"),
         ("RouterReply", "id"),
         ("UpdateReply", "id"),
         ("Card", "id"),
@@ -252,6 +273,65 @@ def test_an_image_that_is_not_what_its_name_says():
         check_images({ITEM.image: b"png!"})
 
 
+def test_a_request_of_mor_has_not_a_byte_more_than_its_three_fields():
+    """A mapping of four: the type and the three fields, as it was before there were other judges than reward models."""
+    as_before = {
+        "type": "score",
+        "id": "s1",
+        "images": REQUEST.images,
+        "items": msgspec.to_builtins(REQUEST.items),
+    }
+    assert encode(REQUEST) == msgspec.msgpack.encode(as_before)
+    assert set(msgspec.msgpack.decode(encode(JUDGED))) == {"type", "id", "images", "items", "judge", "truth"}
+
+
+def test_a_judge_that_does_not_exist():
+    with pytest.raises(ReplyError, match="judge"):
+        decode_request(raw(REQUEST, judge="oracle"))
+
+
+def test_good_answers_pass():
+    """An answer is compared, never printed: it may hold any character, and be as long as the limit."""
+    said = ["\x1b[2J\u202e", "x" * MAX_ANSWER]
+    assert check_answers(ANSWER, decode_reply(encode(AnswerReply("a1", said)))) == said
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (AnswerReply("a2", ["", ""]), "reply to request 'a2', expected 'a1'"),
+        (AnswerReply("a1", [""]), "answers to 1 questions, expected 2"),
+        (AnswerReply("a1", [""] * 3), "answers to 3 questions, expected 2"),
+        (AnswerReply("a1", ["", "x" * (MAX_ANSWER + 1)]), "an answer of 257 characters, at most 256"),
+        (ScoreReply("a1", [[0.0], [0.0]]), "expected answers, got a ScoreReply"),
+    ],
+    ids=["id", "too few", "too many", "long", "type"],
+)
+def test_answers_that_must_not_be_used(reply, message):
+    with pytest.raises(ReplyError, match=message):
+        check_answers(ANSWER, reply)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"answers": None},
+        {"answers": "left"},
+        {"answers": [1]},
+        {"answers": [None]},
+        {"answers": [b"left"]},
+        {"answers": [["left"]]},
+        {"answers": {"0": "left"}},
+        {"labels": ["left"]},
+        {"images": {"x": b"png"}},
+    ],
+    ids=str,
+)
+def test_an_answer_reply_holds_nothing_but_answers(changes):
+    with pytest.raises(ReplyError):
+        decode_reply(raw(REPLIES[1], **changes))
+
+
 def test_good_scores_pass():
     scores = [[0.1, -2.0], [MAX_SCORE, -MAX_SCORE]]
     assert check_scores(REQUEST, ScoreReply("s1", scores)) == scores
@@ -317,5 +397,10 @@ def test_an_honest_reply_is_within_its_limit():
     scores = ScoreReply("s1", [[math.pi] * len(item.candidates) for item in REQUEST.items])
     missing = MissingImages("s1", [item.image for item in REQUEST.items])
     assert max(len(encode(scores)), len(encode(missing))) <= reply_limit(REQUEST)
+    answers = AnswerReply("a1", ["🙂" * MAX_ANSWER] * len(ANSWER.items))
+    none_kept = MissingImages("a1", [image_name(b"")] * len(ANSWER.items))
+    assert max(len(encode(answers)), len(encode(none_kept))) <= reply_limit(ANSWER)
+    many = AnswerRequest("a1", {}, ANSWER.items * 500)
+    assert len(encode(AnswerReply("a1", ["🙂" * MAX_ANSWER] * 1000))) <= reply_limit(many) < 1_100_000
     router = RouterRequest("r", 0, 0, b"w" * 10_000, 1)
     assert len(encode(RouterReply("r", b"w" * 10_000, 1, 0.5))) <= reply_limit(router)

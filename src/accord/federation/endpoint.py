@@ -26,7 +26,7 @@ from accord.federation.messages import (
     Refusal,
     Reply,
     Request,
-    ScoreRequest,
+    WithImages,
     check_images,
     decode_request,
     encode,
@@ -120,20 +120,20 @@ class Endpoint:
                 return encode(Refusal(name, "error"))
 
     def _reply(self, request: Request) -> Reply:
-        if isinstance(request, ScoreRequest):
+        if isinstance(request, WithImages):
             images = self._images(request)
-            missing = sorted({item.image for item in request.items} - images.keys())
+            missing = sorted({item.image for item in request.items if item.image is not None} - images.keys())
             if missing:
                 return MissingImages(request.id, missing)
             request = msgspec.structs.replace(request, images=images)
         return self.answer(request)
 
-    def _images(self, request: ScoreRequest) -> dict[str, bytes]:
+    def _images(self, request: WithImages) -> dict[str, bytes]:
         check_images(request.images)
         images = dict(request.images)
-        for item in request.items:
-            if item.image not in images and (kept := self.cache.get(item.image)) is not None:
-                images[item.image] = kept
+        for name in {item.image: None for item in request.items}:
+            if name is not None and name not in images and (kept := self.cache.get(name)) is not None:
+                images[name] = kept
         for name, data in request.images.items():
             self.cache.put(name, data)
         return images

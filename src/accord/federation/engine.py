@@ -25,13 +25,19 @@ from accord.federation.messages import (
     Refusal,
     Reply,
     Request,
-    ScoreRequest,
+    WithImages,
     decode_reply,
     encode,
     reply_limit,
 )
 
-KINDS = {"ScoreRequest": "score", "RouterRequest": "router", "UpdateRequest": "update", "CardRequest": "card"}
+KINDS = {
+    "ScoreRequest": "score",
+    "AnswerRequest": "answer",
+    "RouterRequest": "router",
+    "UpdateRequest": "update",
+    "CardRequest": "card",
+}
 
 ASK_FIRST: Final = 64 * 2**10
 """Bytes of images: with fewer, asking whether a site has them costs more than it spares."""
@@ -100,7 +106,7 @@ class Outbox:
                 `ConnectionError` for a site that cannot be reached.
             traffic: where to count.
         """
-        if not isinstance(request, ScoreRequest):
+        if not isinstance(request, WithImages):
             return self._once(site, request, send, traffic)
         new = {name: data for name, data in request.images.items() if name not in self._sent[site]}
         if sum(map(len, new.values())) >= ASK_FIRST:
@@ -112,7 +118,7 @@ class Outbox:
         if isinstance(reply, MissingImages):  # its cache is too small for all at once, or it was started anew just now
             reply = self._once(site, request, send, traffic)
         if isinstance(reply, MissingImages):
-            traffic.counts[site, "score"].absences += 1
+            traffic.counts[site, KINDS[type(request).__name__]].absences += 1
             return Absence(site, "invalid")
         if not isinstance(reply, Absence):
             self._sent[site].update(request.images)
@@ -139,7 +145,7 @@ class Outbox:
         return reply
 
 
-def _with_images(request: ScoreRequest, images: Mapping[str, bytes]) -> ScoreRequest:
+def _with_images(request: WithImages, images: Mapping[str, bytes]) -> WithImages:
     return msgspec.structs.replace(request, images=dict(images))
 
 

@@ -5,6 +5,8 @@ No type here can hold a preference pair, an annotation or a model of a site.
     server → site                          site → server
     ScoreRequest   images, prompts,        ScoreReply    standardised scores, one list per question
                    candidate answers       MissingImages names of images that the site has not kept
+    AnswerRequest  images, prompts         AnswerReply   what the site's own model says to each: public questions, whose
+                                                         answers the server grades itself
     RouterRequest  router weights          RouterReply   router weights after local steps, number of examples
     UpdateRequest  weights of a model      UpdateReply   the same after local steps: for the baselines that share
                                                          parameters, which MoR itself never does
@@ -50,17 +52,23 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ScoreItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One question about candidate answers."""
 
-    image: str  # SHA-256 of the image's bytes
+    image: str | None  # SHA-256 of the image's bytes; None for a question without an image
     prompt: list[Turn]
     candidates: list[str]
 
 
-class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="score"):
+Judge: TypeAlias = Literal["reward", "answer"]
+"""What judges a candidate at a site: its reward model, or whether its own model's answer is the same, 1 or 0."""
+
+
+class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="score"):
     """Ask a site how good candidate answers are."""
 
     id: str
     images: dict[str, bytes]  # those of the items' images that the site need not have
     items: list[ScoreItem]
+    judge: Judge = "reward"
+    truth: bool = False  # where the site owns the reference answer: whether the candidate is that, 1 or 0, in its place
 
 
 class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="scores"):
@@ -71,10 +79,32 @@ class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
 
 
 class MissingImages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="missing_images"):
-    """Images that came neither with a `ScoreRequest` nor before; the same request with all of them is answered."""
+    """Images that came neither with a request nor before; the same request with all of them is answered."""
 
     id: str
     images: list[str]
+
+
+class AnswerItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One question to a site's own model."""
+
+    image: str | None  # as in a `ScoreItem`
+    prompt: list[Turn]
+
+
+class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="answer"):
+    """Ask what a site's own model says to questions; their reference answers stay where they are."""
+
+    id: str
+    images: dict[str, bytes]
+    items: list[AnswerItem]
+
+
+class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="answers"):
+    """The site's answers, in the order of the request."""
+
+    id: str
+    answers: list[str]
 
 
 class RouterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router"):
@@ -154,12 +184,18 @@ class Absence(msgspec.Struct, frozen=True):
     reason: Literal["error", "late", "refused", "invalid", "gone"]
 
 
-Request: TypeAlias = ScoreRequest | RouterRequest | UpdateRequest | CardRequest
-Reply: TypeAlias = ScoreReply | MissingImages | RouterReply | UpdateReply | Card | Refusal
+WithImages: TypeAlias = ScoreRequest | AnswerRequest
+"""Requests about images, of which each travels to a site once."""
+
+Request: TypeAlias = ScoreRequest | AnswerRequest | RouterRequest | UpdateRequest | CardRequest
+Reply: TypeAlias = ScoreReply | MissingImages | AnswerReply | RouterReply | UpdateReply | Card | Refusal
 T = TypeVar("T")
 
 MAX_SCORE = 1e4
 """A standardised score beyond this is no score; it would drown every other site's."""
+
+MAX_ANSWER = 256
+"""Characters of an answer to a question that the server grades by exact match."""
 
 MAX_NAME = 100
 """Characters of an architecture's or a question type's name."""
@@ -240,6 +276,8 @@ def reply_limit(request: Request) -> int:
     """
     if isinstance(request, ScoreRequest):  # nine bytes a score, or a name of 66 an image
         return 4096 + sum(80 + 9 * len(item.candidates) for item in request.items)
+    if isinstance(request, AnswerRequest):  # a character has four bytes at most
+        return 4096 + sum(8 + 4 * MAX_ANSWER for _ in request.items)
     if isinstance(request, RouterRequest):
         return 65_536 + len(request.weights)
     if isinstance(request, UpdateRequest):
@@ -295,3 +333,21 @@ def check_scores(
             raise ReplyError(f"a standardised score of {worst:.3g}, beyond the limits of {low:g} and {high:g}")
         checked.append(scores)
     return checked
+
+
+def check_answers(request: AnswerRequest, reply: Reply) -> list[str]:
+    """Validate a site's answers before they are graded. They may hold any character: compare them, never print them.
+
+    Raises:
+        ReplyError: wrong type, request id or number, or an answer of more than `MAX_ANSWER` characters.
+    """
+    if not isinstance(reply, AnswerReply):
+        raise ReplyError(f"expected answers, got a {type(reply).__name__}")
+    if reply.id != request.id:
+        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    if len(reply.answers) != len(request.items):
+        raise ReplyError(f"answers to {len(reply.answers)} questions, expected {len(request.items)}")
+    longest = max(map(len, reply.answers), default=0)
+    if longest > MAX_ANSWER:
+        raise ReplyError(f"an answer of {longest} characters, at most {MAX_ANSWER} are allowed")
+    return reply.answers

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
+from PIL.Image import Image
 
 from accord.data.images import load_image
 from accord.errors import RecipeError, ReplyError
@@ -142,7 +143,7 @@ class Site:
         images = {name: load_image(data) for name, data in request.images.items()}
         scored = self.reward_model.score(
             [from_turns(item.prompt) for item in request.items],
-            [images[item.image] for item in request.items],
+            [cast(Image, None if item.image is None else images[item.image]) for item in request.items],
             [item.candidates for item in request.items],
         )
         if self.score_range is not None:
