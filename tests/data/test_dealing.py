@@ -88,3 +88,10 @@ def test_what_a_site_stands_for():
 def test_an_alpha_that_is_none(alpha):
     with pytest.raises(RecipeError, match=f"got {alpha}"):
         Dealing(alpha)
+
+
+def test_a_site_keeps_no_more_images_than_it_may(private):
+    mixed = mixtures(sorted({kind_of(q) for q in private}), ["a", "b", "c"], 1000.0, 0)
+    whole, part = deal(private, mixed, seed=0), deal(private, mixed, seed=0, limit=90)
+    for site, own in part.items():
+        assert len({q.image for q in own}) == 90 and set(own) < set(whole[site])

@@ -42,7 +42,7 @@ from accord.data.questions import normalise_answer
 from accord.errors import DataError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
-from accord.federation.messages import MAX_SCORE, ScoreItem, ScoreRequest, image_name, to_turns
+from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRequest, image_name, to_turns
 from accord.federation.ranks import OneConnection
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
@@ -95,6 +95,8 @@ class FederatedReward:
         fusion: rewards from scores and weights; by default their weighted mean.
         within_group: let `fusion` see the G completions of one prompt at a time, repeated ones as often as they were
             drawn, as whatever compares a completion with its group must.
+        judge: who judges a candidate at a site, its reward model or its own answer.
+        truth: let a site that owns the reference answer of a question judge by that.
         form: weight of a further reward, 1 for a completion that ended and says something, else 0.
         scope: route every completion by itself, or all completions of a prompt alike.
         unfinished: reward of a completion that was cut off before its end token; None scores it like any other.
@@ -120,6 +122,8 @@ class FederatedReward:
         mode: Mode = "top1",
         fusion: Fusion = mixture,
         within_group: bool = False,
+        judge: Judge = "reward",
+        truth: bool = False,
         form: float = 0.0,
         scope: Scope = "completion",
         unfinished: float | None = 0.0,
@@ -137,6 +141,8 @@ class FederatedReward:
         self.mode = mode
         self.fusion = fusion
         self.within_group = within_group
+        self.judge: Judge = judge
+        self.truth = truth
         self.form = form
         self.scope = scope
         self.unfinished = unfinished
@@ -276,7 +282,7 @@ class FederatedReward:
                     items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
                     places[site].append(rows)
             if items:
-                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items)
+                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, self.judge, self.truth)
         return ScoreQuery(groups, weights, requests, places)
 
     def _fuse(self, groups: Sequence[Group], scores: Tensor, weights: Tensor) -> list[Tensor]:

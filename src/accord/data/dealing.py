@@ -22,7 +22,7 @@ import numpy as np
 
 from accord.data.questions import image_identity, uniform
 from accord.data.sites import SiteShare
-from accord.errors import DataError, RecipeError
+from accord.errors import DataError, RecipeError, check_least
 from accord.types import Question
 
 LEAST = 0.1
@@ -34,9 +34,11 @@ class Dealing:
     """How much sites differ; they all draw from all questions, whatever domain or type."""
 
     alpha: float = 0.1
+    images: int = 0  # a site keeps at most so many of those that it is dealt; 0 for all
 
     def __post_init__(self) -> None:
-        """Refuse what no Dirichlet distribution has."""
+        """Refuse what no Dirichlet distribution has, and a negative number."""
+        check_least(self, images=0)
         if not 0 < self.alpha < math.inf:
             raise RecipeError(
                 f"alpha must be a number above 0, got {self.alpha}; correct dealing.alpha, or leave the table out: "
@@ -61,7 +63,7 @@ def mixtures(
 
 
 def deal(
-    questions: Sequence[Question], mixed: Mapping[str, Mapping[tuple[str, str], float]], *, seed: int
+    questions: Sequence[Question], mixed: Mapping[str, Mapping[tuple[str, str], float]], *, seed: int, limit: int = 0
 ) -> dict[str, list[Question]]:
     """Return each site's questions, in the given order.
 
@@ -69,6 +71,7 @@ def deal(
         questions: usually those of the split `private`.
         mixed: q_k by site, over all the questions' kinds.
         seed: of the draw.
+        limit: images that a site keeps at most, drawn by their hashes; 0 for all.
 
     Raises:
         DataError: a site gets no question.
@@ -79,10 +82,16 @@ def deal(
     for q, image in zip(questions, images, strict=True):
         kinds[image][kind_of(q)] = None
     places = {image: _place(image, sorted(found), mixed, seed) for image, found in kinds.items()}
+    kept: dict[str, list[str]] = {site: [] for site in mixed}
+    for image in sorted(places, key=lambda image: uniform("keeping", seed, image)):
+        site = places[image][0]
+        if not limit or len(kept[site]) < limit:
+            kept[site].append(image)
+    among = {site: set(own) for site, own in kept.items()}
     dealt: dict[str, list[Question]] = {site: [] for site in mixed}
     for q, image in zip(questions, images, strict=True):
         site, kind = places[image]
-        if kind_of(q) == kind:
+        if kind_of(q) == kind and image in among[site]:
             dealt[site].append(q)
     for site, own in dealt.items():
         if not own:

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from accord.alignment.grpo import RewardFunction, align
+from accord.alignment.grpo import AlignmentConfig, RewardFunction, align
 from accord.alignment.reward import FederatedReward, Mode, Scope
 from accord.checkpoints import keep_newest, newest_good, seal, step_of
 from accord.errors import RunError
@@ -186,7 +186,7 @@ def run_grpo(
     reward: RewardFunction,
     *,
     questions: Sequence[Question] = (),
-    kl: float | None = None,
+    settings: AlignmentConfig | None = None,
     memory: Memory | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Aligned:
@@ -199,7 +199,7 @@ def run_grpo(
         stage: under what name.
         reward: any TRL reward function.
         questions: the prompts; by default the recipe's public ones.
-        kl: the KL term's weight; by default the recipe's.
+        settings: of the alignment; by default the recipe's.
         memory: what `reward` learns; it is kept with every checkpoint.
         callbacks: further trainer callbacks; what they learn belongs into `memory`.
 
@@ -239,7 +239,7 @@ def run_grpo(
             processor,
             questions or job.prompts,
             reward,
-            recipe.alignment if kl is None else replace(recipe.alignment, kl=kl),
+            settings or recipe.alignment,
             seed=recipe.seed,
             out=out,
             measure=measure,

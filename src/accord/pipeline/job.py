@@ -171,8 +171,8 @@ class Job:
         if self.engine is not None:
             raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
-        if self.mixtures:
-            return deal(private, self.mixtures, seed=self.recipe.seed)
+        if self.recipe.dealing:
+            return deal(private, self.mixtures, seed=self.recipe.seed, limit=self.recipe.dealing.images)
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         if self.alone:  # who wants none of the questions here has its own elsewhere; the draw is the same without it
             shares = [share for share in shares if share.name == self.alone or any(map(share.wants, private))]

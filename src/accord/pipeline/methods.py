@@ -49,7 +49,8 @@ def by_reward(make: Callable[[Job], RewardFunction], *, kl: float | None = None)
     """Return the method that aligns by GRPO with the reward that `make` returns, and with KL weight `kl` if given."""
 
     def method(job: Job, stage: str) -> Aligned:
-        return run_grpo(job, stage, make(job), kl=kl)
+        settings = job.recipe.alignment
+        return run_grpo(job, stage, make(job), settings=settings if kl is None else replace(settings, kl=kl))
 
     return method
 
