@@ -9,6 +9,13 @@ Source: MoR, arXiv 2605.03426, section 3.4. The others ask every site and ignore
     pessimistic     mean_k R̄_k − c · var_k R̄_k                                      Coste et al. 2023, arXiv 2310.02743
     plural alpha    log(1/K Σ_k exp(a_k R̄_k)) where the sites disagree, else mean   PluralLLM-α, arXiv 2512.08786
 
+FedGRPO's see the G completions of one prompt at a time (`FederatedReward(within_group=True)`); its experts, M of them,
+are the sites with weight in the group:
+
+    group relative  A_i = mean_k (r_ik − mean_i r_ik) / (std_i r_ik + ε)            the one that works
+    literal         A_i = Σ_k (r_ik − mean_k r_ik) / (std_k r_ik + ε) = 0           Eqs. 7–9 as printed
+    chunks, halves  expert k judges the k-th of M consecutive parts of the group    the public code
+
 Absent is not zero: a site whose score is NaN takes no part, and a completion that nobody scored has the reward NaN,
 never 0.
 """
@@ -154,3 +161,86 @@ class PluralAlpha:
 def _asked(scores: Tensor, weights: Tensor) -> Tensor:
     """Return the scores `[N, K]` of the sites that count, NaN elsewhere."""
     return torch.where(weights > 0, scores, torch.nan)
+
+
+EPSILON = 1e-4
+"""What TRL adds to the deviation of a group's rewards; group relative and literal standardisation do as TRL does."""
+
+
+def group_relative(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return A `[G]`: the mean over the experts of their scores standardised over the group.
+
+        z_ik = (r_ik − mean_i r_ik) / (std_i r_ik + ε),    A_i = mean_k z_ik
+
+    Only experts that are present count. The deviation is the sample's (divisor G − 1), as TRL's of a group. An expert
+    with one opinion on all completions, or with a score for one alone, has z = 0. A positive affine change of an
+    expert's scale changes nothing, but for ε.
+
+    Args:
+        scores: `[G, K]` of the completions of one prompt, NaN where a site is absent.
+        weights: `[G, K]`; a site with weight is an expert, and all experts count alike.
+
+    Source: FedGRPO (AAAI 2026), Remark 2: the group may be a set of completions.
+    Differs: Eqs. 7–9 standardise over the experts, which is `literal`.
+    """
+    asked = _asked(scores, weights)
+    centred = asked - asked.nanmean(dim=0, keepdim=True)
+    there = (~asked.isnan()).sum(dim=0, keepdim=True)
+    deviation = (centred.square().nansum(dim=0, keepdim=True) / (there - 1).clamp(min=1)).sqrt()
+    return (centred / (deviation + EPSILON)).nanmean(dim=-1)
+
+
+def literal(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return FedGRPO's Eqs. 7–9 as printed, `[G]`: 0 for every completion that anybody scored.
+
+        R_ik = (r_ik − mean_k r_ik) / (std_k r_ik + ε),    A_i = Σ_k R_ik
+
+    For one completion the mean over the experts is taken from each of them, so whatever they say sums to 0, and GRPO
+    learns nothing. Of two experts one always says 1 and the other −1. An ablation.
+
+    Args:
+        scores: `[N, K]`, NaN where a site is absent.
+        weights: `[N, K]`; a site with weight is an expert.
+    """
+    asked = _asked(scores, weights).double()
+    centred = asked - asked.nanmean(dim=-1, keepdim=True)
+    deviation = centred.square().nanmean(dim=-1, keepdim=True).sqrt()
+    summed = (centred / (deviation + EPSILON)).nansum(dim=-1)
+    summed = summed.where(summed.abs() > ROUNDING, 0.0)
+    return summed.where(~asked.isnan().all(dim=-1), torch.nan).to(scores.dtype)
+
+
+ROUNDING = 1e-6
+"""Sums below it are rounding, which an optimiser that scales its gradient would take for a reward."""
+
+
+def chunks(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return r `[G]`: the group is cut into M consecutive parts, and the k-th expert's scores stand for the k-th part.
+
+    The scores stay as they are: GRPO centres them over all G, though they are on M scales. An absent expert's part is
+    NaN. Parts differ in size by one at most. Experts are taken in the order of the sites, so their order matters.
+
+    Args:
+        scores: `[G, K]` of the completions of one prompt, NaN where a site is absent.
+        weights: `[G, K]`; a site with weight is an expert.
+
+    Source: FedGRPO's public code, its newest state. Differs: there a rest that M does not divide had reward 0.
+    """
+    return torch.cat(_parts(scores, weights))
+
+
+def halves(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return `chunks`' r `[G]` with each part centred on its own mean: two halves where there are two experts.
+
+    Source: FedGRPO's public code of July 2025, when the paper was submitted.
+    """
+    return torch.cat([part - part.nanmean() for part in _parts(scores, weights)])
+
+
+def _parts(scores: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return the scores that count in FedGRPO's code, part after part: M tensors that hold G scores in all."""
+    experts = (weights > 0).any(dim=0).nonzero().flatten().tolist()
+    if not experts:
+        return [scores.new_full((len(scores),), torch.nan)]
+    asked = _asked(scores, weights).tensor_split(len(experts))
+    return [part[:, k] for part, k in zip(asked, experts, strict=True)]
