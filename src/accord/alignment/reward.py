@@ -99,7 +99,8 @@ class FederatedReward:
         truth: let a site that owns the reference answer of a question judge by that.
         form: weight of a further reward, 1 for a completion that ended and says something, else 0.
         scope: route every completion by itself, or all completions of a prompt alike.
-        unfinished: reward of a completion that was cut off before its end token; None scores it like any other.
+        unfinished: reward of a completion that was cut off before its end token; None scores it like any other. Within
+            a group it is what every site is taken to have scored.
         end_tokens: ids that end a completion; without them no completion counts as cut off.
         deadline: seconds to wait for the sites.
         missing: what a completion gets that no site scored (see the module's docstring).
@@ -198,13 +199,14 @@ class FederatedReward:
             query, replies = self._route_and_query(self.group(prompts, completions, columns)), None
         groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
-        fused = self._fuse(groups, scores, routed)
+        cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
+        fused = self._fuse(groups, scores, routed, cut)
         for k, site in enumerate(self.engine.sites):
             log_metric(f"routed/{site}", routed[:, k].mean().item())
         rewards: list[float | None] = []
         for group, of_group in zip(groups, fused, strict=True):
             texts = [group.candidates[row] for row in group.rows]
-            rewards += self._finish(of_group.tolist(), texts, len(rewards), completion_ids)
+            rewards += self._finish(of_group.tolist(), texts, cut[len(rewards) :])
         absent = sum(reward is None or math.isnan(reward) for reward in rewards)
         log_metric("absent", absent / len(rewards))
         return self._fill(rewards, [len(group.rows) for group in groups])
@@ -285,15 +287,27 @@ class FederatedReward:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, self.judge, self.truth)
         return ScoreQuery(groups, weights, requests, places)
 
-    def _fuse(self, groups: Sequence[Group], scores: Tensor, weights: Tensor) -> list[Tensor]:
+    def _cut_off(self, count: int, completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
+        """Return of every completion whether it ended for want of room."""
+        if completion_ids is None or not self.end_tokens:
+            return [False] * count
+        return [not self.end_tokens.intersection(ids) for ids in completion_ids]
+
+    def _fuse(self, groups: Sequence[Group], scores: Tensor, weights: Tensor, cut: Sequence[bool]) -> list[Tensor]:
         """Return the rewards `[G]` of every group from scores and weights `[M, K]` of the distinct completions."""
         sizes = [len(group.candidates) for group in groups]
         rows = [torch.tensor(group.rows) for group in groups]
         if not self.within_group:
             fused = self.fusion(scores, weights).split(sizes)
             return [of_group[index] for of_group, index in zip(fused, rows, strict=True)]
-        split = zip(scores.split(sizes), weights.split(sizes), rows, strict=True)
-        return [self.fusion(own[index], trust[index]) for own, trust, index in split]
+        rewards, done = [], 0
+        for own, trust, index in zip(scores.split(sizes), weights.split(sizes), rows, strict=True):
+            of_rows, ended = own[index], ~torch.tensor(cut[done : done + len(index)])[:, None]
+            if self.unfinished is not None:  # before they are compared: what is fixed afterwards is on another scale
+                of_rows = of_rows.where(ended | of_rows.isnan(), self.unfinished)
+            rewards.append(self.fusion(of_rows, trust[index]))
+            done += len(index)
+        return rewards
 
     def _patience(self, query: ScoreQuery) -> Patience:
         return Patience(partial(self._whom, query), self.tell, self.pause)
@@ -333,24 +347,15 @@ class FederatedReward:
         waited_for = [site for site, ranks in zip(self.engine.sites, missing, strict=True) if ranks]
         return waited_for if answered < self.quorum * asked else ()
 
-    def _finish(
-        self,
-        rewards: list[float],
-        texts: Sequence[str],
-        offset: int,
-        completion_ids: Sequence[Sequence[int]] | None,
-    ) -> list[float | None]:
-        """Give completions that were cut off their fixed reward, and those in good form theirs."""
-        cut = [False] * len(rewards)
-        if completion_ids is not None and self.end_tokens:
-            cut = [not self.end_tokens.intersection(completion_ids[offset + i]) for i in range(len(rewards))]
-        formed = [
-            reward + self.form * (not c and bool(normalise_answer(text)))
-            for reward, text, c in zip(rewards, texts, cut, strict=True)
-        ]
-        if self.unfinished is None:
-            return list(formed)
-        return [self.unfinished if c else reward for c, reward in zip(cut, formed, strict=True)]
+    def _finish(self, rewards: list[float], texts: Sequence[str], cut: Sequence[bool]) -> list[float | None]:
+        """Give completions in good form their reward, and those that were cut off their fixed one."""
+        finished: list[float | None] = []
+        for reward, text, unended in zip(rewards, texts, cut, strict=False):
+            if unended and self.unfinished is not None and not self.within_group:
+                finished.append(self.unfinished)
+            else:
+                finished.append(reward + self.form * (not unended and bool(normalise_answer(text))))
+        return finished
 
     def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:
         """Put what `missing` says where no site scored."""
