@@ -95,7 +95,7 @@ class FederatedReward:
         fusion: rewards from scores and weights; by default their weighted mean.
         within_group: let `fusion` see the G completions of one prompt at a time, repeated ones as often as they were
             drawn, as whatever compares a completion with its group must.
-        judge: who judges a candidate at a site, its reward model or its own answer.
+        judged_by: who judges a candidate at a site, its reward model or its own answer.
         truth: let a site that owns the reference answer of a question judge by that.
         form: weight of a further reward, 1 for a completion that ended and says something, else 0.
         scope: route every completion by itself, or all completions of a prompt alike.
@@ -123,7 +123,7 @@ class FederatedReward:
         mode: Mode = "top1",
         fusion: Fusion = mixture,
         within_group: bool = False,
-        judge: Judge = "reward",
+        judged_by: Judge = "reward",
         truth: bool = False,
         form: float = 0.0,
         scope: Scope = "completion",
@@ -142,7 +142,7 @@ class FederatedReward:
         self.mode = mode
         self.fusion = fusion
         self.within_group = within_group
-        self.judge: Judge = judge
+        self.judged_by: Judge = judged_by
         self.truth = truth
         self.form = form
         self.scope = scope
@@ -284,7 +284,7 @@ class FederatedReward:
                     items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
                     places[site].append(rows)
             if items:
-                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, self.judge, self.truth)
+                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, self.judged_by, self.truth)
         return ScoreQuery(groups, weights, requests, places)
 
     def _cut_off(self, count: int, completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
