@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 
-from accord.evaluation.account import macro_direction, reward_change, tell, type_direction
-from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, accuracy
+from accord.evaluation.account import macro_direction, reward_change, tell, tell_competence, type_direction
+from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, accuracy, competence_summary
 from accord.evaluation.trace import MetricsRow
 
 RISING = [MetricsRow("align", step, reward=0.01 * step) for step in range(1, 101)]
@@ -122,3 +123,31 @@ def test_many_absences_are_a_warning(make_summary: Callable[..., Summary]) -> No
 def test_one_site(make_summary: Callable[..., Summary]) -> None:
     account = tell(make_summary(sites=make_summary().sites[:1], traffic=()), [])
     assert account.setting.startswith("One site, colour, trained")
+
+
+def test_who_is_good_at_what_in_words() -> None:
+    """colour: a 2 of 2, b 1 of 2; shape: both 1 of 2. c said nothing, and was never an expert."""
+    known = competence_summary(
+        ["a", "b", "c"],
+        ["colour", "shape", "colour", "shape"],
+        [[1, 0, 1, 1], [0, 1, 1, 0], [math.nan] * 4],
+        neighbours=20,
+        experts=2,
+        chosen={"a": 0.9, "b": 0.6, "c": 0.0},
+    )
+    assert tell_competence(known).replace("\u00a0", " ") == (
+        "The server put 4 labelled questions of its own to every site and graded the answers itself. "
+        "Best at colour: a (100 %); at shape: a and b (50 %). "
+        "c gave no answers, so nothing is known of it. "
+        "A prompt's answers were judged by the two sites that did best on the 20 of these questions nearest to it. "
+        "Chosen most often: a, for 90 % of the prompts; least often: c, for 0 %."
+    )
+
+
+def test_many_equals_are_counted_and_one_of_all_is_said_as_one() -> None:
+    known = competence_summary(list("abcd"), ["x"], [[1]] * 4, neighbours=1, experts=1)
+    assert tell_competence(known).replace("\u00a0", " ") == (
+        "The server put 1 labelled question of its own to every site and graded the answers itself. "
+        "Best at x: four sites alike (100 %). "
+        "A prompt's answers were judged by the site that did best on the one of these questions nearest to it."
+    )

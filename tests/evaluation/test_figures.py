@@ -14,12 +14,14 @@ from accord.evaluation.figures import (
     WIDE,
     accuracy_bars,
     comparison_bars,
+    competence_heatmap,
+    competence_items,
     curves,
     human_bytes,
     judging_heatmap,
     traffic_bars,
 )
-from accord.evaluation.summary import TrafficRow, accuracy
+from accord.evaluation.summary import TrafficRow, accuracy, competence_summary
 from accord.evaluation.trace import MetricsRow
 
 HOSTILE = '<script>alert("$x^2$")</script>'
@@ -32,6 +34,15 @@ ROWS = [
 ]
 TRAFFIC = [TrafficRow("北京", HOSTILE, 3, 12_000_000, 0, 1), TrafficRow("colour", "score", 3, 700, 1_200, 0)]
 
+NOBODY = competence_summary(["a"], ["x"], [[math.nan]], neighbours=1, experts=1)
+COMPETENCE = competence_summary(
+    [HOSTILE, "b", "silent"],
+    ["colour", HOSTILE, "colour", "colour"],
+    [[1, 0, 0, 1], [0, 1, 1, 1], [math.nan] * 4],
+    neighbours=2,
+    experts=1,
+)
+
 DRAWINGS: dict[str, Callable[[float], str]] = {
     "accuracy": lambda width: accuracy_bars(BEFORE, AFTER, {"question only": BEFORE}, width=width),
     "aligned only": lambda width: accuracy_bars(None, AFTER, {}, width=width),
@@ -40,6 +51,8 @@ DRAWINGS: dict[str, Callable[[float], str]] = {
     "accuracy curve only": lambda width: curves(ROWS[-2:], width=width),
     "judging": lambda width: judging_heatmap({HOSTILE: {"a": 0.9, "b": 0.1}, "shape": {"a": 1.0}}, width=width),
     "many sites": lambda width: judging_heatmap({"x": {f"hospital number {k}": 0.05 for k in range(20)}}, width=width),
+    "competence": lambda width: competence_heatmap(COMPETENCE, width=width),
+    "items": lambda width: competence_items(COMPETENCE, width=width),
     "traffic": lambda width: traffic_bars(TRAFFIC, width=width),
     "comparison": lambda width: comparison_bars({HOSTILE: BEFORE, "this": AFTER}, highlight="this", width=width),
 }
@@ -61,10 +74,38 @@ def test_a_figure_is_one_safe_svg_element_and_always_the_same(name: str, width: 
 
 @pytest.mark.parametrize(
     "text",
-    [curves([]), curves([MetricsRow("router", 1)]), judging_heatmap({}), traffic_bars([]), comparison_bars({})],
+    [
+        curves([]),
+        curves([MetricsRow("router", 1)]),
+        judging_heatmap({}),
+        competence_items(NOBODY),
+        traffic_bars([]),
+        comparison_bars({}),
+    ],
 )
 def test_nothing_to_draw_is_an_empty_text(text: str) -> None:
     assert text == ""
+
+
+def test_who_is_good_at_what_is_written_in_the_cells() -> None:
+    """Site 1: 2 of 3 colours and 0 of 1; site b: 2 of 3 and 1 of 1; the silent one a dash for each type."""
+    drawn = re.findall(r">(\d+ %|–)<", competence_heatmap(COMPETENCE))
+    assert sorted(drawn) == ["0 %", "100 %", "67 %", "67 %", "–", "–"]
+
+
+def test_a_site_that_knows_more_fills_more_of_its_row() -> None:
+    """Three items of one type: a knows the first and the last, b the first, c none, and nobody the second.
+
+    That one comes last, so that a's two are one stretch, two thirds of the row's ground, and b's one third.
+    """
+    known = competence_summary(["a", "b", "c"], ["x"] * 3, [[1, 0, 1], [1, 0, 0], [0, 0, 0]], neighbours=1, experts=1)
+    text = competence_items(known, width=WIDE)
+    paths = re.findall(r'<path d="([^"]+)"[^>]*fill: var\(--figure-after[^>]*>', text.replace("\n", " "))
+    ends = [sorted({float(x) for x, _ in re.findall(r"([\d.]+) ([\d.]+)", path)}) for path in paths]
+    widths = [round(end[-1] - end[0], 2) for end in ends]
+    whole = max(widths)
+    assert [round(3 * width / whole, 2) for width in widths] == [3, 2, 3, 1, 3]  # each row's ground, then what is right
+    assert ends[1][0] == ends[3][0] == ends[0][0]
 
 
 def test_a_reward_nobody_gave_is_a_gap() -> None:

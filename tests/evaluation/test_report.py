@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html.parser
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from accord.errors import RunError
 from accord.evaluation.report import compare_runs, write_report
-from accord.evaluation.summary import EvaluationSummary, Ranking, Summary, TrafficRow, accuracy
+from accord.evaluation.summary import EvaluationSummary, Ranking, Summary, TrafficRow, accuracy, competence_summary
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -87,6 +88,32 @@ def test_the_page_holds_every_part_in_order(make_run: Callable[..., Path]) -> No
     assert sum(tag == "svg" for tag, _ in page.tags) == 10  # five figures, each for a desk and for a phone
     assert sum(tag == "img" for tag, _ in page.tags) == 8
     assert ("✓ right" in page.words) and ("✗ wrong" in page.words)
+
+
+def test_who_is_good_at_what(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    """Two figures more, a table, a sentence; hostile names stay text; nothing of it without competence."""
+    known = competence_summary(
+        [HOSTILE, "b"],
+        ["colour", HOSTILE, "colour"],
+        [[1, 0, 1], [math.nan] * 3],
+        neighbours=2,
+        experts=1,
+        chosen={HOSTILE: 0.75, "b": 0.0},
+    )
+    text, page = _page(make_run("with", summary=make_summary(competence=known)))
+    _assert_self_contained(text, page)
+    assert "<h2>Who is good at what</h2>" in text
+    assert "b gave no answers" in page.words and "75.0" in page.words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 14
+    without, _ = _page(make_run("without"))
+    assert "Who is good at what" not in without
+
+
+def test_nobody_is_known_to_be_good(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    known = competence_summary(["a"], ["colour"], [[math.nan]], neighbours=1, experts=1)
+    text, page = _page(make_run(summary=make_summary(competence=known)))
+    assert "a gave no answers" in page.words and "Best at" not in page.words
+    assert 'aria-label="Which of the server' not in text
 
 
 def test_the_page_is_self_contained(make_run: Callable[..., Path]) -> None:

@@ -15,10 +15,12 @@ import pytest
 from accord.errors import DataError, RunError
 from accord.evaluation.summary import (
     EvaluationSummary,
+    Graded,
     PolicySummary,
     Summary,
     TrafficRow,
     accuracy,
+    competence_summary,
     headline,
     read_summary,
     summary_schema,
@@ -158,6 +160,47 @@ def test_a_field_of_a_later_version_is_ignored(tmp_path: Path, make_summary: Cal
     assert read_summary(path) == make_summary()
 
 
+def test_competence_by_hand() -> None:
+    """Items shape, colour, shape, colour; in alphabetical order that is colour 1 and 3, shape 0 and 2.
+
+    Site a has 1, 0, 1, 1: of colour 0 and 1, of shape 1 and 1. Site b did not answer, site c had nothing right.
+    """
+    nan = math.nan
+    found = competence_summary(
+        ["a", "b", "c"],
+        ["shape", "colour", "shape", "colour"],
+        [[1, 0, 1, 1], [nan] * 4, [0] * 4],
+        neighbours=2,
+        experts=1,
+    )
+    assert found.items == {"colour": 2, "shape": 2}
+    assert found.sites == {
+        "a": {"colour": Graded(1, 2), "shape": Graded(2, 2)},
+        "b": {},
+        "c": {"colour": Graded(0, 2), "shape": Graded(0, 2)},
+    }
+    assert found.answers == {"a": "0111", "b": "----", "c": "0000"}
+    assert (found.neighbours, found.experts, found.chosen) == (2, 1, {})
+
+
+def test_competence_is_read_back_and_an_older_file_has_none(
+    tmp_path: Path, make_summary: Callable[..., Summary]
+) -> None:
+    path = tmp_path / "summary.json"
+    known = competence_summary(["a"], ["x"], [[1]], neighbours=1, experts=1, chosen={"a": 1.0})
+    write_summary(path, make_summary(competence=known))
+    assert read_summary(path).competence == known
+    record = json.loads(path.read_text())
+    del record["competence"]
+    path.write_text(json.dumps(record))
+    assert read_summary(path) == make_summary()
+
+
+def test_a_summary_says_that_there_is_no_competence(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    write_summary(tmp_path / "summary.json", make_summary())
+    assert json.loads((tmp_path / "summary.json").read_text())["competence"] is None
+
+
 def test_the_committed_schema_is_current() -> None:
     assert (DOCS / "summary.schema.json").read_text(encoding="utf-8") == summary_schema()
 
@@ -165,8 +208,12 @@ def test_the_committed_schema_is_current() -> None:
 def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[..., Summary]) -> None:
     schema = json.loads(summary_schema())
     definitions = schema["$defs"]
-    assert set(definitions["Summary"]["required"]) == {field.name for field in dataclasses.fields(make_summary())}
-    assert all(set(record["required"]) == set(record["properties"]) for record in definitions.values())
+    optional = {"competence"}  # older files have no such field
+    assert set(definitions["Summary"]["required"]) == {f.name for f in dataclasses.fields(make_summary())} - optional
+    assert all(
+        set(record["required"]) | (optional if name == "Summary" else set()) == set(record["properties"])
+        for name, record in definitions.items()
+    )
     assert {name for name in re.findall(r'"#/\$defs/(\w+)"', summary_schema())} == set(definitions)
 
 

@@ -298,7 +298,7 @@ def test_graph_and_sites_must_fit():
 
 
 def test_a_refresh_by_hand():
-    """Measured again at calls 3 and 5 of 5. Site a is best at first; then b is, and a, silent, keeps its row; then c."""
+    """Measured again at calls 3 and 5. Site a is best at first; then b is, and a, silent, keeps its row; then c."""
     news = iter([[[NAN] * 4, [1] * 4, [0] * 4], [[NAN] * 4, [NAN] * 4, [1] * 4]])
     router = make(
         [[1] * 3 + [0], [0] * 4, [0] * 4], neighbours=4, refresh_every=2, measure=lambda: graph_of(next(news))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accord.evaluation.figures import human_bytes
-from accord.evaluation.summary import Z_95, Accuracy, Summary, TypeAccuracy, macro_variance
+from accord.evaluation.summary import Z_95, Accuracy, CompetenceSummary, Summary, TypeAccuracy, macro_variance
 from accord.evaluation.trace import MetricsRow
 
 _MANY_ABSENCES = 0.05
@@ -69,6 +69,41 @@ def reward_change(metrics: Sequence[MetricsRow]) -> float | None:
         return None
     tenth = max(1, len(rewards) // 10)
     return (math.fsum(rewards[-tenth:]) - math.fsum(rewards[:tenth])) / tenth
+
+
+def tell_competence(competence: CompetenceSummary) -> str:
+    """Say who is good at what, and what followed from it."""
+    asked = sum(competence.items.values())
+    told = [
+        f"The server put {_many(asked, 'labelled question')} of its own to every site and graded the answers itself."
+    ]
+    best = []
+    for kind in competence.items:
+        shares = {site: of[kind].correct / of[kind].n for site, of in competence.sites.items() if kind in of}
+        if shares:
+            most = max(shares.values())
+            names = [site for site, share in shares.items() if share == most]
+            who = _listed(names) if len(names) <= 3 else f"{_number(len(names)).lower()} sites alike"
+            best.append(f"at {kind}: {who} ({_whole(most)})")
+    if best:
+        told.append(f"Best {'; '.join(best)}.")
+    if silent := [site for site, by_type in competence.sites.items() if not by_type]:
+        told.append(
+            f"{_listed(silent)} gave no answers, so nothing is known of {'it' if len(silent) == 1 else 'them'}."
+        )
+    near = "one" if competence.neighbours == 1 else f"{competence.neighbours:,}"
+    judges = "site" if competence.experts == 1 else f"{_number(competence.experts).lower()} sites"
+    told.append(
+        f"A prompt's answers were judged by the {judges} that did best on the {near} of these questions nearest to it."
+    )
+    if competence.chosen:
+        most_often = max(competence.chosen, key=lambda site: competence.chosen[site])
+        least = min(competence.chosen, key=lambda site: competence.chosen[site])
+        told.append(
+            f"Chosen most often: {most_often}, for {_whole(competence.chosen[most_often])} of the prompts; least often: "
+            f"{least}, for {_whole(competence.chosen[least])}."
+        )
+    return " ".join(told)
 
 
 def percent(share: float) -> str:
@@ -247,6 +282,10 @@ def _whole(share: float) -> str:
 def _number(count: int) -> str:
     words = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
     return words[count] if count < len(words) else f"{count:,}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _rounded(share: float) -> str:

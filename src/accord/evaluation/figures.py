@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 import math
 import re
 import warnings
@@ -21,9 +22,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 
-from accord.evaluation.summary import Accuracy, TrafficRow
+from accord.evaluation.summary import Accuracy, CompetenceSummary, TrafficRow
 from accord.evaluation.trace import MetricsRow
 
 WIDE, NARROW = 7.6, 3.7
@@ -137,33 +139,48 @@ def curves(rows: Sequence[MetricsRow], *, width: float = WIDE) -> str:
 
 def judging_heatmap(routing: Mapping[str, Mapping[str, float]], *, width: float = WIDE) -> str:
     """Draw the share of weight that each site (column) had in judging each question type (row)."""
-    sites = list(dict.fromkeys(site for shares in routing.values() for site in shares))
-    if not sites:
+    return _heatmap(routing, "judging", "Share of weight of each site in judging each question type", width)
+
+
+def competence_heatmap(competence: CompetenceSummary, *, width: float = WIDE) -> str:
+    """Draw the share of the auxiliary questions of each type (column) that each site (row) answered right."""
+    shares = {
+        site: {
+            kind: by_type[kind].correct / by_type[kind].n if kind in by_type else math.nan for kind in competence.items
+        }
+        for site, by_type in competence.sites.items()
+    }
+    return _heatmap(
+        shares, "competence", "Share of the server's questions of each type that each site got right", width
+    )
+
+
+def competence_items(competence: CompetenceSummary, *, width: float = WIDE) -> str:
+    """Draw every auxiliary question (column) that each site (row) answered right, type after type, easy ones first."""
+    rows = competence.answers
+    if not any(set(row) & set("01") for row in rows.values()):
         return ""
+    gap = 1 + sum(competence.items.values()) // 80
+    ends = list(itertools.accumulate(competence.items.values()))
+    spans = [range(end - n, end) for end, n in zip(ends, competence.items.values(), strict=True)]
+    starts = [span.start + gap * place for place, span in enumerate(spans)]
     with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
-        figure, axes = canvas(width, 0.42 * len(routing) + 0.7)
-        for y, shares in enumerate(routing.values()):
-            for x, site in enumerate(sites):
-                share = shares.get(site, math.nan)
-                known = math.isfinite(share)
-                alpha = 0.05 + 0.95 * min(share, 1.0) if known else 0.0
-                # Opacity over the page, not a palette from white: an empty cell is then empty in the dark too.
-                axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=AFTER, alpha=alpha, linewidth=0))
-                ink = "#ffffff" if alpha > 0.85 else INK
-                if width / len(sites) > 0.35:  # inches a number needs; below it only the shade is left
-                    axes.text(x, y, percent(share) if known else "–", ha="center", va="center", color=ink)
-        axes.set(xlim=(-0.5, len(sites) - 0.5), ylim=(len(routing) - 0.5, -0.5))
-        slanted = max(map(len, sites)) * len(sites) > 10 * width
-        axes.set_xticks(
-            range(len(sites)),
-            [short(site) for site in sites],
-            rotation=35 if slanted else 0,
-            ha="left" if slanted else "center",
-        )
-        axes.xaxis.tick_top()
-        axes.set_yticks(range(len(routing)), [short(name) for name in routing])
+        figure, axes = canvas(width, 0.22 * len(rows) + 0.6)
+        for start, span in zip(starts, spans, strict=True):
+            order = sorted(span, key=lambda a: -sum(row[a] == "1" for row in rows.values()))
+            for y, row in enumerate(rows.values()):
+                marks = "".join(row[a] for a in order)
+                if not set(marks) & set("01"):
+                    axes.text(start + len(span) / 2, y, "–", ha="center", va="center")
+                    continue
+                _bar(axes, [(start, start + len(span))], y, 0.12)
+                _bar(axes, [(start + m.start(), start + m.end()) for m in re.finditer("1+", marks)], y, 1.0)
+        axes.set(xlim=(0, ends[-1] + gap * (len(spans) - 1)), ylim=(len(rows) - 0.45, -0.55))
+        middles = [start + len(span) / 2 for start, span in zip(starts, spans, strict=True)]
+        _columns_on_top(axes, middles, list(competence.items), width)
+        axes.set_yticks(range(len(rows)), [short(site) for site in rows])
         axes.tick_params(length=0)
-        return svg(figure, "judging", "Share of weight of each site in judging each question type")
+        return svg(figure, "answers", "Which of the server's questions each site got right, type after type")
 
 
 def traffic_bars(traffic: Sequence[TrafficRow], *, width: float = WIDE) -> str:
@@ -229,6 +246,50 @@ def human_bytes(size: float) -> str:
 
 
 _MACRO = "mean over types"
+
+
+def _heatmap(shares: Mapping[str, Mapping[str, float]], name: str, label: str, width: float) -> str:
+    """Draw shares in 0..1, row by row; a dash where there is none."""
+    columns = list(dict.fromkeys(column for row in shares.values() for column in row))
+    if not columns:
+        return ""
+    with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
+        figure, axes = canvas(width, (0.42 if len(shares) <= 10 else 0.26) * len(shares) + 0.7)
+        for y, row in enumerate(shares.values()):
+            for x, column in enumerate(columns):
+                share = row.get(column, math.nan)
+                known = math.isfinite(share)
+                alpha = 0.05 + 0.95 * min(share, 1.0) if known else 0.0
+                # Opacity over the page, not a palette from white: an empty cell is then empty in the dark too.
+                axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=AFTER, alpha=alpha, linewidth=0))
+                ink = "#ffffff" if alpha > 0.85 else INK
+                if width / len(columns) > 0.35:  # inches a number needs; below it only the shade is left
+                    axes.text(x, y, percent(share) if known else "–", ha="center", va="center", color=ink)
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(shares) - 0.5, -0.5))
+        _columns_on_top(axes, range(len(columns)), columns, width)
+        axes.set_yticks(range(len(shares)), [short(row) for row in shares])
+        axes.tick_params(length=0)
+        return svg(figure, name, label)
+
+
+def _bar(axes: Axes, spans: Sequence[tuple[float, float]], y: float, alpha: float) -> None:
+    """Fill stretches of row `y`, all as one path: a rectangle for each would make a large page."""
+    corners = [
+        ((left, y - 0.4), (right, y - 0.4), (right, y + 0.4), (left, y + 0.4), (left, y)) for left, right in spans
+    ]
+    if corners:
+        codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(corners)
+        outline = Path([corner for each in corners for corner in each], codes)
+        axes.add_patch(PathPatch(outline, facecolor=AFTER, alpha=alpha, linewidth=0))
+
+
+def _columns_on_top(axes: Axes, at: Sequence[float], names: Sequence[str], width: float) -> None:
+    """Name columns above them, slanted where the names would not fit beside each other."""
+    slanted = max(map(len, names)) * len(names) > 10 * width
+    axes.set_xticks(
+        at, [short(name) for name in names], rotation=35 if slanted else 0, ha="left" if slanted else "center"
+    )
+    axes.xaxis.tick_top()
 
 
 def canvas(width: float, height: float, *, axes: bool = True) -> tuple[Figure, Axes]:

@@ -19,12 +19,14 @@ import jinja2
 from markupsafe import Markup, escape
 
 from accord.errors import RunError
-from accord.evaluation.account import macro_direction, percent, points, tell, type_direction
+from accord.evaluation.account import macro_direction, percent, points, tell, tell_competence, type_direction
 from accord.evaluation.figures import (
     NARROW,
     WIDE,
     accuracy_bars,
     comparison_bars,
+    competence_heatmap,
+    competence_items,
     curves,
     human_bytes,
     judging_heatmap,
@@ -72,6 +74,7 @@ def write_report(run: Path) -> Path:
         gallery=gallery,
         right=sum(example.after_right for example in gallery),
         types=list(summary.evaluation.aligned.by_type),
+        competence="" if summary.competence is None else tell_competence(summary.competence),
         ranked_types=list(dict.fromkeys(name for site in summary.sites for name in site.ranking.by_type)),
         traffic=summary.traffic,
         traffic_totals=_traffic_totals(summary.traffic),
@@ -182,6 +185,9 @@ def _figures(summary: Summary, metrics: Sequence[MetricsRow]) -> dict[str, tuple
         "judging": lambda width: judging_heatmap(summary.routing, width=width),
         "traffic": lambda width: traffic_bars(summary.traffic, width=width),
     }
+    if (competence := summary.competence) is not None:
+        drawings["competence"] = lambda width: competence_heatmap(competence, width=width)
+        drawings["answers"] = lambda width: competence_items(competence, width=width)
     # Safe: matplotlib escapes what it writes, and the title is escaped by the figure.
     return {name: (Markup(draw(WIDE)), Markup(draw(NARROW))) for name, draw in drawings.items()}
 

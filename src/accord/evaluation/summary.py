@@ -123,6 +123,26 @@ class TrafficRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Graded:
+    """How many of its questions of one type a site answered right."""
+
+    correct: Count
+    n: Positive
+
+
+@dataclass(frozen=True, slots=True)
+class CompetenceSummary:
+    """Who is good at what: how the sites answered the server's auxiliary questions, by which experts are chosen."""
+
+    neighbours: Positive
+    experts: Positive
+    items: Annotated[Mapping[str, Positive], msgspec.Meta(min_length=1)]  # questions of each type
+    sites: Mapping[str, Mapping[str, Graded]]  # by type; none for a site that did not answer
+    answers: Mapping[str, str]  # a letter for each question, type after type: 1 right, 0 wrong, - not answered
+    chosen: Mapping[str, Share]  # share of prompts; empty where it was not counted
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run states about itself; `docs/summary.md` explains each field."""
 
@@ -145,6 +165,7 @@ class Summary:
     bytes: Mapping[str, Mapping[str, Count]]
     checkpoint: str
     versions: Mapping[str, str | None]
+    competence: CompetenceSummary | None = None
 
 
 ARMS = {"best-site": "best_single", "random": "random_site", "ground-truth": "ground_truth"}
@@ -171,6 +192,46 @@ def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> di
         },
         "bytes": total,
     }
+
+
+def competence_summary(
+    sites: Sequence[str],
+    types: Sequence[str],
+    correct: Sequence[Sequence[float]],
+    *,
+    neighbours: int,
+    experts: int,
+    chosen: Mapping[str, float] | None = None,
+) -> CompetenceSummary:
+    """Count what each site answered right by question type, types in alphabetical order.
+
+    Args:
+        sites: names, `[K]`.
+        types: question type of each auxiliary question, `[A]`.
+        correct: `[K][A]`, 1 or 0, NaN where a site did not answer.
+        neighbours: L.
+        experts: M.
+        chosen: share of prompts for which each site was an expert.
+    """
+    order = sorted(range(len(types)), key=lambda a: types[a])  # stable: within a type as they came
+    by_site: dict[str, dict[str, Graded]] = {}
+    for site, row in zip(sites, correct, strict=True):
+        given: dict[str, list[float]] = {}
+        for a in order:
+            if not math.isnan(row[a]):
+                given.setdefault(types[a], []).append(row[a])
+        by_site[site] = {kind: Graded(round(sum(marks)), len(marks)) for kind, marks in given.items()}
+    return CompetenceSummary(
+        neighbours=neighbours,
+        experts=experts,
+        items={kind: list(types).count(kind) for kind in sorted(set(types))},
+        sites=by_site,
+        answers={
+            site: "".join("-" if math.isnan(row[a]) else str(round(row[a])) for a in order)
+            for site, row in zip(sites, correct, strict=True)
+        },
+        chosen=dict(chosen or {}),
+    )
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
