@@ -131,15 +131,15 @@ def test_who_is_good_at_what_in_words() -> None:
         ["a", "b", "c"],
         ["colour", "shape", "colour", "shape"],
         [[1, 0, 1, 1], [0, 1, 1, 0], [math.nan] * 4],
-        neighbours=20,
+        neighbours=3,
         experts=2,
         chosen={"a": 0.9, "b": 0.6, "c": 0.0},
     )
     assert tell_competence(known).replace("\u00a0", " ") == (
         "The server put 4 labelled questions of its own to every site and graded the answers itself. "
         "Best at colour: a (100 %); at shape: a and b (50 %). "
-        "c gave no answers, so nothing is known of it. "
-        "A prompt's answers were judged by the two sites that did best on the 20 of these questions nearest to it. "
+        "No answers came from c, so nothing is known of it. "
+        "A prompt's answers were judged by the two sites that did best on the three of these questions nearest to it. "
         "Chosen most often: a, for 90 % of the prompts; least often: c, for 0 %."
     )
 

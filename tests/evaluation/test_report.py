@@ -103,7 +103,8 @@ def test_who_is_good_at_what(make_run: Callable[..., Path], make_summary: Callab
     text, page = _page(make_run("with", summary=make_summary(competence=known)))
     _assert_self_contained(text, page)
     assert "<h2>Who is good at what</h2>" in text
-    assert "b gave no answers" in page.words and "75.0" in page.words
+    assert "answers of their own models to 3 labelled questions" in page.words
+    assert "No answers came from b" in page.words and "75.0" in page.words
     assert sum(tag == "svg" for tag, _ in page.tags) == 14
     without, _ = _page(make_run("without"))
     assert "Who is good at what" not in without
@@ -112,7 +113,7 @@ def test_who_is_good_at_what(make_run: Callable[..., Path], make_summary: Callab
 def test_nobody_is_known_to_be_good(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
     known = competence_summary(["a"], ["colour"], [[math.nan]], neighbours=1, experts=1)
     text, page = _page(make_run(summary=make_summary(competence=known)))
-    assert "a gave no answers" in page.words and "Best at" not in page.words
+    assert "No answers came from a" in page.words and "Best at" not in page.words
     assert 'aria-label="Which of the server' not in text
 
 

@@ -88,20 +88,20 @@ def tell_competence(competence: CompetenceSummary) -> str:
     if best:
         told.append(f"Best {'; '.join(best)}.")
     if silent := [site for site, by_type in competence.sites.items() if not by_type]:
-        told.append(
-            f"{_listed(silent)} gave no answers, so nothing is known of {'it' if len(silent) == 1 else 'them'}."
-        )
-    near = "one" if competence.neighbours == 1 else f"{competence.neighbours:,}"
+        whom = "it" if len(silent) == 1 else "them"
+        told.append(f"No answers came from {_listed(silent)}, so nothing is known of {whom}.")
+    nearest = min(competence.neighbours, asked)
     judges = "site" if competence.experts == 1 else f"{_number(competence.experts).lower()} sites"
     told.append(
-        f"A prompt's answers were judged by the {judges} that did best on the {near} of these questions nearest to it."
+        f"A prompt's answers were judged by the {judges} that did best on the {_number(nearest).lower()} of these "
+        "questions nearest to it."
     )
     if competence.chosen:
         most_often = max(competence.chosen, key=lambda site: competence.chosen[site])
         least = min(competence.chosen, key=lambda site: competence.chosen[site])
         told.append(
-            f"Chosen most often: {most_often}, for {_whole(competence.chosen[most_often])} of the prompts; least often: "
-            f"{least}, for {_whole(competence.chosen[least])}."
+            f"Chosen most often: {most_often}, for {_whole(competence.chosen[most_often])} of the prompts; least "
+            f"often: {least}, for {_whole(competence.chosen[least])}."
         )
     return " ".join(told)
 
