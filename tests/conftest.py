@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from accord.data.easy_vqa import load_easy_vqa
-from accord.models.load import load_vlm
+from accord.models.load import load_vlm, save_vlm
 from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.types import PreferencePair, Question, vqa_prompt
 
@@ -64,6 +64,13 @@ def vlm(family: Family, checkpoints: dict[Family, str]) -> tuple[PreTrainedModel
 def llava(checkpoints: dict[Family, str]) -> str:
     """The checkpoint for tests that need one family only."""
     return checkpoints["llava-clip-llama"]
+
+
+@pytest.fixture(scope="session")
+def texts_only(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> str:
+    """An untrained checkpoint of a text-only model."""
+    model, tokenizer = build_tiny("text-qwen2", train_tokenizer(TEXTS, vocab_size=300), tiny_config, seed=0)
+    return save_vlm(model, tokenizer, tmp_path_factory.mktemp("texts") / "text-qwen2")
 
 
 def square(colour: str, size: tuple[int, int] = (32, 32)) -> bytes:

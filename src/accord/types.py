@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 ImageSource: TypeAlias = Path | bytes
 """An image as it was stored: a file, or the compressed bytes of one. Never a tensor, never re-encoded."""
+
+Subject: TypeAlias = Path | bytes | str
+"""What a question is about: its image, or its own text where it has none. No two sides may hold the same."""
 
 Message: TypeAlias = Mapping[str, object]
 """One turn of a conversation in the Hugging Face chat form: `{"role": …, "content": str | list of blocks}`."""
@@ -27,24 +30,29 @@ Prompt: TypeAlias = Sequence[Message]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One visual question with its reference answer.
+    """One question with its reference answer, about an image or, where `image` is None, about nothing but its words.
 
     `domain` is the data set (or organisation) it came from; `split` is one of `base`, `private`, `public`, `dev`,
     `test`: what the server owns, what a site owns, the prompts of GRPO, what chooses settings, what is reported.
     """
 
     id: str
-    image: ImageSource
+    image: ImageSource | None
     text: str
     answer: str
     question_type: str
     split: str
     domain: str = ""
 
+    @property
+    def subject(self) -> Subject:
+        """What it is about, by which questions are split and dealt out."""
+        return self.text if self.image is None else self.image
+
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Of two answers to one prompt about `images`, the one a person preferred.
+    """Of two answers to one prompt about `images`, of which there may be none, the one a person preferred.
 
     `constructed` is true when the pair was built from a reference answer and not from a person's judgement.
     `question_id` groups the pairs that share image and prompt, so that the image is encoded once for all of them.
@@ -58,7 +66,33 @@ class PreferencePair:
     question_type: str = ""
     constructed: bool = False
 
+    @property
+    def image(self) -> ImageSource | None:
+        """The first image, None where there is none."""
+        return self.images[0] if self.images else None
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What it is about: its images, or the words of its prompt where there are none."""
+        return self.images or (" ".join(text for message in self.prompt for text in texts_of(message)),)
+
+
+def texts_of(message: Message) -> list[str]:
+    """Return the texts of a turn, one for each of its text blocks."""
+    content = message["content"]
+    if isinstance(content, str):
+        return [content]
+    blocks = cast(Sequence[Mapping[str, object]], content)
+    return [str(block["text"]) for block in blocks if block["type"] == "text"]
+
 
 def vqa_prompt(text: str) -> list[dict[str, object]]:
     """Return the one-turn conversation that asks `text` about one image."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+def prompt_of(question: Question) -> list[dict[str, object]]:
+    """Return the one-turn conversation that asks `question`, with the place of its image if it has one."""
+    if question.image is not None:
+        return vqa_prompt(question.text)
+    return [{"role": "user", "content": [{"type": "text", "text": question.text}]}]

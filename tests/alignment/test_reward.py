@@ -192,7 +192,17 @@ def test_images_may_come_in_a_column(column):
 
 def test_a_row_without_an_image():
     with pytest.raises(DataError, match=r"row 0 has no image .*got \['answer'\]"):
-        FederatedReward(spy(), route)([[{"role": "user", "content": "what?"}]], ["a"], answer=["a"])
+        FederatedReward(spy(), route)([vqa_prompt("what?")], ["a"], answer=["a"])
+
+
+def test_rows_without_images_are_groups_by_their_words():
+    """Three rows of two questions; no image travels, and items name none."""
+    prompts = [[{"role": "user", "content": text}] for text in ("what?", "what?", "who?")]
+    engine = spy()
+    assert FederatedReward(engine, route)(prompts, ["a", "c", "a"]) == [1.0, 3.0, 1.0]
+    asked = engine.asked[0]["here"]
+    assert asked.images == {} and [item.image for item in asked.items] == [None, None]
+    assert [item.candidates for item in asked.items] == [["a", "c"], ["a"]]
 
 
 @pytest.mark.parametrize(

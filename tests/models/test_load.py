@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2ForCausalLM
 
 from accord.errors import CheckpointError, RecipeError
 from accord.models import load
-from accord.models.load import LoraSettings, add_lora, load_vlm, locate, parameter_count
+from accord.models.load import LoraSettings, add_lora, load_vlm, locate, parameter_count, save_vlm, tokenizer_of
 
 
 @pytest.fixture
@@ -77,11 +77,13 @@ def test_a_hub_name_that_cannot_be_had():
     refuse("somebody/no-such-model", "cannot load", "check the name")
 
 
-def test_a_text_only_model(tmp_path):
-    LlamaForCausalLM(
-        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    ).save_pretrained(tmp_path)
-    refuse(tmp_path, "'llama'", "cannot answer questions about images", "AutoModelForImageTextToText")
+def test_a_text_only_model(texts_only, tmp_path):
+    """Its tokenizer is its processor; without a chat template nothing says how to ask it."""
+    model, processor = load_vlm(texts_only)
+    assert isinstance(model, Qwen2ForCausalLM)
+    assert tokenizer_of(processor) is processor and processor.padding_side == "left"
+    processor.chat_template = None
+    refuse(Path(save_vlm(model, processor, tmp_path / "bare")), "no chat template", "tuned on instructions")
 
 
 def test_a_vision_only_model(tmp_path):
@@ -89,7 +91,7 @@ def test_a_vision_only_model(tmp_path):
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
-    refuse(tmp_path, "'clip_vision_model'", "cannot answer questions about images")
+    refuse(tmp_path, "'clip_vision_model'", "cannot answer questions", "AutoModelForCausalLM")
 
 
 def test_a_truncated_weight_file(copy):

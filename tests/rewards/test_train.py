@@ -285,11 +285,14 @@ def test_the_rows_at_once_are_the_recipes(train, monkeypatch):
     assert model.rows_at_once == 2 and taken[1:] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("images", [(), (b"one", b"two")])
-def test_a_pair_needs_one_image(llava, prefer, tmp_path, images):
-    pair = replace(prefer(3), images=images)
-    with pytest.raises(DataError, match=f"question 'q3' has {len(images)} images, and a reward model takes one"):
-        train_reward_model(RewardModel.from_checkpoint(llava), [pair], [], [], QUICK, seed=0, out=tmp_path)
+def test_a_pair_has_one_image_or_all_have_none(llava, prefer, ask, tmp_path):
+    model = RewardModel.from_checkpoint(llava)
+    two, none = replace(prefer(3), images=(b"one", b"two")), replace(prefer(4), images=())
+    with pytest.raises(DataError, match="question 'q3' has 2 images, and a reward model takes one"):
+        train_reward_model(model, [two], [], [], QUICK, seed=0, out=tmp_path)
+    for pairs, questions in (([prefer(3), none], []), ([none], [ask(0)])):
+        with pytest.raises(DataError, match=rf"1 of {len(pairs)} pairs and {len(questions)} held-out .* without"):
+            train_reward_model(model, pairs, questions, [], QUICK, seed=0, out=tmp_path)
 
 
 @pytest.mark.parametrize("setting", ["steps", "evaluate_every", "rejected_per_prompt", "gradient_accumulation"])

@@ -29,17 +29,16 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
-    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.inputs import Batch, build_batch, model_inputs
-from accord.models.load import without_adapter
+from accord.models.load import Processor, without_adapter
 from accord.types import PreferencePair
 
 
@@ -210,18 +209,18 @@ class AnchorChange:
         pairs_at_once: pairs of one forward pass.
 
     Raises:
-        DataError: there are no anchors, or one has not exactly one image.
+        DataError: there are no anchors, or one has several images.
     """
 
     def __init__(
-        self, processor: ProcessorMixin, anchors: Sequence[PreferencePair], *, every: int = 5, pairs_at_once: int = 32
+        self, processor: Processor, anchors: Sequence[PreferencePair], *, every: int = 5, pairs_at_once: int = 32
     ) -> None:
         self.every = every
         check_least(self, every=1)
         if not anchors:
             raise DataError("cannot measure a policy on 0 anchors; give AnchorChange public preference pairs")
         for pair in anchors:
-            if len(pair.images) != 1:
+            if len(pair.images) > 1:
                 raise DataError(
                     f"the anchor of question {pair.question_id!r} has {len(pair.images)} images, and AnchorChange "
                     "takes one; give it one image, or leave it out"
@@ -230,7 +229,7 @@ class AnchorChange:
             build_batch(
                 processor,
                 [pair.prompt for pair in some],
-                [load_image(pair.images[0]) for pair in some],
+                [load_if_any(pair.image) for pair in some],
                 [[pair.chosen, pair.rejected] for pair in some],
             )
             for some in (anchors[start : start + pairs_at_once] for start in range(0, len(anchors), pairs_at_once))

@@ -27,7 +27,6 @@ from peft import LoraConfig
 from torch import nn
 from transformers import (
     PreTrainedModel,
-    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -39,9 +38,9 @@ from trl.trainer.grpo_config import GRPOConfig
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
-from accord.errors import DataWarning, RecipeError, check_least, check_positive
+from accord.errors import DataError, DataWarning, RecipeError, check_least, check_positive
 from accord.models.finetune import draw_balanced, on_one_device
-from accord.models.load import LoraSettings, adapter_errors, lora_config, placeholder_tokens
+from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, placeholder_tokens
 from accord.routing.router import Encoder
 from accord.types import ImageSource, Message, Prompt, Question
 
@@ -124,13 +123,23 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
     """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
 
     Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
-    (`accord.data.images.load_image`): the policy sees the pixels that the sites see.
+    (`accord.data.images.load_image`): the policy sees the pixels that the sites see. Questions without images make no
+    image column.
+
+    Raises:
+        DataError: some questions have an image and others none.
     """
-    used: dict[ImageSource, dict[str, object]] = {q.image: _cell(q.image) for q in questions}
+    sources = [q.image for q in questions if q.image is not None]
+    if sources and len(sources) < len(questions):
+        raise DataError(
+            f"{len(questions) - len(sources)} of {len(questions)} prompts have no image, and a policy is aligned on "
+            "questions about images or on questions without any; choose one kind in [prompts]"
+        )
+    used: dict[ImageSource, dict[str, object]] = {source: _cell(source) for source in sources}
     features = datasets.Features(
         {
             "prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-            "image": datasets.Image(decode=False),
+            **({"image": datasets.Image(decode=False)} if sources else {}),
             "question_id": datasets.Value("string"),
             "question_type": datasets.Value("string"),
             "answer": datasets.Value("string"),
@@ -138,7 +147,7 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
     )
     columns = {
         "prompt": [[{"role": "user", "content": q.text}] for q in questions],
-        "image": [used[q.image] for q in questions],
+        **({"image": [used[source] for source in sources]} if sources else {}),
         "question_id": [q.id for q in questions],
         "question_type": [q.question_type for q in questions],
         "answer": [q.answer for q in questions],
@@ -288,7 +297,7 @@ def reference_encoder(reward: RewardFunction, model: PreTrainedModel) -> Encoder
 
 def align(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     reward: RewardFunction,
     config: AlignmentConfig,

@@ -2,9 +2,9 @@
 
     (prompts, completions, **columns) → list[float | None]
 
-For each group of completions that share prompt and image: route every distinct completion, ask only the sites that got
-weight, fuse what came back. To `trl.GRPOTrainer` this is an ordinary reward function; three lines put it into a stock
-script:
+For each group of completions that share prompt and image, if there is one: route every distinct completion, ask only
+the sites that got weight, fuse what came back. To `trl.GRPOTrainer` this is an ordinary reward function; three lines
+put it into a stock script:
 
     reward = FederatedReward(engine, router)
     trainer = GRPOTrainer(model, reward_funcs=reward, train_dataset=prompts, args=GRPOConfig(beta=0.02, …))
@@ -59,8 +59,8 @@ class Group:
     """The completions of one prompt: the distinct ones, and which of them each row was."""
 
     prompt: Prompt
-    image: Image
-    data: bytes  # the image as it travels
+    image: Image | None  # None for a question without one
+    data: bytes | None  # the image as it travels
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
 
@@ -222,7 +222,7 @@ class FederatedReward:
         groups: list[Group] = []
         key: object = None
         texts: list[str] = []
-        opening: tuple[Prompt, Image, bytes] | None = None
+        opening: tuple[Prompt, Image | None, bytes | None] | None = None
 
         def close() -> None:
             if opening is not None:
@@ -234,15 +234,11 @@ class FederatedReward:
             image = _image_of(prompt, n, columns)
             plain = [_plain(message) for message in prompt]
             known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
-            this = (str(plain), (ids[n],) if ids and known else picture_key(image))
+            this = (str(plain), (ids[n],) if ids and known else None if image is None else picture_key(image))
             if this != key:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None
-                opening, texts, key = (
-                    (plain, image, image_bytes(source) if source is not None else _as_png(image)),
-                    [],
-                    this,
-                )
+                opening, texts, key = (plain, image, _travelling(image, source)), [], this
             texts.append(_text_of(completions[n]))
         close()
         return groups
@@ -278,8 +274,10 @@ class FederatedReward:
                 rows = [start + i for i in range(len(group.candidates)) if weights[start + i, k] > 0]
                 start += len(group.candidates)
                 if rows:
-                    name = image_name(group.data)
-                    images[name] = group.data
+                    name = None
+                    if group.data is not None:
+                        name = image_name(group.data)
+                        images[name] = group.data
                     first = start - len(group.candidates)
                     items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
                     places[site].append(rows)
@@ -373,23 +371,34 @@ def _mean(rewards: Sequence[float | None], otherwise: float) -> float:
     return sum(known) / len(known) if known else otherwise
 
 
-def _image_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> Image:
-    """Find row n's image: in the prompt's content blocks, as TRL puts it there, or in an `image` or `images` column."""
+def _image_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> Image | None:
+    """Find row n's image: in the prompt's content blocks, as TRL puts it there, or in an `image` or `images` column.
+
+    A row without one is a question without an image if its prompt has no place for one.
+
+    Raises:
+        DataError: it has.
+    """
     for message in prompt:
-        content = message["content"]
-        if isinstance(content, Sequence) and not isinstance(content, str):
-            for block in content:
-                if block["type"] == "image" and isinstance(block.get("image"), PillowImage.Image):
-                    return cast(Image, block["image"])
+        for block in _blocks(message):
+            if block["type"] == "image" and isinstance(block.get("image"), PillowImage.Image):
+                return cast(Image, block["image"])
     for name in ("image", "images"):
         column = columns.get(name)
         if isinstance(column, Sequence) and len(column) > n:
             found = column[n][0] if isinstance(column[n], Sequence) and column[n] else column[n]
             if isinstance(found, PillowImage.Image):
                 return found
+    if all(block["type"] != "image" for message in prompt for block in _blocks(message)):
+        return None
     raise DataError(
         f"row {n} has no image in its prompt and none in an 'image' or 'images' column, got {sorted(columns)}"
     )
+
+
+def _blocks(message: Message) -> Sequence[Mapping[str, object]]:
+    content = message["content"]
+    return () if isinstance(content, str) else cast(Sequence[Mapping[str, object]], content)
 
 
 def _plain(message: Message) -> dict[str, object]:
@@ -411,7 +420,12 @@ def _text_of(completion: Sequence[Message] | str) -> str:
     )
 
 
-def _as_png(image: Image) -> bytes:
+def _travelling(image: Image | None, source: ImageSource | None) -> bytes | None:
+    """Return the bytes of `source`, else the image as PNG, else None."""
+    if source is not None:
+        return image_bytes(source)
+    if image is None:
+        return None
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -33,7 +33,7 @@ import torch
 from peft import PeftModel
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
@@ -44,7 +44,7 @@ from accord.data.images import picture_key
 from accord.errors import DataWarning
 from accord.models.attention import can_share, skip_hidden
 from accord.models.inputs import build_batch, chunks, completion_text
-from accord.models.load import without_adapter
+from accord.models.load import Processor, without_adapter
 from accord.models.prefix import Packed, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
 from accord.routing.router import Encoder, StateKey, prompt_words, state_key
@@ -364,9 +364,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         if self._encoder is None or self.accelerator.mixed_precision != "no":
             return False
         if self._alike is None:
-            row, processor = self._bare[self._first[0]], cast(ProcessorMixin, self.processing_class)
+            row, processor = self._bare[self._first[0]], cast(Processor, self.processing_class)
             prompt, images = _turns(row["prompt"]), _images(row)
-            read = build_batch(processor, [prompt], images, [[" x "]]) if len(images) == 1 else None
+            read = build_batch(processor, [prompt], images or [None], [[" x "]]) if len(images) <= 1 else None
             ids = self._prompts[self._mode].ids[0]
             end = completion_text(processor, prompt, "")
             self._alike = (
@@ -381,7 +381,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         self, chunk: Sequence[int], packed: Packed, texts: Sequence[Sequence[tuple[int, ...]]], hidden: Tensor
     ) -> dict[StateKey, Tensor]:
         """Return the states of each prompt with each completion that its text alone would be tokenised to again."""
-        processor = cast(ProcessorMixin, self.processing_class)
+        processor = cast(Processor, self.processing_class)
         words = self._tokenizer.batch_decode([ids for those in texts for ids in those], skip_special_tokens=True)
         end = completion_text(processor, _turns(self._bare[self._first[chunk[0]]]["prompt"]), "")
         again = iter(
@@ -397,8 +397,8 @@ class SharedPrefixTrainer(GRPOTrainer):
             prefix = hidden[row, : len(self._prompts[self._mode].ids[p]) - 1]
             for start, ids in zip(packed.starts[row], texts[row], strict=True):
                 word, tokens = next(again)
-                if tuple(tokens) == ids and len(images := _images(first)) == 1:
-                    key = state_key(_turns(first["prompt"]), images[0], word)
+                if tuple(tokens) == ids and len(images := _images(first)) <= 1:
+                    key = state_key(_turns(first["prompt"]), images[0] if images else None, word)
                     states[key] = torch.cat([prefix, hidden[row, start : start + 1 + len(ids)]])
         return states
 

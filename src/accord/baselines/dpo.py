@@ -24,14 +24,14 @@ import datasets  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from accord.alignment.grpo import placeholders_muted
 from accord.data.images import load_image
 from accord.models.finetune import SYMMETRIES, draw_balanced, on_one_device, transform
-from accord.models.load import LoraSettings, adapter_errors, lora_config, without_adapter
+from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, without_adapter
 from accord.types import PreferencePair
 
 Row = dict[str, object]
@@ -59,7 +59,7 @@ class AdapterDpo:
     def __init__(
         self,
         model: PreTrainedModel,
-        processor: ProcessorMixin,
+        processor: Processor,
         lora: LoraSettings,
         *,
         beta: float = 0.1,

@@ -32,7 +32,7 @@ from accord.baselines.averaging import (
     trainable_weights,
 )
 from accord.baselines.fedit import LocalSupervised, fedavg
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, RecipeError, check_least
 from accord.federation.engine import Engine
 from accord.federation.messages import Task, UpdateReply, UpdateRequest
@@ -43,7 +43,7 @@ from accord.models.load import LoraSettings
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import PairGroup, bradley_terry, group_pairs
 from accord.routing.router import read_weights
-from accord.types import PreferencePair, Question, vqa_prompt
+from accord.types import PreferencePair, Question, prompt_of
 
 _Drawn: TypeAlias = tuple[PairGroup, tuple[str, ...], int]
 
@@ -117,7 +117,7 @@ class LocalReward:
         batch = build_batch(
             self.model.processor,
             [group.chosen.prompt for group, _, _ in items],
-            [transform(load_image(group.chosen.images[0]), symmetry) for group, _, symmetry in items],
+            [transform(load_if_any(group.chosen.image), symmetry) for group, _, symmetry in items],
             [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
         )
         scores: Tensor = self.model(batch.to(self.model.head.weight.device))
@@ -181,7 +181,7 @@ def standardise(model: RewardModel, questions: Sequence[Question], answers: Sequ
         RecipeError: the scores are not finite, or all the same.
     """
     model.standardisation = Standardisation()
-    scored = model.score([vqa_prompt(q.text) for q in questions], [load_image(q.image) for q in questions], answers)
+    scored = model.score([prompt_of(q) for q in questions], [load_if_any(q.image) for q in questions], answers)
     scores = torch.cat(scored).double()
     mean, deviation = float(scores.mean()), float(scores.std())
     if not (scores.isfinite().all() and deviation > 0):

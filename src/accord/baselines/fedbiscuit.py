@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from accord.baselines.averaging import (
     Averaging,
@@ -39,14 +39,14 @@ from accord.baselines.averaging import (
 from accord.baselines.dpo import AdapterDpo
 from accord.baselines.feddpo import seeded_adapter
 from accord.baselines.selector import Comparison, Selector, Weights, label_pairs, selector_loss
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, UpdateReply, UpdateRequest
 from accord.models.finetune import SYMMETRIES, draw_balanced, transform
 from accord.models.generate import answer
-from accord.models.load import LoraSettings
+from accord.models.load import LoraSettings, Processor
 from accord.routing.router import read_weights
 from accord.types import PreferencePair, Question
 
@@ -144,7 +144,7 @@ class LocalSelector:
         comparisons = []
         for pair, better, symmetry in items:
             first, second = (pair.rejected, pair.chosen) if better else (pair.chosen, pair.rejected)
-            comparisons.append(Comparison(pair.prompt, transform(load_image(pair.images[0]), symmetry), first, second))
+            comparisons.append(Comparison(pair.prompt, transform(load_if_any(pair.image), symmetry), first, second))
         log_odds = self.selector(comparisons)
         return selector_loss(log_odds, torch.tensor([better for _, better, _ in items], device=log_odds.device))
 
@@ -275,7 +275,7 @@ def train_selectors(
 def train_biscuit(
     engine: Engine,
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     config: FedBiscuitConfig,
     *,

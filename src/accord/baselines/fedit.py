@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from accord.baselines.averaging import (
     Averaging,
@@ -35,16 +35,16 @@ from accord.baselines.averaging import (
     to_bytes,
     trainable_weights,
 )
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, check_least, check_positive
 from accord.federation.engine import Engine
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.models.finetune import SYMMETRIES, draw_balanced, transform
 from accord.models.inputs import build_batch
-from accord.models.load import LoraSettings, without_adapter
+from accord.models.load import LoraSettings, Processor, without_adapter
 from accord.routing.fit import federated_average
 from accord.routing.router import read_weights
-from accord.types import Question, vqa_prompt
+from accord.types import Question, prompt_of
 
 
 class LocalRule(Protocol):
@@ -217,7 +217,7 @@ class LocalSupervised:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processor: ProcessorMixin,
+        processor: Processor,
         questions: Sequence[Question],
         config: Averaging,
         algorithm: Algorithm,
@@ -262,8 +262,8 @@ class LocalSupervised:
     def _loss(self, items: Sequence[tuple[Question, int]]) -> Tensor:
         batch = build_batch(
             self.processor,
-            [vqa_prompt(q.text) for q, _ in items],
-            [transform(load_image(q.image), s) for q, s in items],
+            [prompt_of(q) for q, _ in items],
+            [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         ).to(without_adapter(self.model).device)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.image_inputs}

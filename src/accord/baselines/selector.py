@@ -19,14 +19,14 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import softplus
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from accord.baselines.averaging import set_trainable_weights
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.data.questions import normalise_answer
 from accord.models.inputs import build_batch, completion_text, shared_inputs
-from accord.models.load import without_adapter
-from accord.types import PreferencePair, Prompt, Question, vqa_prompt
+from accord.models.load import Processor, tokenizer_of, without_adapter
+from accord.types import PreferencePair, Prompt, Question, prompt_of
 
 Weights: TypeAlias = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class Comparison:
     """Two answers to one prompt about one image, in the order in which they are shown."""
 
     prompt: Prompt
-    image: Image
+    image: Image | None
     first: str  # A
     second: str  # B
 
@@ -49,7 +49,7 @@ class Selector:
         processor: its processor.
     """
 
-    def __init__(self, model: torch.nn.Module, processor: ProcessorMixin) -> None:
+    def __init__(self, model: torch.nn.Module, processor: Processor) -> None:
         self.model, self.processor = model, processor
 
     def __call__(self, comparisons: Sequence[Comparison]) -> Tensor:
@@ -76,13 +76,13 @@ def selector_prompt(prompt: Prompt, first: str, second: str) -> Prompt:
     return [*before, {**last, "content": [*blocks, ask]}]
 
 
-def letter_tokens(processor: ProcessorMixin, prompt: Prompt) -> tuple[int, int, int]:
+def letter_tokens(processor: Processor, prompt: Prompt) -> tuple[int, int, int]:
     """Return the first tokens in which the answers A and B differ, and how many tokens they share before.
 
     A tokeniser may put more than a letter into a token, or less; which letter it is shows at the first difference.
     """
     endings = [completion_text(processor, prompt, letter) for letter in ("A", "B")]
-    a, b = processor.tokenizer(endings, add_special_tokens=False)["input_ids"]
+    a, b = tokenizer_of(processor)(endings, add_special_tokens=False)["input_ids"]
     shared = next(n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
     return a[shared], b[shared], shared
 
@@ -134,7 +134,7 @@ def label_pairs(
     selector.model.eval()
     for start in range(0, len(asked), batch_size):
         comparisons = [
-            Comparison(vqa_prompt(q.text), load_image(q.image), first, second)
+            Comparison(prompt_of(q), load_if_any(q.image), first, second)
             for q, first, second in asked[start : start + batch_size]
         ]
         for u, weights in enumerate(selectors):
@@ -142,10 +142,10 @@ def label_pairs(
             votes[u] += (selector(comparisons) < 0).int().tolist()
     return [
         PreferencePair(
-            prompt=vqa_prompt(q.text),
+            prompt=prompt_of(q),
             chosen=second if better else first,
             rejected=first if better else second,
-            images=(q.image,),
+            images=() if q.image is None else (q.image,),
             question_id=q.id,
             question_type=q.question_type,
         )

@@ -6,8 +6,9 @@
 Source: Hsu, Qi, Brown 2019, arXiv 1909.06335, where every site draws its own mixture and all are equally large, so that
 none of twenty is left with nothing. Differs: sizes follow from p and differ, since no image is dealt twice.
 
-An image whose questions are of several types is dealt for one of them, drawn by its hash, and its site gets its
-questions of that type alone. So no image is at two sites, and a site holds what its mixture says.
+What is dealt is an image with its questions of one type: the site holds what its mixture says. An image with questions
+of several types may then be at several sites. Where none may, it is dealt for one of its types, drawn by its hash, and
+its other questions are nobody's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -24,6 +26,9 @@ from accord.data.questions import image_identity, uniform
 from accord.data.sites import SiteShare
 from accord.errors import DataError, RecipeError, check_least
 from accord.types import Question
+
+Kind: TypeAlias = tuple[str, str]
+"""Domain and question type, which the mixtures are over."""
 
 LEAST = 0.1
 """Of a site's mixture: a type below this is none that the site stands for."""
@@ -34,7 +39,7 @@ class Dealing:
     """How much sites differ; they all draw from all questions, whatever domain or type."""
 
     alpha: float = 0.1
-    images: int = 0  # a site keeps at most so many of those that it is dealt; 0 for all
+    images: int = 0  # a site keeps at most so many, each with its questions of one type; 0 for all
 
     def __post_init__(self) -> None:
         """Refuse what no Dirichlet distribution has, and a negative number."""
@@ -46,14 +51,12 @@ class Dealing:
             )
 
 
-def kind_of(question: Question) -> tuple[str, str]:
+def kind_of(question: Question) -> Kind:
     """Return what the mixtures are over: domain and type."""
     return question.domain, question.question_type
 
 
-def mixtures(
-    kinds: Sequence[tuple[str, str]], sites: Sequence[str], alpha: float, seed: int
-) -> dict[str, dict[tuple[str, str], float]]:
+def mixtures(kinds: Sequence[Kind], sites: Sequence[str], alpha: float, seed: int) -> dict[str, dict[Kind, float]]:
     """Return `q_k` of every site, drawn for it alone: it depends on the seed and the site's name, not on the others."""
     drawn = {}
     for site in sites:
@@ -63,7 +66,12 @@ def mixtures(
 
 
 def deal(
-    questions: Sequence[Question], mixed: Mapping[str, Mapping[tuple[str, str], float]], *, seed: int, limit: int = 0
+    questions: Sequence[Question],
+    mixed: Mapping[str, Mapping[Kind, float]],
+    *,
+    seed: int,
+    limit: int = 0,
+    disjoint_images: bool = True,
 ) -> dict[str, list[Question]]:
     """Return each site's questions, in the given order.
 
@@ -71,28 +79,26 @@ def deal(
         questions: usually those of the split `private`.
         mixed: q_k by site, over all the questions' kinds.
         seed: of the draw.
-        limit: images that a site keeps at most, drawn by their hashes; 0 for all.
+        limit: of what is dealt to it a site keeps at most so much, drawn by hashes; 0 for all.
+        disjoint_images: no image goes to two sites.
 
     Raises:
         DataError: a site gets no question.
     """
     identify = image_identity()
-    images = [identify(q.image) for q in questions]
-    kinds: dict[str, dict[tuple[str, str], None]] = defaultdict(dict)
-    for q, image in zip(questions, images, strict=True):
-        kinds[image][kind_of(q)] = None
-    places = {image: _place(image, sorted(found), mixed, seed) for image, found in kinds.items()}
-    kept: dict[str, list[str]] = {site: [] for site in mixed}
-    for image in sorted(places, key=lambda image: uniform("keeping", seed, image)):
-        site = places[image][0]
+    units = [(identify(q.image if q.image is not None else q.text.encode()), kind_of(q)) for q in questions]
+    kinds: dict[str, set[Kind]] = defaultdict(set)
+    for image, kind in units:
+        kinds[image].add(kind)
+    if disjoint_images:
+        kinds = {image: {_drawn(image, sorted(found), seed)} for image, found in kinds.items()}
+    kept: dict[str, set[tuple[str, Kind]]] = {site: set() for site in mixed}
+    possible = [(image, kind) for image, found in kinds.items() for kind in found]
+    for unit in sorted(possible, key=lambda unit: uniform("keeping", seed, unit[0], *unit[1])):
+        site = _site(*unit, mixed, seed)
         if not limit or len(kept[site]) < limit:
-            kept[site].append(image)
-    among = {site: set(own) for site, own in kept.items()}
-    dealt: dict[str, list[Question]] = {site: [] for site in mixed}
-    for q, image in zip(questions, images, strict=True):
-        site, kind = places[image]
-        if kind_of(q) == kind and image in among[site]:
-            dealt[site].append(q)
+            kept[site].add(unit)
+    dealt = {site: [q for q, unit in zip(questions, units, strict=True) if unit in own] for site, own in kept.items()}
     for site, own in dealt.items():
         if not own:
             raise DataError(
@@ -102,18 +108,18 @@ def deal(
     return dealt
 
 
-def _place(
-    image: str, kinds: Sequence[tuple[str, str]], mixed: Mapping[str, Mapping[tuple[str, str], float]], seed: int
-) -> tuple[str, tuple[str, str]]:
-    """Return whose an image is, and for which of its kinds."""
-    kind = kinds[int(uniform("kind", seed, image) * len(kinds))]
-    parts = [mixture[kind] for mixture in mixed.values()]
-    ends = list(itertools.accumulate(parts))
-    draw = uniform("dealing", seed, image) * ends[-1]
-    return next((site for site, end in zip(mixed, ends, strict=True) if draw < end), [*mixed][-1]), kind
+def _drawn(image: str, kinds: Sequence[Kind], seed: int) -> Kind:
+    return kinds[int(uniform("kind", seed, image) * len(kinds))]
 
 
-def stands_for(site: str, mixture: Mapping[tuple[str, str], float]) -> SiteShare:
+def _site(image: str, kind: Kind, mixed: Mapping[str, Mapping[Kind, float]], seed: int) -> str:
+    """Return whose an image with its questions of a kind is."""
+    ends = list(itertools.accumulate(mixture[kind] for mixture in mixed.values()))
+    draw = uniform("dealing", seed, image, *kind) * ends[-1]
+    return next((site for site, end in zip(mixed, ends, strict=True) if draw < end), [*mixed][-1])
+
+
+def stands_for(site: str, mixture: Mapping[Kind, float]) -> SiteShare:
     """Return the domains and types that a mixture has in earnest, as a site's share."""
     kept = [kind for kind, part in mixture.items() if part >= LEAST] or [max(mixture, key=lambda kind: mixture[kind])]
     return SiteShare(site, tuple(sorted({domain for domain, _ in kept})), tuple(sorted({kind for _, kind in kept})))

@@ -100,6 +100,11 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         return _to_rgb(image)
 
 
+def load_if_any(source: ImageSource | None) -> Image.Image | None:
+    """Return the image of a question or pair as `load_image` does, None for one without an image."""
+    return None if source is None else load_image(source)
+
+
 def _open(source: ImageSource, max_pixels: int) -> Image.Image:
     data = image_bytes(source)
     if not data:

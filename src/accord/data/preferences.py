@@ -25,11 +25,11 @@ from accord.data.conversation import content_blocks, read_completion, read_promp
 from accord.data.images import image_bytes, image_format
 from accord.data.negatives import NegativeMix, Negatives
 from accord.data.questions import image_identity, normalise_answer
-from accord.data.rows import BadRow, ImageCell, Row, column, keep_good, read_jsonl
+from accord.data.rows import BadRow, ImageCell, OneKind, Row, column, keep_good, read_jsonl
 from accord.data.saved import is_saved, open_dataset, undecoded
 from accord.errors import DataError, RecipeError
 from accord.runs import write_atomic
-from accord.types import ImageSource, PreferencePair, Question, vqa_prompt
+from accord.types import ImageSource, PreferencePair, Question, prompt_of
 
 __all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", "to_dataset", "write_preferences"]
 
@@ -43,8 +43,9 @@ EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 def read_preferences(path: Path | str) -> list[PreferencePair]:
     """Read a site's pairs from a `.jsonl` file, or from a folder made by `datasets.save_to_disk`.
 
-    Images are in `images` (a list) or `image` (one); in a file, as paths relative to the file's folder. Pairs without a
-    `question_id` get one from their images and prompt.
+    Images are in `images` (a list) or `image` (one); in a file, as paths relative to the file's folder. Pairs without
+    images have neither, and no image block in their prompts. Pairs without a `question_id` get one from their images
+    and prompt.
 
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a column is missing, one `question_id` stands for two
@@ -58,11 +59,11 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
         rows, images = _saved_rows(path), ImageCell(None)
     else:
         rows, images = read_jsonl(path), ImageCell(path.parent)
-    identify = image_identity()
+    identify, kind = image_identity(), OneKind("images", "image")
     content: dict[str, str] = {}
 
     def parse(where: str, row: Row) -> PreferencePair:
-        pair = _pair(where, row, images)
+        pair = _pair(where, row, images if kind.pictured(where, row) else None)
         digest = _digest(pair, [identify(source) for source in pair.images])
         pair = pair if pair.question_id else replace(pair, question_id=digest)
         if content.setdefault(pair.question_id, digest) != digest:
@@ -99,8 +100,8 @@ def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None
             for source in pair.images:
                 if source not in stored:
                     stored[source] = _store(source, path.parent, added)
-            row = {**_columns(pair), "images": [stored[source] for source in pair.images]}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+            images = {"images": [stored[source] for source in pair.images]} if pair.images else {}
+            lines.append(json.dumps({**_columns(pair), **images}, ensure_ascii=False) + "\n")
         write_atomic(path, "".join(lines))
     except BaseException:
         for file in added:
@@ -113,9 +114,10 @@ def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None
 def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
 
-    Images in files stay references until `save_to_disk` copies them in.
+    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column.
     """
     rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
+    pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     text = datasets.Value("string")
     blocks = datasets.List({"type": text, "text": text})
     features = datasets.Features(
@@ -125,7 +127,7 @@ def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
         question_id=text,
         question_type=text,
         constructed=datasets.Value("bool"),
-        images=datasets.List(datasets.Image()),
+        **pictured,
     )
     return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
 
@@ -166,10 +168,10 @@ def build_preferences(
     samples = policy_samples or {}
     pairs = [
         PreferencePair(
-            prompt=vqa_prompt(question.text),
+            prompt=prompt_of(question),
             chosen=question.answer,
             rejected=rejected,
-            images=(question.image,),
+            images=() if question.image is None else (question.image,),
             question_id=question.id,
             question_type=question.question_type,
             constructed=True,
@@ -225,18 +227,16 @@ def _saved_rows(path: Path) -> Iterable[tuple[str, Row | None]]:
             "name a .jsonl file inside it instead"
         )
     dataset = open_dataset(str(path), None)
-    image = "image" if "image" in dataset.column_names and "images" not in dataset.column_names else "images"
-    extra = [name for name in OPTIONAL if name in dataset.column_names]
-    dataset = undecoded(dataset, str(path), [*REQUIRED, image, *extra], image, many=image == "images")
+    image = next((name for name in ("images", "image") if name in dataset.column_names), None)
+    extra = [name for name in OPTIONAL if name in dataset.column_names] + ([image] if image else [])
+    dataset = undecoded(dataset, str(path), [*REQUIRED, *extra], image, many=image == "images")
     return ((f"{path} row {number}", row) for number, row in enumerate(dataset))
 
 
-def _pair(where: str, row: Row, images: ImageCell) -> PreferencePair:
+def _pair(where: str, row: Row, images: ImageCell | None) -> PreferencePair:
     prompt, chosen, rejected = (column(where, row, name) for name in REQUIRED)
-    cells = [row["image"]] if "image" in row and "images" not in row else column(where, row, "images")
-    if not isinstance(cells, list) or not cells:
-        raise BadRow(f"images must be a list of at least one image, got {cells!r:.60}")
-    messages = read_prompt(prompt, len(cells))
+    sources = () if images is None else _sources(row, images)
+    messages = read_prompt(prompt, len(sources))
     right, wrong = read_completion("chosen", chosen), read_completion("rejected", rejected)
     if not normalise_answer(right):
         raise BadRow("the chosen answer is empty")
@@ -246,11 +246,18 @@ def _pair(where: str, row: Row, images: ImageCell) -> PreferencePair:
         prompt=messages,
         chosen=right,
         rejected=wrong,
-        images=tuple(images.source(cell) for cell in cells),
+        images=sources,
         question_id="" if row.get("question_id") is None else str(row["question_id"]),
         question_type=str(row.get("question_type") or ""),
         constructed=row.get("constructed") is True,
     )
+
+
+def _sources(row: Row, images: ImageCell) -> tuple[ImageSource, ...]:
+    cells = row["images"] if "images" in row else [row["image"]]
+    if not isinstance(cells, list) or not cells:
+        raise BadRow(f"images must be a list of at least one image, got {cells!r:.60}")
+    return tuple(images.source(cell) for cell in cells)
 
 
 def _digest(pair: PreferencePair, images: list[str]) -> str:

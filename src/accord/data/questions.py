@@ -4,6 +4,8 @@ A folder in Accord's own form holds `questions.jsonl` and its images; any Huggin
 question and an answer column is read as well. Images stay undecoded, as they were stored, so that their identity is
 that of the original bytes.
 
+Questions without an image are read too; what is said here of a question's image holds of its own text then.
+
 Splits are drawn by image: u, the first 48 bits of SHA-256(purpose, seed, image id) over 2^48, falls into one of the
 intervals that the fractions cut from [0, 1). An image's side depends on nothing but its bytes and the seed: data that
 arrive later move no image. Pictures that only look alike (re-encoded, cropped) count as different.
@@ -20,10 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from accord.data.images import image_id
-from accord.data.rows import BadRow, ImageCell, Row, column, keep_good, read_jsonl, text_of
+from accord.data.rows import BadRow, ImageCell, OneKind, Row, column, keep_good, read_jsonl, text_of
 from accord.data.saved import open_dataset, undecoded
 from accord.errors import DataError, RecipeError
-from accord.types import ImageSource, Question
+from accord.types import Question, Subject
 
 SPLITS = ("base", "private", "public", "dev", "test")
 
@@ -42,12 +44,13 @@ def read_vqa_folder(
 ) -> list[Question]:
     """Read `path/questions.jsonl`; the folder's name becomes the domain.
 
-    Each line has `id`, `image` (relative to the folder), `question`, `answer`; optional are the type in `type_field`
-    (else in `answer_type`, else "all") and `split` (else "test"). With `splits`, other rows' images are not looked at.
+    Each line has `id`, `image` (relative to the folder; in no line where the questions are about no images),
+    `question`, `answer`; optional are the type in `type_field` (else in `answer_type`, else "all") and `split` (else
+    "test"). With `splits`, other rows' images are not looked at.
 
     Raises:
-        DataError: the file is missing or is not UTF-8 JSON Lines, a field is missing, an id comes twice, a split is
-            unknown, more than 20 % of the rows are bad, or none is left.
+        DataError: the file is missing or is not UTF-8 JSON Lines, a field is missing, in some lines the image among
+            them, an id comes twice, a split is unknown, more than 20 % of the rows are bad, or none is left.
 
     Warns:
         DataWarning: rows were left out (empty line, question or answer; image missing, damaged or outside the folder).
@@ -57,9 +60,11 @@ def read_vqa_folder(
     images = ImageCell(folder)
     lines: dict[str, str] = {}
     present: dict[str, None] = {}
+    kind = OneKind("image")
 
     def parse(where: str, row: Row) -> Question | None:
-        cells = {name: column(where, row, name) for name in ("id", "image", "question", "answer")}
+        cells = {name: column(where, row, name) for name in ("id", "question", "answer")}
+        pictured = kind.pictured(where, row)
         key = text_of("id", cells["id"])
         if key in lines:
             raise DataError(f"{where}: the id {key!r} was used before, at {lines[key]}; give every question its own id")
@@ -69,13 +74,13 @@ def read_vqa_folder(
         if splits is not None and split not in splits:
             return None
         text, answer = text_of("question", cells["question"]), _answer(cells["answer"])
-        kind = row.get(type_field) or row.get("answer_type") or "all"
+        of_type = row.get(type_field) or row.get("answer_type") or "all"
         return Question(
             id=key,
-            image=images.source(cells["image"]),
+            image=images.source(row["image"]) if pictured else None,
             text=text,
             answer=answer,
-            question_type=text_of(type_field, kind),
+            question_type=text_of(type_field, of_type),
             split=split,
             domain=folder.resolve().name,
         )
@@ -91,7 +96,7 @@ def read_vqa_dataset(
     name_or_path: str | Path,
     *,
     split: str,
-    image_column: str = "image",
+    image_column: str | None = "image",
     question_column: str = "question",
     answer_column: str = "answer",
     type_column: str | None = None,
@@ -100,7 +105,8 @@ def read_vqa_dataset(
     """Read a Hugging Face data set: a folder made by `datasets.save_to_disk`, else whatever `load_dataset` finds.
 
     No code of a data set is ever run. The questions carry the data set's own split name; `split_by_image` assigns
-    Accord's. Without `type_column` every question is of type "all"; ids are `<domain>-<split>-<row>`.
+    Accord's. Without `type_column` every question is of type "all", without `image_column` about no image; ids are
+    `<domain>-<split>-<row>`.
 
     Raises:
         DataError: the data set, the split or a column is missing, more than 20 % of the rows are bad, or none is left.
@@ -109,7 +115,7 @@ def read_vqa_dataset(
         DataWarning: rows were left out, for the reasons of `read_vqa_folder`.
     """
     source = f"{name_or_path}[{split}]"
-    columns = [image_column, question_column, answer_column, *([type_column] if type_column else [])]
+    columns = [name for name in (image_column, question_column, answer_column, type_column) if name]
     dataset = undecoded(open_dataset(str(name_or_path), split), source, columns, image_column)
     name = domain or Path(name_or_path).name
     images = ImageCell(None)
@@ -119,7 +125,7 @@ def read_vqa_dataset(
         number = next(index)  # a row that is left out keeps its number
         return Question(
             id=f"{name}-{split}-{number}",
-            image=images.source(row[image_column]),
+            image=images.source(row[image_column]) if image_column else None,
             text=text_of(question_column, row[question_column]),
             answer=_answer(row[answer_column]),
             question_type=text_of(type_column, row[type_column]) if type_column else "all",
@@ -158,7 +164,7 @@ def split_by_image(questions: Iterable[Question], fractions: Mapping[str, float]
     identify = image_identity()
 
     def side(question: Question) -> str:
-        draw = uniform("split", seed, identify(question.image))
+        draw = uniform("split", seed, identify(question.subject))
         return next((name for name, end in zip(names, ends, strict=True) if draw < end), names[-1])
 
     return [replace(question, split=side(question)) for question in questions]
@@ -174,14 +180,17 @@ def uniform(purpose: str, seed: int, *parts: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def image_identity() -> Callable[[ImageSource], str]:
-    """Return `accord.data.images.image_id` with a memory, so that a file with many questions is read once."""
-    known: dict[ImageSource, str] = {}
+def image_identity() -> Callable[[Subject], str]:
+    """Return what tells subjects apart: `accord.data.images.image_id`, or the text itself of a question without image.
 
-    def identify(source: ImageSource) -> str:
-        if source not in known:
-            known[source] = image_id(source)
-        return known[source]
+    It has a memory, so that a file with many questions is read once.
+    """
+    known: dict[Subject, str] = {}
+
+    def identify(subject: Subject) -> str:
+        if subject not in known:
+            known[subject] = f"text {subject}" if isinstance(subject, str) else image_id(subject)
+        return known[subject]
 
     return identify
 

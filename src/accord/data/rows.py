@@ -120,6 +120,35 @@ def column(where: str, row: Row, name: str) -> object:
     return row[name]
 
 
+class OneKind:
+    """Tell whether the rows of a file are about images: all of them are, or none is."""
+
+    def __init__(self, *columns: str) -> None:
+        """Look for an image in any of `columns`."""
+        self._columns = columns
+        self._bare: str | None = None  # where the first row without an image stands
+        self._pictured = False  # whether there was one with an image
+
+    def pictured(self, where: str, row: Row) -> bool:
+        """Return whether the row has such a column.
+
+        Raises:
+            DataError: it has and an earlier row has not, or the other way round.
+        """
+        found = any(name in row for name in self._columns)
+        if found and self._bare:
+            raise DataError(
+                f"{self._bare}: column {self._columns[0]!r} is missing, which {where} has; give every row its image, "
+                "or no row where the questions are about none"
+            )
+        if self._pictured and not found:
+            column(where, row, self._columns[0])
+        self._pictured |= found
+        if not found:
+            self._bare = self._bare or where
+        return found
+
+
 def text_of(name: str, value: object) -> str:
     """Return a cell as stripped text that is not empty; whole numbers are written out.
 

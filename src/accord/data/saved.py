@@ -42,9 +42,11 @@ def is_saved(folder: Path) -> bool:
 
 
 def undecoded(
-    dataset: datasets.Dataset, source: str, columns: Sequence[str], image_column: str, *, many: bool = False
+    dataset: datasets.Dataset, source: str, columns: Sequence[str], image_column: str | None, *, many: bool = False
 ) -> datasets.Dataset:
     """Return `columns` of `dataset`, with images (with `many`, lists of them) as `{"bytes", "path"}`, as stored.
+
+    Without an `image_column` there are none.
 
     Raises:
         DataError: a column is missing, or `image_column` holds no images.
@@ -56,8 +58,10 @@ def undecoded(
                 f"{source}: column {name!r} is missing; the columns present are {present}; name the right one"
             )
     stored = datasets.Image(decode=False)
+    kept = dataset.select_columns(list(columns))
+    if not image_column:
+        return kept
     try:
-        kept = dataset.select_columns(list(columns))
         return kept.cast_column(image_column, datasets.List(stored) if many else stored)
     except Exception as error:  # pyarrow and datasets raise TypeError, ValueError and their own
         raise DataError(

@@ -1,5 +1,7 @@
 """Deal questions out to sites: by domain, by question type, and never the same image twice.
 
+A question without an image is dealt by its own text.
+
 Of an image's m qualifying sites with fractions f_1..f_m, site i gets it with probability f_i / max(1, sum f): where the
 fractions ask for more than there is they become weights, and a lone site with f = 0.3 takes 30 % of its images. The
 draw is a hash of the image and the seed: no generator's state, and no order of the questions, matters.
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from accord.data.images import name_of
 from accord.data.questions import image_identity, uniform
 from accord.errors import DataError, RecipeError
-from accord.types import ImageSource, Question
+from accord.types import Question, Subject
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def share_out(
     if len(set(names)) < len(names):
         raise RecipeError(f"two sites have the same name in {names}; name each differently")
     identify = image_identity()
-    images = [identify(question.image) for question in questions]
+    images = [identify(question.subject) for question in questions]
     qualifying: dict[str, list[SiteShare]] = {image: [] for image in images}
     for question, image in zip(questions, images, strict=True):
         found = qualifying[image]
@@ -80,27 +82,27 @@ def share_out(
     return sites
 
 
-def check_disjoint(
-    parties: Mapping[str, Iterable[ImageSource]], identify: Callable[[ImageSource], str] | None = None
-) -> None:
-    """Refuse an image that two parties hold: a model tested on what it was trained on shows nothing.
+def check_disjoint(parties: Mapping[str, Iterable[Subject]], identify: Callable[[Subject], str] | None = None) -> None:
+    """Refuse an image, or a question without one, that two parties hold: tests on what was trained on show nothing.
 
     Args:
-        parties: what holds which images, by the words for it in the message.
+        parties: what holds which images or texts, by the words for it in the message.
         identify: an `image_identity` that has seen them already.
 
     Raises:
-        DataError: names the two parties, how many images they share, and one of them.
+        DataError: names the two parties, how many they share, and one of them.
     """
     identify = identify or image_identity()
-    held: dict[str, dict[str, ImageSource]] = {}
+    held: dict[str, dict[str, Subject]] = {}
     for party, images in parties.items():
         mine = {identify(image): image for image in images}
         for other, theirs in held.items():
             if shared := [mine[digest] for digest in mine if digest in theirs]:
+                first = shared[0]
+                what, named = ("question", repr(first)) if isinstance(first, str) else ("image", name_of(first))
                 raise DataError(
-                    f"{other} and {party} share {len(shared)} images, {name_of(shared[0])} among them; an image must "
-                    "be in one of them alone: take it out of the other (`fractions` splits questions by image)"
+                    f"{other} and {party} share {len(shared)} {what}s, {named} among them; each must "
+                    "be in one of them alone: take it out of the other (`fractions` splits so that none is shared)"
                 )
         held[party] = mine
 

@@ -40,7 +40,10 @@ def question_only(known: Sequence[Question], asked: Sequence[Question]) -> list[
 
 
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
-    """Give every question another image of the same domain; questions that shared an image share the new one."""
+    """Give every question another image of the same domain; questions that shared an image share the new one.
+
+    Questions without an image stay as they are.
+    """
     by_domain: dict[str, list[int]] = defaultdict(list)
     for i, q in enumerate(questions):
         by_domain[q.domain].append(i)

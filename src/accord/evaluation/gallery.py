@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from accord.alignment.reward import FederatedReward, Group
-from accord.data.images import image_bytes, load_image
+from accord.data.images import image_bytes, load_if_any
 from accord.runs import write_atomic
-from accord.types import Question, vqa_prompt
+from accord.types import Question, prompt_of
 
 LONGEST_SIDE = 256  # pixels of a shown image
 
@@ -40,7 +41,10 @@ def write_gallery(
     reward: FederatedReward,
     count: int,
 ) -> None:
-    """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not."""
+    """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not.
+
+    The `image` of a question without one is null.
+    """
     chosen = choose(questions, before, after, count)
     if not chosen:
         write_atomic(run / "gallery.jsonl", "")
@@ -50,19 +54,18 @@ def write_gallery(
         q = questions[i]
         candidates = tuple(dict.fromkeys((before[i], after[i])))
         rows = (0, len(candidates) - 1)
-        groups.append(Group(vqa_prompt(q.text), load_image(q.image), image_bytes(q.image), candidates, rows))
+        data = None if q.image is None else image_bytes(q.image)
+        groups.append(Group(prompt_of(q), load_if_any(q.image), data, candidates, rows))
     sites = list(reward.engine.sites)
     everyone = torch.ones(sum(len(g.candidates) for g in groups), len(sites), dtype=torch.bool)
     scores = reward.ask(groups, everyone)  # [M, K]
     weights = reward.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
     lines, first = [], 0
     for n, (i, group) in enumerate(zip(chosen, groups, strict=True)):
-        q, name = questions[i], f"gallery/{n}.png"
-        image = group.image.copy()
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
-        write_atomic(run / name, buffer.getvalue())
+        q = questions[i]
+        name = None if group.image is None else f"gallery/{n}.png"
+        if name is not None and group.image is not None:
+            write_atomic(run / name, _small_png(group.image))
         old, new = first + group.rows[0], first + group.rows[1]
         first += len(group.candidates)
         lines.append(
@@ -81,6 +84,14 @@ def write_gallery(
             }
         )
     write_atomic(run / "gallery.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _small_png(image: Image) -> bytes:
+    small = image.copy()
+    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _number(score: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a VLM on questions with answers, through `transformers.Trainer`.
+"""Supervised fine-tuning of a model on questions with answers, through `transformers.Trainer`.
 
     L(θ) = − Σ_t log π_θ(a_t | image, question, a_<t)          over the tokens of the answer, its end token included
 
@@ -23,16 +23,16 @@ from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    ProcessorMixin,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import check_least
 from accord.models.inputs import build_batch
-from accord.types import Question, vqa_prompt
+from accord.models.load import Processor
+from accord.types import Question, prompt_of
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -67,8 +67,10 @@ class FineTuneConfig:
         check_least(self, steps=1, batch_size=1, gradient_accumulation=1, learning_rate=0, weight_decay=0, warmup=0)
 
 
-def transform(image: Image, symmetry: int) -> Image:
-    """Apply one of the eight `SYMMETRIES`."""
+def transform(image: Image | None, symmetry: int) -> Image | None:
+    """Apply one of the eight `SYMMETRIES`, of which nothing has all."""
+    if image is None:
+        return None
     for operation in SYMMETRIES[symmetry]:
         image = image.transpose(operation)
     return image
@@ -112,7 +114,7 @@ class _Drawn(Dataset[tuple[Question, int]]):
 
 def finetune(
     model: PreTrainedModel | PeftModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     config: FineTuneConfig,
     *,
@@ -125,8 +127,8 @@ def finetune(
     def collate(items: Sequence[tuple[Question, int]]) -> dict[str, torch.Tensor]:
         batch = build_batch(
             processor,
-            [vqa_prompt(q.text) for q, _ in items],
-            [transform(load_image(q.image), s) for q, s in items],
+            [prompt_of(q) for q, _ in items],
+            [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         )
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}

@@ -1,4 +1,4 @@
-"""Let a VLM answer questions: greedily for evaluation, sampled for negatives that cover what a policy really says."""
+"""Let a model answer questions: greedily for evaluation, sampled for negatives that cover what a policy really says."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 from PIL.Image import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
-from accord.data.images import load_image
-from accord.models.inputs import prompt_text
-from accord.types import Question, vqa_prompt
+from accord.data.images import load_if_any
+from accord.models.inputs import encode_prompts
+from accord.models.load import Processor, tokenizer_of
+from accord.types import Question, prompt_of
 
 
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
@@ -49,16 +50,15 @@ def answer(
         torch.manual_seed(seed)
         for start in range(0, len(questions), batch_size):
             chunk = questions[start : start + batch_size]
-            inputs = processor(
-                images=[[view(load_image(q.image))] for q in chunk],
-                text=[prompt_text(processor, vqa_prompt(q.text)) for q in chunk],
-                return_tensors="pt",
-                padding=True,
-            ).to(model.device)
+            images = [load_if_any(q.image) for q in chunk]
+            seen = [None if image is None else view(image) for image in images]
+            inputs = encode_prompts(processor, [prompt_of(q) for q in chunk], seen).to(model.device)
             ids = model.generate(  # type: ignore[operator]  # a mixin of every such model
                 **inputs, max_new_tokens=max_new_tokens, **(drawing if samples else {"do_sample": False})
             )
-            texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            texts = tokenizer_of(processor).batch_decode(
+                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
             each = samples or 1
             out += [[t.strip() for t in texts[i * each : (i + 1) * each]] for i in range(len(chunk))]
             on_batch(len(chunk))

@@ -1,4 +1,4 @@
-"""Turn prompts, images and candidate answers into one batch in which every image is encoded once.
+"""Turn prompts, images if there are any, and candidate answers into one batch; every image is encoded once.
 
 The candidates of a prompt share its image and its text. The processor runs once per prompt, the vision tower once per
 image. Where the attention allows it, all candidates stand behind one copy of the prompt (`accord.models.prefix`).
@@ -20,11 +20,13 @@ from typing import Protocol, cast
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from accord.errors import DataError
 from accord.models.attention import can_share
+from accord.models.load import Processor, tokenizer_of
 from accord.models.prefix import pack, prefix_positions
-from accord.types import Message, Prompt
+from accord.types import Message, Prompt, texts_of
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _PER_IMAGE_KEYS = ("image_grid_thw", "image_sizes")  # read by the language side too: position ids, feature splitting
@@ -62,39 +64,70 @@ class Batch:
         )
 
 
-def prompt_text(processor: ProcessorMixin, prompt: Prompt) -> str:
+def prompt_text(processor: Processor, prompt: Prompt) -> str:
     """Render a conversation up to where the assistant's answer begins."""
-    return processor.apply_chat_template(_turns(prompt), tokenize=False, add_generation_prompt=True)
+    turns = _turns(processor, prompt)
+    return cast(str, processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
 
-def completion_text(processor: ProcessorMixin, prompt: Prompt, completion: str) -> str:
+def completion_text(processor: Processor, prompt: Prompt, completion: str) -> str:
     """Render the assistant's turn alone, its end token included, as the chat template would after `prompt`."""
     opening = prompt_text(processor, prompt)
     turn: Message = {"role": "assistant", "content": [{"type": "text", "text": completion}]}
-    whole = processor.apply_chat_template(_turns([*prompt, turn]), tokenize=False)
+    whole = cast(str, processor.apply_chat_template(_turns(processor, [*prompt, turn]), tokenize=False))
     if whole.startswith(opening):
         return whole[len(opening) :]
-    return completion + cast(str, processor.tokenizer.eos_token)
+    return completion + cast(str, tokenizer_of(processor).eos_token)
 
 
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
+def _turns(processor: Processor, prompt: Prompt) -> list[dict[str, str]]:
+    if isinstance(processor, PreTrainedTokenizerBase):  # the chat templates of text-only models take no blocks
+        return [{"role": str(message["role"]), "content": "".join(texts_of(message))} for message in prompt]
     # transformers types a turn's content as text, and takes blocks as well.
     return cast(list[dict[str, str]], list(prompt))
 
 
+def encode_prompts(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> BatchEncoding:
+    """Render and tokenise prompts, padded on the left, and process their images, one each or none at all.
+
+    Raises:
+        DataError: some prompts have an image and others none, or the model takes none.
+    """
+    texts = [prompt_text(processor, prompt) for prompt in prompts]
+    given = [[image] for image in images if image is not None]
+    if given and len(given) < len(images):
+        raise DataError(
+            f"{len(given)} of {len(images)} prompts have an image, and a batch takes one for each or none; keep "
+            "questions about images and questions without any in runs of their own"
+        )
+    if not given:  # the template has written the special tokens
+        tokenizer = tokenizer_of(processor)
+        return cast(BatchEncoding, tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True))
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise DataError(
+            "a text-only model was asked about an image; name a vision-language checkpoint, or leave the images out"
+        )
+    return cast(BatchEncoding, processor(images=given, text=texts, return_tensors="pt", padding=True))
+
+
 def build_batch(
-    processor: ProcessorMixin, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    images: Sequence[Image | None],
+    completions: Sequence[Sequence[str]],
 ) -> Batch:
     """Tokenise `completions[p]` after `prompts[p]` for every p; image p is processed once.
 
     Returns a `Batch` of `N = sum(len(c) for c in completions)` rows in the order of the prompts.
+
+    Raises:
+        DataError: as `encode_prompts`.
     """
     asked = [p for p, those in enumerate(completions) if those]
     prompts, images = [prompts[p] for p in asked], [images[p] for p in asked]
     completions = [completions[p] for p in asked]
-    texts = [prompt_text(processor, prompt) for prompt in prompts]
-    encoded = processor(images=[[image] for image in images], text=texts, return_tensors="pt", padding=True)
-    tokenizer = processor.tokenizer
+    encoded = encode_prompts(processor, prompts, images)
+    tokenizer = tokenizer_of(processor)
     rows: list[list[int]] = []
     starts: list[int] = []
     types: list[list[int]] = []

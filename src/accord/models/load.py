@@ -1,4 +1,8 @@
-"""Load Hugging Face vision-language checkpoints, shipped, local or from the hub, and adapt them with LoRA."""
+"""Load Hugging Face checkpoints, shipped, local or from the hub, and adapt them with LoRA.
+
+A vision-language model comes with its processor, a text-only one with its tokenizer; both are called alike, and all
+else is the same.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from accord.errors import CheckpointError, RecipeError, check_least
 from accord.runs import replace_folder
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 PREFIX = "accord/"
+
+Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
+"""What makes a model's inputs: a processor of images and text, or the tokenizer of a text-only model."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,8 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_vlm(
-    checkpoint: str, *, revision: str = "main", trainable: bool = False
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model that answers questions about images onto `device()`, and its processor.
+def load_vlm(checkpoint: str, *, revision: str = "main", trainable: bool = False) -> tuple[PreTrainedModel, Processor]:
+    """Load a model that answers questions, about images or without any, onto `device()`, and its processor.
 
     Code from the checkpoint is never run.
 
@@ -89,17 +103,19 @@ def load_vlm(
             and an update of 1e-6 is rounded away. A frozen model keeps its checkpoint's type, under an adapter too.
 
     Raises:
-        CheckpointError: it is absent, incomplete, or of another kind (a text-only or vision-only model).
+        CheckpointError: it is absent, incomplete, or of another kind (a vision-only model, or one that only reads).
     """
     place = locate(checkpoint)
     try:
         config = AutoConfig.from_pretrained(place, revision=revision)
-        if type(config) not in AutoModelForImageTextToText._model_mapping:
+        kinds = (AutoModelForImageTextToText, AutoProcessor), (AutoModelForCausalLM, AutoTokenizer)
+        kind = next((each for each in kinds if type(config) in each[0]._model_mapping), None)
+        if kind is None:
             raise CheckpointError(
-                f"{checkpoint}: a {config.model_type!r} model cannot answer questions about images; "
-                "use a checkpoint that AutoModelForImageTextToText loads"
+                f"{checkpoint}: a {config.model_type!r} model cannot answer questions; "
+                "use a checkpoint that AutoModelForImageTextToText or AutoModelForCausalLM loads"
             )
-        loaded = AutoModelForImageTextToText.from_pretrained(
+        loaded = kind[0].from_pretrained(
             place,
             revision=revision,
             dtype=torch.float32 if trainable else "auto",
@@ -107,7 +123,7 @@ def load_vlm(
             output_loading_info=True,
         )
         model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
-        processor = AutoProcessor.from_pretrained(place, revision=revision)
+        processor = cast(Processor, kind[1].from_pretrained(place, revision=revision))
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -118,15 +134,35 @@ def load_vlm(
             f"{checkpoint}: {len(found['missing_keys'])} weights are missing, {min(found['missing_keys'])} first; "
             "the folder is incomplete or mixes two models, save the checkpoint again"
         )
-    if getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+    if isinstance(processor, PreTrainedTokenizerBase) and kind[1] is AutoTokenizer:
+        _ready_tokenizer(checkpoint, processor)
+    elif getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
         raise CheckpointError(
             f"{checkpoint}: no image processor or no tokenizer; save the processor into the same folder"
         )
-    processor.tokenizer.padding_side = "left"  # generation continues from the last column
+    tokenizer_of(processor).padding_side = "left"  # generation continues from the last column
     if model.generation_config is not None and not model.generation_config.suppress_tokens:
         model.generation_config.suppress_tokens = placeholder_tokens(model) or None
     model.to(device())  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
-    return model, cast(ProcessorMixin, processor)
+    return model, processor
+
+
+def _ready_tokenizer(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """See to what the processor of a vision-language model always has: a chat template, and a token to pad with."""
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"{checkpoint}: the tokenizer has no chat template, so that nothing says how a question is put; use a "
+            "checkpoint that was tuned on instructions, or save chat_template.jinja into the folder"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, which a text-only model's is itself."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return cast(PreTrainedTokenizerBase, processor.tokenizer)
 
 
 def placeholder_tokens(model: PreTrainedModel) -> list[int]:
@@ -135,7 +171,7 @@ def placeholder_tokens(model: PreTrainedModel) -> list[int]:
     return [i for i in ids if i is not None]
 
 
-def save_vlm(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> str:
+def save_vlm(model: PreTrainedModel, processor: Processor, path: Path) -> str:
     """Write an ordinary Hugging Face checkpoint to the folder `path`, whole or not at all; return the path."""
 
     def write(folder: Path) -> None:

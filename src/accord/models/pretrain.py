@@ -1,13 +1,15 @@
 """Make small checkpoints such as those that ship with Accord: `accord pretrain OUT`.
 
-They stand for what a consortium downloads: a VLM that sees well and speaks, but answers poorly. Two steps, on
-easy-VQA's `base` split alone (images that no site holds, no prompt uses and no test contains):
+They stand for what a consortium downloads: a model that sees well and speaks, but answers poorly. Two steps, on the
+questions' `base` split alone (of easy-VQA images that no site holds, no prompt uses and no test contains):
 
 1. *Vision warm-up.* Each open question type gets a linear head on the mean image feature; its answers are the
    labels. All 1,000 images, with the eight symmetries of the square. Without it a tower this small does not tell
    shapes apart (it needs thousands of steps; the fine-tuning of step 2 is too short).
 2. *Instruction tuning* on the questions of the first few images only, so that the model answers fluently and often
    wrongly: that is the room which preferences can fill.
+
+A text-only model has no tower to warm up; it is tuned for a short while, to the same end.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from accord.data.images import load_image
 from accord.errors import RecipeError, check_least
 from accord.models.finetune import FineTuneConfig, finetune
-from accord.models.load import save_vlm
-from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
+from accord.models.load import Processor, save_vlm
+from accord.models.tiny import FAMILIES, TEXT_FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.types import ImageSource, Question
 
@@ -43,7 +45,7 @@ class PretrainConfig:
     vision_learning_rate: float = 3e-3
     vision_weight_decay: float = 0.05
     symmetries: bool = True
-    instruction_images: int = 20  # 0 for all
+    instruction_images: int = 20  # or questions without an image; 0 for all
     vocabulary: int = 512  # tokens
     instruction: FineTuneConfig = FineTuneConfig(steps=100, batch_size=64, learning_rate=2e-3)
     seed: int = 0
@@ -56,14 +58,14 @@ class PretrainConfig:
 
 def pretrain(
     family: Family, questions: Sequence[Question], config: PretrainConfig, *, quiet: bool = False
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> tuple[PreTrainedModel, Processor]:
     """Build, warm up and tune one small model on `questions`; one seed gives one result on one machine."""
     set_seed(config.seed)
     tokenizer = train_tokenizer([text for q in questions for text in (q.text, q.answer)], config.vocabulary)
     model, processor = build_tiny(family, tokenizer, config.tiny, seed=config.seed)
     _warm_up(model, processor, questions, config, description=f"{family}: vision", quiet=quiet)
-    images = sorted({str(q.image) for q in questions})
-    few = set(images[: config.instruction_images or None])
+    subjects = sorted({str(q.subject) for q in questions})
+    few = set(subjects[: config.instruction_images or None])
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProgressBarCallback(f"{family}: instruction", quiet=quiet) as bar,
@@ -71,7 +73,7 @@ def pretrain(
         finetune(
             model,
             processor,
-            [q for q in questions if str(q.image) in few],
+            [q for q in questions if str(q.subject) in few],
             config.instruction,
             seed=config.seed,
             out=Path(scratch),
@@ -82,7 +84,7 @@ def pretrain(
 
 def _warm_up(
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     config: PretrainConfig,
     *,
@@ -91,7 +93,7 @@ def _warm_up(
 ) -> None:
     """Train tower and projector to tell apart the answers to open questions, one linear head per question type."""
     images, types, labels = _labels(questions)
-    if not types:
+    if not types or isinstance(processor, PreTrainedTokenizerBase):
         return
     pixels = processor.image_processor([load_image(i) for i in images], return_tensors="pt")["pixel_values"]
     pixels = pixels.reshape(len(images), 1, *pixels.shape[-3:]) if pixels.dim() == 5 else pixels
@@ -126,14 +128,16 @@ def _warm_up(
 
 def _labels(questions: Sequence[Question]) -> tuple[list[ImageSource], list[str], Tensor]:
     """Return the images, the open question types, and class indices `[images, types]`, −100 without an answer."""
-    images = sorted({q.image for q in questions}, key=str)
-    open_ones = [q for q in questions if q.answer not in ("yes", "no")]  # the answer to those needs the question too
+    images = sorted({q.image for q in questions if q.image is not None}, key=str)
+    open_ones = [
+        q for q in questions if q.image and q.answer not in ("yes", "no")
+    ]  # the answer to those needs the question too
     types = sorted({q.question_type for q in open_ones})
     classes = {t: sorted({q.answer for q in open_ones if q.question_type == t}) for t in types}
     row = {image: i for i, image in enumerate(images)}
     labels = torch.full((len(images), len(types)), -100)
     for q in open_ones:
-        labels[row[q.image], types.index(q.question_type)] = classes[q.question_type].index(q.answer)
+        labels[row[cast(ImageSource, q.image)], types.index(q.question_type)] = classes[q.question_type].index(q.answer)
     return images, types, labels
 
 
@@ -148,20 +152,22 @@ def pretrain_families(
     out: Path,
     questions: Sequence[Question],
     config: PretrainConfig,
-    families: Sequence[str] = FAMILIES,
+    families: Sequence[str] = (),
     *,
     quiet: bool = False,
 ) -> list[Path]:
-    """Make the checkpoints of `families` on `questions` under `out`; return their folders.
+    """Make the checkpoints of `families`, by default of all that fit `questions`, under `out`; return their folders.
 
     Raises:
         RecipeError: an unknown family.
     """
-    known = [name for name in FAMILIES if name in families]
-    if unknown := [name for name in families if name not in FAMILIES]:
-        raise RecipeError(f"there is no family {unknown[0]!r}; use one of {', '.join(FAMILIES)}")
+    fitting = FAMILIES if any(q.image is not None for q in questions) else TEXT_FAMILIES
+    if unknown := [name for name in families if name not in fitting]:
+        raise RecipeError(f"there is no family {unknown[0]!r} for these questions; use one of {', '.join(fitting)}")
     made = []
-    for name in known:
+    for name in fitting:
+        if families and name not in families:
+            continue
         model, processor = pretrain(name, questions, config, quiet=quiet)
         made.append(Path(save_vlm(model, processor, out / name)))
     return made

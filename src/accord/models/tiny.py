@@ -1,4 +1,4 @@
-"""Three small vision-language models from stock transformers classes, for machines without a GPU.
+"""Small models from stock transformers classes, for machines without a GPU: three vision-language, two text-only.
 
 They are ordinary checkpoints with an ordinary processor: `AutoProcessor` and `AutoModelForImageTextToText` load them,
 and nothing in Accord knows that they are small. The families differ as the models of three hospitals would:
@@ -6,13 +6,16 @@ and nothing in Accord knows that they are small. The families differ as the mode
     llava-clip-llama     CLIP vision tower, two-layer projector, Llama        (LLaVA, Liu et al. 2023)
     llava-siglip-qwen2   SigLIP vision tower, two-layer projector, Qwen2
     idefics3             SigLIP-like tower, pixel shuffle, Llama              (Idefics3, Laurençon et al. 2024)
+    text-qwen2           Qwen2 alone: `AutoTokenizer` and `AutoModelForCausalLM` load it
+    text-llama           Llama alone
 
-All three work with Pillow alone. Families whose processor needs torchvision (Qwen2.5-VL, SmolVLM, InternVL) are built
-the same way where torchvision is installed.
+The first three work with Pillow alone. Families whose processor needs torchvision (Qwen2.5-VL, SmolVLM, InternVL) are
+built the same way where torchvision is installed.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -25,6 +28,7 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -32,14 +36,18 @@ from transformers import (
     PreTrainedTokenizerFast,
     ProcessorMixin,
     Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-Family: TypeAlias = Literal["llava-clip-llama", "llava-siglip-qwen2", "idefics3"]
+from accord.models.load import Processor
+
+Family: TypeAlias = Literal["llava-clip-llama", "llava-siglip-qwen2", "idefics3", "text-qwen2", "text-llama"]
 FAMILIES: tuple[Family, ...] = ("llava-clip-llama", "llava-siglip-qwen2", "idefics3")
+TEXT_FAMILIES: tuple[Family, ...] = ("text-qwen2", "text-llama")
 
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 FAKE, GLOBAL, END_OF_UTTERANCE = "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"
@@ -69,9 +77,11 @@ class TinyConfig:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on `texts`; any other text still encodes, byte by byte."""
+    """Train a byte-level BPE tokenizer on `texts`; any other text still encodes, byte by byte, numbers by digits."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, BOS, EOS, IMAGE, FAKE, GLOBAL, END_OF_UTTERANCE]
     trainer = trainers.BpeTrainer(
@@ -95,7 +105,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
 
 def build_tiny(
     family: Family, tokenizer: PreTrainedTokenizerFast, config: TinyConfig, *, seed: int
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> tuple[PreTrainedModel, Processor]:
     """Build an untrained model of `family` and its processor; the weights depend on `seed` alone."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -103,7 +113,9 @@ def build_tiny(
             return _llava(tokenizer, config, "clip", "llama")
         if family == "llava-siglip-qwen2":
             return _llava(tokenizer, config, "siglip", "qwen2")
-        return _idefics3(tokenizer, config)
+        if family == "idefics3":
+            return _idefics3(tokenizer, config)
+        return _text(tokenizer, config, family)
 
 
 def _text_sizes(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> dict[str, Any]:
@@ -197,6 +209,17 @@ def _idefics3(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> tuple[P
         chat_template=CHAT_TEMPLATE,
     )
     return _ready(model, tokenizer), processor
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerFast, config: TinyConfig, family: Family
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    sizes = _text_sizes(tokenizer, config)
+    llama = family == "text-llama"
+    model = LlamaForCausalLM(LlamaConfig(**sizes)) if llama else Qwen2ForCausalLM(Qwen2Config(**sizes))
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT_TEMPLATE
+    return _ready(model, tokenizer), own
 
 
 def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from accord.data.images import load_image, picture_key
+from accord.data.images import load_if_any, picture_key
 from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Traffic
@@ -36,7 +36,7 @@ from accord.routing.gate import (
 from accord.routing.gated import AnchoredRouter, CorrectnessRouter, PreferenceGate
 from accord.routing.router import Router, RouterNetwork, prompt_words
 from accord.runs import write_atomic
-from accord.types import PreferencePair, Prompt, Question, vqa_prompt
+from accord.types import PreferencePair, Prompt, Question, prompt_of
 
 ANCHOR_QUESTIONS = 200
 """Of the server's labelled questions, which `accord.routing.gate` learns from."""
@@ -118,16 +118,23 @@ def oracle(job: Job, stage: str) -> Aligned:
 def oracle_router(job: Job) -> Router:
     """Return the router that looks a prompt's domain and type up: what no server knows of a real prompt."""
     shares = [*job.shares.values()]
-    known: dict[tuple[str, int], Tensor] = {}  # a picture by its hash: the pixels of all prompts would fill the memory
+    known: dict[tuple[str, int | None], Tensor] = {}
     for q in job.prompts:
         fitting = [k for k, share in enumerate(shares) if share.wants(q)]
         weights = one_hot(torch.tensor(fitting[:1]), len(shares)).float()[0] if fitting else None
-        known[prompt_words(vqa_prompt(q.text)), hash(picture_key(load_image(q.image)))] = (
+        known[_seen(prompt_of(q), load_if_any(q.image))] = (
             torch.full((len(shares),), 1 / len(shares)) if weights is None else weights
         )
 
-    def route(prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /) -> Tensor:
-        rows = [known[prompt_words(p), hash(picture_key(image))] for p, image in zip(prompts, images, strict=True)]
+    def route(
+        prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+    ) -> Tensor:
+        rows = [known[_seen(prompt, image)] for prompt, image in zip(prompts, images, strict=True)]
         return torch.stack(rows).repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
 
     return route
+
+
+def _seen(prompt: Prompt, image: Image | None) -> tuple[str, int | None]:
+    # A picture by its hash: the pixels of all prompts would fill the memory.
+    return prompt_words(prompt), None if image is None else hash(picture_key(image))

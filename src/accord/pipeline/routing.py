@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import set_seed
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
 from accord.models.generate import answer
@@ -21,19 +21,24 @@ from accord.progress import stage_bar
 from accord.routing.fit import fit_router
 from accord.routing.router import LearnedRouter, Router, RouterNetwork, load_router, save_router
 from accord.runs import write_atomic
-from accord.types import Prompt, Question, vqa_prompt
+from accord.types import Prompt, Question, prompt_of
 
 
 def train_judges(job: Job) -> None:
     """Train what every method stands on and is not trained: sites first, those of this process, then the router."""
+    train_sites(job)
+    if not job.run.done("router"):
+        train_router(job)
+
+
+def train_sites(job: Job) -> None:
+    """Train the sites of this process that are not trained."""
     here = [] if job.engine is not None else job.recipe.sites
     waiting = [site.name for site in here if not job.run.done(f"site {site.name}")]
     if waiting:
         check_sites(job)
     for name in waiting:
         train_site(job, name)
-    if not job.run.done("router"):
-        train_router(job)
 
 
 def train_router(job: Job) -> None:
@@ -99,8 +104,8 @@ def route(router: Router, questions: Sequence[Question], completions: Sequence[S
         chunk = questions[start : start + 128]
         parts.append(
             router(
-                [vqa_prompt(q.text) for q in chunk],
-                [load_image(q.image) for q in chunk],
+                [prompt_of(q) for q in chunk],
+                [load_if_any(q.image) for q in chunk],
                 completions[start : start + 128],
             )
         )
@@ -110,7 +115,9 @@ def route(router: Router, questions: Sequence[Question], completions: Sequence[S
 def constant_router(weights: Sequence[float]) -> Router:
     """Return a router that gives every completion the same weights `[K]`."""
 
-    def route(prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /) -> Tensor:
+    def route(
+        prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+    ) -> Tensor:
         return torch.tensor(weights).expand(sum(map(len, completions)), -1)
 
     return route
@@ -124,7 +131,7 @@ class RandomRouter:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one-hot weights `[N, K]`."""
         drawn = torch.randint(self.sites, (sum(map(len, completions)),), generator=self.generator)

@@ -1,8 +1,8 @@
-"""A reward model: any vision-language checkpoint with a scalar head on the last token of the answer.
+"""A reward model: any vision-language or text-only checkpoint with a scalar head on the last token of the answer.
 
     R(x, y) = w · h_last(image, prompt, y) + b                  a real number per (prompt x, answer y)
 
-The backbone is what `AutoModelForImageTextToText` loads, used whole or with a LoRA adapter; its language-modelling head
+The backbone is what `accord.models.load.load_vlm` loads, used whole or with a LoRA adapter; its language-modelling head
 is not computed.
 On disk:
 
@@ -33,13 +33,13 @@ from peft import PeftModel
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
 from accord.errors import CheckpointError
 from accord.models.attention import skip_hidden
 from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
-from accord.models.load import PREFIX, LoraSettings, add_lora, load_vlm, locate, without_adapter
+from accord.models.load import PREFIX, LoraSettings, Processor, add_lora, load_vlm, locate, without_adapter
 from accord.runs import replace_folder
 from accord.types import Prompt
 
@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
     def __init__(
         self,
         backbone: PreTrainedModel | PeftModel,
-        processor: ProcessorMixin,
+        processor: Processor,
         *,
         base: str | None = None,
         fingerprint: str | None = None,
@@ -134,7 +134,7 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
     ) -> list[Tensor]:
         """Return one tensor of standardised scores per prompt, `[len(completions[p])]`, in evaluation mode."""
         out: list[Tensor] = []

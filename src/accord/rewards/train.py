@@ -26,12 +26,12 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, draw_balanced, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
 from accord.rewards.model import RewardModel, Standardisation
-from accord.types import PreferencePair, Question, vqa_prompt
+from accord.types import PreferencePair, Question, prompt_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def rank(
     for start in range(0, len(questions), prompts_at_once):
         chunk = questions[start : start + prompts_at_once]
         candidates = [[q.answer, *(a for a in vocabulary if a != q.answer)] for q in chunk]
-        scores = model.score([vqa_prompt(q.text) for q in chunk], [load_image(q.image) for q in chunk], candidates)
+        scores = model.score([prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk], candidates)
         for q, s in zip(chunk, scores, strict=True):
             right[q.question_type].append(bool((s[0] > s[1:]).all()))
     return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
@@ -211,7 +211,7 @@ def train_reward_model(
         log: receives one record per ranking.
 
     Raises:
-        DataError: there are no pairs, or one has not exactly one image.
+        DataError: there are no pairs, one has several images, or some of pairs and questions have one and others none.
         RecipeError: training diverged: the scores are not finite, or all the same.
     """
     if not pairs:
@@ -219,11 +219,17 @@ def train_reward_model(
             "cannot train a reward model on 0 preference pairs; give the site pairs or questions to build them from"
         )
     for pair in pairs:
-        if len(pair.images) != 1:
+        if len(pair.images) > 1:
             raise DataError(
                 f"the pair of question {pair.question_id!r} has {len(pair.images)} images, and a reward model takes "
                 "one; give it one image, or leave it out"
             )
+    bare = sum(pair.image is None for pair in pairs) + sum(q.image is None for q in held_out)
+    if bare not in (0, len(pairs) + len(held_out)):
+        raise DataError(
+            f"{bare} of {len(pairs)} pairs and {len(held_out)} held-out questions are without an image, and a reward "
+            "model is for questions about images or for questions without any; give all of them one, or none"
+        )
     model.rows_at_once = config.rows_at_once
     generator = random.Random(seed)
     groups = group_pairs(pairs)
@@ -233,7 +239,7 @@ def train_reward_model(
         batch = build_batch(
             model.processor,
             [group.chosen.prompt for group, _, _ in items],
-            [transform(load_image(group.chosen.images[0]), symmetry) for group, _, symmetry in items],
+            [transform(load_if_any(group.chosen.image), symmetry) for group, _, symmetry in items],
             [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
         )
         return {"batch": batch, "sizes": [1 + len(rejected) for _, rejected, _ in items]}
@@ -282,7 +288,7 @@ def measure_standardisation(
         chunk = groups[start : start + prompts_at_once]
         scores += model.score(
             [g.chosen.prompt for g in chunk],
-            [load_image(g.chosen.images[0]) for g in chunk],
+            [load_if_any(g.chosen.image) for g in chunk],
             [[g.chosen.chosen, *g.rejected] for g in chunk],
         )
     pooled = torch.cat(scores).double()

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -60,7 +60,7 @@ class LocalRouterTraining:
             chunk = self.pairs[span]
             states, mask = self.encoder(
                 [pair.prompt for pair in chunk],
-                [load_image(pair.images[0]) for pair in chunk],
+                [load_if_any(pair.image) for pair in chunk],
                 [[pair.chosen, pair.rejected] for pair in chunk],
             )
             hidden += list(states.cpu())

@@ -33,7 +33,7 @@ class PreferenceGate:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(g(f(x)))`, `[N, K]`: one forward pass per prompt, with an empty completion."""
         weights = []
@@ -55,7 +55,7 @@ class CorrectnessRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(h(x, y) · E)`, `[N, K]`: the likelier a site is right, the more it counts."""
         weights = []
@@ -75,7 +75,7 @@ class AnchoredRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(a z(x) + b + W f(x))`, `[N, K]`, z averaged over the completions of a prompt.
 

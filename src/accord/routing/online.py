@@ -98,7 +98,7 @@ class OnlineRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one-hot weights `[N, K]`, and keep in mind what was chosen."""
         read = [

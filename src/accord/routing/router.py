@@ -22,11 +22,12 @@ from PIL.Image import Image
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from accord.errors import CheckpointError, RecipeError, check_least
 from accord.models.attention import skip_hidden
 from accord.models.inputs import build_batch, chunks, shared_inputs
+from accord.models.load import Processor
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt
 
@@ -35,17 +36,17 @@ class Router(Protocol):
     """Says whose judgement counts: weights `[N, K]`, non-negative, rows summing to 1; a plain function qualifies."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one row per completion, in the order of the prompts, `N = sum(len(c) for c in completions)`."""
         ...
 
 
 StateKey: TypeAlias = tuple[str, int, str]
-"""What was read: the prompt's words, the image object, the completion."""
+"""What was read: the prompt's words, the image object or None, the completion."""
 
 
-def state_key(prompt: Prompt, image: Image, completion: str) -> StateKey:
+def state_key(prompt: Prompt, image: Image | None, completion: str) -> StateKey:
     """Return under what name `Encoder` remembers hidden states; it holds while the image object lives."""
     return prompt_words(prompt), id(image), completion
 
@@ -53,18 +54,18 @@ def state_key(prompt: Prompt, image: Image, completion: str) -> StateKey:
 def prompt_words(prompt: Prompt) -> str:
     """Return a conversation without its pictures, to tell it from others."""
     contents = [cast(str | Sequence[Mapping[str, object]], turn["content"]) for turn in prompt]
-    said = [each if isinstance(each, str) else [block.get("text") for block in each] for each in contents]
+    said = [[each] if isinstance(each, str) else [block.get("text") for block in each] for each in contents]
     return str([(turn["role"], words) for turn, words in zip(prompt, said, strict=True)])
 
 
 class Encoder:
-    """A frozen VLM that turns (image, prompt, completion) into hidden states.
+    """A frozen model that turns (image, prompt, completion) into hidden states; a text-only one takes no image.
 
     Where somebody has computed them already, as GRPO's reference does when it is the same model, `remember` spares the
     encoder the work.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         self.model = model.eval().requires_grad_(False)
         skip_hidden(self.model)
         self.processor = processor
@@ -85,7 +86,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
         if not self._known:
@@ -105,7 +106,7 @@ class Encoder:
         return pad_sequence(rows, batch_first=True).float(), pad_sequence(masks, batch_first=True)
 
     def _compute(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
         inner = self.model.base_model
@@ -208,7 +209,7 @@ class LearnedRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(g_φ(Enc(x, y)))`, `[N, K]`."""
         weights = []
