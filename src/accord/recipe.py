@@ -26,6 +26,7 @@ from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.models.pretrain import PretrainConfig
 from accord.rewards.train import RewardConfig
+from accord.routing.competence import FedGrpoConfig
 from accord.routing.online import OnlineConfig
 from accord.routing.router import RouterConfig
 from accord.toml import build, load_toml
@@ -37,6 +38,10 @@ ARMS = (
     *("average", "median", "trimmed-mean", "minimum", "pessimistic", "plural-alpha"),
     *("mor", "mor-raw", "mor-opposite", "mor-quantile", "mor-anchor", "mor-random-feedback"),
     *("preference-gate", "correctness", "anchored", "oracle"),
+    *("fedgrpo", "fedgrpo-reward", "fedgrpo-answer", "fedgrpo-random", "fedgrpo-all"),
+    *("fedgrpo-reward-random", "fedgrpo-reward-all"),
+    *("fedgrpo-literal", "fedgrpo-chunks", "fedgrpo-halves"),
+    *("fedgrpo-1-expert", "fedgrpo-3-experts", "fedgrpo-5-nearest", "fedgrpo-50-nearest"),
     *("fedavg-reward", "fedit-fedavg", "fedit-fedprox", "fedit-scaffold", "feddpo", "fedbiscuit"),
     *("random", "best-site", "pooled", "ground-truth"),
 )
@@ -50,11 +55,11 @@ MAX_SEED = 4_294_966
 class Source:
     """Where questions come from."""
 
-    kind: Literal["easy-vqa", "folder", "huggingface"] = "easy-vqa"
+    kind: Literal["easy-vqa", "arithmetic", "folder", "huggingface"] = "easy-vqa"
     path: str = ""  # of the folder, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
-    image_column: str = "image"
+    image_column: str = "image"  # empty for questions without images
     question_column: str = "question"
     answer_column: str = "answer"
     type_column: str = ""  # for a folder, the field of `questions.jsonl`
@@ -67,7 +72,7 @@ class Source:
 
     def __post_init__(self) -> None:
         """Refuse a source without its path."""
-        if self.kind != "easy-vqa" and not self.path:
+        if self.kind in ("folder", "huggingface") and not self.path:
             raise RecipeError(f'a source of kind {self.kind!r} needs a path, got none; add path = "…"')
 
 
@@ -92,12 +97,15 @@ class SiteConfig:
     finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
+    answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
+    owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
 
     def __post_init__(self) -> None:
-        """Refuse a share that cannot be dealt out, and a share of flipped pairs that is none."""
+        """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""
         _ = self.share
-        if not 0 <= self.flipped <= 1:
-            raise RecipeError(f"flipped must be in [0, 1], got {self.flipped}; correct it")
+        for name, share in (("flipped", self.flipped), ("owns", self.owns)):
+            if not 0 <= share <= 1:
+                raise RecipeError(f"{name} must be in [0, 1], got {share}; correct it")
 
     @property
     def share(self) -> SiteShare:
@@ -194,6 +202,7 @@ class Recipe:
     online: OnlineConfig = OnlineConfig()  # of the comparisons `mor…`
     routing: Routing = Routing()
     alignment: AlignmentConfig = AlignmentConfig()
+    fedgrpo: FedGrpoConfig = FedGrpoConfig()
     pooled: Pooled = Pooled()
     shared_reward: SharedRewardConfig = SharedRewardConfig()
     fedit: FedITConfig = FedITConfig()

@@ -95,3 +95,14 @@ def test_a_site_keeps_no_more_images_than_it_may(private):
     whole, part = deal(private, mixed, seed=0), deal(private, mixed, seed=0, limit=90)
     for site, own in part.items():
         assert len({q.image for q in own}) == 90 and set(own) < set(whole[site])
+
+
+def test_where_images_may_be_shared_every_question_is_at_one_site(private):
+    mixed = mixtures(sorted({kind_of(q) for q in private}), ["a", "b", "c"], 0.5, 0)
+    dealt = deal(private, mixed, seed=0, disjoint_images=False)
+    assert sorted(q.id for own in dealt.values() for q in own) == sorted(q.id for q in private)
+    of_unit = {}
+    for site, own in dealt.items():
+        for q in own:
+            assert of_unit.setdefault((q.image, q.question_type), site) == site
+    assert len({image for image, _ in of_unit}) < len(set(zip((i for i, _ in of_unit), of_unit.values(), strict=True)))

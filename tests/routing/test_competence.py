@@ -41,7 +41,6 @@ def graph_of(correct, features=None):
         tuple(f"type {a}" for a in range(len(directions))),
         directions,
         torch.zeros(2, dtype=torch.double),
-        torch.ones(2, dtype=torch.double),
         correct,
     )
 
@@ -49,11 +48,9 @@ def graph_of(correct, features=None):
 class Compass:
     """An encoder whose feature of a picture is written down: (cos, sin) of the red value in degrees."""
 
-    def __call__(self, prompts, images, completions):
-        assert completions == [[""]] * len(prompts)
+    def before_answers(self, prompts, images):
         angles = [math.radians(image.getpixel((0, 0))[0]) for image in images]
-        states = torch.stack([tensor([[math.cos(angle), math.sin(angle)]]) for angle in angles])
-        return states, torch.ones(len(prompts), 1, dtype=torch.bool)
+        return torch.stack([tensor([math.cos(angle), math.sin(angle)]) for angle in angles])
 
 
 def towards(degrees):
@@ -128,8 +125,8 @@ def test_competence_by_hand():
 
 
 def test_features_are_seen_as_the_items_were():
-    """Mean (1, 2) and deviation (1, 10): (3, 12) is (2, 1), nearer to east; without them (3, 12) points north."""
-    graph = replace(graph_of([[1, 0, 0, 0]]), mean=tensor([1.0, 2.0]).double(), scale=tensor([1.0, 10.0]).double())
+    """Mean (1, 11): (3, 12) is (2, 1), nearer to east; without it (3, 12) points north."""
+    graph = replace(graph_of([[1, 0, 0, 0]]), mean=tensor([1.0, 11.0]).double())
     assert graph.competence(tensor([[3.0, 12.0]]), 1).tolist() == [[1.0]]
 
 
@@ -339,12 +336,25 @@ def test_a_resumed_router_goes_on_as_it_would_have():
 def test_a_prompt_without_a_picture_is_embedded_without_one():
     seen = []
 
-    def encoder(prompts, images, completions):
-        seen.extend(images)
-        return torch.ones(len(prompts), 1, 2), torch.ones(len(prompts), 1, dtype=torch.bool)
+    class Blind:
+        def before_answers(self, prompts, images):
+            seen.extend(images)
+            return torch.ones(len(prompts), 2)
 
-    assert embed(encoder, [PROMPT] * 2, [None, PICTURE]).shape == (2, 2)
+    assert embed(Blind(), [PROMPT] * 2, [None, PICTURE]).shape == (2, 2)
     assert seen == [None, PICTURE]
+
+
+def test_the_feature_is_the_prompts_own_last_state(vlm):
+    """That of the model on the prompt alone, without any answer: the prompt is not changed by what follows it."""
+    model, processor = vlm
+    text = processor.apply_chat_template(PROMPT, tokenize=False, add_generation_prompt=True)
+    picture = PICTURE.resize((32, 32))
+    inputs = processor(images=[[picture]], text=[text], return_tensors="pt")
+    features = embed(Encoder(model, processor), [PROMPT], [picture])
+    with torch.no_grad():
+        alone = model.base_model(**inputs).last_hidden_state[:, -1]
+    torch.testing.assert_close(features, alone.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_state_of_other_sites():

@@ -86,7 +86,7 @@ def deal(
         DataError: a site gets no question.
     """
     identify = image_identity()
-    units = [(identify(q.image if q.image is not None else q.text.encode()), kind_of(q)) for q in questions]
+    units = [(identify(q.subject), kind_of(q)) for q in questions]
     kinds: dict[str, set[Kind]] = defaultdict(set)
     for image, kind in units:
         kinds[image].add(kind)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias, TypedDict, Unpack
 
 from rich.console import Console
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import (
     PreTrainedModel,
-    ProcessorMixin,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,14 +26,13 @@ from accord.checkpoints import keep_newest, newest_good, seal, step_of
 from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct, sample_questions
 from accord.federation.engine import Engine, InProcessEngine
-from accord.federation.messages import MAX_SCORE
+from accord.federation.messages import MAX_SCORE, Judge
 from accord.federation.ranks import OneConnection, rank_and_count
 from accord.models.generate import answer
-from accord.models.load import load_vlm, save_vlm
+from accord.models.load import Processor, load_vlm
 from accord.pipeline.job import Job
-from accord.pipeline.routing import trained_router
-from accord.pipeline.sites import open_federation, open_site
-from accord.pipeline.traffic import SaveTraffic, load_traffic, save_traffic
+from accord.pipeline.sites import open_site
+from accord.pipeline.traffic import SaveTraffic, load_traffic
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe, load_recipe
 from accord.routing.fusion import Fusion, mixture
@@ -43,41 +40,33 @@ from accord.routing.router import Encoder, LearnedRouter, Router, load_router
 from accord.runs import full_disk_told, write_atomic
 from accord.types import ImageSource, Question
 
-Aligned: TypeAlias = tuple[PreTrainedModel, ProcessorMixin]
+Aligned: TypeAlias = tuple[PreTrainedModel, Processor]
 
 MEMORY: Final = "memory.safetensors"
 
 
-def align_policy(job: Job) -> None:
-    """Align the policy with the learned router and the sites' rewards."""
-    with job.doing("align"):
-        engine = open_federation(job)
-        router = LearnedRouter(job.encoder, trained_router(job))
-        reward = federated_reward(job, engine, router)
-        model, processor = run_grpo(job, "align", reward)
-        save_vlm(model, processor, job.path / "policy")
-        save_traffic(job, "align")
-    # Not before the stage is done: killed in between, a run would have every step to do again.
-    shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)
+class RewardOptions(TypedDict, total=False):
+    """What a method chooses of a `FederatedReward`; the recipe has `mode` and `scope`, the others their defaults."""
+
+    mode: Mode | None
+    scope: Scope | None
+    fusion: Fusion
+    within_group: bool
+    judged_by: Judge
+    truth: bool
+    form: float
 
 
 def federated_reward(
-    job: Job,
-    engine: Engine,
-    router: Router,
-    *,
-    mode: Mode | None = None,
-    scope: Scope | None = None,
-    fusion: Fusion = mixture,
-    clipped: bool = True,
+    job: Job, engine: Engine, router: Router, *, clipped: bool = True, **options: Unpack[RewardOptions]
 ) -> FederatedReward:
-    """Make the federation a reward function with the recipe's routing; `mode` and `scope` override the recipe's.
+    """Make the federation a reward function with the recipe's routing, but for the options that are given.
 
     Where the sites' scores are not `clipped`, no score is the lowest, and a completion that was cut off is scored.
     """
     recipe = job.recipe if clipped else replace(job.recipe, scores=None)
-    sources = {q.id: q.image for q in job.questions["public"]}
-    return _reward(recipe, engine, router, job.encoder.model, mode=mode, scope=scope, fusion=fusion, sources=sources)
+    sources = {q.id: q.image for q in job.questions["public"] if q.image is not None}
+    return _reward(recipe, engine, router, job.encoder.model, sources, options)
 
 
 def open_reward(folder: Path | str) -> FederatedReward:
@@ -86,7 +75,7 @@ def open_reward(folder: Path | str) -> FederatedReward:
     Under `accelerate launch` with several processes all of them call this, and the first alone opens the sites.
 
     Raises:
-        RunError: the folder holds no recipe.
+        RunError: the folder holds no recipe, or that of a run by another method than routing.
         CheckpointError: a site's reward model or the router is missing or damaged.
     """
     path = Path(folder)
@@ -95,6 +84,10 @@ def open_reward(folder: Path | str) -> FederatedReward:
             f"{path}: no recipe.toml, so this is not a run folder; make one with `accord demo` or `accord run`"
         )
     recipe = load_recipe(path / "recipe.toml")
+    if recipe.method != "routed":
+        raise RunError(
+            f"{path} was aligned by {recipe.method!r}, whose reward needs the run's questions; open one by 'routed'"
+        )
     names = [site.name for site in recipe.sites]
     rank, count = rank_and_count()
     engine: Engine | None = None
@@ -103,7 +96,7 @@ def open_reward(folder: Path | str) -> FederatedReward:
     if engine is None or count > 1:
         engine = OneConnection(engine, names)
     encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
-    return _reward(recipe, engine, LearnedRouter(encoder, load_router(path / "router")), encoder.model)
+    return _reward(recipe, engine, LearnedRouter(encoder, load_router(path / "router")), encoder.model, {}, {})
 
 
 def _reward(
@@ -111,18 +104,19 @@ def _reward(
     engine: Engine,
     router: Router,
     model: PreTrainedModel,
-    *,
-    mode: Mode | None = None,
-    scope: Scope | None = None,
-    fusion: Fusion = mixture,
-    sources: Mapping[str, ImageSource] | None = None,
+    sources: Mapping[str, ImageSource],
+    options: RewardOptions,
 ) -> FederatedReward:
     return FederatedReward(
         engine,
         router,
-        mode=mode or recipe.routing.mode,
-        fusion=fusion,
-        scope=scope or recipe.routing.scope,
+        mode=options.get("mode") or recipe.routing.mode,
+        fusion=options.get("fusion", mixture),
+        within_group=options.get("within_group", False),
+        judged_by=options.get("judged_by", "reward"),
+        truth=options.get("truth", False),
+        form=options.get("form", 0.0),
+        scope=options.get("scope") or recipe.routing.scope,
         end_tokens=_end_tokens(model),
         deadline=recipe.routing.deadline,
         unfinished=recipe.scores.low if recipe.scores else None,
@@ -256,9 +250,7 @@ def run_grpo(
     return model.to(job.encoder.model.dtype), processor
 
 
-def greedy(
-    model: PreTrainedModel, processor: ProcessorMixin, questions: Sequence[Question], recipe: Recipe
-) -> list[str]:
+def greedy(model: PreTrainedModel, processor: Processor, questions: Sequence[Question], recipe: Recipe) -> list[str]:
     """Return the policy's greedy answers."""
     settings = recipe.alignment
     given = answer(

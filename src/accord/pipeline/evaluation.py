@@ -11,11 +11,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from accord.alignment.reward import FederatedReward
 from accord.errors import DataError, DataWarning, ReplyError
 from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
 from accord.evaluation.gallery import write_gallery
 from accord.evaluation.summary import (
     Accuracy,
+    CompetenceSummary,
     EvaluationSummary,
     PolicySummary,
     Ranking,
@@ -24,22 +26,23 @@ from accord.evaluation.summary import (
     Summary,
     TrafficRow,
     accuracy,
+    competence_summary,
     headline,
     write_summary,
 )
 from accord.federation.engine import Engine, Traffic
 from accord.federation.messages import Absence, Card, CardRequest, check_card
 from accord.models.generate import answer
-from accord.models.load import load_vlm, parameter_count
-from accord.pipeline.alignment import federated_reward
+from accord.models.load import load_vlm, parameter_count, tokenizer_of
 from accord.pipeline.comparison import arm_accuracy
 from accord.pipeline.job import Job, read_source
+from accord.pipeline.methods import main_reward
 from accord.pipeline.routing import route, trained_router
 from accord.pipeline.sites import open_federation
 from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
 from accord.recipe import Source
-from accord.routing.router import LearnedRouter, load_router
+from accord.routing.competence import CompetenceRouter
 from accord.version import VERSION
 
 CARD_SECONDS: Final = 60.0
@@ -55,14 +58,12 @@ def evaluate(job: Job) -> None:
         questions = job.evaluated
         base, processor = load_vlm(recipe.policy.checkpoint)
         aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE", "align")))
-        shuffled = shuffle_images(questions, seed=recipe.seed)
+        rounds = [("base", base, questions), ("aligned", aligned, questions)]
+        if any(q.image is not None for q in questions):  # without images there is nothing to shuffle
+            rounds.append(("shuffled_image", aligned, shuffle_images(questions, seed=recipe.seed)))
         answers: dict[str, list[str]] = {}
-        with stage_bar("evaluation", 3 * len(questions), quiet=job.quiet) as advance:
-            for name, model, asked in (
-                ("base", base, questions),
-                ("aligned", aligned, questions),
-                ("shuffled_image", aligned, shuffled),
-            ):
+        with stage_bar("evaluation", len(rounds) * len(questions), quiet=job.quiet) as advance:
+            for name, model, asked in rounds:
                 given = answer(
                     model,
                     processor,
@@ -81,15 +82,19 @@ def evaluate(job: Job) -> None:
 
         engine = open_federation(job)
         engine.traffic = Traffic()  # the gallery's questions and the cards are for the page, not part of the run
-        router = LearnedRouter(job.encoder, trained_router(job))
-        shown = federated_reward(job, engine, router)
+        shown = main_reward(job, engine)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
-        weights = route(router, questions, [[text] for text in answers["aligned"]])
-        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights))
+        weights = route(shown.router, questions, [[text] for text in answers["aligned"]])
+        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights, _competence(shown)))
 
 
 def _summary(
-    job: Job, engine: Engine, measured: Mapping[str, Accuracy], compared: Mapping[str, Accuracy], weights: Tensor
+    job: Job,
+    engine: Engine,
+    measured: Mapping[str, Accuracy],
+    compared: Mapping[str, Accuracy],
+    weights: Tensor,
+    competence: CompetenceSummary | None,
 ) -> Summary:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
@@ -113,8 +118,6 @@ def _summary(
                 ranking=Ranking(macro, card.ranking),
             )
         )
-    router = load_router(job.path / "router")
-    routed = json.loads((job.path / "router" / "measured.json").read_text())
     manifest = json.loads((job.path / "manifest.json").read_text())
     policy = job.encoder.model
     load_all_traffic(job)
@@ -122,7 +125,7 @@ def _summary(
         base=measured["base"],
         aligned=measured["aligned"],
         question_only=measured["question_only"],
-        shuffled_image=measured["shuffled_image"],
+        shuffled_image=measured.get("shuffled_image"),
         compare=compared,
     )
     traffic = tuple(
@@ -138,7 +141,7 @@ def _summary(
         constructed_preferences=constructed,
         policy=PolicySummary(recipe.policy.checkpoint, type(policy).__name__, parameter_count(policy)),
         sites=tuple(sites),
-        router=RouterSummary(recipe.router.rounds, routed["accuracy"], parameter_count(router)),
+        router=_router(job) if recipe.method == "routed" else None,
         evaluation=evaluation,
         routing={
             name: {site: float(torch.stack(rows).mean(0)[k]) for k, site in enumerate(names)}
@@ -147,10 +150,30 @@ def _summary(
         traffic=traffic,
         seconds=job.run.seconds(),
         peak_memory_bytes=job.run.peak_memory_bytes(),
+        competence=competence,
         **headline(evaluation, traffic),
         checkpoint=str(job.path / "policy"),
         versions={**manifest["versions"], "python": manifest["python"]},
     )
+
+
+def _competence(reward: FederatedReward) -> CompetenceSummary | None:
+    """Say who is good at what, where experts were chosen by that."""
+    if not isinstance(router := reward.router, CompetenceRouter):
+        return None
+    sites, graph = reward.engine.sites, router.graph
+    return competence_summary(
+        sites,
+        graph.types,
+        graph.correct.tolist(),
+        neighbours=router.config.neighbours,
+        experts=router.config.experts,
+    )
+
+
+def _router(job: Job) -> RouterSummary:
+    measured = json.loads((job.path / "router" / "measured.json").read_text())
+    return RouterSummary(job.recipe.router.rounds, measured["accuracy"], parameter_count(trained_router(job)))
 
 
 def _cards(engine: Engine, names: Sequence[str]) -> dict[str, Card]:
@@ -181,7 +204,7 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
         splits = sorted({q.split for q in everything})
         raise DataError(f"{data} has no question of split {split!r}; it has {', '.join(splits)}")
     model, processor = load_vlm(checkpoint)
-    longest = max(len(processor.tokenizer(q.answer)["input_ids"]) for q in everything) + 1
+    longest = max(len(tokenizer_of(processor)(q.answer)["input_ids"]) for q in everything) + 1
     columns: dict[str, Accuracy] = {}
     with stage_bar("evaluation", 2 * len(questions), quiet=quiet) as advance:
         for name, asked in (("accuracy", questions), ("shuffled image", shuffle_images(questions, seed=0))):

@@ -13,6 +13,7 @@ from typing import cast
 
 from torch.utils.tensorboard import SummaryWriter
 
+from accord.data.arithmetic import load_arithmetic
 from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
 from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
@@ -24,7 +25,7 @@ from accord.models.load import load_vlm
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.routing.router import Encoder
 from accord.runs import Run
-from accord.types import ImageSource, PreferencePair, Question
+from accord.types import PreferencePair, Question, Subject
 
 BUILT_ON_IT = {
     "site": ("router", "align", "compare", "evaluation"),
@@ -76,7 +77,7 @@ def load_questions(
                 "Give the questions a `split`, or the source `fractions` such as { private = 0.5, public = 0.2, … }"
             )
     check_disjoint(
-        {f"the split {name!r}": [q.image for q in found] for name, found in splits.items()}, image_identity()
+        {f"the split {name!r}": [q.subject for q in found] for name, found in splits.items()}, image_identity()
     )
     return dict(splits)
 
@@ -85,12 +86,14 @@ def read_source(source: Source) -> list[Question]:
     """Read the questions of one source."""
     if source.kind == "easy-vqa":
         return load_easy_vqa(fine_types=source.fine_types, compositions=source.compositions)
+    if source.kind == "arithmetic":
+        return load_arithmetic()
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
     return read_vqa_dataset(
         source.path,
         split=source.split,
-        image_column=source.image_column,
+        image_column=source.image_column or None,
         question_column=source.question_column,
         answer_column=source.answer_column,
         type_column=source.type_column or None,
@@ -119,7 +122,8 @@ class Job:
             if checkpoints.name.split()[0] in later or self.run.done(checkpoints.name):
                 shutil.rmtree(checkpoints, ignore_errors=True)
         if "compare" in later:
-            shutil.rmtree(self.path / "anchors", ignore_errors=True)
+            for asked in ("anchors", "competence"):
+                shutil.rmtree(self.path / asked, ignore_errors=True)
         if "router" in later:
             for reward in ("pooled-reward", "shared-reward"):
                 shutil.rmtree(self.path / "compare" / reward, ignore_errors=True)
@@ -172,7 +176,13 @@ class Job:
             raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
         if self.recipe.dealing:
-            return deal(private, self.mixtures, seed=self.recipe.seed, limit=self.recipe.dealing.images)
+            return deal(
+                private,
+                self.mixtures,
+                seed=self.recipe.seed,
+                limit=self.recipe.dealing.images,
+                disjoint_images=self.recipe.disjoint_images,
+            )
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         if self.alone:  # who wants none of the questions here has its own elsewhere; the draw is the same without it
             shares = [share for share in shares if share.name == self.alone or any(map(share.wants, private))]
@@ -202,7 +212,7 @@ class Job:
         }
 
     @cached_property
-    def identify(self) -> Callable[[ImageSource], str]:
+    def identify(self) -> Callable[[Subject], str]:
         """What tells images apart: the SHA-256 of their stored bytes, each read once."""
         return image_identity()
 

@@ -13,6 +13,7 @@ reach the sites through the same engine, and count their bytes alike.
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,14 +28,17 @@ from accord.alignment.reward import FederatedReward, Mode, Scope
 from accord.data.preferences import build_preferences
 from accord.errors import RecipeError
 from accord.evaluation.accuracy import sample_questions
-from accord.federation.engine import InProcessEngine
+from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
+from accord.models.load import save_vlm
 from accord.pipeline import anchors, baselines
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.anchors import client_id_network
+from accord.pipeline.fedgrpo import Variant, fedgrpo, fedgrpo_reward
 from accord.pipeline.job import Job
-from accord.pipeline.routing import RandomRouter, constant_router
+from accord.pipeline.routing import RandomRouter, constant_router, trained_router
 from accord.pipeline.sites import common_answers, fit_reward_model, open_federation, site_pairs
+from accord.pipeline.traffic import save_traffic
 from accord.rewards.model import RewardModel
 from accord.rewards.train import rank
 from accord.routing import fusion
@@ -163,6 +167,26 @@ def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
     return InProcessEngine({"pooled": judge.answer})
 
 
+def main_reward(job: Job, engine: Engine) -> FederatedReward:
+    """Return the reward that the recipe's `method` aligns by."""
+    if job.recipe.method == "fedgrpo":
+        return fedgrpo_reward(job, engine)
+    return federated_reward(job, engine, LearnedRouter(job.encoder, trained_router(job)))
+
+
+def align_policy(job: Job) -> None:
+    """Align the policy by the recipe's `method`, and keep it: the run's own result."""
+    with job.doing("align"):
+        if job.recipe.method == "fedgrpo":
+            model, processor = fedgrpo(job, "align")
+        else:
+            model, processor = run_grpo(job, "align", main_reward(job, open_federation(job)))
+        save_vlm(model, processor, job.path / "policy")
+        save_traffic(job, "align")
+    # Not before the stage is done: killed in between, a run would have every step to do again.
+    shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)
+
+
 METHODS: dict[str, Method] = {
     "routed": by_reward(routed),
     "routed-soft": by_reward(partial(routed, mode="soft")),
@@ -188,6 +212,20 @@ METHODS: dict[str, Method] = {
     "correctness": anchors.correctness,
     "anchored": anchors.anchored,
     "oracle": anchors.oracle,
+    "fedgrpo": fedgrpo,
+    "fedgrpo-reward": partial(fedgrpo, variant=Variant(truth=False)),
+    "fedgrpo-answer": partial(fedgrpo, variant=Variant("answer", truth=False)),
+    "fedgrpo-random": partial(fedgrpo, variant=Variant(choice="random")),
+    "fedgrpo-all": partial(fedgrpo, variant=Variant(choice="all")),
+    "fedgrpo-reward-random": partial(fedgrpo, variant=Variant(truth=False, choice="random")),
+    "fedgrpo-reward-all": partial(fedgrpo, variant=Variant(truth=False, choice="all")),
+    "fedgrpo-literal": partial(fedgrpo, variant=Variant(fusion=fusion.literal)),
+    "fedgrpo-chunks": partial(fedgrpo, variant=Variant(fusion=fusion.chunks)),
+    "fedgrpo-halves": partial(fedgrpo, variant=Variant(fusion=fusion.halves)),
+    "fedgrpo-1-expert": partial(fedgrpo, variant=Variant(truth=False, experts=1)),
+    "fedgrpo-3-experts": partial(fedgrpo, variant=Variant(truth=False, experts=3)),
+    "fedgrpo-5-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=5)),
+    "fedgrpo-50-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=50)),
     "fedavg-reward": baselines.shared_reward,
     "fedit-fedavg": partial(baselines.tune_together, algorithm="fedavg"),
     "fedit-fedprox": partial(baselines.tune_together, algorithm="fedprox"),

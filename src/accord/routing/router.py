@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 
 from accord.errors import CheckpointError, RecipeError, check_least
 from accord.models.attention import skip_hidden
-from accord.models.inputs import build_batch, chunks, shared_inputs
-from accord.models.load import Processor
+from accord.models.inputs import build_batch, chunks, completion_text, shared_inputs
+from accord.models.load import Processor, tokenizer_of
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt
 
@@ -104,6 +104,14 @@ class Encoder:
         rows = [found[key] for those in keys for key in those]
         masks = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
         return pad_sequence(rows, batch_first=True).float(), pad_sequence(masks, batch_first=True)
+
+    def before_answers(self, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> Tensor:
+        """Return the hidden states from which the answers to prompts would begin, `[P, D]` on the CPU."""
+        states, mask = self(prompts, images, [[""]] * len(prompts))
+        endings = [completion_text(self.processor, prompt, "") for prompt in prompts]
+        tokens = tokenizer_of(self.processor)(endings, add_special_tokens=False)["input_ids"]
+        last = mask.sum(dim=1) - 1 - torch.tensor([len(ids) for ids in tokens], device=mask.device)
+        return states[torch.arange(len(states), device=states.device), last].cpu()
 
     def _compute(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]

@@ -1,0 +1,156 @@
+"""FedGRPO: of the sites those judge an answer that are most competent for its question; scalars alone come back.
+
+    auxiliary questions ──► every site answers ──► graded here ──► confidence graph [K, A] ──► Top-M for a question
+    candidates ──► the M experts judge (own truth, else reward model or own answer) ──► standardised per expert ──► mean
+
+Source: FedGRPO, arXiv 2602.12014. What it leaves open or prints wrong is in `accord.routing.competence` and
+`accord.routing.fusion`. The graph is measured once and kept in the run folder's `competence`; every method that uses it
+counts what that sent.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from accord.alignment.reward import FederatedReward
+from accord.data.dealing import kind_of
+from accord.errors import DataError, RecipeError
+from accord.federation.engine import Engine, Traffic
+from accord.federation.messages import Judge
+from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
+from accord.pipeline.job import Job
+from accord.pipeline.sites import open_federation
+from accord.pipeline.traffic import add_rows, traffic_rows
+from accord.routing.competence import (
+    CompetenceRouter,
+    ConfidenceGraph,
+    RandomExperts,
+    load_graph,
+    measure,
+    save_graph,
+)
+from accord.routing.fusion import Fusion, group_relative
+from accord.runs import write_atomic
+from accord.types import Question
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of doing FedGRPO; the default is the paper's, as far as it can be done.
+
+    Attributes:
+        judge: what judges a candidate at an expert that does not own the question's reference answer.
+        truth: whether an expert that owns it judges by it (λ = 1).
+        choice: how the experts of a question are chosen.
+        fusion: what the experts' scores of a group become.
+        experts: M, by default the recipe's.
+        neighbours: L, by default the recipe's.
+    """
+
+    judge: Judge = "reward"
+    truth: bool = True
+    choice: Literal["competence", "random", "all"] = "competence"
+    fusion: Fusion = group_relative
+    experts: int = 0
+    neighbours: int = 0
+
+
+def fedgrpo(job: Job, stage: str, *, variant: Variant = Variant()) -> Aligned:
+    """Align by the experts of every question; the advantages are theirs, so GRPO divides them by no deviation again."""
+    reward = fedgrpo_reward(job, open_federation(job), variant)
+    memory = reward.router
+    assert isinstance(memory, CompetenceRouter | RandomExperts)
+    settings = replace(job.recipe.alignment, scale_rewards="none")
+    return run_grpo(job, stage, reward, settings=settings, memory=memory)
+
+
+def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> FederatedReward:
+    """Return FedGRPO's reward; the confidence graph is measured if it is not there.
+
+    Raises:
+        RecipeError: a site does not answer questions, and the choice of experts or their judgement needs that.
+        DataError: no question has the split `base`.
+    """
+    config = job.recipe.fedgrpo
+    silent = [site.name for site in job.recipe.sites if not site.answers]
+    if silent and (variant.choice == "competence" or variant.judge == "answer"):
+        raise RecipeError(
+            f"site {silent[0]!r} does not answer questions, which FedGRPO chooses experts by; add answers = true to it"
+        )
+    router: CompetenceRouter | RandomExperts
+    if variant.choice == "competence":
+        config = replace(
+            config,
+            experts=variant.experts or config.experts,
+            neighbours=variant.neighbours or config.neighbours,
+        )
+        router = CompetenceRouter(
+            job.encoder,
+            confidence_graph(job, engine),
+            config,
+            sites=engine.sites,
+            seed=job.recipe.seed,
+            measure=partial(_measure, job, engine),
+        )
+    else:
+        experts = len(engine.sites) if variant.choice == "all" else variant.experts or config.experts
+        router = RandomExperts(engine.sites, experts, seed=job.recipe.seed)
+    return federated_reward(
+        job,
+        engine,
+        router,
+        mode="soft",
+        scope="prompt",
+        fusion=variant.fusion,
+        within_group=True,
+        judged_by=variant.judge,
+        truth=variant.truth,
+        form=config.form,
+    )
+
+
+def confidence_graph(job: Job, engine: Engine) -> ConfidenceGraph:
+    """Return what each site got right of the auxiliary questions; asked once, its bytes count for every user."""
+    folder = job.path / "competence"
+    sent = folder / "traffic.json"
+    if not sent.is_file():
+        run_traffic, engine.traffic = engine.traffic, Traffic()
+        try:
+            graph, rows = _measure(job, engine), traffic_rows(engine.traffic)
+        finally:
+            engine.traffic = run_traffic
+        save_graph(folder / "graph", graph)
+        write_atomic(sent, json.dumps(rows) + "\n")
+    add_rows(job.traffic, json.loads(sent.read_text()))
+    return load_graph(folder / "graph")
+
+
+def _measure(job: Job, engine: Engine) -> ConfidenceGraph:
+    return measure(engine, job.encoder, auxiliary_questions(job), deadline=job.recipe.routing.deadline)
+
+
+def auxiliary_questions(job: Job) -> list[Question]:
+    """Return the server's own labelled questions, domains and types equally often.
+
+    Raises:
+        DataError: no question has the split `base`.
+    """
+    known: dict[tuple[str, str], list[Question]] = defaultdict(list)
+    for q in job.questions.get("base", []):
+        known[kind_of(q)].append(q)
+    if not known:
+        raise DataError("no question has the split 'base', which FedGRPO grades sites on; give the source some")
+    generator = random.Random(job.recipe.seed)
+    queues: Sequence[list[Question]] = [generator.sample(found, len(found)) for _, found in sorted(known.items())]
+    chosen: list[Question] = []
+    while len(chosen) < job.recipe.fedgrpo.auxiliary and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < job.recipe.fedgrpo.auxiliary:
+                chosen.append(queue.pop())
+    return chosen
