@@ -6,6 +6,9 @@ from accord.federation.endpoint import Endpoint, ImageCache, image_library
 from accord.federation.engine import ASK_FIRST, Outbox, Traffic
 from accord.federation.messages import (
     Absence,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     CardRequest,
     MissingImages,
     Refusal,
@@ -42,6 +45,55 @@ def test_an_image_that_was_kept_need_not_come_again():
     assert decode_reply(endpoint(encode(ask(RED)))) == ScoreReply("s", [[11.0]])
     assert decode_reply(endpoint(encode(ask(RED, BLUE, sent=[BLUE])))) == ScoreReply("s", [[11.0], [13.0]])
     assert judge.seen[1].images == {image_name(RED): RED, image_name(BLUE): BLUE}
+
+
+def question(*images, name="a"):
+    """A question about each image, and one about none."""
+    items = [AnswerItem(image if image is None else image_name(image), []) for image in (*images, None)]
+    return AnswerRequest(name, {image_name(image): image for image in images}, items)
+
+
+def test_an_image_is_sent_once_for_scores_and_answers():
+    """11 bytes with the first request, none with the other two; what the site sees has them all."""
+    seen = []
+
+    def answer(request):
+        seen.append(dict(request.images))
+        if isinstance(request, AnswerRequest):
+            return AnswerReply(request.id, ["red"] * len(request.items))
+        return ScoreReply(request.id, [[0.0]] * len(request.items))
+
+    endpoint, sent, traffic, outbox = Endpoint("colour", answer), [], Traffic(), Outbox()
+
+    def send(data):
+        sent.append(RED in data)
+        return endpoint(data)
+
+    for request in (question(RED), ask(RED), question(RED, name="again")):
+        assert not isinstance(outbox.exchange("colour", request, send, traffic), Absence)
+    assert sent == [True, False, False]
+    assert seen == [{image_name(RED): RED}] * 3
+    assert {kind: count.messages for (_, kind), count in traffic.counts.items()} == {"answer": 2, "score": 1}
+
+
+def test_a_question_about_an_image_that_is_gone_brings_it_again():
+    """The site was started anew: it asks for the image, and gets it. One without an image needs none."""
+    said = AnswerReply("a", ["red", "4"])
+    outbox, traffic = Outbox(), Traffic()
+    outbox.exchange("colour", question(RED), Endpoint("colour", lambda _: said), traffic)
+    anew = Endpoint("colour", lambda _: said)
+    assert outbox.exchange("colour", question(RED), anew, traffic) == said
+    assert traffic.counts["colour", "answer"].messages == 3
+    words = question()
+    assert decode_reply(anew(encode(words))) == said and words.images == {}
+
+
+def test_images_that_never_arrive_are_an_absence():
+    """Of the answers, which were asked for three times."""
+    traffic = Traffic()
+    missing = encode(MissingImages("a", [image_name(RED)]))
+    assert Outbox().exchange("colour", question(RED), lambda _: missing, traffic) == Absence("colour", "invalid")
+    assert (traffic.counts["colour", "answer"].messages, traffic.counts["colour", "answer"].absences) == (3, 1)
 
 
 def test_an_image_that_is_not_there_is_asked_for():

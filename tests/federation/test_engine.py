@@ -7,6 +7,9 @@ from accord.errors import ReplyError
 from accord.federation.engine import KINDS, Count, InProcessEngine
 from accord.federation.messages import (
     Absence,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     Refusal,
@@ -25,6 +28,8 @@ def echo(request):
     """Answer any request with the smallest reply of its kind."""
     if isinstance(request, ScoreRequest):
         return ScoreReply(request.id, [[1.0] * len(item.candidates) for item in request.items])
+    if isinstance(request, AnswerRequest):
+        return AnswerReply(request.id, ["left"] * len(request.items))
     if isinstance(request, RouterRequest):
         return RouterReply(request.id, request.weights, 1, 0.5)
     return Card(request.id, "Llava", 1, 2, 3, True, {})
@@ -38,6 +43,7 @@ REQUESTS = [
     ScoreRequest("s", {image_name(b"png"): b"png"}, []),
     RouterRequest("r", 0, 0, b"w" * 100, 1),
     CardRequest("c"),
+    AnswerRequest("a", {image_name(b"png"): b"png"}, [AnswerItem(None, [])]),
 ]
 
 
@@ -49,7 +55,7 @@ def test_bytes_are_those_of_the_encodings(request_):
     assert replies == {"colour": echo(request_)}
     assert engine.ask({"colour": request_, "shape": request_}) == dict.fromkeys(("colour", "shape"), echo(request_))
     sent, returned = len(encode(request_)), len(encode(echo(request_)))
-    again = sent - (2 + 64 + 2 + 3 if isinstance(request_, ScoreRequest) else 0)
+    again = sent - (2 + 64 + 2 + 3 if isinstance(request_, ScoreRequest | AnswerRequest) else 0)
     kind = KINDS[type(request_).__name__]
     assert dict(engine.traffic.counts) == {
         ("colour", kind): Count(2, sent + again, 2 * returned, 0),

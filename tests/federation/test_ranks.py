@@ -1,5 +1,6 @@
 """Two processes over gloo: what each is told, what the sites saw, and that they end with one policy."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,7 +21,9 @@ import torch
 import torch.distributed as dist
 from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import Absence, CardRequest, ScoreItem, ScoreReply, ScoreRequest, image_name
+from accord.federation.messages import (
+    Absence, AnswerItem, AnswerReply, AnswerRequest, CardRequest, ScoreItem, ScoreReply, ScoreRequest, image_name
+)
 from accord.federation.ranks import OneConnection, rank_and_count
 
 out, rank = Path(sys.argv[1]), rank_and_count()[0]
@@ -36,7 +39,9 @@ class Spy(InProcessEngine):
     asked = []
 
     def ask(self, requests, *, deadline=None):
-        Spy.asked.append({site: [len(r.images), [i.candidates for i in r.items]] for site, r in requests.items()})
+        Spy.asked.append(
+            {s: [len(r.images), [getattr(i, "candidates", 0) for i in r.items]] for s, r in requests.items()}
+        )
         return super().ask(requests, deadline=deadline)
 
 def start():
@@ -44,6 +49,7 @@ def start():
 
 def end(**found):
     (out / f"{rank}.json").write_text(json.dumps({**found, "asked": Spy.asked}))
+    dist.destroy_process_group()  # its threads, left to themselves, abort a process that ends
 """
 
 
@@ -80,7 +86,17 @@ def test_two_ranks_ask_as_one(tmp_path):
         def away(request):
             raise OSError("no power")
 
-        sites = {"here": scores, "away": away, "broken": broken}
+        def answering(request):
+            if isinstance(request, AnswerRequest):
+                return AnswerReply(request.id, [str(item.image)[:4] for item in request.items])
+            if (request.judge, request.truth) != ("reward", False):
+                return ScoreReply(request.id, [[1.0] for _ in request.items])
+            return scores(request)
+
+        def answered(answers):
+            return {site: [reply.id, getattr(reply, "answers", None)] for site, reply in answers.items()}
+
+        sites = {"here": answering, "away": away, "broken": broken}
         connection = OneConnection(Spy(sites) if rank == 0 else None, list(sites))
         start()
         mine = [
@@ -94,9 +110,14 @@ def test_two_ranks_ask_as_one(tmp_path):
         both = told(connection.ask(mine))
         alone = told(connection.ask({} if rank == 0 else {"here": request((b"red", ["a"]))}))
         nobody = told(connection.ask({}))
+        items = [[None], [image_name(b"red"), None]][rank]
+        asked = AnswerRequest(f"a{rank}", {image_name(b"red"): b"red"}, [AnswerItem(image, []) for image in items])
+        said = answered(connection.ask({"here": asked}))
+        judged = ScoreRequest(f"j{rank}", {}, [ScoreItem(None, [], ["long"])], judge="answer", truth=True)
+        judged = told(connection.ask({"here": judged}))
         total = connection.total([1.0 + rank, 10.0])
         counts = {f"{s} {k}": [c.messages, c.absences] for (s, k), c in connection.traffic.counts.items()}
-        end(both=both, alone=alone, nobody=nobody, total=total, counts=counts)
+        end(both=both, alone=alone, nobody=nobody, said=said, judged=judged, total=total, counts=counts)
         """,
     )
     assert one["both"] == {"broken": "invalid", "here": ["r", [[1.0, 2.0]]]}
@@ -111,9 +132,19 @@ def test_two_ranks_ask_as_one(tmp_path):
         },
         {"here": [1, [["a"]]]},
         {},
+        {"here": [1, [0, 0, 0]]},
+        {"here": [0, [["long"], ["long"]]]},
     ]
+    red = hashlib.sha256(b"red").hexdigest()[:4]
+    assert (one["said"], two["said"]) == ({"here": ["a0", ["None"]]}, {"here": ["a1", [red, "None"]]})
+    assert (one["judged"], two["judged"]) == ({"here": ["j0", [[1.0]]]}, {"here": ["j1", [[1.0]]]})
     assert two["asked"] == [] and two["counts"] == {}
-    assert one["counts"] == {"here score": [2, 0], "away score": [1, 1], "broken score": [1, 1]}
+    assert one["counts"] == {
+        "here score": [3, 0],
+        "away score": [1, 1],
+        "broken score": [1, 1],
+        "here answer": [1, 0],
+    }
 
 
 def test_what_stops_rank_0_stops_all(tmp_path):
@@ -305,5 +336,5 @@ def test_who_has_the_engine(monkeypatch):
         OneConnection(None, ["a"])
     with pytest.raises(RunError, match=r"the engine reaches \['a'\], not \['b'\]"):
         OneConnection(engine, ["b"])
-    with pytest.raises(RunError, match="ask for scores only, got a CardRequest"):
+    with pytest.raises(RunError, match="ask for scores and answers only, got a CardRequest"):
         OneConnection(engine, ["a"]).ask({"a": CardRequest("c")})

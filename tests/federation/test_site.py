@@ -3,9 +3,13 @@ import torch
 
 from accord.data.images import load_image
 from accord.errors import ImageError, RecipeError, ReplyError
+from accord.federation.answering import question_key
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
     Absence,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     RouterReply,
@@ -56,6 +60,94 @@ class Fixed:
 
     def score(self, prompts, images, completions):
         return [torch.tensor([-3.0, 0.5, 7.0][: len(group)]) for group in completions]
+
+
+WORDS = to_turns([{"role": "user", "content": "2 + 2?"}])
+COLOUR = to_turns(vqa_prompt("what colour is it?"))
+
+
+class Says:
+    """A site's own model: what it says to a question about an image, and to one without; and what it was asked."""
+
+    def __init__(self, seen="Red.", unseen="4"):
+        self.seen, self.unseen, self.asked = seen, unseen, []
+
+    def __call__(self, items, images):
+        self.asked.append(len(items))
+        return [self.unseen if item.image is None else self.seen for item in items]
+
+
+def judged(square, judge, truth):
+    """A question about an image and one without; the candidates are 'red', ' blue.', 'four' and '4', 'red', 'blue'."""
+    red = square("red")
+    items = [
+        ScoreItem(image_name(red), COLOUR, ["red", " blue.", "four"]),
+        ScoreItem(None, WORDS, ["4", "red", "blue"]),
+    ]
+    return ScoreRequest("s1", {image_name(red): red}, items, judge, truth)
+
+
+def book(square, image=None, words=None):
+    """The reference answers of a site; None for a question whose answer it does not own."""
+    keys = {
+        question_key(image_name(square("red")), vqa_prompt("what colour is it?")): image,
+        question_key(None, [{"role": "user", "content": "2 + 2?"}]): words,
+    }
+    return {key: answer for key, answer in keys.items() if answer is not None}
+
+
+@pytest.mark.parametrize(
+    ("judge", "truth", "expected"),
+    [
+        ("reward", False, [[-3.0, 0.5, 7.0], [-3.0, 0.5, 7.0]]),
+        ("answer", False, [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]),
+        ("reward", True, [[0.0, 1.0, 0.0], [-3.0, 0.5, 7.0]]),
+        ("answer", True, [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
+    ],
+)
+def test_who_judges(square, judge, truth, expected):
+    """The model says 'Red.' and '4'; the site owns 'Blue' for the image alone; the reward model says -3, 0.5 and 7."""
+    site = Site("colour", Fixed(), answerer=Says(), truth=book(square, image="Blue"))
+    assert site.answer(judged(square, judge, truth)) == ScoreReply("s1", expected)
+
+
+@pytest.mark.parametrize("judge", ["reward", "answer"])
+def test_where_all_answers_are_owned_no_model_is_asked(square, judge):
+    site = Site("colour", None, answerer=Says(), truth=book(square, image="red", words="four"))
+    assert site.scores(judged(square, judge, True)) == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert sum(site.answerer.asked) == 0
+
+
+@pytest.mark.parametrize("judge", ["reward", "answer"])
+def test_a_site_without_reference_answers_is_asked_for_truth_in_vain(square, judge):
+    site = Site("colour", Fixed(), answerer=Says())
+    assert site.scores(judged(square, judge, True)) == site.scores(judged(square, judge, False))
+
+
+def test_judgements_of_zero_and_one_are_clipped_as_scores_are(square):
+    site = Site("colour", Fixed(), score_range=ScoreRange(-0.5, 0.5), answerer=Says(), truth=book(square, words="red"))
+    assert site.scores(judged(square, "answer", True)) == [[0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]
+
+
+def test_a_site_says_what_its_own_model_answers(square):
+    request = judged(square, "reward", False)
+    asked = AnswerRequest("a1", request.images, [AnswerItem(item.image, item.prompt) for item in request.items])
+    site = Site("colour", None, answerer=Says("left\n", ""), truth=book(square, image="red", words="4"))
+    assert InProcessEngine({"colour": site.answer}).ask({"colour": asked}) == {
+        "colour": AnswerReply("a1", ["left\n", ""])
+    }
+
+
+def test_a_site_without_a_model_of_its_own_refuses_what_needs_its_answers(square):
+    """Also where it owns every reference answer: whether it does is nothing to learn from a refusal."""
+    site = Site("colour", Fixed(), truth=book(square, image="red", words="4"))
+    for refused in (judged(square, "answer", True), judged(square, "answer", False), AnswerRequest("a", {}, [])):
+        with pytest.raises(ReplyError, match="colour answers no questions with its own model"):
+            site.answer(refused)
+        assert InProcessEngine({"colour": site.answer}).ask({"colour": refused}) == {
+            "colour": Absence("colour", "invalid")
+        }
+    assert site.scores(judged(square, "reward", True)) == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
 
 
 def test_scores_are_those_of_the_reward_model(reward_model, request_):
@@ -113,6 +205,15 @@ def test_an_image_that_cannot_be_read_is_an_absence(caplog):
     with pytest.raises(ImageError):
         site.answer(bad)
     assert InProcessEngine({"colour": site.answer}).ask({"colour": bad}) == {"colour": Absence("colour", "error")}
+
+
+def test_a_text_only_site_scores_questions_without_images(texts_only):
+    """As its reward model does, asked without images."""
+    model = RewardModel.from_checkpoint(texts_only).eval()
+    asked = ScoreRequest("s", {}, [ScoreItem(None, WORDS, ["4", "5"]), ScoreItem(None, WORDS, ["six"])])
+    expected = model.score([[{"role": "user", "content": "2 + 2?"}]] * 2, [None, None], [["4", "5"], ["six"]])
+    engine = InProcessEngine({"sums": Site("sums", model).answer})
+    assert check_scores(asked, engine.ask({"sums": asked})["sums"]) == [scores.tolist() for scores in expected]
 
 
 def test_a_site_without_training_refuses_router_requests():

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from accord import pipeline
-from accord.data.images import load_image
+from accord.data.images import image_id, load_image
 from accord.data.preferences import read_preferences, write_preferences
-from accord.errors import DataError, RecipeError
+from accord.data.questions import uniform
+from accord.errors import CheckpointError, DataError, RecipeError
+from accord.federation.answering import question_key, read_truth
+from accord.federation.messages import AnswerItem, AnswerRequest, ScoreItem, ScoreRequest, image_name, to_turns
 from accord.models.finetune import FineTuneConfig
-from accord.models.load import LoraSettings
+from accord.models.generate import answer
+from accord.models.load import LoraSettings, load_vlm
 from accord.pipeline import routing, sites
 from accord.pipeline.sites import (
     check_sites,
@@ -20,12 +24,13 @@ from accord.pipeline.sites import (
     open_federation,
     open_site,
     site_pairs,
+    site_truth,
     train_site,
     write_site_preferences,
 )
-from accord.recipe import Source
+from accord.recipe import SiteConfig, Source
 from accord.rewards.train import Ranking, RewardConfig, group_pairs
-from accord.types import vqa_prompt
+from accord.types import prompt_of, vqa_prompt
 
 COLOURS = ("red", "blue", "green", "yellow")
 REWARD = RewardConfig(steps=1, prompts_per_batch=2, rejected_per_prompt=2, vocabulary=4)
@@ -83,6 +88,147 @@ def test_a_sites_folder_is_all_it_needs(job, hold, tmp_path, lora):
     job.recipe = replace(job.recipe, seed=1)
     train_site(job, "a")
     assert torch.equal(score(tmp_path / "elsewhere"), here) and not torch.equal(score(job.path), here)
+
+
+def key(question):
+    image = None if question.image is None else image_id(question.image)
+    return question_key(image, prompt_of(question))
+
+
+def ask_about(question, name="a1"):
+    items = [AnswerItem(image_name(question.image), to_turns(prompt_of(question)))]
+    return AnswerRequest(name, {image_name(question.image): question.image}, items)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=4)], ids=["full", "lora"])
+def test_a_site_that_answers_keeps_its_fine_tuned_model(job, hold, ask, lora):
+    """It answers as the model in its folder does, loaded at the first question; its book has its four questions."""
+    hold(4)
+    settings = {"finetune": FineTuneConfig(steps=1, batch_size=2), "reward_model": REWARD, "lora": lora}
+    job.recipe = replace(
+        job.recipe, sites=tuple(replace(site, **settings, answers=site.name == "a") for site in job.recipe.sites)
+    )
+    train_site(job, "a")
+    folder = job.path / "sites" / "a"
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model", "reward", "truth.json"]
+    assert list((job.path / "checkpoints").iterdir()) == []
+    book = read_truth(folder / "truth.json")
+    assert book == {key(q): q.answer for q in job.private["a"]} and len(book) == 4
+    site, question = open_site(job.recipe, job.path, "a"), ask(99, "purple")
+    assert "_loaded" not in vars(site.answerer)
+    ((expected,),) = answer(
+        *load_vlm(str(folder / "model")), [question], max_new_tokens=job.recipe.alignment.max_completion_length
+    )
+    assert site.answer(ask_about(question)).answers == [expected]
+    own = job.private["a"][1]
+    item = ScoreItem(image_name(own.image), to_turns(prompt_of(own)), ["red", "Blue.", "green"])
+    judged = ScoreRequest("s", {item.image: own.image}, [item], judge="answer", truth=True)
+    assert own.answer == "blue" and site.answer(judged).scores == [[0.0, 1.0, 0.0]]
+    train_site(job, "b")
+    other = open_site(job.recipe, job.path, "b")
+    assert other.answerer is None and other.truth == {}
+    assert sorted(path.name for path in (job.path / "sites" / "b").iterdir()) == ["card.json", "reward"]
+
+
+def test_what_a_site_no_longer_answers_with_goes(job, hold, monkeypatch, reward):
+    """Trained again without `answers`, it has neither a model nor a book that could be opened."""
+    hold(4)
+    kept = []
+
+    def fit(*_, keep, **__):
+        kept.append(keep)
+        if keep is not None:
+            keep.mkdir(parents=True)
+        return reward, {}
+
+    monkeypatch.setattr(sites, "fit_reward_model", fit)
+    folder = job.path / "sites" / "a"
+    for answers in (True, True, False):
+        job.recipe = replace(job.recipe, sites=tuple(replace(site, answers=answers) for site in job.recipe.sites))
+        train_site(job, "a")
+        assert (folder / "model").exists() is (folder / "truth.json").exists() is answers
+    assert kept == [folder / "model", folder / "model", None]
+
+
+@pytest.fixture
+def reward():
+    """A reward model of no weights, which leaves a folder."""
+
+    class Empty:
+        def save(self, path):
+            path.mkdir(parents=True, exist_ok=True)
+
+    return Empty()
+
+
+def test_a_site_that_was_not_fine_tuned_answers_with_its_checkpoint(job, hold, ask, llava):
+    hold(4)
+    fields = {"checkpoint": llava, "finetune": None, "reward_model": REWARD, "answers": True}
+    job.recipe = replace(job.recipe, sites=tuple(replace(site, **fields) for site in job.recipe.sites))
+    train_site(job, "a")
+    assert not (job.path / "sites" / "a" / "model").exists()
+    question = ask(99, "purple")
+    limit = job.recipe.alignment.max_completion_length
+    ((expected,),) = answer(*load_vlm(llava), [question], max_new_tokens=limit)
+    assert open_site(job.recipe, job.path, "a").answer(ask_about(question)).answers == [expected]
+    (job.path / "sites" / "a" / "truth.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"truth\.json: the site's reference answers cannot be read"):
+        open_site(job.recipe, job.path, "a")
+    job.recipe = replace(job.recipe, sites=tuple(replace(s, finetune=FineTuneConfig()) for s in job.recipe.sites))
+    with pytest.raises(CheckpointError, match=r"the model that answers questions is missing; train site a again"):
+        open_site(job.recipe, job.path, "a")
+
+
+@pytest.fixture
+def public(job, hold, ask):
+    """Two private questions a site; 40 public ones, half of them colour, which is all that site a wants."""
+    hold(2)
+    kinds = ("colour", "number")
+    job.questions["public"] = [
+        ask(200 + n, "red", text=f"question {n}?", question_type=kinds[n % 2], split="public") for n in range(40)
+    ]
+    return job
+
+
+@pytest.mark.parametrize("owns", [0.0, 0.3, 1.0])
+def test_a_site_owns_a_share_of_the_public_answers(public, owns):
+    """Its two, and of the 20 that fit it those whose draw is below the share, whichever sites there are besides."""
+    job = public
+    job.recipe = replace(job.recipe, sites=tuple(replace(site, owns=owns) for site in job.recipe.sites), seed=3)
+    fitting = [q for q in job.questions["public"] if q.question_type == "colour"]
+    drawn = [q for q in fitting if uniform("owns", 3, "a", q.id) < owns]
+    assert len(fitting) == 20 and (len(drawn) in (0, 20) if owns != 0.3 else 2 <= len(drawn) <= 10)
+    expected = {key(q): q.answer for q in (*job.private["a"], *drawn)}
+    assert site_truth(job, "a") == expected and len(expected) == 2 + len(drawn)
+    before = set(expected)
+    job.questions["public"].reverse()
+    vars(job).pop("shares", None)
+    job.recipe = replace(job.recipe, sites=job.recipe.sites[:1])
+    assert set(site_truth(job, "a")) == before
+
+
+def test_a_larger_share_takes_nothing_away(public):
+    books = []
+    for owns in (0.2, 0.6):
+        public.recipe = replace(public.recipe, sites=tuple(replace(s, owns=owns) for s in public.recipe.sites))
+        books.append(set(site_truth(public, "a")))
+    assert books[0] < books[1]
+
+
+def test_questions_without_images_are_owned_by_their_words(public):
+    """The same words about an image are another question."""
+    words = replace(public.questions["public"][0], image=None)
+    public.questions["public"] = [words]
+    public.recipe = replace(public.recipe, sites=tuple(replace(s, owns=1.0) for s in public.recipe.sites))
+    book = site_truth(public, "a")
+    asked = [{"role": "user", "content": "question 0?"}]
+    assert book[question_key(None, asked)] == "red" and len(book) == 3
+
+
+def test_a_share_of_owned_answers_that_is_none():
+    for owns in (-0.1, 1.1, float("nan")):
+        with pytest.raises(RecipeError, match=rf"owns must be in \[0, 1\], got {owns}; correct it"):
+            SiteConfig("a", "accord/idefics3", owns=owns)
 
 
 @pytest.fixture

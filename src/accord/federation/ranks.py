@@ -25,8 +25,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
-from accord.federation.engine import Engine, Traffic
-from accord.federation.messages import Absence, Reply, Request, ScoreReply, ScoreRequest, check_scores
+from accord.federation.engine import KINDS, Engine, Traffic
+from accord.federation.messages import (
+    Absence,
+    AnswerReply,
+    AnswerRequest,
+    Reply,
+    Request,
+    ScoreReply,
+    ScoreRequest,
+    WithImages,
+    check_answers,
+    check_scores,
+)
 
 PATIENCE: Final = timedelta(days=7)
 """How long ranks wait for each other: rank 0 may wait for sites meanwhile. One that dies is missed at once."""
@@ -35,12 +46,12 @@ PATIENCE: Final = timedelta(days=7)
 class Answers(msgspec.Struct, frozen=True):
     """What rank 0 tells a rank: what the sites said to it, or why nobody could be asked."""
 
-    replies: dict[str, ScoreReply]
+    replies: dict[str, ScoreReply | AnswerReply]
     absences: dict[str, Absence]
     problem: str = ""
 
 
-_requests = msgspec.msgpack.Decoder(dict[str, ScoreRequest])
+_requests = msgspec.msgpack.Decoder(dict[str, WithImages])
 _answers = msgspec.msgpack.Decoder(Answers)
 
 
@@ -82,12 +93,13 @@ class OneConnection:
         """Ask together with all other ranks; return the answers to this one's requests.
 
         Raises:
-            RunError: a request is not for scores, or rank 0 could not ask.
+            RunError: a request is neither for scores nor for answers, ranks ask one site for different things, or rank
+                0 could not ask.
         """
         for request in requests.values():
-            if not isinstance(request, ScoreRequest):
+            if not isinstance(request, WithImages):
                 raise RunError(
-                    f"several processes together ask for scores only, got a {type(request).__name__}; "
+                    f"several processes together ask for scores and answers only, got a {type(request).__name__}; "
                     "do what asks for it before, in one process"
                 )
         asked = self._gather(msgspec.msgpack.encode(requests))
@@ -141,7 +153,7 @@ class OneConnection:
         return _cut(own, sizes[rank])
 
 
-def _ask(engine: Engine, by_rank: Sequence[Mapping[str, ScoreRequest]], deadline: float | None) -> list[Answers]:
+def _ask(engine: Engine, by_rank: Sequence[Mapping[str, WithImages]], deadline: float | None) -> list[Answers]:
     """Ask what the ranks want to know; return what each is told."""
     asking = {site: [n for n, asked in enumerate(by_rank) if site in asked] for site in engine.sites}
     merged = {site: _merge([by_rank[n][site] for n in ranks]) for site, ranks in asking.items() if ranks}
@@ -150,24 +162,52 @@ def _ask(engine: Engine, by_rank: Sequence[Mapping[str, ScoreRequest]], deadline
         said: Reply | Absence = reply
         if not isinstance(reply, Absence):
             try:
-                check_scores(merged[site], reply)  # what has another shape cannot be taken apart
+                _check(merged[site], reply)  # what has another shape cannot be taken apart
             except ReplyError:
-                engine.traffic.counts[site, "score"].absences += 1
+                engine.traffic.counts[site, KINDS[type(merged[site]).__name__]].absences += 1
                 said = Absence(site, "invalid")
         start = 0
         for n in asking[site]:
             request = by_rank[n][site]
+            end = start + len(request.items)
             if isinstance(said, ScoreReply):
-                answers[n].replies[site] = ScoreReply(request.id, said.scores[start : start + len(request.items)])
-                start += len(request.items)
+                answers[n].replies[site] = ScoreReply(request.id, said.scores[start:end])
+            elif isinstance(said, AnswerReply):
+                answers[n].replies[site] = AnswerReply(request.id, said.answers[start:end])
             else:
                 answers[n].absences[site] = cast(Absence, said)
+            start = end
     return answers
 
 
-def _merge(requests: Sequence[ScoreRequest]) -> ScoreRequest:
+def _check(request: WithImages, reply: Reply) -> None:
+    if isinstance(request, ScoreRequest):
+        check_scores(request, reply)
+    else:
+        check_answers(request, reply)
+
+
+def _merge(requests: Sequence[WithImages]) -> WithImages:
+    """Return one request for all of one kind, an image once.
+
+    Raises:
+        RunError: they ask for different things.
+    """
+    kinds = {_kind(request) for request in requests}
+    if len(kinds) > 1:
+        raise RunError(f"several processes ask one site for different things, {sorted(kinds)}; ask for one at a time")
     images = {name: data for request in requests for name, data in request.images.items()}
-    return ScoreRequest(requests[0].id, images, [item for request in requests for item in request.items])
+    if isinstance(requests[0], AnswerRequest):
+        asked = [item for request in requests if isinstance(request, AnswerRequest) for item in request.items]
+        return AnswerRequest(requests[0].id, images, asked)
+    scored = [item for request in requests if isinstance(request, ScoreRequest) for item in request.items]
+    return msgspec.structs.replace(requests[0], images=images, items=scored)
+
+
+def _kind(request: WithImages) -> tuple[str, str, bool]:
+    if isinstance(request, AnswerRequest):
+        return "answer", "", False
+    return "score", request.judge, request.truth
 
 
 def _padded(data: bytes, size: int) -> Tensor:

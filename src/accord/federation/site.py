@@ -2,27 +2,39 @@
 
 It holds private pairs and a reward model, and answers the requests of the protocol. Nothing it returns contains
 an image, a question, an annotation or a weight of its reward model: scores, router weights, counts. Only a site that
-was started with `updates` takes part in a baseline that shares parameters.
+was started with `updates` takes part in a baseline that shares parameters, and only one with an `answerer` says what
+its own model answers to the server's questions.
+
+    s = λ e_AE + (1 − λ) e_ME       λ = 1 where the server asks for truth and the site owns the reference answer, else 0
+
+e_AE is 1 for a candidate that is the reference answer and 0 for another one; e_ME is the reward model's standardised
+score, or the same comparison with the answer of the site's own model (`accord.federation.answering`). Source: FedGRPO
+(Zhu et al. 2026, arXiv 2602.12014). With λ = 0 and the reward model it is MoR's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-from PIL.Image import Image
+from torch import Tensor
 
 from accord.data.images import load_image
 from accord.errors import RecipeError, ReplyError
+from accord.federation.answering import Answerer, key_of, matches
 from accord.federation.messages import (
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     Reply,
     Request,
     RouterReply,
     RouterRequest,
+    ScoreItem,
     ScoreReply,
     ScoreRequest,
     Task,
@@ -95,6 +107,8 @@ class Site:
         score_range: clipping of standardised scores, None for none.
         router_training: how the router is trained on this site's pairs; None refuses router requests.
         updates: how shared models are trained on this site's data, by task; a task that is not there is refused.
+        answerer: this site's own model; None refuses whatever needs its answers.
+        truth: the reference answers that this site owns, by `accord.federation.answering.question_key`.
     """
 
     def __init__(
@@ -106,6 +120,8 @@ class Site:
         score_range: ScoreRange | None = None,
         router_training: RouterTraining | None = None,
         updates: Mapping[Task, LocalUpdate] | None = None,
+        answerer: Answerer | None = None,
+        truth: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -113,6 +129,8 @@ class Site:
         self.score_range = score_range
         self.router_training = router_training
         self.updates = updates or {}
+        self.answerer = answerer
+        self.truth = truth or {}
 
     def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -122,6 +140,8 @@ class Site:
         """
         if isinstance(request, ScoreRequest):
             return ScoreReply(request.id, self.scores(request))
+        if isinstance(request, AnswerRequest):
+            return AnswerReply(request.id, self._own(request.items, request.images))
         if isinstance(request, RouterRequest):
             if self.router_training is None:
                 raise ReplyError(f"site {self.name} does not train routers")
@@ -136,20 +156,44 @@ class Site:
         raise ReplyError(f"site {self.name} does not answer a {type(request).__name__}")
 
     def scores(self, request: ScoreRequest) -> list[list[float]]:
-        """Score the candidates of every item: standardised by this site's training statistics, then clipped.
+        """Judge the candidates of every item, and clip: a reward model's scores are standardised before.
 
         A score that is not finite leaves as NaN: clipped, an infinity would be the best or the worst of scores.
+
+        Raises:
+            ReplyError: the judge is this site's own model, and it has none.
         """
-        images = {name: load_image(data) for name, data in request.images.items()}
-        scored = self.reward_model.score(
-            [from_turns(item.prompt) for item in request.items],
-            [cast(Image, None if item.image is None else images[item.image]) for item in request.items],
-            [item.candidates for item in request.items],
-        )
+        references = [self.truth.get(key_of(item)) if request.truth else None for item in request.items]
+        judge = self._by_answer if request.judge == "answer" else self._by_reward
+        open_items = [item for item, reference in zip(request.items, references, strict=True) if reference is None]
+        judged = iter(judge(open_items, request.images))
+        scored = [
+            next(judged) if reference is None else matches(item.candidates, reference)
+            for item, reference in zip(request.items, references, strict=True)
+        ]
         if self.score_range is not None:
             low, high = self.score_range.low, self.score_range.high
             scored = [torch.where(s.isfinite(), s.clamp(low, high), torch.nan) for s in scored]
         return [s.tolist() for s in scored]
+
+    def _by_reward(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor]:
+        if not items:
+            return []
+        opened = {name: load_image(images[name]) for name in {item.image: None for item in items} if name is not None}
+        return self.reward_model.score(
+            [from_turns(item.prompt) for item in items],
+            [None if item.image is None else opened[item.image] for item in items],
+            [item.candidates for item in items],
+        )
+
+    def _by_answer(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor]:
+        said = self._own(items, images)
+        return [matches(item.candidates, answer) for item, answer in zip(items, said, strict=True)]
+
+    def _own(self, items: Sequence[ScoreItem] | Sequence[AnswerItem], images: Mapping[str, bytes]) -> list[str]:
+        if self.answerer is None:
+            raise ReplyError(f"site {self.name} answers no questions with its own model")
+        return self.answerer(items, images)
 
     def card(self, request: CardRequest) -> Card:
         """Describe this site for the report."""

@@ -7,29 +7,32 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import msgspec
 from peft import PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
+from accord.data.questions import uniform
 from accord.data.sites import check_disjoint
-from accord.errors import DataError, RecipeError, RunError
+from accord.errors import CheckpointError, DataError, RecipeError, RunError
+from accord.federation.answering import Answerer, question_key, read_truth, truth_book, write_truth
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
-from accord.models.load import LoraSettings, add_lora, load_vlm, save_vlm
+from accord.models.load import LoraSettings, Processor, add_lora, load_vlm, save_vlm
 from accord.pipeline.job import Job
 from accord.progress import ProgressBarCallback, stage_bar
-from accord.recipe import Recipe
+from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
-from accord.types import ImageSource, PreferencePair, Question
+from accord.types import PreferencePair, Question, Subject, prompt_of
 
 
 def train_site(job: Job, name: str) -> None:
@@ -38,6 +41,8 @@ def train_site(job: Job, name: str) -> None:
     with job.doing(f"site {name}"):
         set_seed(seed)
         questions, pairs = job.private[name], site_pairs(job, name)
+        folder = job.path / "sites" / name
+        shutil.rmtree(folder / "model", ignore_errors=True)
         model, ranking = fit_reward_model(
             job,
             name,
@@ -49,10 +54,13 @@ def train_site(job: Job, name: str) -> None:
             pairs=pairs,
             held_out=[q for q in job.questions["dev"] if job.shares[name].wants(q)],
             seed=seed,
+            keep=folder / "model" if site.answers else None,
             log=lambda record: job.log({"stage": "site", "site": name, **record}),
         )
-        folder = job.path / "sites" / name
         model.save(folder / "reward")
+        (folder / "truth.json").unlink(missing_ok=True)
+        if site.answers or site.owns:
+            write_truth(folder / "truth.json", site_truth(job, name))
         record = SiteRecord(len(questions), len(pairs), any(pair.constructed for pair in pairs), ranking)
         write_atomic(folder / "card.json", msgspec.json.format(msgspec.json.encode(record)))
 
@@ -60,6 +68,24 @@ def train_site(job: Job, name: str) -> None:
 def site_seed(job: Job, name: str) -> int:
     """Return the seed of everything a site does; it depends on no other site."""
     return job.recipe.seed * 1000 + [site.name for site in job.recipe.sites].index(name)
+
+
+def site_truth(job: Job, name: str) -> dict[str, str]:
+    """Return the reference answers that a site owns: of its private questions, and of a share of the public ones.
+
+    Which of those is drawn for each question alone: it depends on no other site, and on no order.
+    """
+    site, seed = job.site(name), job.recipe.seed
+    public = [
+        q
+        for q in job.questions["public"]
+        if job.shares[name].wants(q) and uniform("owns", seed, name, q.id) < site.owns
+    ]
+
+    def key(q: Question) -> str:
+        return question_key(None if q.image is None else job.identify(q.image), prompt_of(q))
+
+    return truth_book((key(q), q.answer) for q in (*job.private[name], *public))
 
 
 def site_pairs(job: Job, name: str) -> list[PreferencePair]:
@@ -86,7 +112,7 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
 def construct_pairs(
     recipe: Recipe,
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    processor: Processor,
     questions: Sequence[Question],
     known: Sequence[Question],
     *,
@@ -145,14 +171,16 @@ def _mistaken(pair: PreferencePair, favourite: str) -> PreferencePair:
 def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
     """Read a site's own pairs; none may be about an image on which the policy is aligned, chosen or tested.
 
+    Where there are no images, what is said of them holds of the questions' texts.
+
     Nor may one be about an image of another site's questions, where no image is at two sites.
     """
     pairs = read_preferences(file)
-    theirs = {f"the split {split!r}": [q.image for q in job.questions[split]] for split in ("public", "dev", "test")}
+    theirs = {f"the split {split!r}": [q.subject for q in job.questions[split]] for split in ("public", "dev", "test")}
     if job.recipe.disjoint_images:
         others = {other: questions for other, questions in job.private.items() if other != name}
-        theirs |= {f"site {other!r}": [q.image for q in questions] for other, questions in others.items()}
-    mine = {f"the preferences of site {name!r}": _images(pairs)}
+        theirs |= {f"site {other!r}": [q.subject for q in questions] for other, questions in others.items()}
+    mine = {f"the preferences of site {name!r}": _subjects(pairs)}
     for other, images in theirs.items():
         check_disjoint(mine | {other: images}, job.identify)
     return pairs
@@ -167,13 +195,13 @@ def check_sites(job: Job) -> None:
         DataError: two sites hold an image, unless the recipe allows it, or pairs are about a question that the policy
             is aligned, chosen or tested on.
     """
-    own = {site.name: _images(site_pairs(job, site.name)) for site in job.recipe.sites if site.preferences}
+    own = {site.name: _subjects(site_pairs(job, site.name)) for site in job.recipe.sites if site.preferences}
     if job.recipe.disjoint_images:
         check_disjoint({f"the preferences of site {name!r}": images for name, images in own.items()}, job.identify)
 
 
-def _images(pairs: Sequence[PreferencePair]) -> list[ImageSource]:
-    return [image for pair in pairs for image in pair.images]
+def _subjects(pairs: Sequence[PreferencePair]) -> list[Subject]:
+    return [subject for pair in pairs for subject in pair.subjects]
 
 
 def fit_reward_model(
@@ -189,8 +217,12 @@ def fit_reward_model(
     held_out: Sequence[Question],
     seed: int,
     log: Callable[[Mapping[str, object]], None],
+    keep: Path | None = None,
 ) -> tuple[RewardModel, dict[str, float]]:
-    """Fine-tune a backbone, put a head on it and train it; return the model and its ranking by question type."""
+    """Fine-tune a backbone, put a head on it and train it; return the model and its ranking by question type.
+
+    The fine-tuned backbone, before it got its head, is written to the folder `keep`; an untouched one is not.
+    """
     scratch = job.path / "checkpoints" / name
     if tuning is not None:
         backbone, processor = load_vlm(checkpoint, trainable=lora is None)
@@ -199,7 +231,7 @@ def fit_reward_model(
             finetune(tuned, processor, questions, tuning, seed=seed, out=scratch, callbacks=[bar])
         if isinstance(tuned, PeftModel):
             backbone = cast(PreTrainedModel, tuned.merge_and_unload())
-        checkpoint = save_vlm(backbone, processor, scratch / "backbone")
+        checkpoint = save_vlm(backbone, processor, keep or scratch / "backbone")
     model = RewardModel.from_checkpoint(checkpoint, lora=lora)
     known = [*job.questions.get("base", []), *questions]
     vocabulary = common_answers(known, reward.vocabulary, () if questions else pairs)
@@ -236,9 +268,15 @@ def open_site(
 ) -> Site:
     """Start a site with the reward model that it left in its part of the run folder.
 
-    Without `clipped` its scores leave it as far out as they are, without `standardised` on the model's own scale.
+    Without `clipped` its scores leave it as far out as they are, without `standardised` on the model's own scale. The
+    model that answers questions, where the recipe lets it, is loaded at the first question.
+
+    Raises:
+        CheckpointError: the reward model or the reference answers cannot be loaded, or the model that answers questions
+            is not there.
     """
     folder = run / "sites" / name
+    config = next(site for site in recipe.sites if site.name == name)
     record = folder / "card.json"
     model = RewardModel.load(folder / "reward")
     if not standardised:
@@ -249,6 +287,22 @@ def open_site(
         msgspec.json.decode(record.read_bytes(), type=SiteRecord) if record.is_file() else None,
         score_range=recipe.scores if clipped else None,
         router_training=training,
+        answerer=_answerer(recipe, config, folder) if config.answers else None,
+        truth=read_truth(folder / "truth.json") if config.answers or config.owns else None,
+    )
+
+
+def _answerer(recipe: Recipe, site: SiteConfig, folder: Path) -> Answerer:
+    place = site.checkpoint if site.finetune is None else str(folder / "model")
+    if site.finetune is not None and not Path(place).is_dir():
+        raise CheckpointError(
+            f"{place}: the model that answers questions is missing; train site {site.name} again with "
+            "`accord site train`, or take answers = true out of its table"
+        )
+    return Answerer(
+        partial(load_vlm, place),
+        max_new_tokens=recipe.alignment.max_completion_length,
+        batch_size=recipe.alignment.questions_at_once,
     )
 
 

@@ -1,0 +1,178 @@
+"""What a site knows beside its reward model: a model that answers questions, and the reference answers that it owns.
+
+    answer evaluation   e_AE(x, y) = 1[norm(y) = norm(a(x))]       a(x) the reference answer, where the site owns it
+    model evaluation    e_ME(x, y) = 1[norm(y) = norm(m(x))]       m(x) the greedy answer of the site's own model
+
+`norm` is `accord.data.questions.normalise_answer`. Source: FedGRPO (Zhu et al. 2026, arXiv 2602.12014), equations 5 and
+6. Differs: its code asks the site's model anew for each candidate, at temperature 1; here a question has one answer.
+
+A question is known by its image's bytes and its words, so that whoever asks it and in which run does not matter:
+
+    key = SHA-256(JSON of [name of the image or null, [[role, text, …], …]])
+
+A site keeps its reference answers in `truth.json`, a mapping of keys to answers: no question can be read off it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from accord.data.images import load_image
+from accord.data.questions import normalise_answer
+from accord.errors import CheckpointError
+from accord.federation.messages import MAX_ANSWER, AnswerItem, ScoreItem, from_turns
+from accord.models.inputs import encode_prompts
+from accord.models.load import Processor, tokenizer_of
+from accord.runs import write_atomic
+from accord.types import Prompt, texts_of
+
+REMEMBERED: Final = 50_000
+"""Answers that are kept: more than the public questions of a run, and some megabytes."""
+
+
+def question_key(image: str | None, prompt: Prompt) -> str:
+    """Return what a question is known by: 64 hexadecimal digits.
+
+    Args:
+        image: the name of its image, `accord.federation.messages.image_name`; None for a question without one.
+        prompt: its turns, of which roles and texts count, and not whether a text stands in a block.
+    """
+    words = [[str(turn["role"]), *texts_of(turn)] for turn in prompt]
+    return hashlib.sha256(json.dumps([image, words]).encode()).hexdigest()
+
+
+def key_of(item: ScoreItem | AnswerItem) -> str:
+    """Return the `question_key` of what the server asks about."""
+    return question_key(item.image, from_turns(item.prompt))
+
+
+def matches(candidates: Sequence[str], answer: str) -> Tensor:
+    """Return 1 for each candidate that is `answer` by exact match, and 0 for the others, `[G]`."""
+    expected = normalise_answer(answer)
+    return torch.tensor([float(normalise_answer(candidate) == expected) for candidate in candidates])
+
+
+class Answerer:
+    """Answer questions with a site's own model: greedily, and each question once as long as its answer is remembered.
+
+    Args:
+        load: returns the model and its processor; called at the first question that nobody has asked before.
+        max_new_tokens: length limit of an answer.
+        batch_size: questions at once.
+        remember: how many answers to keep; the one that was asked for longest ago goes first.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], tuple[PreTrainedModel, Processor]],
+        *,
+        max_new_tokens: int,
+        batch_size: int = 128,
+        remember: int = REMEMBERED,
+    ) -> None:
+        self._load = load
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.remember = remember
+        self._known: OrderedDict[str, str] = OrderedDict()
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, Processor]:
+        model, processor = self._load()
+        return model.eval().requires_grad_(False), processor
+
+    def __call__(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str]:
+        """Return the answer to every item's question, of at most `MAX_ANSWER` characters.
+
+        Args:
+            items: what is asked.
+            images: theirs, by name; those of questions that are remembered are not looked at.
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            DataError: an image cannot be read, or the model takes none.
+        """
+        keys = [key_of(item) for item in items]
+        answers = {key: self._known[key] for key in keys if key in self._known}
+        new = {key: item for key, item in zip(keys, items, strict=True) if key not in answers}
+        for with_image in (True, False):  # a batch takes one for each prompt, or none
+            wanted = {key: item for key, item in new.items() if (item.image is not None) is with_image}
+            answers |= zip(wanted, self._generate(list(wanted.values()), images), strict=True)
+        for key in keys:
+            self._known[key] = answers[key]
+            self._known.move_to_end(key)
+        while len(self._known) > self.remember:
+            self._known.popitem(last=False)
+        return [answers[key] for key in keys]
+
+    @torch.no_grad()
+    def _generate(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str]:
+        """Answer items that all have an image, or all have none."""
+        said: list[str] = []
+        for start in range(0, len(items), self.batch_size):
+            chunk = items[start : start + self.batch_size]
+            model, processor = self._loaded
+            pictures = [None if item.image is None else load_image(images[item.image]) for item in chunk]
+            prompts = [from_turns(item.prompt) for item in chunk]
+            inputs = encode_prompts(processor, prompts, pictures).to(model.device)
+            ids = model.generate(  # type: ignore[operator]  # a mixin of every such model
+                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False
+            )
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            texts = tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)
+            said += [text.strip()[:MAX_ANSWER] for text in texts]
+        return said
+
+
+def truth_book(known: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return reference answers by `question_key`; a question with two different ones has none.
+
+    Args:
+        known: keys and answers.
+    """
+    book: dict[str, str] = {}
+    disputed: set[str] = set()
+    for key, answer in known:
+        if normalise_answer(book.setdefault(key, answer)) != normalise_answer(answer):
+            disputed.add(key)
+    return {key: answer for key, answer in book.items() if key not in disputed}
+
+
+def write_truth(path: Path, book: Mapping[str, str]) -> None:
+    """Write reference answers by key, for their owner alone to read; whole or not at all.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(dict(sorted(book.items())))), mode=0o600)
+
+
+def read_truth(path: Path) -> dict[str, str]:
+    """Read reference answers by key.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    again = "train the site again with `accord site train`"
+    try:
+        book = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: the site's reference answers are missing; {again}") from error
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: the site's reference answers cannot be read ({error}); {again}") from error
+    for key in book:
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise CheckpointError(f"{path}: {key[:40]!a} is the key of no question (64 hexadecimal digits); {again}")
+    return book
