@@ -18,7 +18,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from accord.errors import RunError
-from accord.flare.check import check_site, what_crosses
+from accord.federation.answering import question_key, write_truth
+from accord.flare.check import check_answerer, check_site, what_crosses
 from accord.flare.kit import kit_of
 from accord.flare.ledger import Entry, Running, note
 from accord.flare.provision import Consortium, Member, Server, provision
@@ -161,6 +162,33 @@ def test_what_leaves_is_what_the_messages_can_hold(site):
     staying = " ".join(crossing.what for crossing in crossings if crossing.way == "stays")
     assert leaving.count("image") == leaving.count("which of the server's images the site has not") == 1
     assert "annotation" not in leaving and "reward model's weights" in staying
+
+
+def test_own_answers_are_tried_and_told(kit, site):
+    """Nothing of them where the recipe does not say so; else that they leave, and what of the book of two does."""
+    recipe, file = load_recipe(site / "recipe.toml"), site / "recipe.toml"
+    before = {crossing.what: crossing.way for crossing in what_crosses(recipe, site, "colour")}
+    assert before["what its own model would answer"] == "stays"
+    assert not any(what.startswith(("answers of", "whether a candidate")) for what in before)
+    (first, *others) = recipe.sites
+    answering = replace(recipe, sites=(replace(first, answers=True), *others))
+    file.write_text(dump_toml(answering))
+    assert "the site's reference answers are missing" in problems(kit, site)["reward model"]
+    write_truth(site / "sites" / "colour" / "truth.json", {question_key(str(n), []): "red" for n in range(2)})
+    found = {each.about: each for each in check_site(kit, site, server=False)}
+    assert found["own answers"].ok and "there are none here to try it on" in found["own answers"].text
+    amounts = {(each.way, each.what): each.amount for each in what_crosses(answering, site, "colour")}
+    assert amounts["leaves", "answers of its own model to the server's questions"] == "at most 256 characters each"
+    assert amounts["leaves", "whether a candidate is the answer it holds"] == "1 or 0, for 2 questions"
+    assert "what its own model would answer" not in {what for _, what in amounts}
+
+
+def test_own_answers_are_compared_with_its_questions(kit, site, ask):
+    """A model that always says "red", asked three questions, of which one's answer is blue."""
+    job = Job(load_recipe(site / "recipe.toml"), None, quiet=True)
+    vars(job)["private"] = {"colour": [ask(0), ask(1, "blue"), replace(ask(2), answer=" Red.")]}
+    finding = check_answerer(job, "colour", lambda items, images: ["red"] * len(items))
+    assert finding.ok and finding.text == "right to 67% of 3 of its own questions"
 
 
 def test_a_model_that_is_missing(kit, site):

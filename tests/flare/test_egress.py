@@ -11,8 +11,12 @@ import tomli_w
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from accord.federation.answering import key_of, question_key, write_truth
 from accord.federation.messages import (
     Absence,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     Refusal,
@@ -21,6 +25,7 @@ from accord.federation.messages import (
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    check_answers,
     decode_reply,
     encode,
     image_name,
@@ -87,9 +92,16 @@ def planted(site_folders, tmp_path_factory):
     shutil.copytree(site_folders["colour"], root / "site")
     table = tomllib.loads((root / "site" / "recipe.toml").read_text())
     table["sites"][0]["preferences"] = str(root / "data" / "pairs.jsonl")
+    table["sites"][0] |= {"finetune": False, "answers": True}
+    book = {question_key(None, vqa_prompt(secret)): secret for secret in secrets}
+    write_truth(root / "site" / "sites" / "colour" / "truth.json", {**book, key_of(HELD): secrets[0]})
     (root / "site" / "recipe.toml").write_text(tomli_w.dumps(table))
     assert len(set(secrets)) == 1200
     return root, secrets
+
+
+HELD = AnswerItem(None, to_turns([{"role": "user", "content": "which ward?"}]))
+"""A question whose answer the site holds: a secret."""
 
 
 def score_request(name, picture):
@@ -114,6 +126,7 @@ def conversation(wire, planted, in_process, square):
 
     path = socket_folder(wire.kits / "colour") / "colour.sock"
     left, answer = [], SiteService._answer
+    blue, asked = square("blue"), to_turns(vqa_prompt("what colour is it?"))
 
     class Listening(SiteService):
         def _answer(self, data, connection):
@@ -127,6 +140,9 @@ def conversation(wire, planted, in_process, square):
         ask("card", CardRequest("card"))
         ask("router", router)
         ask("scores", score_request("scores", square("red")))
+        ask("answers", AnswerRequest("answers", {image_name(blue): blue}, [AnswerItem(image_name(blue), asked), HELD]))
+        held = ScoreItem(None, HELD.prompt, ["ward 1", secrets[0], "ward 3"])
+        ask("truth", ScoreRequest("truth", {}, [held], judge="answer", truth=True))
         score = site.reward_model.score
 
         def failing(*_):
@@ -159,6 +175,8 @@ def test_each_request_came_to_its_end(conversation):
         "card": Card,
         "router": RouterReply,
         "scores": ScoreReply,
+        "answers": AnswerReply,
+        "truth": ScoreReply,
         "model fails": "error",
         "no image": "error",
         "service gone": "gone",
@@ -167,9 +185,13 @@ def test_each_request_came_to_its_end(conversation):
 
 def test_no_secret_leaves(conversation, planted, wire):
     """T22: replies, and every file of the server's and the operator's kits, jobs and logs among them."""
-    _, left = conversation
+    came, left = conversation
     root, secrets = planted
-    assert [type(decode_reply(reply)) for reply in left] == [Refusal, Card, RouterReply, ScoreReply, Refusal, Refusal]
+    assert [type(decode_reply(reply)) for reply in left] == [
+        *(Refusal, Card, RouterReply, ScoreReply, AnswerReply, ScoreReply, Refusal, Refusal)
+    ]
+    assert check_answers(AnswerRequest("answers", {}, [HELD, HELD]), came["answers"]) == came["answers"].answers
+    assert came["truth"].scores == [[0.0, 1.0, 0.0]]  # the secret was guessed by the server: that much is told
     scores = next(reply for reply in left if isinstance(decode_reply(reply), ScoreReply))
     assert len(scores) < 80 + 9 * 2  # two scores, and the message around them
     written = files(wire.kits / "server", wire.kits / "operator")

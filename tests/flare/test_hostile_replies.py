@@ -16,6 +16,7 @@ from accord.alignment.reward import FederatedReward
 from accord.errors import DataWarning
 from accord.federation.asking import ask_scores
 from accord.federation.messages import (
+    AnswerReply,
     Card,
     Refusal,
     RouterReply,
@@ -183,6 +184,7 @@ def another_message(chance, message):
         chance.choice(
             [
                 Card(name, "Llava", 1, 2, 3, True, {}),
+                AnswerReply(name, ["red"] * 3),
                 RouterReply(name, b"weights", 1, 0.5),
                 Refusal(name, "error"),
                 Refusal(name, "refused"),

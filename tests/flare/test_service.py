@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import torch
 
 from accord.errors import DataError, RunError
+from accord.federation.answering import key_of, question_key, write_truth
 from accord.federation.engine import Outbox, Traffic
 from accord.federation.messages import (
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     Card,
     CardRequest,
     MissingImages,
@@ -30,6 +36,7 @@ from accord.federation.messages import (
     ScoreReply,
     ScoreRequest,
     UpdateRequest,
+    check_answers,
     decode_reply,
     encode,
     image_name,
@@ -39,10 +46,11 @@ from accord.federation.site import Site
 from accord.flare import service as module
 from accord.flare.frames import connect, receive_frame, send_frame
 from accord.flare.kit import Kit
-from accord.flare.ledger import read_running, site_log, status
+from accord.flare.ledger import Entry, read_running, site_log, status
 from accord.flare.service import SiteService, join, open_site_folder
+from accord.flare.site_cli import _sentence
 from accord.pipeline import Job, train_site
-from accord.pipeline.sites import open_federation
+from accord.pipeline.sites import open_federation, open_site
 from accord.recipe import load_recipe
 from accord.routing.router import RouterNetwork
 from accord.runs import Run, read_lines
@@ -69,6 +77,8 @@ name = "colour"
 checkpoint = "{siglip}"
 question_types = ["colour"]
 finetune = false
+answers = true
+owns = 0.5
 reward_model.steps = 2
 reward_model.prompts_per_batch = 2
 reward_model.evaluate_every = 2
@@ -182,14 +192,23 @@ def score_request(square, name="s", colours=("red", "blue"), text="what colour i
     return ScoreRequest(name, images, [ScoreItem(each, to_turns(vqa_prompt(text)), ["red", "blue"]) for each in images])
 
 
+def answer_request(square, name="a", colours=("red", "blue")):
+    scored = score_request(square, colours=colours)
+    return AnswerRequest(name, scored.images, [AnswerItem(item.image, item.prompt) for item in scored.items])
+
+
 def echo(request):
     return ScoreReply(request.id, [[0.5] * len(item.candidates) for item in request.items])
 
 
 def requests(square, job):
     weights = RouterNetwork(job.encoder.features, 2, job.recipe.router).to_bytes()
+    scored = score_request(square)
     return [
-        score_request(square),
+        scored,
+        msgspec.structs.replace(scored, judge="answer"),
+        msgspec.structs.replace(scored, judge="answer", truth=True),
+        answer_request(square),
         RouterRequest("router-0-colour", 0, 0, weights, 77),
         RouterRequest("router-1-colour", 1, 0, weights, 78),
         CardRequest("card"),
@@ -206,7 +225,7 @@ def test_the_answers_are_those_of_the_engine_in_one_process(trained, site, serve
         engine = open_federation(job, router_training=True)
         for request in requests(square, job):
             expected = engine.ask({"colour": request})["colour"]
-            assert isinstance(expected, ScoreReply | RouterReply | Card)
+            assert isinstance(expected, ScoreReply | AnswerReply | RouterReply | Card)
             assert encode(expected) == ask(service, request)
 
 
@@ -286,6 +305,50 @@ def test_an_outbox_finds_what_it_knows(site, serve, square):
     count = traffic.counts["colour", "score"]
     assert count.bytes_to_site == sum(line["bytes_in"] for line in lines)
     assert count.bytes_from_site == sum(line["bytes_out"] for line in lines)
+
+
+def test_a_question_to_the_sites_own_model_is_written_down(site, serve, square):
+    """Two questions, no candidates, and no new image: both came with the request for scores."""
+    service = serve(site)
+    ask(service, score_request(square))
+    said = decode_reply(ask(service, answer_request(square)))
+    assert check_answers(answer_request(square), said) == said.answers and len(said.answers) == 2
+    lines = read_lines(service.folder / "ledger.jsonl")
+    assert [(line["kind"], line["images"], line["questions"], line["candidates"]) for line in lines] == [
+        ("score", 2, 2, 4),
+        ("answer", 0, 2, 0),
+    ]
+    assert lines[1]["bytes_out"] == len(encode(said)) and lines[1]["outcome"] == "answered"
+    assert _sentence(msgspec.convert(lines[1], Entry)).partition(": ")[2].startswith("answered; ")
+    assert "answer a by its own model, 2 questions, 0 new images" in _sentence(msgspec.convert(lines[1], Entry))
+
+
+def test_a_site_that_does_not_say_so_answers_no_question(trained, serve, square):
+    """Its recipe's table has no `answers = true`; with a model of its own missing, it does not even start."""
+    run, _ = trained
+    service = serve(open_site(load_recipe(run / "recipe.toml"), run, "shape"))
+    assert decode_reply(ask(service, answer_request(square))) == Refusal("a", "invalid")
+    judged = msgspec.structs.replace(score_request(square), judge="answer")
+    assert decode_reply(ask(service, judged)) == Refusal("s", "invalid")
+    assert [line["outcome"] for line in read_lines(service.folder / "ledger.jsonl")] == ["invalid", "invalid"]
+
+
+def test_an_answer_holds_no_planted_secret(trained, serve, square, tmp_path, caplog):
+    """Of the site's reference answers not one byte leaves: what its model says, and whether a candidate is equal."""
+    _, folder = trained
+    shutil.copytree(folder, tmp_path / "planted")
+    truth = tmp_path / "planted" / "sites" / "colour" / "truth.json"
+    asked = answer_request(square)
+    write_truth(
+        truth, {key_of(item): "Marple ward 7" for item in asked.items} | {question_key(None, vqa_prompt("x")): "Ward 9"}
+    )
+    service = serve(open_site_folder(tmp_path / "planted", "colour"))
+    judged = msgspec.structs.replace(score_request(square), judge="answer", truth=True)
+    left = [ask(service, each) for each in (asked, judged)]
+    assert set(msgspec.msgpack.decode(left[0])) == {"type", "id", "answers"}
+    assert decode_reply(left[1]).scores == [[0.0, 0.0], [0.0, 0.0]]
+    everything = b"".join(left) + (service.folder / "ledger.jsonl").read_bytes() + caplog.text.encode()
+    assert b"arple" not in everything and b"ard " not in everything
 
 
 def test_rubbish_is_refused_and_the_others_are_answered(serve, square):

@@ -23,9 +23,12 @@ import msgspec
 import torch
 from transformers import AutoConfig
 
-from accord.data.images import load_image
+from accord.data.images import image_bytes, image_id, load_if_any
+from accord.data.questions import normalise_answer
 from accord.errors import AccordError, DataWarning
+from accord.federation.answering import Answerer, read_truth
 from accord.federation.endpoint import CACHE_BYTES
+from accord.federation.messages import MAX_ANSWER, AnswerItem, to_turns
 from accord.federation.site import SiteRecord
 from accord.flare.service import alone, read_site_folder
 from accord.models.load import load_vlm, locate, parameter_count
@@ -34,7 +37,7 @@ from accord.pipeline.sites import construct_pairs, open_site, site_pairs, site_s
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
-from accord.types import PreferencePair
+from accord.types import PreferencePair, prompt_of
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -51,6 +54,8 @@ DAYS: Final = 30
 NOT_PROTECTED: Final = (
     "scores carry no noise: with enough of them a server can rebuild what the reward model thinks",
     "router weights carry no noise: what a small round of pairs looked like in the encoder can partly be told",
+    "with answers or owns in the recipe: who has an image of yours can ask whether you own a question about it, and by "
+    "trying candidates, which answer you hold",
     "whoever administers the consortium can see that this site is there, and stop its jobs",
 )
 
@@ -127,6 +132,8 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
         "reward model", f"{model.architecture}, {parameter_count(model):,} parameters, {_size(memory)} of memory"
     )
     yield check_scores(job, kit.name, model)
+    if site.answerer is not None:
+        yield check_answerer(job, kit.name, site.answerer)
 
 
 def check_expiry(kit: Kit) -> Finding:
@@ -227,7 +234,7 @@ def check_scores(job: Job, name: str, model: RewardModel) -> Finding:
         with torch.no_grad():
             scored = model.score(
                 [pair.prompt for pair in pairs],
-                [load_image(pair.images[0]) for pair in pairs],
+                [load_if_any(pair.image) for pair in pairs],
                 [[pair.chosen, pair.rejected] for pair in pairs],
             )
     except AccordError as error:
@@ -246,6 +253,23 @@ def check_scores(job: Job, name: str, model: RewardModel) -> Finding:
     if abs(mean) > 3 or not 0.1 < deviation < 10:
         return Finding("scores", f"{text}: not on the common scale, which has mean 0 and deviation 1", again)
     return Finding("scores", text, "" if 2 * right > len(pairs) else f"no better than chance: {again}")
+
+
+def check_answerer(job: Job, name: str, answerer: Answerer) -> Finding:
+    """Let the site's own model answer some of the site's questions."""
+    try:
+        questions = job.private[name]
+        few = random.Random(0).sample(questions, min(PAIRS, len(questions)))
+        images = {image_id(q.image): image_bytes(q.image) for q in few if q.image is not None}
+        names = [None if q.image is None else image_id(q.image) for q in few]
+        items = [AnswerItem(image, to_turns(prompt_of(q))) for image, q in zip(names, few, strict=True)]
+        said = answerer(items, images)
+    except AccordError as error:
+        return _problem("own answers", error)
+    if not few:
+        return Finding("own answers", "given to the server's questions; there are none here to try it on")
+    right = sum(normalise_answer(a) == normalise_answer(q.answer) for a, q in zip(said, few, strict=True))
+    return Finding("own answers", f"right to {right / len(few):.0%} of {len(few)} of its own questions")
 
 
 def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
@@ -269,8 +293,20 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     router = f"{parameter_count(network):,} numbers, {_size(len(network.to_bytes()))}"
     card = msgspec.json.decode((folder / "sites" / name / "card.json").read_bytes(), type=SiteRecord)
     clipped = f"from {recipe.scores.low:g} to {recipe.scores.high:g}" if recipe.scores else "not clipped"
+    site = next(site for site in recipe.sites if site.name == name)
+    answers = Crossing("stays", "what its own model would answer", "answers = true is not in its table")
+    if site.answers:
+        answers = Crossing(
+            "leaves", "answers of its own model to the server's questions", f"at most {MAX_ANSWER} characters each"
+        )
+    owned = []
+    if site.answers or site.owns:
+        known = len(read_truth(folder / "sites" / name / "truth.json"))
+        owned = [Crossing("leaves", "whether a candidate is the answer it holds", f"1 or 0, for {known} questions")]
     return [
         Crossing("leaves", "scores of candidate answers, standardised", f"one number each, {clipped}"),
+        *owned,
+        *([answers] if answers.way == "leaves" else []),
         Crossing(
             "leaves", "router weights after training on the pairs", f"{router}, each of {recipe.router.rounds} rounds"
         ),
@@ -289,6 +325,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         Crossing("enters", "router weights", router),
         Crossing("stays", "images, questions, answers, pairs, annotations", "no message can hold them"),
         Crossing("stays", "the reward model's weights", "no message that this service answers can hold them"),
+        *([answers] if answers.way == "stays" else []),
         Crossing("stays", "the texts of errors", "in site.log of the folder"),
     ]
 

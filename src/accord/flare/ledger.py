@@ -41,11 +41,11 @@ class Entry:
     """A line of the ledger: one request, in numbers."""
 
     time: str  # UTC
-    kind: str  # score, router, update, card; "" for what is no request
+    kind: str  # score, answer, router, update, card; "" for what is no request
     id: str  # as the server named it, letters and digits of it
     images: int  # newly received
     questions: int
-    candidates: int
+    candidates: int  # 0 where the site's own model is asked
     bytes_in: int
     bytes_out: int
     seconds: float

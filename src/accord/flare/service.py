@@ -31,7 +31,15 @@ import torch
 from accord.errors import ReplyError, RunError
 from accord.federation.endpoint import Endpoint, ImageCache, image_library
 from accord.federation.engine import KINDS
-from accord.federation.messages import MissingImages, Refusal, ScoreRequest, decode_reply, decode_request, encode
+from accord.federation.messages import (
+    MissingImages,
+    Refusal,
+    ScoreRequest,
+    WithImages,
+    decode_reply,
+    decode_request,
+    encode,
+)
 from accord.federation.site import Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
@@ -107,10 +115,11 @@ def open_site_folder(folder: Path, name: str) -> Site:
     """Open the site that `accord site train RECIPE NAME --out FOLDER` made, ready to answer as the in-process engine's.
 
     Pairs of its own are read at once, so that a fault in them shows now; constructed ones when the router is trained.
+    It answers questions with its own model only where its recipe says so, `answers = true` in its table.
 
     Raises:
         RunError, RecipeError: as `read_site_folder`.
-        CheckpointError: the reward model cannot be loaded.
+        CheckpointError: the reward model, the model that answers, or the reference answers are not there or damaged.
         DataError: its pairs cannot be read.
     """
     recipe = read_site_folder(folder, name)
@@ -258,10 +267,11 @@ def _describe(data: bytes, endpoint: Endpoint) -> tuple[str, str, int, int, int]
     except ReplyError:
         return "", "", 0, 0, 0
     kind = KINDS[type(request).__name__]
-    if not isinstance(request, ScoreRequest):
+    if not isinstance(request, WithImages):
         return kind, request.id, 0, 0, 0
     new = sum(endpoint.cache.get(name) is None for name in request.images)
-    return kind, request.id, new, len(request.items), sum(len(item.candidates) for item in request.items)
+    candidates = sum(len(item.candidates) for item in request.items) if isinstance(request, ScoreRequest) else 0
+    return kind, request.id, new, len(request.items), candidates
 
 
 def _outcome(reply: bytes) -> Outcome:

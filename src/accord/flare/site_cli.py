@@ -218,4 +218,6 @@ def _sentence(entry: Entry) -> str:
     what = f"{entry.kind or 'unreadable'} {entry.id}".strip()
     if entry.kind == "score":
         what += f", {entry.questions} questions, {entry.candidates} candidates, {entry.images} new images"
+    elif entry.kind == "answer":
+        what += f" by its own model, {entry.questions} questions, {entry.images} new images"
     return f"{entry.time} {what}: {entry.outcome}; {entry.bytes_in} B in, {entry.bytes_out} B out, {entry.seconds} s"
