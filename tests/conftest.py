@@ -166,6 +166,8 @@ def tiny_recipe(vqa_folder):
                 "checkpoint": checkpoint,
                 "question_types": [kind],
                 "fraction": 0.5,
+                "answers": True,
+                "owns": 0.5,
                 "finetune": TUNING,
                 "reward_model": REWARD,
             }
@@ -181,6 +183,7 @@ def tiny_recipe(vqa_folder):
             "save_every": 1,
         },
         "routing": {"mode": "soft"},  # every site is asked, whatever a router of two rounds has learnt
+        "fedgrpo": {"auxiliary": 24, "neighbours": 6},
         "pooled": {"finetune": TUNING, "reward_model": REWARD},
         "evaluation": {"questions": 60, "gallery": 4},
     }

@@ -42,7 +42,7 @@ def test_images_follow_the_mixtures(private):
     dealt = deal(private, mixed, seed=3)
     images = {site: Counter() for site in dealt}
     for site, own in dealt.items():
-        for kind, image in {(kind_of(q), q.image) for q in own}:
+        for kind, _ in {(kind_of(q), q.image) for q in own}:
             images[site][kind] += 1
     assert images["a"][kinds[1]] == images["b"][kinds[0]] == 0
     of_third = images["a"][kinds[2]] + images["b"][kinds[2]]

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default::UserWarning"),
 ]
 
-REMEMBERING = ["random", "plural-alpha", "mor", "mor-quantile", "mor-random-feedback"]
+REMEMBERING = ["random", "plural-alpha", "mor", "mor-quantile", "mor-random-feedback", "fedgrpo", "fedgrpo-random"]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,20 +25,18 @@ def at_the_server(run):
     return [line for line in lines if json.loads(line)["stage"] != "site"]
 
 
-def test_the_simulator_gives_the_bits_of_one_process(recipe, in_process, site_folders, tmp_path):
-    settings = load_recipe(recipe)
+def simulate(settings, site_folders, run, folder):
+    """Do a whole run, the sites answering through FLARE's simulator."""
     threads = torch.get_num_threads()
-    folder = socket_folder(tmp_path)
     services = [SiteService(open_site_folder(site_folders[name], name), site_folders[name], folder / f"{name}.sock")
                 for name in site_folders]  # fmt: skip
     torch.set_num_threads(settings.threads)
-    run = tmp_path / "run"
     try:
         for service in services:
             service.__enter__()
         with (
             FlareEngine(
-                tuple(site_folders), Simulator(tuple(site_folders), folder, tmp_path / "flare"), folder
+                tuple(site_folders), Simulator(tuple(site_folders), folder, run.with_name("flare")), folder
             ) as engine,
             open_job(settings, Run.create(run, dump_toml(settings), seed=0), quiet=True, engine=engine) as job,
         ):
@@ -46,7 +45,40 @@ def test_the_simulator_gives_the_bits_of_one_process(recipe, in_process, site_fo
         for service in services:
             service.__exit__()
         torch.set_num_threads(threads)
-        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def sockets(tmp_path):
+    folder = socket_folder(tmp_path)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_the_simulator_gives_the_bits_of_one_process(recipe, in_process, site_folders, tmp_path, sockets):
+    run = tmp_path / "run"
+    simulate(load_recipe(recipe), site_folders, run, sockets)
     assert at_the_server(run) == at_the_server(in_process) and len(at_the_server(run)) > 8
     weights = "policy/model.safetensors"
     assert (run / weights).read_bytes() == (in_process / weights).read_bytes()
+
+
+def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, tmp_path, sockets):
+    """Experts chosen by answers that came over FLARE; no router is trained. Its sites are those of `in_process`."""
+    settings = replace(load_recipe(recipe), method="fedgrpo")
+    here, there = tmp_path / "here", tmp_path / "there"
+    with open_job(settings, Run.create(here, dump_toml(settings), seed=0), quiet=True) as job:
+        shutil.copytree(in_process / "sites", here / "sites")
+        for site in settings.sites:
+            with job.run.doing(f"site {site.name}"):
+                pass
+        execute(job)
+    simulate(settings, site_folders, there, sockets)
+    assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
+    for file in ("policy/model.safetensors", "competence/graph/graph.safetensors"):
+        assert (there / file).read_bytes() == (here / file).read_bytes()
+    sent = {(site, kind) for site, kind, *_ in json.loads((there / "traffic" / "align.json").read_text())}
+    assert sent == {(site.name, kind) for site in settings.sites for kind in ("answer", "score")}
+    assert not (there / "router").exists()
+    summary = json.loads((there / "summary.json").read_text())
+    assert summary["router"] is None and summary["competence"]["items"] == {"colour": 8, "shape": 8, "yes/no": 8}
+    assert "Who is good at what" in (there / "report.html").read_text()
