@@ -64,7 +64,7 @@ def site(**fields):
         ({"seed": MAX_SEED + 1}, f"got {MAX_SEED + 1}"),
         ({"threads": -1}, "threads must be 0 (torch's default) or more, got -1"),
         ({"questions": [{"kind": "folder"}]}, "a source of kind 'folder' needs a path"),
-        ({"questions": [{"kind": "zip", "path": "x"}]}, 'must be one of "easy-vqa", "folder", "huggingface"'),
+        ({"questions": [{"kind": "zip", "path": "x"}]}, 'must be one of "easy-vqa", "arithmetic", "folder", "hugg'),
         ({"evaluation": {"questions": -1}}, "[evaluation] questions must be at least 0, got -1"),
         ({"evaluation": {"gallery": -1}}, "[evaluation] gallery must be at least 0, got -1"),
         ({"routing": {"mode": "top2"}}, 'routing.mode must be one of "top1", "soft"'),

@@ -69,9 +69,12 @@ class Source:
     type_prefix: bool = False  # name types `domain/type`, where several domains use one name
     fine_types: bool = False  # of easy-vqa: two types of yes/no questions, about the colour and about the shape
     compositions: bool = False  # of easy-vqa: types of their own for the colour of triangles, the shape of red and teal
+    slips: float = 0.0  # of arithmetic: share of base questions with a common mistake for an answer, to pretrain on
 
     def __post_init__(self) -> None:
-        """Refuse a source without its path."""
+        """Refuse a source without its path, and a share that is none."""
+        if not 0 <= self.slips <= 1:
+            raise RecipeError(f"slips must be in [0, 1], got {self.slips}; correct it")
         if self.kind in ("folder", "huggingface") and not self.path:
             raise RecipeError(f'a source of kind {self.kind!r} needs a path, got none; add path = "…"')
 
@@ -252,9 +255,18 @@ def load_recipe(path: Path | str) -> Recipe:
     Raises:
         RecipeError: the file is absent or wrong; the message names the place, the value and the remedy.
     """
-    table = _with_base(Path(path), ())
-    if isinstance(sites := table.get("sites"), list):
-        table["sites"] = [copy for site in sites for copy in _copies(site)]
+    return recipe_of(_with_base(Path(path), ()))
+
+
+def recipe_of(table: Mapping[str, object]) -> Recipe:
+    """Make a recipe from a table as TOML holds it, without a `base`.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    sites = table.get("sites")
+    if isinstance(sites, list):
+        table = {**table, "sites": [copy for site in sites for copy in _copies(site)]}
     return build(Recipe, table)
 
 

@@ -16,8 +16,7 @@ import pytest
 import typer
 
 from accord.cli import app
-from accord.recipe import Recipe
-from accord.toml import build
+from accord.recipe import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), ROOT / "README.md"])
@@ -46,7 +45,7 @@ def test_python_blocks_run(code, tmp_path):
 
 @pytest.mark.parametrize("code", of_all("toml", "run"))
 def test_recipes_are_recipes(code):
-    build(Recipe, tomllib.loads(code))
+    recipe_of(tomllib.loads(code))
 
 
 def test_there_is_something_to_run():
@@ -64,7 +63,7 @@ def test_tables_of_sources_are_recipes(page):
     """A `[[questions]]` table alone becomes a recipe with one site."""
     for block in blocks(page, "toml"):
         table = tomllib.loads(block["code"])
-        build(Recipe, {"name": "x", "sites": [{"name": "a", "checkpoint": "b"}], **table})
+        recipe_of({"name": "x", "sites": [{"name": "a", "checkpoint": "b"}], **table})
 
 
 def anchors(page):
