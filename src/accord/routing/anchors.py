@@ -1,7 +1,7 @@
 """Ask all sites about a small public set of preference pairs: what `accord.routing.gate` learns from.
 
     N public pairs  →  scores R̄_k(x_n, y_n±)  [N, 2, K]     what every site says, standardised at the site
-                       f(x_n)                  [N, D]        last hidden state of (image, prompt, "")
+                       f(x_n)                  [N, D]        last hidden state of (image, prompt)
                        h(x_n, y_n±)            [N, 2, D]     last hidden state of (image, prompt, answer)
                        z(x_n, y_n±)            [N, 2, K]     logits of the client-id router, where there is one
 
@@ -206,21 +206,16 @@ def _ask_all(
 def _encode(
     encoder: Encoder, asked: Sequence[_Asked], network: RouterNetwork | None, rows_at_once: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return features of the prompts `[Q, D]` and of the distinct answers `[M, D]`, and the network's logits `[M, K]`.
-
-    The empty completion stands before a question's answers, so that one pass gives both.
-    """
+    """Return features of prompts `[Q, D]` and of distinct answers `[M, D]`, and the network's logits `[M, K]`."""
     if network is not None:
         network = network.eval().to(encoder.model.device)
     prompts, answers, logits = [], [], []
-    for span in chunks([1 + len(each.candidates) for each in asked], rows_at_once):
+    for span in chunks([len(each.candidates) for each in asked], rows_at_once):
         chunk = asked[span]
-        texts = [["", *each.candidates] for each in chunk]
-        states, mask = encoder([e.prompt for e in chunk], [load_if_any(e.image) for e in chunk], texts)
-        empty = torch.cat([torch.arange(len(row)) == 0 for row in texts])
-        last = last_states(states, mask)
-        prompts.append(last[empty])
-        answers.append(last[~empty])
+        texts, images = [e.prompt for e in chunk], [load_if_any(e.image) for e in chunk]
+        prompts.append(encoder.before_answers(texts, images))
+        states, mask = encoder(texts, images, [e.candidates for e in chunk])
+        answers.append(last_states(states, mask))
         if network is not None:
-            logits.append(network(states, mask).cpu()[~empty])
+            logits.append(network(states, mask).cpu())
     return torch.cat(prompts), torch.cat(answers), torch.cat(logits) if logits else None

@@ -5,7 +5,7 @@
     anchored      α = softmax_k(a z_k(x) + b_k + w_k · f(x)),
                   L = -log σ(Σ_k α_k (R̄_k(x, y⁺) - R̄_k(x, y⁻))) + λ ((a - 1)² + |b|² + |w|²)          ours, beside MoR
 
-f and h are the frozen encoder's features of (image, prompt) and of (image, prompt, answer), z the log weights of the
+f and h are the frozen encoder's last states at the ends of (image, prompt) and of (image, prompt, answer), z the log weights of the
 client-id router, averaged over the answers to a prompt so that one scale judges them all. The first is Wang et al.
 2024, arXiv 2406.12845; the second the offline stage of BayesianRouter, arXiv 2510.02850. The anchored router is a
 method of this library and of no paper. The client-id router knows domains: it does not tell a good site from a careless

@@ -35,11 +35,11 @@ class PreferenceGate:
     def __call__(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
-        """Return `softmax(g(f(x)))`, `[N, K]`: one forward pass per prompt, with an empty completion."""
+        """Return `softmax(g(f(x)))`, `[N, K]`: one forward pass per prompt."""
         weights = []
         for span in chunks([1] * len(prompts), self.prompts_at_once):
             those = completions[span]
-            features = last_states(*self.encoder(prompts[span], images[span], [[""]] * len(those)))
+            features = self.encoder.before_answers(prompts[span], images[span])
             sizes = torch.tensor([len(c) for c in those])
             weights.append(self.network(features).softmax(dim=-1).repeat_interleave(sizes, dim=0))
         return torch.cat(weights)
@@ -77,19 +77,14 @@ class AnchoredRouter:
     def __call__(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
-        """Return `softmax(a z(x) + b + W f(x))`, `[N, K]`, z averaged over the completions of a prompt.
-
-        One pass of the encoder gives both: the empty completion stands before a prompt's own.
-        """
+        """Return `softmax(a z(x) + b + W f(x))`, `[N, K]`, z averaged over the completions of a prompt."""
         weights = []
-        for span in chunks([1 + len(c) for c in completions], self.router.config.rows_at_once):
-            texts = [["", *c] for c in completions[span]]
-            states, mask = self.encoder(prompts[span], images[span], texts)
-            sizes = [len(row) for row in texts]
-            z = [own[1:].mean(dim=0) for own in log_weights(self.router(states, mask).cpu()).split(sizes)]
-            f = [own[0] for own in last_states(states, mask).split(sizes)]
-            alike = self.network(torch.stack(f), torch.stack(z)).softmax(dim=-1)
-            weights.append(alike.repeat_interleave(torch.tensor(sizes) - 1, dim=0))
+        for span in chunks([len(c) for c in completions], self.router.config.rows_at_once):
+            sizes = [len(c) for c in completions[span]]
+            logits = self.router(*self.encoder(prompts[span], images[span], completions[span])).cpu()
+            z = torch.stack([own.mean(dim=0) for own in log_weights(logits).split(sizes)])
+            alike = self.network(self.encoder.before_answers(prompts[span], images[span]), z).softmax(dim=-1)
+            weights.append(alike.repeat_interleave(torch.tensor(sizes), dim=0))
         return torch.cat(weights)
 
 
