@@ -373,7 +373,6 @@ def pretrain(
 ) -> None:
     """Make the small checkpoints that ship with Accord again, or others for a recipe's questions."""
     from accord.models.pretrain import pretrain_families
-    from accord.models.tiny import FAMILIES
     from accord.pipeline.job import load_questions
     from accord.recipe import load_recipe
 
@@ -385,7 +384,7 @@ def pretrain(
             f"{recipe}: no question has the split 'base', the only one that pre-training reads; "
             "give questions that split, or the source `fractions` such as { base = 0.2, … }"
         )
-    for path in pretrain_families(out, questions, settings.pretrain, family or FAMILIES, quiet=quiet):
+    for path in pretrain_families(out, questions, settings.pretrain, family or (), quiet=quiet):
         typer.echo(path)
 
 

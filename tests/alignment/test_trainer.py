@@ -24,7 +24,7 @@ from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models import prefix
-from accord.models.load import LoraSettings, load_vlm, lora_config
+from accord.models.load import LoraSettings, load_vlm, lora_config, tokenizer_of
 from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
 
 G = 4
@@ -256,9 +256,11 @@ class Routed:
         return letters(prompts, completions)
 
 
-def test_the_router_reads_what_the_reference_has_read(llava, tmp_path, ask, monkeypatch):
+@pytest.mark.parametrize("seeing", [True, False], ids=["images", "text"])
+def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing, tmp_path, ask, monkeypatch):
     """Two of three distinct answers end properly; the third, cut off, is read again. The weights are the same."""
-    reward, tokenizer = Routed(llava), load_vlm(llava)[1].tokenizer
+    checkpoint = llava if seeing else texts_only
+    reward, tokenizer = Routed(checkpoint), tokenizer_of(load_vlm(checkpoint)[1])
     answers = [[*tokenizer(word, add_special_tokens=False)["input_ids"], 2] for word in ("red", "blue")] + [[9, 9]]
 
     def script(self, prompt_ids, *_):
@@ -266,7 +268,10 @@ def test_the_router_reads_what_the_reference_has_read(llava, tmp_path, ask, monk
 
     monkeypatch.setattr(SharedPrefixTrainer, "_generate_single_turn", script)
     questions = [ask(0, "red"), ask(1, "blue"), ask(2, "green", text="how many squares?")]
-    align(*load_vlm(llava), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
+    if not seeing:
+        texts = ("is it red?", "is it blue?", "how many squares?")
+        questions = [dataclasses.replace(q, image=None, text=t) for q, t in zip(questions, texts, strict=True)]
+    align(*load_vlm(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
     assert len(reward.apart) == 2
     for again, all_of_them, apart in reward.apart:
         assert (again, all_of_them) == (3, 9) and apart < 1e-5

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -317,3 +318,15 @@ def test_building_nothing_is_an_error(question):
         build_preferences(
             [question(0)], rejected_per_question=1, generator=random.Random(0), mix=NegativeMix(1, 0, 0, 0)
         )
+
+
+def test_pairs_without_images_travel_to_disk_and_back(tmp_path, pair):
+    """In a file and in a data set: no column of images, and no image block in the prompts."""
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "what is 1 plus 1?"}]}]
+    pairs = [replace(pair(n), prompt=prompt, images=(), question_id="q") for n in range(8)]
+    write_preferences(tmp_path / "pairs.jsonl", pairs)
+    to_dataset(pairs).save_to_disk(tmp_path / "saved")
+    for place in ("pairs.jsonl", "saved"):
+        read = read_preferences(tmp_path / place)
+        assert [each.images for each in read] == [()] * 8 and list(read[0].prompt) == prompt
+        assert read[0].subjects == ("what is 1 plus 1?",)

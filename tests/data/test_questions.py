@@ -300,3 +300,19 @@ def test_reads_real_data_whole(name, n, n_images, n_test):
     assert len(questions) == n and len({q.image for q in questions}) == n_images
     assert Counter(q.split for q in questions)["test"] == n_test
     assert {q.domain for q in questions} == {name} and {q.split for q in questions} == set(SPLITS)
+
+
+def test_questions_without_images_are_split_by_their_words(tmp_path):
+    """The same words in two rows stay together; rows with and without images do not mix."""
+    rows = [{"id": f"{n}", "question": f"what is {n % 20}?", "answer": "1"} for n in range(40)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    questions = split_by_image(read_vqa_folder(tmp_path), {"dev": 0.5, "test": 0.5}, seed=0)
+    assert {q.image for q in questions} == {None} and {q.split for q in questions} == {"dev", "test"}
+    assert all(questions[n].split == questions[n + 20].split for n in range(20))
+    (tmp_path / "questions.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps({**rows[1], "image": "a.png"}))
+    with pytest.raises(DataError, match=r"jsonl:1: column 'image' is missing, which \S*jsonl:2 has"):
+        read_vqa_folder(tmp_path)
+    saved = datasets.Dataset.from_dict({"question": ["what?"], "answer": ["1"]})
+    saved.save_to_disk(tmp_path / "saved")
+    (question,) = read_vqa_dataset(tmp_path / "saved", split="train", image_column=None)
+    assert (question.image, question.text) == (None, "what?")

@@ -98,3 +98,14 @@ def test_parties_that_share_an_image_are_named():
     shared = r"the split 'dev' and site 'x' share 2 images, <image of 1 bytes, .*> among them; .* take it out"
     with pytest.raises(DataError, match=shared):
         check_disjoint({"the split 'dev'": [b"1", b"2"], "the split 'test'": [b"3"], "site 'x'": [b"2", b"1", b"4"]})
+
+
+def test_a_question_without_an_image_is_its_own_words():
+    """20 texts that both sites want go to one each, whatever row they are in; nobody shares one."""
+    questions = [Question(f"{n}", None, f"what is {n % 20}?", "1", "sum", "private") for n in range(40)]
+    sites = share_out(questions, [SiteShare("x"), SiteShare("y")], seed=0)
+    texts = {name: {q.text for q in held} for name, held in sites.items()}
+    assert not texts["x"] & texts["y"] and len(texts["x"] | texts["y"]) == 20
+    check_disjoint({name: [q.subject for q in held] for name, held in sites.items()})
+    with pytest.raises(DataError, match=r"a and b share 1 questions, 'what is 3\?' among them"):
+        check_disjoint({"a": ["what is 3?"], "b": [questions[3].subject]})

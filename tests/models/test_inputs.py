@@ -2,8 +2,10 @@ import pytest
 import torch
 from PIL import Image
 
+from accord.data.images import load_image
+from accord.errors import DataError
 from accord.models.inputs import Batch, build_batch, chunks, completion_text, model_inputs, prompt_text
-from accord.models.load import LoraSettings, add_lora, load_vlm
+from accord.models.load import LoraSettings, add_lora, load_vlm, tokenizer_of
 from accord.types import vqa_prompt
 
 PROMPTS = [vqa_prompt("what colour is it?"), vqa_prompt("is it red?"), vqa_prompt("how many squares are there here?")]
@@ -195,3 +197,21 @@ def test_chunks_keep_a_prompts_rows_together():
     """Limit 5: 2 + 3 fit, 4 starts anew, 9 stays whole, 1 + 0 follow."""
     assert list(chunks([2, 3, 4, 9, 1, 0], 5)) == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 6)]
     assert list(chunks([], 5)) == []
+
+
+def test_questions_without_images_make_rows_of_text_alone(texts_only, llava, square):
+    """A text-only model and one that sees take the same rows; its template gets plain text, of every block."""
+    prompts = [[{"role": "user", "content": [{"type": "text", "text": t} for t in ("what ", each)]}] for each in "ab"]
+    for checkpoint in (texts_only, llava):
+        _, processor = load_vlm(checkpoint)
+        batch = build_batch(processor, prompts, [None, None], [["red", "blue"], ["one"]])
+        assert batch.image_inputs == {} and batch.prompt_index.tolist() == [0, 0, 1]
+        shown = [ids[mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
+        texts = [tokenizer_of(processor).decode(ids) for ids in shown]
+        assert texts == ["<s>what a\nred</s>", "<s>what a\nblue</s>", "<s>what b\none</s>"]
+    picture = load_image(square("red"))
+    with pytest.raises(DataError, match="1 of 2 prompts have an image"):
+        build_batch(processor, prompts, [picture, None], [["red"], ["one"]])
+    _, tokenizer = load_vlm(texts_only)
+    with pytest.raises(DataError, match="a text-only model was asked about an image"):
+        build_batch(tokenizer, [vqa_prompt("what?")], [picture], [["red"]])

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from accord.models.load import load_vlm, parameter_count
-from accord.models.tiny import FAMILIES, build_tiny, train_tokenizer
+from accord.models.load import load_vlm, parameter_count, save_vlm
+from accord.models.tiny import FAMILIES, TEXT_FAMILIES, build_tiny, train_tokenizer
 
 TEXTS = ["what colour is it?", "red", "blue"]
 
@@ -31,7 +31,7 @@ def test_the_tokenizer_depends_on_its_texts_alone():
     assert first.get_vocab() == again.get_vocab()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *TEXT_FAMILIES])
 def test_weights_depend_on_the_seed_alone(family, tokenizer, tiny_config):
     torch.manual_seed(0)
     first, _ = build_tiny(family, tokenizer, tiny_config, seed=7)
@@ -61,3 +61,15 @@ def test_the_auto_classes_load_what_was_saved(family, checkpoints, tiny_config):
 def test_the_three_families_differ(checkpoints):
     models = [load_vlm(checkpoint)[0] for checkpoint in checkpoints.values()]
     assert len({(type(m).__name__, m.config.get_text_config().model_type) for m in models}) == 3
+
+
+@pytest.mark.parametrize("family", TEXT_FAMILIES)
+def test_a_text_only_model_reads_as_it_was_built_and_numbers_by_their_digits(family, tokenizer, tiny_config, tmp_path):
+    built, own = build_tiny(family, tokenizer, tiny_config, seed=0)
+    model, processor = load_vlm(save_vlm(built, own, tmp_path / family))
+    assert type(model) is type(built) and tokenizer.chat_template is None
+    for text in ("is it red? 4096", "Ünïcode\n 12+7", "one 10two"):
+        assert processor(text)["input_ids"] == own(text)["input_ids"]
+        assert processor.decode(processor(text)["input_ids"]) == text
+    pieces = processor.tokenize("one 10")
+    assert pieces[-2:] == ["1", "0"]

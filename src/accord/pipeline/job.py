@@ -87,7 +87,7 @@ def read_source(source: Source) -> list[Question]:
     if source.kind == "easy-vqa":
         return load_easy_vqa(fine_types=source.fine_types, compositions=source.compositions)
     if source.kind == "arithmetic":
-        return load_arithmetic()
+        return load_arithmetic(slips=source.slips)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
     return read_vqa_dataset(
