@@ -99,7 +99,7 @@ def test_anchors_go_when_a_site_is_trained_again(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     with (job := open_job(tmp_path / "run")).run:
         compare(job, "anchored")
-        assert (job.path / "anchors" / "anchors.safetensors").is_file()
+        assert (job.path / "anchors" / "public-pairs.safetensors").is_file()
         with replace(job).doing("site colour"):
             pass
         assert not (job.path / "anchors").exists() and not job.run.done("compare anchored")

@@ -63,7 +63,7 @@ def public_anchors(job: Job) -> Anchors:
     Raises:
         DataError: no question has the split `base`.
     """
-    file = job.path / "anchors" / "anchors.safetensors"
+    file = job.path / "anchors" / "public-pairs.safetensors"
     bytes_file = file.with_name("traffic.json")
     if not (file.is_file() and bytes_file.is_file()):
         base = job.questions.get("base", [])

@@ -5,12 +5,12 @@
     anchored      α = softmax_k(a z_k(x) + b_k + w_k · f(x)),
                   L = -log σ(Σ_k α_k (R̄_k(x, y⁺) - R̄_k(x, y⁻))) + λ ((a - 1)² + |b|² + |w|²)          ours, beside MoR
 
-f and h are the frozen encoder's last states at the ends of (image, prompt) and of (image, prompt, answer), z the log weights of the
-client-id router, averaged over the answers to a prompt so that one scale judges them all. The first is Wang et al.
-2024, arXiv 2406.12845; the second the offline stage of BayesianRouter, arXiv 2510.02850. The anchored router is a
-method of this library and of no paper. The client-id router knows domains: it does not tell a good site from a careless
-one of the same domain, and outside all domains its answer is arbitrary. There the anchors decide; the quadratic pull,
-whose strength λ the anchors choose by cross-validation, leaves it as it is where they say nothing.
+f and h are the frozen encoder's last states at the ends of (image, prompt) and of (image, prompt, answer), z the log
+weights of the client-id router, averaged over the answers to a prompt so that one scale judges them all. The first is
+Wang et al. 2024, arXiv 2406.12845; the second the offline stage of BayesianRouter, arXiv 2510.02850. The anchored
+router is a method of this library and of no paper. The client-id router knows domains: it does not tell a good site
+from a careless one of the same domain, and outside all domains its answer is arbitrary. There the anchors decide; the
+quadratic pull, whose strength λ the anchors choose by cross-validation, leaves it as it is where they say nothing.
 
 Bradley-Terry looks at margins and not at ranks alone: of two sites that are right alike it prefers the one with the
 larger gaps, and where all are noise it averages them. Scores that a site clipped to one value have no gap and teach
