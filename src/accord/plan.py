@@ -22,6 +22,9 @@ IMAGE_BYTES = 150_000
 """A photograph of about one megapixel as JPEG, where the data is not at hand."""
 
 
+WITHOUT_PATH = {"easy-vqa": "from the package easy-vqa", "arithmetic": "made here"}
+"""Where the questions of a source come from that needs no path."""
+
 TRAINED, FROZEN, REFERENCE = 16, 2, 4
 """Bytes per parameter."""
 
@@ -83,7 +86,7 @@ def describe(recipe: Recipe) -> str:
         f"plan of {recipe.name}, seed {recipe.seed}",
         "",
         "questions",
-        *[f"  {s.kind:<12} {s.path or 'from the package easy-vqa'}" for s in recipe.questions],
+        *[f"  {s.kind:<12} {s.path or WITHOUT_PATH.get(s.kind, '')}" for s in recipe.questions],
         "",
         f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} memory while training, without activations",
     ]

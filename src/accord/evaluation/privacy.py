@@ -33,7 +33,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d, cosine_similarity
 
-from accord.data.images import load_image
+from accord.data.images import load_if_any
 from accord.errors import DataError, check_least, check_positive
 from accord.models.inputs import Batch, shared_inputs
 from accord.rewards.model import RewardModel, Standardisation
@@ -80,7 +80,7 @@ def pair_scores(model: RewardModel, pairs: Sequence[PreferencePair], *, pairs_at
         chunk = pairs[start : start + pairs_at_once]
         scores += model.score(
             [pair.prompt for pair in chunk],
-            [load_image(pair.images[0]) for pair in chunk],
+            [load_if_any(pair.image) for pair in chunk],
             [[pair.chosen, pair.rejected] for pair in chunk],
         )
     return torch.stack(scores).double()

@@ -45,7 +45,7 @@ class _Example:
     """One card of the gallery, ready to show."""
 
     row: GalleryRow
-    image: str
+    image: str | None
     small: bool
     before_right: bool
     after_right: bool
@@ -219,9 +219,15 @@ def _traffic_totals(traffic: Sequence[TrafficRow]) -> TrafficRow:
 
 
 def _example(run: Path, row: GalleryRow) -> _Example:
-    path = (run / row.image).resolve()
+    image, small = (None, False) if row.image is None else _picture(run, row.image)
+    return _Example(row, image, small, _same(row.before, row.answer), _same(row.after, row.answer))
+
+
+def _picture(run: Path, name: str) -> tuple[str, bool]:
+    """Return a gallery image as a data URI, and whether it is small."""
+    path = (run / name).resolve()
     if not path.is_relative_to(run.resolve()):
-        raise RunError(f"gallery image {row.image!r} lies outside the run folder {run}; put it into {run / 'gallery'}")
+        raise RunError(f"gallery image {name!r} lies outside the run folder {run}; put it into {run / 'gallery'}")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -231,14 +237,9 @@ def _example(run: Path, row: GalleryRow) -> _Example:
     kind = next((kind for magic, kind in _IMAGE_TYPES.items() if data.startswith(magic)), None)
     if kind is None:
         raise RunError(f"gallery image {path} begins {data[:8]!r}, which is neither PNG nor JPEG; store it as PNG")
-    return _Example(
-        row=row,
-        image=f"data:{kind};base64,{base64.b64encode(data).decode()}",
-        # A PNG's header holds its width at byte 16; a thumbnail's pixels are shown as pixels, not smeared.
-        small=kind == "image/png" and int.from_bytes(data[16:20]) < 128,
-        before_right=_same(row.before, row.answer),
-        after_right=_same(row.after, row.answer),
-    )
+    # A PNG's header holds its width at byte 16; a thumbnail's pixels are shown as pixels, not smeared.
+    small = kind == "image/png" and int.from_bytes(data[16:20]) < 128
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}", small
 
 
 def _same(given: str, reference: str) -> bool:

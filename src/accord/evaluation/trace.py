@@ -43,7 +43,7 @@ class SiteScores:
 class GalleryRow:
     """One question of the gallery: both answers, the routing weights and every site's scores."""
 
-    image: str
+    image: str | None  # None: the question is without one
     question: str
     answer: str
     question_type: str
