@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from accord.data.easy_vqa import EASY_VQA_ANSWERS, load_easy_vqa, type_of
 from accord.models.inputs import build_batch, model_inputs
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.types import vqa_prompt
 
 arguments = argparse.ArgumentParser(description="the whole method in one file")
@@ -145,7 +145,7 @@ def shown(by_type):
     return "  ".join(f"{kind} {value:.1%}" for kind, value in by_type.items()) + f"  macro {macro:.1%}"
 
 
-base, base_processor = load_vlm(POLICY)
+base, base_processor = load_model(POLICY)
 before = accuracy(base, base_processor)
 say(f"base       {shown(before)}")
 
@@ -177,7 +177,7 @@ def candidates(question, said, rejected):
 class RewardModel(nn.Module):
     def __init__(self, checkpoint):
         super().__init__()
-        self.vlm, self.processor = load_vlm(checkpoint)
+        self.vlm, self.processor = load_model(checkpoint)
         self.head = nn.Linear(self.vlm.config.get_text_config().hidden_size, 1)
         self.mean, self.deviation = 0.0, 1.0
 
@@ -397,7 +397,7 @@ dataset = Dataset.from_dict(
     {"prompt": [[{"role": "user", "content": q.text}] for q in turns], "image": [str(q.image) for q in turns]}
 ).cast_column("image", ImageFeature())
 
-policy, processor = load_vlm(POLICY)
+policy, processor = load_model(POLICY)
 with tempfile.TemporaryDirectory() as scratch:
     trainer = GRPOTrainer(
         model=policy,

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import PreTrainedModel, ProcessorMixin
 
 from accord.data.easy_vqa import load_easy_vqa
-from accord.models.load import load_vlm, save_vlm
+from accord.models.load import load_model, save_model
 from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.types import PreferencePair, Question, vqa_prompt
 
@@ -57,7 +57,7 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture
 def vlm(family: Family, checkpoints: dict[Family, str]) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A fresh copy of each family's model, with its processor."""
-    return load_vlm(checkpoints[family])
+    return load_model(checkpoints[family])
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def llava(checkpoints: dict[Family, str]) -> str:
 def texts_only(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> str:
     """An untrained checkpoint of a text-only model."""
     model, tokenizer = build_tiny("text-qwen2", train_tokenizer(TEXTS, vocab_size=300), tiny_config, seed=0)
-    return save_vlm(model, tokenizer, tmp_path_factory.mktemp("texts") / "text-qwen2")
+    return save_model(model, tokenizer, tmp_path_factory.mktemp("texts") / "text-qwen2")
 
 
 def square(colour: str, size: tuple[int, int] = (32, 32)) -> bytes:

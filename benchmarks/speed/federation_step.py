@@ -41,7 +41,7 @@ from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.easy_vqa import load_easy_vqa
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import ScoreRange, Site
-from accord.models.load import load_vlm, parameter_count
+from accord.models.load import load_model, parameter_count
 from accord.models.tiny import FAMILIES
 from accord.recipe import Recipe, SiteConfig, load_recipe
 from accord.rewards.model import RewardModel
@@ -95,7 +95,7 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
         torch.manual_seed(0)
         judges = {s.name: RewardModel.from_checkpoint(s.checkpoint).eval() for s in recipe.sites}
         network, scores = None, ScoreRange()
-    encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
+    encoder = Encoder(*load_model(recipe.policy.checkpoint))
     learned = LearnedRouter(encoder, network or RouterNetwork(encoder.features, len(judges), recipe.router))
 
     def in_turn(*args: object) -> torch.Tensor:
@@ -120,7 +120,7 @@ def run_arm(
     reward: Callable[..., list[float | None]], checkpoint: str, config: AlignmentConfig, encoder: Encoder | None
 ) -> list[float]:
     """Return the seconds of every step but the first."""
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     questions = [q for q in load_easy_vqa() if q.split == "public"]
     data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0))
     times = StepTimes()
@@ -190,7 +190,7 @@ def main() -> None:
     )
     print(
         f"P = {options.prompts}, G = {options.group}, policy {checkpoint} "
-        f"({parameter_count(load_vlm(checkpoint)[0]) / 1e6:.2f} M), K = {len(reward.engine.sites)}, {of}; "
+        f"({parameter_count(load_model(checkpoint)[0]) / 1e6:.2f} M), K = {len(reward.engine.sites)}, {of}; "
         f"medians of n = {n} steps per arm, {options.rounds} rounds A B C D\n"
     )
     print("| per GRPO step | seconds | share of the federated step |")

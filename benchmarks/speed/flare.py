@@ -52,7 +52,7 @@ from accord.flare.frames import listen, receive_frame, send_frame, socket_folder
 from accord.flare.kit import kit_of, start_command, start_environment
 from accord.flare.launch import Production
 from accord.flare.provision import Consortium, Member, Server, provision
-from accord.models.load import LoraSettings, add_lora, load_vlm
+from accord.models.load import LoraSettings, add_lora, load_model
 from accord.models.tiny import FAMILIES
 from accord.rewards.model import RewardModel
 
@@ -230,7 +230,7 @@ def count_bytes(options: argparse.Namespace) -> None:
     )
     steps.run_arm(reward, "accord/llava-clip-llama", config, reward.router.encoder)
     sent = sum(c.bytes_to_site + c.bytes_from_site for c in reward.engine.traffic.counts.values())
-    model, _ = load_vlm("accord/llava-clip-llama")
+    model, _ = load_model("accord/llava-clip-llama")
     adapted = add_lora(model, LoraSettings(rank=4))
     adapter = sum(p.numel() * 2 for p in adapted.parameters() if p.requires_grad)  # bfloat16, as in the paper
     each = options.steps

@@ -43,7 +43,7 @@ from transformers.utils import logging
 from accord.alignment.grpo import AlignmentConfig, grpo_config
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.models.inputs import prompt_text
-from accord.models.load import load_vlm, save_vlm
+from accord.models.load import load_model, save_model
 from accord.models.tiny import TinyConfig, build_tiny
 from accord.types import vqa_prompt
 
@@ -82,13 +82,13 @@ def policy(work: Work, folder: Path) -> str:
         return "accord/llava-clip-llama"
     side = GRID[work.prefix] * PATCH
     shape = TinyConfig(image_size=side, patch_size=PATCH, max_positions=2048, **SHAPES[work.size])
-    tokenizer = load_vlm("accord/llava-clip-llama")[1].tokenizer
-    return save_vlm(*build_tiny("llava-clip-llama", tokenizer, shape, seed=0), folder / "policy")
+    tokenizer = load_model("accord/llava-clip-llama")[1].tokenizer
+    return save_model(*build_tiny("llava-clip-llama", tokenizer, shape, seed=0), folder / "policy")
 
 
 def questions(work: Work, checkpoint: str, count: int) -> tuple[Dataset, int]:
     """Return prompts of about P tokens with one random picture each, and the true P."""
-    _, processor = load_vlm(checkpoint)
+    _, processor = load_model(checkpoint)
     side = GRID[work.prefix] * PATCH if work.prefix else 64
     pixels = np.random.default_rng(0)
     pictures = [Image.fromarray(pixels.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
@@ -109,7 +109,7 @@ def letters(prompts, completions, **_) -> list[float]:
 
 
 def trainer_for(work: Work, checkpoint: str, data: Dataset, scratch: Path, *, shared: bool) -> SharedPrefixTrainer:
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     large = work.size != "small"
     if large and torch.cuda.is_available():
         model = model.to(torch.bfloat16)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from accord.models.inputs import build_batch, prompt_text
-from accord.models.load import load_vlm, parameter_count
+from accord.models.load import load_model, parameter_count
 from accord.models.tiny import FAMILIES, TinyConfig, build_tiny
 from accord.rewards.model import RewardModel
 from accord.types import vqa_prompt
@@ -51,7 +51,7 @@ def models() -> dict[str, RewardModel]:
     found = {}
     for seed, family in enumerate(FAMILIES):
         torch.manual_seed(seed)
-        found[family] = RewardModel(*load_vlm(f"accord/{family}"))
+        found[family] = RewardModel(*load_model(f"accord/{family}"))
     tokenizer = found["llava-clip-llama"].processor.tokenizer
     found["larger llava-clip-llama"] = RewardModel(*build_tiny("llava-clip-llama", tokenizer, LARGER, seed=9))
     return {name: model.eval().requires_grad_(False) for name, model in found.items()}

@@ -25,7 +25,7 @@ from accord.errors import DataError, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models.inputs import build_batch, model_inputs
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.online import OnlineRouter
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
@@ -117,7 +117,7 @@ def anchors(prefer, square):
 
 def test_accuracy_on_anchors(llava, anchors):
     """Of a pair and its opposite exactly one is right; taught the chosen answers, the policy gets both others right."""
-    model, processor = load_vlm(llava, trainable=True)
+    model, processor = load_model(llava, trainable=True)
     signal = AnchorChange(processor, anchors, pairs_at_once=2)
     assert signal.measure(model.train()) in (1 / 3, 2 / 3) and model.training
     assert AnchorChange(processor, [anchors[0], anchors[2]]).measure(model.eval()) == 0.5 and not model.training
@@ -137,7 +137,7 @@ def test_accuracy_on_anchors(llava, anchors):
 
 def test_when_anchors_answer(llava, anchors, monkeypatch):
     """Every 2 steps; nothing to compare with at first; then as it was, up, down."""
-    _, processor = load_vlm(llava)
+    _, processor = load_model(llava)
     measured = iter([0.5, 0.5, 0.75, 0.25])
     monkeypatch.setattr(AnchorChange, "measure", lambda self, model: next(measured))
     early, late = (AnchorChange(processor, anchors, every=2) for _ in range(2))
@@ -148,7 +148,7 @@ def test_when_anchors_answer(llava, anchors, monkeypatch):
 
 
 def test_anchors_that_cannot_be_used(llava, prefer, square):
-    _, processor = load_vlm(llava)
+    _, processor = load_model(llava)
     with pytest.raises(DataError, match="0 anchors; give AnchorChange public preference pairs"):
         AnchorChange(processor, [])
     with pytest.raises(DataError, match="the anchor of question 'q3' has 2 images, and AnchorChange takes one"):
@@ -189,7 +189,7 @@ def federation(llava):
     def make(seed=0):
         torch.manual_seed(0)
         network = RouterNetwork(32, 2, RouterConfig(layers=1, width=8, heads=2))
-        router = OnlineRouter(Encoder(*load_vlm(llava)), network, seed=seed)
+        router = OnlineRouter(Encoder(*load_model(llava)), network, seed=seed)
         return FederatedReward(InProcessEngine({"long": judge(1.0), "short": judge(-1.0)}), router), router
 
     return make
@@ -207,7 +207,7 @@ def stock(llava, square, tmp_path):
 
     def train(reward, callback, **changes):
         settings = {"logging_steps": 1, "max_steps": 4, **changes}
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=reward,
@@ -257,7 +257,7 @@ def test_the_router_learns_in_stock_trl(federation, stock, anchors, llava):
             waiting.append((len(router.arms), r))
             return r
 
-    update = OnlineUpdate(router, Watch(load_vlm(llava)[1], anchors, every=2))
+    update = OnlineUpdate(router, Watch(load_model(llava)[1], anchors, every=2))
     untouched = router.inverse.clone()
     trainer = stock(reward, update)
     counts = [count for count, _ in waiting]
@@ -303,13 +303,13 @@ def test_a_resumed_alignment_learns_the_same(federation, llava, ask, anchors, tm
 
     def run(folder, last=math.inf, known=None):
         reward, router = federation()
-        told = LossSign() if signal == "sign" else AnchorChange(load_vlm(llava)[1], anchors, every=1)
+        told = LossSign() if signal == "sign" else AnchorChange(load_model(llava)[1], anchors, every=1)
         update, records = OnlineUpdate(router, told), []
         if known is not None:
             update.load_state_dict(load(known))
         keep = Keep(update, last)
         align(
-            *load_vlm(llava),
+            *load_model(llava),
             questions,
             reward,
             settings,

@@ -21,7 +21,7 @@ from accord.alignment.grpo import (
 )
 from accord.data.images import load_image
 from accord.errors import DataWarning, RecipeError
-from accord.models.load import LoraSettings, load_vlm, placeholder_tokens, save_vlm
+from accord.models.load import LoraSettings, load_model, placeholder_tokens, save_model
 
 QUICK = AlignmentConfig(
     steps=2,
@@ -64,7 +64,14 @@ def run(llava, questions, tmp_path):
         torch.manual_seed(int.from_bytes(random.randbytes(4)))  # what was drawn before must not matter
         records = []
         policy = align(
-            *load_vlm(llava), questions, reward, config, seed=seed, out=tmp_path / "out", log=records.append, **settings
+            *load_model(llava),
+            questions,
+            reward,
+            config,
+            seed=seed,
+            out=tmp_path / "out",
+            log=records.append,
+            **settings,
         )
         return policy, records
 
@@ -176,16 +183,16 @@ def test_two_steps(run, llava):
         assert all(math.isfinite(v) for v in record.values() if isinstance(v, float))
         assert not any("time" in name or "second" in name for name in record)
     assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[1]["kl"] > 0
-    assert not torch.equal(flat(policy), flat(load_vlm(llava)[0]))
+    assert not torch.equal(flat(policy), flat(load_model(llava)[0]))
 
 
 def test_a_bfloat16_checkpoint_moves_at_a_small_learning_rate(llava, questions, tmp_path):
     """AdamW's first step is as long as the learning rate; the reference is float32 as well, so the first KL is 0."""
-    model, processor = load_vlm(llava)
-    checkpoint = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
+    model, processor = load_model(llava)
+    checkpoint = save_model(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
     records = []
     policy = align(
-        *load_vlm(checkpoint, trainable=True),
+        *load_model(checkpoint, trainable=True),
         questions,
         lambda prompts, completions, **_: [0.0, 1.0, 2.0] * 2,
         config(steps=1, learning_rate=1e-6),
@@ -238,7 +245,7 @@ def test_parts_of_a_step_add_up(run, llava):
     whole, (at_once,) = run(config(steps=1))
     parts, (in_parts,) = run(config(steps=1, completions_per_device=3))
     assert at_once["reward"] == pytest.approx(in_parts["reward"])
-    assert (flat(whole) - flat(parts)).abs().mean() < 0.02 * (flat(whole) - flat(load_vlm(llava)[0])).abs().mean()
+    assert (flat(whole) - flat(parts)).abs().mean() < 0.02 * (flat(whole) - flat(load_model(llava)[0])).abs().mean()
 
 
 def test_the_curve(run):
@@ -255,7 +262,7 @@ def test_the_curve(run):
 def test_an_adapter_comes_back_merged(run, llava):
     """An ordinary model of the same class, changed in its language layers only."""
     policy, records = run(config(lora=LoraSettings(rank=2, alpha=4)))
-    base = load_vlm(llava)[0]
+    base = load_model(llava)[0]
     assert type(policy) is type(base) and len(records) == 2 and records[1]["kl"] > 0
     after, before = policy.state_dict(), base.state_dict()
     assert after.keys() == before.keys()
@@ -298,7 +305,7 @@ def test_training_mutes_placeholders(run):
 
 def test_a_head_with_a_bias_gets_it_back(llava):
     """And None, TRL's word for no reference, is passed over."""
-    model, _ = load_vlm(llava)
+    model, _ = load_model(llava)
     head = model.get_output_embeddings()
     head.bias = torch.nn.Parameter(torch.randn(head.out_features))
     before = head.bias.detach().clone()

@@ -18,7 +18,7 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
 from accord.federation.ranks import OneConnection
 from accord.federation.site import ScoreRange, Site
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.rewards.model import RewardModel
 from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
@@ -566,7 +566,7 @@ class TestInStockTrl:
             for name, family in (("colour", "llava-siglip-qwen2"), ("number", "idefics3"))
         }
         router = LearnedRouter(
-            Encoder(*load_vlm(checkpoints["llava-clip-llama"])),
+            Encoder(*load_model(checkpoints["llava-clip-llama"])),
             RouterNetwork(32, 2, RouterConfig(layers=1, width=8, heads=2)),
         )
         return Spy(**{name: site.answer for name, site in sites.items()}), router
@@ -586,7 +586,7 @@ class TestInStockTrl:
     @absent
     def test_an_absent_site_moves_nothing(self, prompts, llava, tmp_path, caplog):
         """One site says 1 to every answer and the other is gone. As zeros the absent half would make advantages."""
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         halves = itertools.cycle([[1.0, 0.0], [0.0, 1.0]])
 
@@ -613,7 +613,7 @@ class TestInStockTrl:
     def test_two_steps(self, federation, prompts, llava, tmp_path, mode):
         """2 prompts with 4 completions a step: rewards reach the trainer, the policy moves, and KL is measured."""
         engine, router = federation
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         trainer = GRPOTrainer(
             model=model,

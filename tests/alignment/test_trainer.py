@@ -24,7 +24,7 @@ from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models import prefix
-from accord.models.load import LoraSettings, load_vlm, lora_config, tokenizer_of
+from accord.models.load import LoraSettings, load_model, lora_config, tokenizer_of
 from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
 
 G = 4
@@ -111,14 +111,14 @@ def test_loss_and_gradient_are_those_of_full_rows(vlm, make, monkeypatch, lora, 
 @pytest.mark.parametrize("skips", [False, True], ids=["dense", "skips"])
 def test_gradient_checkpointing(llava, make, monkeypatch, skips):
     monkeypatch.setattr(prefix, "_worth_skipping", lambda *_: skips)
-    (loss, gradient), (full_loss, full_gradient), _ = compare(make(*load_vlm(llava), gradient_checkpointing=True))
+    (loss, gradient), (full_loss, full_gradient), _ = compare(make(*load_model(llava), gradient_checkpointing=True))
     assert loss == approx(full_loss, abs=1e-5)
     torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
 
 
 def test_micro_batches_hold_whole_groups_and_add_up(llava, make):
     """12 completions in micro-batches of 4: each holds the 4 of one prompt, however TRL shuffled them."""
-    trainer = make(*load_vlm(llava), completions_per_device=G)
+    trainer = make(*load_model(llava), completions_per_device=G)
     rollouts(trainer)
     parts = [part["prompt_of"].tolist() for part in trainer._buffered_inputs]
     assert sorted(parts) == [[0] * G, [1] * G, [2] * G]
@@ -131,7 +131,7 @@ def test_micro_batches_hold_whole_groups_and_add_up(llava, make):
 def test_the_image_is_encoded_once_a_prompt(llava, make):
     """3 prompts × 4 completions: the vision tower sees 3 images where the stock trainer shows it 12."""
     for shared, images in ((True, {3}), (False, {12})):
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         seen = []
         model.model.vision_tower.register_forward_pre_hook(lambda module, given, seen=seen: seen.append(len(given[0])))
         trainer = make(model, processor, shared=shared)
@@ -141,7 +141,7 @@ def test_the_image_is_encoded_once_a_prompt(llava, make):
 
 
 def test_the_processor_runs_once_a_prompt(llava, make, monkeypatch):
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     trainer = make(model, processor)
     processed = []
     run = type(processor.image_processor).__call__
@@ -162,13 +162,13 @@ def test_reward_functions_see_the_image_column(llava, make):
         columns.append([picture.size for picture in image])
         return letters(prompts, completions)
 
-    rollouts(make(*load_vlm(llava), reward=reward))
+    rollouts(make(*load_model(llava), reward=reward))
     assert columns == [[(32, 32)] * 12]
 
 
 def test_a_model_that_differs_is_trained_with_full_rows(llava, make, monkeypatch):
     """A layer that mixes in the neighbour on the left, as no decoder does by its mask, breaks in a packed row."""
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
 
     def mix(module, inputs, output):
         return output + 20 * output.roll(1, dims=1)
@@ -193,7 +193,7 @@ def test_training_both_ways_ends_alike(llava, make, monkeypatch):
     monkeypatch.setattr(SharedPrefixTrainer, "_generate_single_turn", script)
     ended = []
     for shared in (True, False):
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         before = flat(model)
         trainer = make(model, processor, shared=shared, learning_rate=0.5)
         trainer.args.optim = "sgd"
@@ -220,7 +220,7 @@ def test_a_text_only_policy(checkpoints, make, tmp_path):
 
 def test_lora_keeps_its_reference(llava, make):
     """Without a step taken the policy is its reference: log-probabilities agree, and so KL is 0."""
-    trainer = make(*load_vlm(llava), lora=LoraSettings(rank=2))
+    trainer = make(*load_model(llava), lora=LoraSettings(rank=2))
     assert isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     batch = rollouts(trainer)
     with torch.no_grad():
@@ -235,7 +235,7 @@ class Routed:
     __name__ = "routed"
 
     def __init__(self, checkpoint):
-        self.router = LearnedRouter(Encoder(*load_vlm(checkpoint)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
+        self.router = LearnedRouter(Encoder(*load_model(checkpoint)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
         self.reward = FederatedReward(
             InProcessEngine({name: lambda request: ScoreReply(request.id, []) for name in "ab"}), self.router
         )
@@ -260,7 +260,7 @@ class Routed:
 def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing, tmp_path, ask, monkeypatch):
     """Two of three distinct answers end properly; the third, cut off, is read again. The weights are the same."""
     checkpoint = llava if seeing else texts_only
-    reward, tokenizer = Routed(checkpoint), tokenizer_of(load_vlm(checkpoint)[1])
+    reward, tokenizer = Routed(checkpoint), tokenizer_of(load_model(checkpoint)[1])
     answers = [[*tokenizer(word, add_special_tokens=False)["input_ids"], 2] for word in ("red", "blue")] + [[9, 9]]
 
     def script(self, prompt_ids, *_):
@@ -271,7 +271,7 @@ def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing,
     if not seeing:
         texts = ("is it red?", "is it blue?", "how many squares?")
         questions = [dataclasses.replace(q, image=None, text=t) for q, t in zip(questions, texts, strict=True)]
-    align(*load_vlm(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
+    align(*load_model(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
     assert len(reward.apart) == 2
     for again, all_of_them, apart in reward.apart:
         assert (again, all_of_them) == (3, 9) and apart < 1e-5
@@ -334,7 +334,7 @@ def test_the_question_goes_on_beside_the_reference(llava, make, shared):
         return reward(*rows, **columns)
 
     finished.__wrapped__ = reward  # as `accord.alignment.grpo.finite` leaves it
-    trainer = make(*load_vlm(llava), reward=finished, shared=shared)
+    trainer = make(*load_model(llava), reward=finished, shared=shared)
     trainer._check = lambda *_: None
     under_way = []
 
@@ -352,7 +352,7 @@ def test_an_early_question_changes_no_bit(llava, make, lora):
     """Two steps with and without: the same rewards and the same weights; only the thread that asked differs."""
     ended = []
     for early in (True, False):
-        engine, model = Timed(), load_vlm(llava)
+        engine, model = Timed(), load_model(llava)
         reward = FederatedReward(engine, halves, mode="soft")
         noted = without_start(reward)
         if early:
@@ -370,7 +370,7 @@ def test_what_is_raised_meanwhile_stops_the_step(llava, make):
         def ask(self, requests, *, deadline=None):
             raise RunError("no site for an hour")
 
-    trainer = make(*load_vlm(llava), reward=FederatedReward(Down(), halves))
+    trainer = make(*load_model(llava), reward=FederatedReward(Down(), halves))
     with pytest.raises(RunError, match="no site for an hour"):
         rollouts(trainer)
 
@@ -380,16 +380,18 @@ def test_a_router_that_reads_with_the_reference_comes_after_it(llava, tmp_path, 
     questions = [ask(0, "red"), ask(1, "blue")]
     for shared, in_thread in ((True, True), (False, False)):
         engine = Timed()
-        router = LearnedRouter(Encoder(*load_vlm(llava)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
+        router = LearnedRouter(Encoder(*load_model(llava)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
         config = dataclasses.replace(SETTINGS, shared_prefix=shared)
-        align(*load_vlm(llava), questions, FederatedReward(engine, router), config, seed=0, out=tmp_path / str(shared))
+        align(
+            *load_model(llava), questions, FederatedReward(engine, router), config, seed=0, out=tmp_path / str(shared)
+        )
         assert [in_main for *_, in_main in engine.spans] == [in_thread] * 2
 
 
 def test_another_encoder_reads_for_itself(llava, checkpoints):
-    assert reference_encoder(Routed(llava), load_vlm(llava)[0]) is not None
-    assert reference_encoder(Routed(llava), load_vlm(checkpoints["idefics3"])[0]) is None
-    assert reference_encoder(letters, load_vlm(llava)[0]) is None
+    assert reference_encoder(Routed(llava), load_model(llava)[0]) is not None
+    assert reference_encoder(Routed(llava), load_model(checkpoints["idefics3"])[0]) is None
+    assert reference_encoder(letters, load_model(llava)[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,7 @@ def test_another_encoder_reads_for_itself(llava, checkpoints):
 )
 def test_rollouts_that_ask_for_more_are_stock_ones(llava, make, told, own, shared):
     """Whatever TRL or the model's own settings ask beyond what the shared way knows: `generate` does it."""
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     for name, value in own.items():
         setattr(model.generation_config, name, value)
     trainer = make(model, processor)
@@ -427,7 +429,7 @@ def test_a_processor_that_is_not_known_makes_the_whole_batch_stock(llava, make, 
         seen.append(len(image))
         return letters(prompts, completions)
 
-    trainer = make(*load_vlm(llava), reward=reward)
+    trainer = make(*load_model(llava), reward=reward)
     real = GRPOTrainer._tokenize_prompts
 
     def odd(self, prompts):
@@ -442,7 +444,7 @@ def test_a_processor_that_is_not_known_makes_the_whole_batch_stock(llava, make, 
 
 def test_a_batch_that_shows_nothing_is_no_comparison(llava, make):
     """Every completion cut off and masked: the two ways are compared on the next batch."""
-    trainer = make(*load_vlm(llava), max_completion_length=1)
+    trainer = make(*load_model(llava), max_completion_length=1)
     trainer.mask_truncated_completions = True
     trainer.eos_token_ids = [1]
     rollouts(trainer)
@@ -454,7 +456,7 @@ def test_what_was_refuted_is_not_remembered(llava, tmp_path, ask, monkeypatch):
     reward = Routed(llava)
     monkeypatch.setattr(trainer_module, "TOLERANCE", -1.0)
     with pytest.warns(DataWarning, match="differ from those of full rows"):
-        align(*load_vlm(llava), [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+        align(*load_model(llava), [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
     assert all(again == all_of_them for again, all_of_them, _ in reward.apart) and reward.router.encoder._known == {}
 
 
@@ -462,7 +464,7 @@ def test_an_encoder_that_adds_a_token_reads_for_itself(llava, tmp_path, ask):
     """TRL's tokens and the encoder's differ by a second beginning: the reference's states would be of other text."""
     reward = Routed(llava)
     tokenizer = reward.router.encoder.processor.tokenizer
-    policy, processor = load_vlm(llava)
+    policy, processor = load_model(llava)
     bos = processor.tokenizer.bos_token
     post = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
     processor.tokenizer.backend_tokenizer.post_processor = post

@@ -32,7 +32,7 @@ from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import UpdateReply, UpdateRequest, encode
 from accord.models.inputs import prompt_text
-from accord.models.load import LoraSettings, load_vlm
+from accord.models.load import LoraSettings, load_model
 from accord.types import vqa_prompt
 
 LORA = LoraSettings(rank=4, alpha=8)
@@ -45,7 +45,7 @@ def config(**changes):
 
 
 def new_selector(checkpoint, seed=0):
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     return Selector(seeded_adapter(model, LORA, seed), processor)
 
 
@@ -81,7 +81,7 @@ def test_the_question_shows_both_answers_after_the_prompt():
 
 
 def test_a_letter_is_a_token_of_every_family(family, checkpoints):
-    _, processor = load_vlm(checkpoints[family])
+    _, processor = load_model(checkpoints[family])
     a, b, shared = letter_tokens(processor, vqa_prompt("is it red?"))
     assert (processor.tokenizer.decode([a]), processor.tokenizer.decode([b]), shared) == ("A", "B", 0)
 
@@ -332,13 +332,13 @@ def test_the_whole_way(llava, prefer, ask, tmp_path):
 
     def run():
         engine = InProcessEngine({"a": site("a", a), "b": site("b", b)})
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         return engine, train_biscuit(
             engine, model, processor, questions, settings, seed=5, max_new_tokens=2, out=tmp_path
         )
 
     engine, policy = run()
-    base = load_vlm(llava)[0].state_dict()
+    base = load_model(llava)[0].state_dict()
     assert policy.state_dict().keys() == base.keys()
     assert any(not torch.equal(w, base[name]) for name, w in policy.state_dict().items())
     adapter = trainable_weights(shared.model).keys()
@@ -361,7 +361,7 @@ def test_what_cannot_be_done_is_refused(llava, tmp_path, ask):
     with pytest.raises(RecipeError, match="answers must be at least 2, got 1"):
         FedBiscuitConfig(answers=1)
     engine = InProcessEngine({"a": Scripted([0.1])})
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     with pytest.raises(DataError, match="gives the same 2 answers"):
         settings = config(selectors=1, averaging=Averaging(rounds=1), warmup_rounds=0, prompts=2, temperature=1e-4)
         train_biscuit(engine, model, processor, [ask(0)], settings, seed=0, max_new_tokens=2, out=tmp_path)

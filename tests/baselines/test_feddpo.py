@@ -15,7 +15,7 @@ from accord.errors import DataError, DataWarning, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import UpdateRequest, encode
 from accord.models.inputs import build_batch
-from accord.models.load import LoraSettings, load_vlm, without_adapter
+from accord.models.load import LoraSettings, load_model, without_adapter
 
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -37,7 +37,7 @@ def pairs(prefer, square):
 
 
 def dpo(checkpoint, tmp_path, **settings):
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     return AdapterDpo(model, processor, LORA, **{"batch_size": 4, "out": tmp_path / "scratch", **settings})
 
 
@@ -71,14 +71,14 @@ def test_the_first_loss_is_log_2_and_a_step_raises_the_margin(family, checkpoint
     trained = dpo(checkpoints[family], tmp_path)
     loss = trained.train(pairs, steps=1, learning_rate=1e-3, seed=0)
     assert loss == pytest.approx(math.log(2), abs=1e-6)
-    chosen, rejected = log_ratios(trained, load_vlm(checkpoints[family])[1], pairs)
+    chosen, rejected = log_ratios(trained, load_model(checkpoints[family])[1], pairs)
     assert (chosen - rejected).mean() > 1e-3
 
 
 def test_the_loss_is_equation_7_with_each_image_at_its_own_prompt(family, checkpoints, tmp_path, pairs):
     trained = dpo(checkpoints[family], tmp_path, beta=0.5)
     trained.train(pairs, steps=3, learning_rate=2e-2, seed=0)
-    processor = load_vlm(checkpoints[family])[1]
+    processor = load_model(checkpoints[family])[1]
     chosen, rejected = log_ratios(trained, processor, pairs)
     by_hand = -logsigmoid(0.5 * (chosen - rejected)).mean().item()
     assert abs(by_hand - math.log(2)) > 0.05  # the adapter has moved
@@ -90,14 +90,14 @@ def test_the_batches_of_a_step_count_as_one(llava, tmp_path, pairs):
     # Two batches of two are the four pairs of one step, and the loss is the mean over them.
     trained = dpo(llava, tmp_path, beta=0.5, batch_size=2, accumulate=2)
     trained.train(pairs, steps=3, learning_rate=2e-2, seed=0)
-    chosen, rejected = log_ratios(trained, load_vlm(llava)[1], pairs)
+    chosen, rejected = log_ratios(trained, load_model(llava)[1], pairs)
     by_hand = -logsigmoid(0.5 * (chosen - rejected)).mean().item()
     assert trained.train(pairs, steps=1, learning_rate=1e-3, seed=1) == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_the_likelihood_of_the_chosen_answers_counts_beside(llava, tmp_path, pairs):
     # With weight α = 0.5 a fresh adapter's loss is log 2 + 0.5 · the mean over the chosen answers' tokens of −log π.
-    trained, processor = dpo(llava, tmp_path, sft=0.5), load_vlm(llava)[1]
+    trained, processor = dpo(llava, tmp_path, sft=0.5), load_model(llava)[1]
     batch = build_batch(
         processor,
         [pair.prompt for pair in pairs],
@@ -115,7 +115,7 @@ def test_the_likelihood_of_the_chosen_answers_counts_beside(llava, tmp_path, pai
 def test_training_prefers_the_chosen_answers(llava, tmp_path, pairs):
     trained = dpo(llava, tmp_path, beta=0.5)
     trained.train(pairs, steps=30, learning_rate=1e-2, seed=0)
-    chosen, rejected = log_ratios(trained, load_vlm(llava)[1], pairs)
+    chosen, rejected = log_ratios(trained, load_model(llava)[1], pairs)
     assert (chosen - rejected > 1).all()
 
 
@@ -134,7 +134,7 @@ def test_one_seed_gives_one_adapter(llava, tmp_path, pairs):
 def test_the_merged_policy_is_an_ordinary_model(llava, tmp_path, pairs):
     trained = dpo(llava, tmp_path)
     trained.train(pairs, steps=1, learning_rate=1e-2, seed=0)
-    merged, (base, _) = trained.merged(), load_vlm(llava)
+    merged, (base, _) = trained.merged(), load_model(llava)
     assert merged.state_dict().keys() == base.state_dict().keys()
     assert "forward" not in vars(merged)
     moved = {name for name, w in merged.state_dict().items() if not torch.equal(w, base.state_dict()[name])}
@@ -142,7 +142,7 @@ def test_the_merged_policy_is_an_ordinary_model(llava, tmp_path, pairs):
 
 
 def test_a_pattern_that_fits_no_layer_is_named(llava, tmp_path):
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     with pytest.raises(RecipeError, match="fits no adapter"):
         AdapterDpo(model, processor, LoraSettings(target_modules="nothing"), out=tmp_path)
 
@@ -180,10 +180,10 @@ def test_the_learning_rate_falls_along_half_a_cosine():
 def test_a_federation_of_one_site_is_local_dpo(llava, tmp_path, pairs):
     alone, rounds = site(llava, tmp_path, pairs), []
     policy = train_dpo(
-        InProcessEngine({"a": alone}), load_vlm(llava)[0], CONFIG, seed=3, on_round=lambda *each: rounds.append(each)
+        InProcessEngine({"a": alone}), load_model(llava)[0], CONFIG, seed=3, on_round=lambda *each: rounds.append(each)
     )
     local = dpo(llava, tmp_path, batch_size=2)
-    set_trainable_weights(local.model, trainable_weights(seeded_adapter(load_vlm(llava)[0], LORA, 3)))
+    set_trainable_weights(local.model, trainable_weights(seeded_adapter(load_model(llava)[0], LORA, 3)))
     seeds = [request.seed for request in alone.requests]
     losses = [  # half a cosine over two rounds: η, η/2
         local.train(pairs, steps=2, learning_rate=rate, seed=seed)
@@ -192,15 +192,15 @@ def test_a_federation_of_one_site_is_local_dpo(llava, tmp_path, pairs):
     assert len(set(seeds)) == 2
     assert rounds == [(1, losses[0]), (2, losses[1])]
     assert same(policy, local.merged())
-    assert not same(policy, load_vlm(llava)[0])
+    assert not same(policy, load_model(llava)[0])
 
 
 def test_updates_count_by_their_pairs(llava, tmp_path, pairs):
     # w = ¼ w_a + ¾ w_b for sites of one pair and of three
     config = FedDpoConfig(Averaging(rounds=1, local_steps=2, batch_size=2, learning_rate=1e-2), lora=LORA)
     a, b = site(llava, tmp_path, pairs[:1]), site(llava, tmp_path, pairs[1:])
-    policy = train_dpo(InProcessEngine({"a": a, "b": b}), load_vlm(llava)[0], config, seed=0)
-    ours = seeded_adapter(load_vlm(llava)[0], LORA, 0)
+    policy = train_dpo(InProcessEngine({"a": a, "b": b}), load_model(llava)[0], config, seed=0)
+    ours = seeded_adapter(load_model(llava)[0], LORA, 0)
     from_a, from_b = load(a.replies[0].weights), load(b.replies[0].weights)
     set_trainable_weights(ours, {name: from_a[name] / 4 + 3 * from_b[name] / 4 for name in from_a})
     expected = ours.merge_and_unload().state_dict()
@@ -211,8 +211,8 @@ def test_updates_count_by_their_pairs(llava, tmp_path, pairs):
 def test_only_the_adapter_travels_and_every_byte_is_counted(llava, tmp_path, pairs):
     alone = site(llava, tmp_path, pairs)
     engine = InProcessEngine({"a": alone})
-    train_dpo(engine, load_vlm(llava)[0], CONFIG, seed=0)
-    adapter = trainable_weights(seeded_adapter(load_vlm(llava)[0], LORA, 0))
+    train_dpo(engine, load_model(llava)[0], CONFIG, seed=0)
+    adapter = trainable_weights(seeded_adapter(load_model(llava)[0], LORA, 0))
     for message in (*alone.requests, *alone.replies):
         assert load(message.weights).keys() == adapter.keys()
         assert all(".lora_" in name for name in load(message.weights))
@@ -227,10 +227,10 @@ def test_an_absent_site_is_left_out(llava, tmp_path, pairs):
     def silent(request):
         raise OSError("no power")
 
-    alone = train_dpo(InProcessEngine({"a": site(llava, tmp_path, pairs)}), load_vlm(llava)[0], CONFIG, seed=0)
+    alone = train_dpo(InProcessEngine({"a": site(llava, tmp_path, pairs)}), load_model(llava)[0], CONFIG, seed=0)
     engine = InProcessEngine({"a": site(llava, tmp_path, pairs), "b": silent})
     with pytest.warns(DataWarning, match="site b gave no answer"):
-        policy = train_dpo(engine, load_vlm(llava)[0], CONFIG, seed=0)
+        policy = train_dpo(engine, load_model(llava)[0], CONFIG, seed=0)
     assert same(policy, alone)
     assert engine.traffic.counts["b", "update"].absences == 2
 

@@ -24,7 +24,7 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.models.generate import answer
 from accord.models.inputs import build_batch
-from accord.models.load import LoraSettings, add_lora, load_vlm
+from accord.models.load import LoraSettings, add_lora, load_model
 from accord.types import vqa_prompt
 
 SMALL = Averaging(local_steps=2, batch_size=1, learning_rate=0.1)
@@ -37,7 +37,7 @@ def adapted(llava):
 
     def make(checkpoint=llava):
         torch.manual_seed(0)
-        model, processor = load_vlm(checkpoint)
+        model, processor = load_model(checkpoint)
         return add_lora(model, LoraSettings(rank=2, alpha=4)), processor
 
     return make

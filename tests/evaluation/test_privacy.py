@@ -27,7 +27,7 @@ from accord.evaluation.privacy import (
     update_gradients,
 )
 from accord.models.inputs import build_batch
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.rewards.model import RewardModel, Standardisation
 from accord.routing.fit import client_id_loss
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
@@ -193,7 +193,7 @@ def test_images_are_what_the_encoder_sees(vlm, square):
 
 
 def test_an_encoder_of_patches_is_refused(llava, square):
-    encoder = Encoder(*load_vlm(llava))
+    encoder = Encoder(*load_model(llava))
     batch = batch_of(encoder, "red", square=square)
     patches = replace(batch, image_inputs={"pixel_values": torch.zeros(4, 768)})
     with pytest.raises(DataError, match="cut into patches or tiles"):
@@ -202,7 +202,7 @@ def test_an_encoder_of_patches_is_refused(llava, square):
 
 def test_the_update_of_one_pair_shows_what_the_encoder_made_of_its_image(llava, network, square):
     """From one start, the update of a red square leads to features of red, that of a blue one to those of blue."""
-    encoder = Encoder(*load_vlm(llava))
+    encoder = Encoder(*load_model(llava))
     batch = batch_of(encoder, "red", "blue", square=square)
     true = true_images(encoder, batch)
     grey = torch.full_like(true, 0.5)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork, save_router
@@ -23,6 +23,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         for site in recipe.sites:
             RewardModel.from_checkpoint(site.checkpoint).save(folder / "sites" / site.name / "reward")
-        features = Encoder(*load_vlm(recipe.policy.checkpoint)).features
+        features = Encoder(*load_model(recipe.policy.checkpoint)).features
         save_router(folder / "router", RouterNetwork(features, len(SITES), RouterConfig()))
     return folder

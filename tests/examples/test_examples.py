@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.models.tiny import FAMILIES
 from accord.pipeline import open_reward
 from accord.rewards.model import RewardModel
@@ -50,7 +50,7 @@ def test_stock_trl(run_folder, tmp_path):
     out = run("examples/stock_trl.py", "--quick", "--run", str(run_folder), "--out", str(tmp_path / "policy"))
     asked = {line.split()[0] for line in out.splitlines() if line.endswith(" B")}
     assert asked and asked <= {"colour", "shape", "yes-no"}
-    load_vlm(str(tmp_path / "policy"))
+    load_model(str(tmp_path / "policy"))
 
 
 @pytest.mark.slow
@@ -72,7 +72,7 @@ def test_the_three_ways_of_scoring_are_timed_and_agree(family):
     assert spec and spec.loader
     scoring = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(scoring)
-    model = RewardModel(*load_vlm(f"accord/{family}")).eval().requires_grad_(False)
+    model = RewardModel(*load_model(f"accord/{family}")).eval().requires_grad_(False)
     seconds, difference = scoring.measure(model, 2, 4, 1)
     assert {name: len(values) for name, values in seconds.items()} == {"once": 1, "repeated": 1, "one by one": 1}
     assert difference < scoring.TOLERANCE

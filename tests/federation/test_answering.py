@@ -17,7 +17,7 @@ from accord.federation.answering import (
 )
 from accord.federation.messages import MAX_ANSWER, AnswerItem, ScoreItem, image_name, to_turns
 from accord.models.generate import answer
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.types import prompt_of, vqa_prompt
 
 KEYS = [question_key(None, [{"role": "user", "content": str(n)}]) for n in range(3)]
@@ -51,7 +51,7 @@ def answerer(llava, loads):
 
     def load():
         loads.append(llava)
-        return load_vlm(llava)
+        return load_model(llava)
 
     return Answerer(load, max_new_tokens=4, batch_size=2, remember=3)
 
@@ -62,7 +62,7 @@ def test_the_answers_are_the_greedy_ones(answerer, loads, llava, ask, square):
     images = {image_name(q.image): q.image for q in questions}
     items = [AnswerItem(name, to_turns(vqa_prompt("what colour is it?"))) for name in images]
     assert answerer([], {}) == [] and loads == []
-    expected = [said for (said,) in answer(*load_vlm(llava), questions, max_new_tokens=4, batch_size=2)]
+    expected = [said for (said,) in answer(*load_model(llava), questions, max_new_tokens=4, batch_size=2)]
     assert answerer(items, images) == expected
     scored = [ScoreItem(item.image, item.prompt, ["red"]) for item in items]
     assert answerer(scored, {}) == expected  # remembered, and so the images are not looked at
@@ -73,8 +73,8 @@ def test_a_text_only_model_answers_questions_without_images(texts_only, ask, squ
     """Those of the evaluation; asked about an image it answers nothing."""
     questions = [replace(ask(n, text=f"{n} plus 2?"), image=None) for n in range(3)]
     items = [AnswerItem(None, to_turns(prompt_of(q))) for q in questions]
-    answerer = Answerer(lambda: load_vlm(texts_only), max_new_tokens=4)
-    assert answerer(items, {}) == [said for (said,) in answer(*load_vlm(texts_only), questions, max_new_tokens=4)]
+    answerer = Answerer(lambda: load_model(texts_only), max_new_tokens=4)
+    assert answerer(items, {}) == [said for (said,) in answer(*load_model(texts_only), questions, max_new_tokens=4)]
     red = square("red")
     with pytest.raises(DataError, match="a text-only model was asked about an image"):
         answerer([AnswerItem(image_name(red), to_turns(vqa_prompt("what?")))], {image_name(red): red})
@@ -112,7 +112,7 @@ def test_questions_with_and_without_images_are_answered_apart(square):
 
 
 def test_a_long_answer_is_cut(llava, monkeypatch):
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     monkeypatch.setattr(type(processor.tokenizer), "batch_decode", lambda *_, **__: [" " + "x" * 999])
     assert Answerer(lambda: (model, processor), max_new_tokens=1)(words("say x"), {}) == ["x" * MAX_ANSWER]
 

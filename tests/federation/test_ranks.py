@@ -223,7 +223,7 @@ from accord.alignment.reward import FederatedReward
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from trl import GRPOConfig, GRPOTrainer
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 
 def digest(model):
     weights = [tensor.detach().numpy().tobytes() for tensor in model.state_dict().values()]
@@ -242,7 +242,7 @@ class Kept(FederatedReward):
 def equal(prompts, images, completions):
     return torch.full((sum(map(len, completions)), 2), 0.5)
 
-model, processor = load_vlm(os.environ["POLICY"])
+model, processor = load_model(os.environ["POLICY"])
 before = digest(model)
 sites = {"here": uneven, "there": uneven}
 reward = Kept(OneConnection(Spy(sites) if rank == 0 else None, list(sites)), equal, mode="soft")

@@ -23,7 +23,7 @@ from accord.federation.messages import (
     to_turns,
 )
 from accord.federation.site import ScoreRange, Site, SiteRecord
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.rewards.model import RewardModel, Standardisation
 from accord.routing.fit import LocalRouterTraining
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
@@ -244,7 +244,7 @@ def test_no_reply_holds_private_text(reward_model, llava, prefer, request_, squa
         )
         for n in range(3)
     ]
-    encoder = Encoder(*load_vlm(llava))
+    encoder = Encoder(*load_model(llava))
     training = LocalRouterTraining(encoder, pairs, 2, SMALL)
     site = Site("colour", reward_model, SiteRecord(3, 3), router_training=training)
     weights = RouterNetwork(encoder.features, 2, SMALL).to_bytes()

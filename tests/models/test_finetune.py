@@ -16,7 +16,7 @@ from accord.models.finetune import (
     transform,
 )
 from accord.models.generate import answer
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 
 
 def test_types_are_drawn_equally_often_and_without_repetition():
@@ -64,7 +64,7 @@ def test_the_same_seed_gives_the_same_weights(llava, ask, tmp_path):
     weights = []
     for seed in (0, 0, 1):
         torch.manual_seed(len(weights))
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         finetune(model, processor, questions, config, seed=seed, out=tmp_path)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_weights(llava, ask, tmp_path):
 def test_gradient_checkpointing_changes_memory_only(llava, ask, tmp_path):
     weights = []
     for checkpointing in (False, True):
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         config = FineTuneConfig(steps=2, batch_size=2, gradient_checkpointing=checkpointing)
         finetune(model, processor, [ask(0), ask(1, "blue")], config, seed=0, out=tmp_path)
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))

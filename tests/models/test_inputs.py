@@ -5,7 +5,7 @@ from PIL import Image
 from accord.data.images import load_image
 from accord.errors import DataError
 from accord.models.inputs import Batch, build_batch, chunks, completion_text, model_inputs, prompt_text
-from accord.models.load import LoraSettings, add_lora, load_vlm, tokenizer_of
+from accord.models.load import LoraSettings, add_lora, load_model, tokenizer_of
 from accord.types import vqa_prompt
 
 PROMPTS = [vqa_prompt("what colour is it?"), vqa_prompt("is it red?"), vqa_prompt("how many squares are there here?")]
@@ -91,7 +91,7 @@ def test_the_vision_tower_sees_each_image_once(vlm):
 
 
 def test_a_family_without_encoder_outputs_gets_its_pixels_repeated(llava, monkeypatch):
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     batch = build_batch(processor, PROMPTS, IMAGES, COMPLETIONS)
     original = type(model).forward
     with torch.no_grad():
@@ -135,19 +135,19 @@ def test_the_completion_is_what_the_template_adds_to_the_prompt(vlm):
 
 def test_a_template_that_rewrites_the_prompt_gets_the_end_token(llava):
     """Qwen3's template, for one, opens the answer with an empty thought that a finished turn does not show."""
-    _, processor = load_vlm(llava)
+    _, processor = load_model(llava)
     processor.chat_template = "{{ messages | length }}{{ 'answer:' if add_generation_prompt }}"
     assert completion_text(processor, PROMPTS[0], "red") == "red</s>"
 
 
 def test_a_system_turn_and_plain_text_come_along(llava):
-    _, processor = load_vlm(llava)
+    _, processor = load_model(llava)
     prompt = [{"role": "system", "content": "Be brief."}, *PROMPTS[0]]
     assert prompt_text(processor, prompt) == "<s>Be brief.\n<image>what colour is it?\n"
 
 
 def test_a_prompt_without_completions_takes_no_row(llava):
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     batch = build_batch(processor, PROMPTS, IMAGES, [["red"], [], ["two"]])
     assert batch.prompt_index.tolist() == [0, 1] and len(batch.image_inputs["pixel_values"]) == 2
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_prompt_without_completions_takes_no_row(llava):
 
 def test_token_types_mark_the_prompt_only_and_reach_the_model(llava):
     """Families with multi-axis positions need them for every row: those of the prompt, then 0 for the answer's text."""
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     real = processor.__class__.__call__
 
     class WithTypes(type(processor)):
@@ -178,7 +178,7 @@ def test_token_types_mark_the_prompt_only_and_reach_the_model(llava):
 
 
 def test_a_batch_moves_whole(llava):
-    _, processor = load_vlm(llava)
+    _, processor = load_model(llava)
     moved = build_batch(processor, PROMPTS, IMAGES, COMPLETIONS).to(torch.device("meta"))
     assert isinstance(moved, Batch)
     tensors = [moved.input_ids, moved.attention_mask, moved.labels, moved.prompt_index, *moved.image_inputs.values()]
@@ -203,7 +203,7 @@ def test_questions_without_images_make_rows_of_text_alone(texts_only, llava, squ
     """A text-only model and one that sees take the same rows; its template gets plain text, of every block."""
     prompts = [[{"role": "user", "content": [{"type": "text", "text": t} for t in ("what ", each)]}] for each in "ab"]
     for checkpoint in (texts_only, llava):
-        _, processor = load_vlm(checkpoint)
+        _, processor = load_model(checkpoint)
         batch = build_batch(processor, prompts, [None, None], [["red", "blue"], ["one"]])
         assert batch.image_inputs == {} and batch.prompt_index.tolist() == [0, 0, 1]
         shown = [ids[mask.bool()] for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)]
@@ -212,6 +212,6 @@ def test_questions_without_images_make_rows_of_text_alone(texts_only, llava, squ
     picture = load_image(square("red"))
     with pytest.raises(DataError, match="1 of 2 prompts have an image"):
         build_batch(processor, prompts, [picture, None], [["red"], ["one"]])
-    _, tokenizer = load_vlm(texts_only)
+    _, tokenizer = load_model(texts_only)
     with pytest.raises(DataError, match="a text-only model was asked about an image"):
         build_batch(tokenizer, [vqa_prompt("what?")], [picture], [["red"]])

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2ForCausalLM
 
 from accord.errors import CheckpointError, RecipeError
 from accord.models import load
-from accord.models.load import LoraSettings, add_lora, load_vlm, locate, parameter_count, save_vlm, tokenizer_of
+from accord.models.load import LoraSettings, add_lora, load_model, locate, parameter_count, save_model, tokenizer_of
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def copy(llava, tmp_path):
 
 def refuse(checkpoint, *expected):
     with pytest.raises(CheckpointError) as caught:
-        load_vlm(str(checkpoint))
+        load_model(str(checkpoint))
     for part in (str(checkpoint), *expected):
         assert part in str(caught.value)
 
@@ -34,16 +34,16 @@ def test_every_family_loads_and_pads_on_the_left(vlm):
 
 @pytest.mark.parametrize("own", [torch.bfloat16, torch.float16])
 def test_a_checkpoint_keeps_its_own_precision_unless_it_is_trained(copy, own):
-    model, _ = load_vlm(str(copy))
+    model, _ = load_model(str(copy))
     model.to(own).save_pretrained(copy)
-    assert {p.dtype for p in load_vlm(str(copy))[0].parameters()} == {own}
-    assert {p.dtype for p in load_vlm(str(copy), trainable=True)[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in load_model(str(copy))[0].parameters()} == {own}
+    assert {p.dtype for p in load_model(str(copy), trainable=True)[0].parameters()} == {torch.float32}
 
 
 def test_a_model_goes_to_the_device(llava, monkeypatch):
     """Weights and buffers; on the device `meta`, which every machine has."""
     monkeypatch.setattr(load, "device", lambda: torch.device("meta"))
-    model, _ = load_vlm(llava)
+    model, _ = load_model(llava)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
@@ -79,11 +79,11 @@ def test_a_hub_name_that_cannot_be_had():
 
 def test_a_text_only_model(texts_only, tmp_path):
     """Its tokenizer is its processor; without a chat template nothing says how to ask it."""
-    model, processor = load_vlm(texts_only)
+    model, processor = load_model(texts_only)
     assert isinstance(model, Qwen2ForCausalLM)
     assert tokenizer_of(processor) is processor and processor.padding_side == "left"
     processor.chat_template = None
-    refuse(Path(save_vlm(model, processor, tmp_path / "bare")), "no chat template", "tuned on instructions")
+    refuse(Path(save_model(model, processor, tmp_path / "bare")), "no chat template", "tuned on instructions")
 
 
 def test_a_vision_only_model(tmp_path):
@@ -142,7 +142,7 @@ def test_an_adapter_trains_language_layers_only(vlm):
     ],
 )
 def test_an_adapter_that_fits_nothing(llava, target, reason):
-    model, _ = load_vlm(llava)
+    model, _ = load_model(llava)
     said = f"lora.target_modules = {target!r} fits no adapter to this model ({reason}"
     with pytest.raises(RecipeError, match=re.escape(said).replace(re.escape(reason), f".*{re.escape(reason)}")):
         add_lora(model, LoraSettings(target_modules=target))
@@ -150,6 +150,6 @@ def test_an_adapter_that_fits_nothing(llava, target, reason):
 
 def test_the_size_of_an_adapter(llava):
     """Rank 2: q, k, v, o are 32 x 32, so 2 (32 + 32) = 128 each; gate, up, down are 32 x 64: 2 (32 + 64) = 192."""
-    model, _ = load_vlm(llava)
+    model, _ = load_model(llava)
     before = parameter_count(model)
     assert parameter_count(add_lora(model, LoraSettings(rank=2, alpha=4))) - before == 4 * 128 + 3 * 192

@@ -13,7 +13,7 @@ from accord.data.images import load_image
 from accord.models import prefix
 from accord.models.attention import NAME, can_share, skip_hidden, skips_hidden
 from accord.models.inputs import build_batch, model_inputs, shared_inputs
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.models.prefix import pack, prefix_positions, take_images
 from accord.types import vqa_prompt
 
@@ -148,7 +148,7 @@ def test_groups_of_different_size_skip_alike(skips):
 
 def test_the_way_to_attend_is_not_saved(llava, tmp_path):
     """A checkpoint that was trained here is a stock one, and generates what it did before."""
-    model, processor = load_vlm(llava)
+    model, processor = load_model(llava)
     ids = torch.tensor([processor.tokenizer("is it red?")["input_ids"]] * 2)
     said = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     skip_hidden(model)

@@ -13,7 +13,7 @@ from accord.errors import RecipeError
 from accord.evaluation.accuracy import count_correct
 from accord.models.finetune import FineTuneConfig
 from accord.models.generate import answer
-from accord.models.load import SHIPPED, load_vlm
+from accord.models.load import SHIPPED, load_model
 from accord.models.pretrain import PretrainConfig, _labels, _turned, pretrain, pretrain_families
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES
 from accord.types import vqa_prompt
@@ -104,7 +104,7 @@ def test_a_batch_without_a_label_teaches_nothing(questions, quick):
 def test_families_are_made_in_their_folders(questions, quick, tmp_path):
     (made,) = pretrain_families(tmp_path / "out", questions, quick, ["idefics3"], quiet=True)
     assert made == tmp_path / "out" / "idefics3"
-    load_vlm(str(made))
+    load_model(str(made))
     with pytest.raises(RecipeError, match="no family 'lava' for these questions; use one of llava-clip-llama"):
         pretrain_families(tmp_path / "other", questions, quick, ["idefics3", "lava"], quiet=True)
     assert not (tmp_path / "other").exists()
@@ -128,7 +128,7 @@ def dev():
 
 
 def accuracies(place, dev):
-    model, processor = load_vlm(str(place))
+    model, processor = load_model(str(place))
     given = answer(model, processor, dev, max_new_tokens=4)
     counts = count_correct(dev, [texts[0] for texts in given])
     return {name: right / n for name, (right, n) in counts.items()}
@@ -141,7 +141,7 @@ def test_shipped_checkpoints_speak_and_are_often_wrong(family, dev):
 
 
 def test_shipped_checkpoints_take_their_own_chat_template(family, dev):
-    _, processor = load_vlm(f"accord/{family}")
+    _, processor = load_model(f"accord/{family}")
     text = processor.apply_chat_template(vqa_prompt(dev[0].text), add_generation_prompt=True)
     inputs = processor(images=[load_image(dev[0].image)], text=[text], return_tensors="pt")
     assert inputs["input_ids"].shape[0] == 1 and inputs["pixel_values"].isfinite().all()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from accord.models.load import load_vlm, parameter_count, save_vlm
+from accord.models.load import load_model, parameter_count, save_model
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES, build_tiny, train_tokenizer
 
 TEXTS = ["what colour is it?", "red", "blue"]
@@ -48,7 +48,7 @@ def test_weights_depend_on_the_seed_alone(family, tokenizer, tiny_config):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_auto_classes_load_what_was_saved(family, checkpoints, tiny_config):
     built, _ = build_tiny(family, train_tokenizer(TEXTS, vocab_size=300), tiny_config, seed=0)
-    model, processor = load_vlm(checkpoints[family])
+    model, processor = load_model(checkpoints[family])
     assert type(model) is type(built)
     assert type(model).__module__.startswith("transformers.")
     assert parameter_count(model) > 0
@@ -59,14 +59,14 @@ def test_the_auto_classes_load_what_was_saved(family, checkpoints, tiny_config):
 
 
 def test_the_three_families_differ(checkpoints):
-    models = [load_vlm(checkpoint)[0] for checkpoint in checkpoints.values()]
+    models = [load_model(checkpoint)[0] for checkpoint in checkpoints.values()]
     assert len({(type(m).__name__, m.config.get_text_config().model_type) for m in models}) == 3
 
 
 @pytest.mark.parametrize("family", TEXT_FAMILIES)
 def test_a_text_only_model_reads_as_it_was_built_and_numbers_by_their_digits(family, tokenizer, tiny_config, tmp_path):
     built, own = build_tiny(family, tokenizer, tiny_config, seed=0)
-    model, processor = load_vlm(save_vlm(built, own, tmp_path / family))
+    model, processor = load_model(save_model(built, own, tmp_path / family))
     assert type(model) is type(built) and tokenizer.chat_template is None
     for text in ("is it red? 4096", "Ünïcode\n 12+7", "one 10two"):
         assert processor(text)["input_ids"] == own(text)["input_ids"]

@@ -9,7 +9,7 @@ from transformers import modeling_utils
 from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
-from accord.models.load import LoraSettings, load_vlm, save_vlm
+from accord.models.load import LoraSettings, load_model, save_model
 from accord.pipeline import alignment
 from accord.pipeline.alignment import federated_reward, greedy, run_grpo
 from accord.pipeline.routing import constant_router
@@ -22,8 +22,8 @@ from accord.runs import read_lines
 )
 def test_a_policy_comes_back_in_the_type_of_its_checkpoint(job, ask, llava, tmp_path, monkeypatch, lora, trained):
     """A bfloat16 checkpoint is trained in float32 if all of it is trained, and is bfloat16 again on disk."""
-    model, processor = load_vlm(llava)
-    base = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "base")
+    model, processor = load_model(llava)
+    base = save_model(model.to(torch.bfloat16), processor, tmp_path / "base")
     job.recipe = replace(job.recipe, policy=Policy(base), alignment=replace(job.recipe.alignment, lora=lora))
     job.questions = {"dev": [ask(0)], "public": [ask(1)]}
     seen = []
@@ -35,7 +35,7 @@ def test_a_policy_comes_back_in_the_type_of_its_checkpoint(job, ask, llava, tmp_
     monkeypatch.setattr(alignment, "align", align)
     with job.run.doing("align"):
         policy, processor = run_grpo(job, "align", lambda prompts, completions, **_: [])
-    saved, _ = load_vlm(save_vlm(policy, processor, tmp_path / "policy"))
+    saved, _ = load_model(save_model(policy, processor, tmp_path / "policy"))
     assert (seen, saved.dtype) == ([trained], torch.bfloat16)
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in model.state_dict().items())
 

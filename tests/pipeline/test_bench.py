@@ -69,7 +69,7 @@ def did(monkeypatch):
     monkeypatch.setattr(routing, "train_router", lambda job: did.note(job, "router", lambda: None))
     monkeypatch.setattr(module, "compare", method)
     monkeypatch.setattr(cells, "to_figure", lambda made: "<svg/>")  # drawing takes longer than all the rest
-    monkeypatch.setattr(module, "load_vlm", lambda checkpoint: (None, None))
+    monkeypatch.setattr(module, "load_model", lambda checkpoint: (None, None))
     monkeypatch.setattr(module, "greedy", lambda model, processor, asked, recipe: ["blue"] * len(asked))
     return did
 

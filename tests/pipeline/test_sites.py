@@ -14,7 +14,7 @@ from accord.federation.answering import question_key, read_truth
 from accord.federation.messages import AnswerItem, AnswerRequest, ScoreItem, ScoreRequest, image_name, to_turns
 from accord.models.finetune import FineTuneConfig
 from accord.models.generate import answer
-from accord.models.load import LoraSettings, load_vlm
+from accord.models.load import LoraSettings, load_model
 from accord.pipeline import routing, sites
 from accord.pipeline.sites import (
     check_sites,
@@ -117,7 +117,7 @@ def test_a_site_that_answers_keeps_its_fine_tuned_model(job, hold, ask, lora):
     site, question = open_site(job.recipe, job.path, "a"), ask(99, "purple")
     assert "_loaded" not in vars(site.answerer)
     ((expected,),) = answer(
-        *load_vlm(str(folder / "model")), [question], max_new_tokens=job.recipe.alignment.max_completion_length
+        *load_model(str(folder / "model")), [question], max_new_tokens=job.recipe.alignment.max_completion_length
     )
     assert site.answer(ask_about(question)).answers == [expected]
     own = job.private["a"][1]
@@ -169,7 +169,7 @@ def test_a_site_that_was_not_fine_tuned_answers_with_its_checkpoint(job, hold, a
     assert not (job.path / "sites" / "a" / "model").exists()
     question = ask(99, "purple")
     limit = job.recipe.alignment.max_completion_length
-    ((expected,),) = answer(*load_vlm(llava), [question], max_new_tokens=limit)
+    ((expected,),) = answer(*load_model(llava), [question], max_new_tokens=limit)
     assert open_site(job.recipe, job.path, "a").answer(ask_about(question)).answers == [expected]
     (job.path / "sites" / "a" / "truth.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"truth\.json: the site's reference answers cannot be read"):

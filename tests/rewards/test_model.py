@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from accord.errors import CheckpointError, RunError
 from accord.models import load
-from accord.models.load import LoraSettings, load_vlm
+from accord.models.load import LoraSettings, load_model
 from accord.rewards import model as module
 from accord.rewards.model import RewardModel, Standardisation
 from accord.types import vqa_prompt
@@ -117,7 +117,7 @@ def test_the_folder_is_all_it_needs(family, checkpoints, tmp_path, lora):
     moved = (tmp_path / "reward").rename(tmp_path / "moved")
     assert json.loads((moved / "reward.json").read_text())["base"] is None
     assert torch.equal(score(model), score(RewardModel.load(moved)))
-    (stored, _), (before, _) = load_vlm(str(moved / "backbone")), load_vlm(checkpoints[family])
+    (stored, _), (before, _) = load_model(str(moved / "backbone")), load_model(checkpoints[family])
     weights, expected = stored.state_dict(), before.state_dict()
     assert weights.keys() == expected.keys() and all(weights[name].equal(expected[name]) for name in weights)
 
@@ -280,8 +280,8 @@ def test_a_full_disk_leaves_the_earlier_model(saved, llava, monkeypatch, error):
 @pytest.mark.parametrize(("lora", "type_"), [(None, torch.float32), (LORA, torch.bfloat16)], ids=["full", "lora"])
 def test_what_is_trained_is_float32(llava, tmp_path, lora, type_):
     """On a bfloat16 checkpoint: all of it, or the adapter and the head alone. Loaded again, it scores identically."""
-    model, processor = load_vlm(llava)
-    base = load.save_vlm(model.to(torch.bfloat16), processor, tmp_path / "base")
+    model, processor = load_model(llava)
+    base = load.save_model(model.to(torch.bfloat16), processor, tmp_path / "base")
     model = unfold(RewardModel.from_checkpoint(base, lora=lora))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model._plain.dtype == type_

@@ -7,7 +7,7 @@ from pytest import approx
 
 from accord.data.images import load_image
 from accord.errors import DataError, RecipeError
-from accord.models.load import LoraSettings, load_vlm, save_vlm
+from accord.models.load import LoraSettings, load_model, save_model
 from accord.rewards import train as module
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import (
@@ -251,8 +251,8 @@ def test_a_bfloat16_checkpoint_moves_at_a_small_learning_rate(train, llava, tmp_
 
     A bfloat16 weight has 8 significant bits: it moves by 1e-6 only if it is smaller than about 2 · 256 · 1e-6 = 5e-4.
     """
-    model, processor = load_vlm(llava)
-    checkpoint = save_vlm(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
+    model, processor = load_model(llava)
+    checkpoint = save_model(model.to(torch.bfloat16), processor, tmp_path / "bfloat16")
     config = replace(QUICK, steps=1, learning_rate=1e-6, warmup=0.0, weight_decay=0.0)
     trained, _, _ = train(config, held_out=(), checkpoint=checkpoint)
     before, after = model.state_dict(), trained.backbone.state_dict()

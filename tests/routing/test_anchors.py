@@ -8,7 +8,7 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, DataWarning
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing import anchors as module
 from accord.routing.anchors import Anchors, collect, last_states, load_anchors, pair_accuracy, save_anchors
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork
@@ -33,7 +33,7 @@ def silent(request):
 
 @pytest.fixture(scope="module")
 def encoder(checkpoints):
-    return Encoder(*load_vlm(checkpoints["llava-clip-llama"]))
+    return Encoder(*load_model(checkpoints["llava-clip-llama"]))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, DataWarning, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import AnswerReply, AnswerRequest
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.competence import (
     CompetenceRouter,
     ConfidenceGraph,
@@ -183,7 +183,7 @@ def test_no_questions():
 def test_the_whole_measurement(llava, ask, tmp_path):
     """Two red squares and two blue ones: a prompt about red has the red ones nearest, where site a is right."""
     questions = [ask(0, "red"), ask(1, "blue", question_type="other"), ask(2, "red"), ask(3, "blue")]
-    encoder = Encoder(*load_vlm(llava))
+    encoder = Encoder(*load_model(llava))
     engine = InProcessEngine({"a": answering(*["red"] * 4), "b": answering(*["blue"] * 4)})
     graph = measure(engine, encoder, questions)
     assert graph.types == ("colour", "other", "colour", "colour")

@@ -11,7 +11,7 @@ from accord.data.images import load_image
 from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import RouterReply, RouterRequest, ScoreReply
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.fit import LocalRouterTraining, client_id_loss, federated_average, fit_router
 from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
@@ -55,7 +55,7 @@ def fit(handlers, config=SMALL, **settings):
 
 @pytest.fixture
 def encoder(llava):
-    return Encoder(*load_vlm(llava))
+    return Encoder(*load_model(llava))
 
 
 def test_client_id_loss_by_hand():

@@ -11,7 +11,7 @@ from accord.alignment.grpo import AlignmentConfig, align
 from accord.alignment.reward import FederatedReward
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.fusion import EPSILON, chunks, group_relative, halves, literal
 
 ALL = [group_relative, literal, chunks, halves]
@@ -208,7 +208,7 @@ def learn(llava, ask, tmp_path):
             steps=2, prompts_per_step=2, group_size=4, learning_rate=1e-2, kl=0.0, max_completion_length=3,
             evaluate_every=0, save_every=0,
         )  # fmt: skip
-        model, processor = load_vlm(llava)
+        model, processor = load_model(llava)
         before = [parameter.detach().clone() for parameter in model.parameters()]
         questions = [ask(0, "red"), ask(1, "blue")]
         after = align(model, processor, questions, reward, config, seed=0, out=tmp_path / rule.__name__).parameters()

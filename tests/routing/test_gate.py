@@ -12,7 +12,7 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.rewards.model import Standardisation
 from accord.routing.anchors import Anchors, collect, pair_accuracy
 from accord.routing.gate import (
@@ -272,7 +272,7 @@ def test_fitting_leaves_the_generators_and_the_anchors_alone(kind):
 
 @pytest.fixture(scope="module")
 def encoder(checkpoints):
-    return Encoder(*load_vlm(checkpoints["llava-clip-llama"]))
+    return Encoder(*load_model(checkpoints["llava-clip-llama"]))
 
 
 @pytest.fixture(scope="module")

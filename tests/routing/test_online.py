@@ -7,7 +7,7 @@ from pytest import approx
 from safetensors.torch import load, save
 
 from accord.errors import DataError, RecipeError
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.fusion import top1
 from accord.routing.online import CURVATURE, OnlineConfig, OnlineRouter
 from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
@@ -23,7 +23,7 @@ SCALES = ("sigmoid", "raw")
 
 @pytest.fixture(scope="module")
 def encoder(checkpoints):
-    return Encoder(*load_vlm(checkpoints["llava-clip-llama"]))
+    return Encoder(*load_model(checkpoints["llava-clip-llama"]))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 
 from accord.errors import CheckpointError, RecipeError
 from accord.models import load as load_module
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.routing.router import (
     Encoder,
     LearnedRouter,
@@ -35,7 +35,7 @@ def network():
 
 @pytest.fixture
 def encoder(llava):
-    return Encoder(*load_vlm(llava))
+    return Encoder(*load_model(llava))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_rows_at_once_do_not_change_weights(encoder, rows, taken):
 def test_the_network_is_where_the_encoder_is(llava, network, monkeypatch):
     """On the device `meta`, which every machine has."""
     monkeypatch.setattr(load_module, "device", lambda: torch.device("meta"))
-    router = LearnedRouter(Encoder(*load_vlm(llava)), network)
+    router = LearnedRouter(Encoder(*load_model(llava)), network)
     assert {parameter.device.type for parameter in router.network.parameters()} == {"meta"}
 
 

@@ -31,7 +31,7 @@ from accord.federation.endpoint import CACHE_BYTES
 from accord.federation.messages import MAX_ANSWER, AnswerItem, to_turns
 from accord.federation.site import SiteRecord
 from accord.flare.service import alone, read_site_folder
-from accord.models.load import load_vlm, locate, parameter_count
+from accord.models.load import load_model, locate, parameter_count
 from accord.pipeline.job import Job
 from accord.pipeline.sites import construct_pairs, open_site, site_pairs, site_seed
 from accord.recipe import Recipe
@@ -281,7 +281,7 @@ def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
         questions = job.private[name]
         few = generator.sample(questions, min(PAIRS, len(questions)))
         known = [*job.questions.get("base", []), *questions]
-        policy = load_vlm(job.recipe.policy.checkpoint)
+        policy = load_model(job.recipe.policy.checkpoint)
         pairs = construct_pairs(job.recipe, *policy, few, known, seed=site_seed(job, name))
     return generator.sample(pairs, min(PAIRS, len(pairs)))
 

@@ -91,7 +91,9 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def load_vlm(checkpoint: str, *, revision: str = "main", trainable: bool = False) -> tuple[PreTrainedModel, Processor]:
+def load_model(
+    checkpoint: str, *, revision: str = "main", trainable: bool = False
+) -> tuple[PreTrainedModel, Processor]:
     """Load a model that answers questions, about images or without any, onto `device()`, and its processor.
 
     Code from the checkpoint is never run.
@@ -171,7 +173,7 @@ def placeholder_tokens(model: PreTrainedModel) -> list[int]:
     return [i for i in ids if i is not None]
 
 
-def save_vlm(model: PreTrainedModel, processor: Processor, path: Path) -> str:
+def save_model(model: PreTrainedModel, processor: Processor, path: Path) -> str:
     """Write an ordinary Hugging Face checkpoint to the folder `path`, whole or not at all; return the path."""
 
     def write(folder: Path) -> None:

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from accord.data.images import load_image
 from accord.errors import RecipeError, check_least
 from accord.models.finetune import FineTuneConfig, finetune
-from accord.models.load import Processor, save_vlm
+from accord.models.load import Processor, save_model
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.types import ImageSource, Question
@@ -169,5 +169,5 @@ def pretrain_families(
         if families and name not in families:
             continue
         model, processor = pretrain(name, questions, config, quiet=quiet)
-        made.append(Path(save_vlm(model, processor, out / name)))
+        made.append(Path(save_model(model, processor, out / name)))
     return made

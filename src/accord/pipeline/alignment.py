@@ -29,7 +29,7 @@ from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import MAX_SCORE, Judge
 from accord.federation.ranks import OneConnection, rank_and_count
 from accord.models.generate import answer
-from accord.models.load import Processor, load_vlm
+from accord.models.load import Processor, load_model
 from accord.pipeline.job import Job
 from accord.pipeline.sites import open_site
 from accord.pipeline.traffic import SaveTraffic, load_traffic
@@ -95,7 +95,7 @@ def open_reward(folder: Path | str) -> FederatedReward:
         engine = InProcessEngine({name: open_site(recipe, path, name).answer for name in names})
     if engine is None or count > 1:
         engine = OneConnection(engine, names)
-    encoder = Encoder(*load_vlm(recipe.policy.checkpoint))
+    encoder = Encoder(*load_model(recipe.policy.checkpoint))
     return _reward(recipe, engine, LearnedRouter(encoder, load_router(path / "router")), encoder.model, {}, {})
 
 
@@ -207,7 +207,7 @@ def run_grpo(
         )
     recipe = job.recipe
     set_seed(recipe.seed)
-    model, processor = load_vlm(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
+    model, processor = load_model(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
     out = job.path / "checkpoints" / stage
     # The trainer reads optimizer.pt, scheduler.pt and rng_state.pth from there by torch.load (weights only): our own
     # files in our own run folder. Their hashes, compared here before any is read, show damage and not malice.

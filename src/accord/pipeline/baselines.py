@@ -22,7 +22,7 @@ from accord.federation.engine import InProcessEngine, Traffic
 from accord.federation.messages import Reply, Request, Task, UpdateRequest
 from accord.federation.site import LocalUpdate, Site
 from accord.models.generate import answer
-from accord.models.load import add_lora, load_vlm
+from accord.models.load import add_lora, load_model
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.job import Job
 from accord.pipeline.routing import constant_router
@@ -62,7 +62,7 @@ def tune_together(job: Job, stage: str, *, algorithm: Literal["fedavg", "fedprox
         settings, rule = replace(settings, learning_rate=config.sgd_learning_rate), fedit.scaffold()
     set_seed(job.recipe.seed)
     job.run.truncate(stage)  # an attempt that was broken off starts over
-    model, processor = load_vlm(job.recipe.policy.checkpoint)
+    model, processor = load_model(job.recipe.policy.checkpoint)
     adapted = add_lora(model, config.lora)
 
     def updates(site: str) -> Mapping[Task, LocalUpdate]:
@@ -86,10 +86,10 @@ def dpo_together(job: Job, stage: str) -> Aligned:
     """Take DPO steps at the sites and average the adapters (FedDPO)."""
     config, checkpoint = job.recipe.feddpo, job.recipe.policy.checkpoint
     job.run.truncate(stage)
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     scratch = job.path / "checkpoints" / stage
     shared = AdapterDpo(
-        load_vlm(checkpoint)[0],
+        load_model(checkpoint)[0],
         processor,
         config.lora,
         beta=config.beta,
@@ -113,8 +113,8 @@ def biscuit(job: Job, stage: str) -> Aligned:
     """Let selectors of groups of sites label the server's own pairs, and take DPO steps there (FedBiscuit)."""
     config, checkpoint = job.recipe.fedbiscuit, job.recipe.policy.checkpoint
     job.run.truncate(stage)
-    model, processor = load_vlm(checkpoint)
-    selector = Selector(seeded_adapter(load_vlm(checkpoint)[0], config.lora, job.recipe.seed), processor)
+    model, processor = load_model(checkpoint)
+    selector = Selector(seeded_adapter(load_model(checkpoint)[0], config.lora, job.recipe.seed), processor)
     scratch = job.path / "checkpoints" / stage
     with (
         stage_bar(f"{stage}: selectors", config.rounds, quiet=job.quiet) as advance,

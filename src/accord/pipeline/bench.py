@@ -33,7 +33,7 @@ import torch
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import count_correct, question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.pipeline.alignment import greedy
 from accord.pipeline.cells import cells_of, failure_file, stages_done, write_table
 from accord.pipeline.comparison import arm_file, compare
@@ -170,7 +170,7 @@ def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> boo
 def measure_base(job: Job) -> None:
     """Measure the untrained policy, as `compare` measures an aligned one; note also which types a site holds."""
     with job.doing("compare base"):
-        model, processor = load_vlm(job.recipe.policy.checkpoint)
+        model, processor = load_model(job.recipe.policy.checkpoint)
         _note(job, "base", lambda asked, _: greedy(model, processor, asked, job.recipe))
 
 

@@ -33,7 +33,7 @@ from accord.evaluation.summary import (
 from accord.federation.engine import Engine, Traffic
 from accord.federation.messages import Absence, Card, CardRequest, check_card
 from accord.models.generate import answer
-from accord.models.load import load_vlm, parameter_count, tokenizer_of
+from accord.models.load import load_model, parameter_count, tokenizer_of
 from accord.pipeline.comparison import arm_accuracy
 from accord.pipeline.job import Job, read_source
 from accord.pipeline.methods import main_reward
@@ -56,8 +56,8 @@ def evaluate(job: Job) -> None:
     with job.doing("evaluation"):
         compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
         questions = job.evaluated
-        base, processor = load_vlm(recipe.policy.checkpoint)
-        aligned, _ = load_vlm(str(job.need("policy", "accord align RECIPE", "align")))
+        base, processor = load_model(recipe.policy.checkpoint)
+        aligned, _ = load_model(str(job.need("policy", "accord align RECIPE", "align")))
         rounds = [("base", base, questions), ("aligned", aligned, questions)]
         if any(q.image is not None for q in questions):  # without images there is nothing to shuffle
             rounds.append(("shuffled_image", aligned, shuffle_images(questions, seed=recipe.seed)))
@@ -203,7 +203,7 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
     if not questions:
         splits = sorted({q.split for q in everything})
         raise DataError(f"{data} has no question of split {split!r}; it has {', '.join(splits)}")
-    model, processor = load_vlm(checkpoint)
+    model, processor = load_model(checkpoint)
     longest = max(len(tokenizer_of(processor)(q.answer)["input_ids"]) for q in everything) + 1
     columns: dict[str, Accuracy] = {}
     with stage_bar("evaluation", 2 * len(questions), quiet=quiet) as advance:

@@ -21,7 +21,7 @@ from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RunError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Engine, Traffic
-from accord.models.load import load_vlm
+from accord.models.load import load_model
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.routing.router import Encoder
 from accord.runs import Run
@@ -219,7 +219,7 @@ class Job:
     @cached_property
     def encoder(self) -> Encoder:
         """The router's frozen encoder: the base policy."""
-        return Encoder(*load_vlm(self.recipe.policy.checkpoint))
+        return Encoder(*load_model(self.recipe.policy.checkpoint))
 
     @cached_property
     def evaluated(self) -> list[Question]:

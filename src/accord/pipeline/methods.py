@@ -30,7 +30,7 @@ from accord.errors import RecipeError
 from accord.evaluation.accuracy import sample_questions
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
-from accord.models.load import save_vlm
+from accord.models.load import save_model
 from accord.pipeline import anchors, baselines
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.anchors import client_id_network
@@ -181,7 +181,7 @@ def align_policy(job: Job) -> None:
             model, processor = fedgrpo(job, "align")
         else:
             model, processor = run_grpo(job, "align", main_reward(job, open_federation(job)))
-        save_vlm(model, processor, job.path / "policy")
+        save_model(model, processor, job.path / "policy")
         save_traffic(job, "align")
     # Not before the stage is done: killed in between, a run would have every step to do again.
     shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)

@@ -24,7 +24,7 @@ from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
-from accord.models.load import LoraSettings, Processor, add_lora, load_vlm, save_vlm
+from accord.models.load import LoraSettings, Processor, add_lora, load_model, save_model
 from accord.pipeline.job import Job
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.recipe import Recipe, SiteConfig
@@ -96,7 +96,7 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
     if site.preferences:
         job.pairs[name] = flip(_own_pairs(job, name, Path(site.preferences)), site.flipped, random.Random(seed))
         return job.pairs[name]
-    policy = load_vlm(job.recipe.policy.checkpoint)
+    policy = load_model(job.recipe.policy.checkpoint)
     known = [*job.questions.get("base", []), *questions]
     with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
         pairs = construct_pairs(job.recipe, *policy, questions, known, seed=seed, on_batch=lambda n: advance(n))
@@ -225,13 +225,13 @@ def fit_reward_model(
     """
     scratch = job.path / "checkpoints" / name
     if tuning is not None:
-        backbone, processor = load_vlm(checkpoint, trainable=lora is None)
+        backbone, processor = load_model(checkpoint, trainable=lora is None)
         tuned = add_lora(backbone, lora) if lora else backbone
         with ProgressBarCallback(f"{name}: fine-tuning", quiet=job.quiet) as bar:
             finetune(tuned, processor, questions, tuning, seed=seed, out=scratch, callbacks=[bar])
         if isinstance(tuned, PeftModel):
             backbone = cast(PreTrainedModel, tuned.merge_and_unload())
-        checkpoint = save_vlm(backbone, processor, keep or scratch / "backbone")
+        checkpoint = save_model(backbone, processor, keep or scratch / "backbone")
     model = RewardModel.from_checkpoint(checkpoint, lora=lora)
     known = [*job.questions.get("base", []), *questions]
     vocabulary = common_answers(known, reward.vocabulary, () if questions else pairs)
@@ -300,7 +300,7 @@ def _answerer(recipe: Recipe, site: SiteConfig, folder: Path) -> Answerer:
             "`accord site train`, or take answers = true out of its table"
         )
     return Answerer(
-        partial(load_vlm, place),
+        partial(load_model, place),
         max_new_tokens=recipe.alignment.max_completion_length,
         batch_size=recipe.alignment.questions_at_once,
     )

@@ -2,7 +2,7 @@
 
     R(x, y) = w · h_last(image, prompt, y) + b                  a real number per (prompt x, answer y)
 
-The backbone is what `accord.models.load.load_vlm` loads, used whole or with a LoRA adapter; its language-modelling head
+The backbone is what `accord.models.load.load_model` loads, used whole or with a LoRA adapter; its language-modelling head
 is not computed.
 On disk:
 
@@ -39,7 +39,7 @@ from transformers.utils.hub import resolve_revision
 from accord.errors import CheckpointError
 from accord.models.attention import skip_hidden
 from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
-from accord.models.load import PREFIX, LoraSettings, Processor, add_lora, load_vlm, locate, without_adapter
+from accord.models.load import PREFIX, LoraSettings, Processor, add_lora, load_model, locate, without_adapter
 from accord.runs import replace_folder
 from accord.types import Prompt
 
@@ -107,10 +107,10 @@ class RewardModel(nn.Module):
     def from_checkpoint(cls, checkpoint: str, *, lora: LoraSettings | None = None) -> RewardModel:
         """Put an untrained head on `checkpoint`, with a fresh LoRA adapter if `lora` is given."""
         if lora is None:
-            return cls(*load_vlm(checkpoint, trainable=True))
+            return cls(*load_model(checkpoint, trainable=True))
         named = checkpoint.startswith(PREFIX) or not Path(locate(checkpoint)).is_dir()
         fingerprint = _fingerprint(checkpoint) if named else None
-        model, processor = load_vlm(checkpoint, revision=fingerprint or "main")
+        model, processor = load_model(checkpoint, revision=fingerprint or "main")
         base = checkpoint if named else None
         return cls(add_lora(model, lora), processor, base=base, fingerprint=fingerprint, lora=lora)
 
@@ -196,7 +196,7 @@ class RewardModel(nn.Module):
                 f"{path}: format {manifest.format!r}, this version reads {_FORMAT!r}; train the site again"
             )
         place = manifest.base or str(path / "backbone")
-        plain, processor = load_vlm(place, revision=manifest.fingerprint or "main")
+        plain, processor = load_model(place, revision=manifest.fingerprint or "main")
         found = _fingerprint(place, manifest.fingerprint)
         if manifest.fingerprint not in (None, found):
             raise CheckpointError(
