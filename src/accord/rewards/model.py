@@ -2,8 +2,8 @@
 
     R(x, y) = w · h_last(image, prompt, y) + b                  a real number per (prompt x, answer y)
 
-The backbone is what `accord.models.load.load_model` loads, used whole or with a LoRA adapter; its language-modelling head
-is not computed.
+The backbone is what `accord.models.load.load_model` loads, used whole or with a LoRA adapter; its language-modelling
+head is not computed.
 On disk:
 
     reward.json          format, mean and deviation of the training scores, rows at once, which backbone
