@@ -16,11 +16,12 @@ CHECKPOINT = "accord/idefics3"
 @pytest.fixture
 def summarise(job):
     """Return a function that states the result of a run whose sites have no folder here, only a function each."""
-    save_router(job.path / "router", RouterNetwork(4, 2, RouterConfig(layers=1, width=8, heads=2)))
-    (job.path / "router" / "measured.json").write_text(json.dumps({"accuracy": 0.5}))
+    with job.run.doing("router"):
+        save_router(job.path / "router", RouterNetwork(4, 2, RouterConfig(layers=1, width=8, heads=2)))
+        (job.path / "router" / "measured.json").write_text(json.dumps({"accuracy": 0.5}))
     vars(job)["evaluated"] = []
     measured = dict.fromkeys(("base", "aligned", "question_only", "shuffled_image"), accuracy({"colour": (1, 2)}))
-    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2))
+    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2), None)
 
 
 def test_what_is_said_of_a_site_came_in_its_card(summarise):
