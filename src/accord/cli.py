@@ -122,12 +122,17 @@ def _prepare() -> None:
 def _settle(recipe: Recipe) -> None:
     """Silence transformers, and give torch as many threads as the recipe says."""
     import torch
+
+    _hush()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+
+
+def _hush() -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
 
 
 @contextmanager
@@ -300,6 +305,7 @@ def evaluate_command(
     elif not data:
         raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
     else:
+        _hush()
         typer.echo(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
 
 

@@ -181,11 +181,15 @@ def test_an_unknown_site(fails, recipe, tmp_path):
 
 
 def test_a_text_only_checkpoint(fails, text_only, vqa_folder, recipe, tmp_path):
+    """One that nothing tells how to ask is refused when it is loaded, any other when it is asked about an image."""
     line = fails("evaluate", text_only, "--data", vqa_folder, "--questions", 2)
-    assert "a 'llama' model cannot answer questions about images" in line and str(text_only) in line
-    edit(recipe, "accord/llava-siglip-qwen2", str(text_only))
-    line = fails("site", "train", recipe, "colour", "--out", tmp_path / "run", "--quiet")
-    assert "a 'llama' model cannot answer questions about images" in line
+    assert "the tokenizer has no chat template" in line and str(text_only) in line
+    edit(recipe, "accord/llava-siglip-qwen2", "accord/text-qwen2")
+    for command in (
+        ("evaluate", "accord/text-qwen2", "--data", vqa_folder, "--questions", 2),
+        ("site", "train", recipe, "colour", "--out", tmp_path / "run", "--quiet"),
+    ):
+        assert "a text-only model was asked about an image; name a vision-language checkpoint" in fails(*command)
 
 
 def test_a_checkpoint_that_does_not_ship(fails, vqa_folder):
@@ -218,7 +222,10 @@ def test_a_report_of_nothing(fails, tmp_path):
 
 def test_an_unknown_family(fails, tmp_path):
     line = fails("pretrain", tmp_path / "out", "--family", "llava")
-    assert "there is no family 'llava'; use one of llava-clip-llama" in line and not (tmp_path / "out").exists()
+    assert (
+        "there is no family 'llava' for these questions; use one of llava-clip-llama" in line
+        and not (tmp_path / "out").exists()
+    )
 
 
 def space_for(writes):

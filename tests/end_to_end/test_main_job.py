@@ -53,7 +53,7 @@ def test_a_run_leaves_its_folder(finished):
     written = ("report.html", "gallery.jsonl", "run.lock", "tensorboard", "sites", "router", "checkpoints", "policy")
     assert names(run) == sorted([*files, *written, "gallery", "traffic"])
     assert names(run / "sites") == sorted(SITES) and names(run / "checkpoints") == []
-    assert all(names(run / "sites" / site) == ["card.json", "reward"] for site in SITES)
+    assert all(names(run / "sites" / site) == ["card.json", "model", "reward", "truth.json"] for site in SITES)
     assert names(run / "gallery") == ["0.png", "1.png", "2.png", "3.png"]
     assert not [path for path in run.rglob("*") if ".partial-" in path.name or ".replaced-" in path.name]
     page = (run / "report.html").read_text(encoding="utf-8")

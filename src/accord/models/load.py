@@ -117,6 +117,9 @@ def load_model(
                 f"{checkpoint}: a {config.model_type!r} model cannot answer questions; "
                 "use a checkpoint that AutoModelForImageTextToText or AutoModelForCausalLM loads"
             )
+        processor = cast(Processor, kind[1].from_pretrained(place, revision=revision))
+        if isinstance(processor, PreTrainedTokenizerBase) and kind[1] is AutoTokenizer:
+            _ready_tokenizer(checkpoint, processor)
         loaded = kind[0].from_pretrained(
             place,
             revision=revision,
@@ -125,7 +128,6 @@ def load_model(
             output_loading_info=True,
         )
         model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
-        processor = cast(Processor, kind[1].from_pretrained(place, revision=revision))
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -136,9 +138,8 @@ def load_model(
             f"{checkpoint}: {len(found['missing_keys'])} weights are missing, {min(found['missing_keys'])} first; "
             "the folder is incomplete or mixes two models, save the checkpoint again"
         )
-    if isinstance(processor, PreTrainedTokenizerBase) and kind[1] is AutoTokenizer:
-        _ready_tokenizer(checkpoint, processor)
-    elif getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None:
+    sees = kind[1] is AutoProcessor
+    if sees and (getattr(processor, "image_processor", None) is None or getattr(processor, "tokenizer", None) is None):
         raise CheckpointError(
             f"{checkpoint}: no image processor or no tokenizer; save the processor into the same folder"
         )
