@@ -88,7 +88,7 @@ def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> Fe
         config = replace(
             config,
             experts=variant.experts or config.experts,
-            neighbours=variant.neighbours or config.neighbours,
+            neighbours=min(variant.neighbours or config.neighbours, config.auxiliary),
         )
         router = CompetenceRouter(
             job.encoder,
