@@ -63,9 +63,9 @@ def route(router, degrees, sizes=None):
     return router([PROMPT] * len(degrees), [towards(d) for d in degrees], [["x"] * n for n in sizes])
 
 
-def make(correct, *, sites=SITES, seed=0, measure=None, **settings):
+def make(correct, *, sites=SITES, seed=0, grade=None, **settings):
     config = FedGrpoConfig(**{"neighbours": 1, "experts": 1, **settings})
-    return CompetenceRouter(Compass(), graph_of(correct), config, sites=sites, seed=seed, measure=measure)
+    return CompetenceRouter(Compass(), graph_of(correct), config, sites=sites, seed=seed, grade=grade)
 
 
 def answering(*answers, asked=None):
@@ -298,7 +298,7 @@ def test_a_refresh_by_hand():
     """Measured again at calls 3 and 5. Site a is best at first; then b is, and a, silent, keeps its row; then c."""
     news = iter([[[NAN] * 4, [1] * 4, [0] * 4], [[NAN] * 4, [NAN] * 4, [1] * 4]])
     router = make(
-        [[1] * 3 + [0], [0] * 4, [0] * 4], neighbours=4, refresh_every=2, measure=lambda: graph_of(next(news))
+        [[1] * 3 + [0], [0] * 4, [0] * 4], neighbours=4, refresh_every=2, grade=lambda: graph_of(next(news)).correct
     )
     chosen = [route(router, [0]).argmax().item() for _ in range(4)]
     assert chosen == [0, 0, 1, 1]
@@ -308,7 +308,7 @@ def test_a_refresh_by_hand():
 
 
 def test_without_a_schedule_nothing_is_measured_again():
-    router = make([[1] * 4, [0] * 4, [0] * 4], measure=lambda: pytest.fail("measured"))
+    router = make([[1] * 4, [0] * 4, [0] * 4], grade=lambda: pytest.fail("measured"))
     assert [route(router, [0]).argmax().item() for _ in range(5)] == [0] * 5
 
 
@@ -317,13 +317,13 @@ def test_a_resumed_router_goes_on_as_it_would_have():
 
     def start():
         return make(
-            [[1] * 4] * 3, refresh_every=3, experts=2, measure=lambda: graph_of([[1] * 4, [1] * 4, [0, 0, 1, 1]])
+            [[1] * 4] * 3, refresh_every=3, experts=2, grade=lambda: graph_of([[1] * 4, [1] * 4, [0, 0, 1, 1]]).correct
         )
 
     whole = start()
     for _ in range(4):
         route(whole, [0, 90])
-    resumed = make([[1] * 4] * 3, refresh_every=3, experts=2, measure=whole.measure)
+    resumed = make([[1] * 4] * 3, refresh_every=3, experts=2, grade=whole.grade)
     resumed.load_state_dict({name: tensor_.clone() for name, tensor_ in whole.state_dict().items()})
     for _ in range(5):
         assert torch.equal(route(whole, [0, 90]), route(resumed, [0, 90]))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from accord.errors import ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest
+from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest, check_kind
 from accord.routing.fit import federated_average
 from accord.routing.router import read_weights
 
@@ -241,10 +241,7 @@ def check_update(
         ReplyError: wrong type or request id, no examples, or a loss that is not finite.
         CheckpointError: the weights' names, shapes or types are not those of `expected`, or a value is not finite.
     """
-    if not isinstance(reply, UpdateReply):
-        raise ReplyError(f"expected an update, got a {type(reply).__name__}")
-    if reply.id != request.id:
-        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    reply = check_kind(request, reply, UpdateReply, "an update")
     if reply.examples < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples with a loss of {reply.loss}")
     return reply, read_weights(reply.weights, dict(expected))

@@ -20,12 +20,15 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from accord.data.images import image_id
 from accord.data.rows import BadRow, ImageCell, OneKind, Row, column, keep_good, read_jsonl, text_of
 from accord.data.saved import open_dataset, undecoded
 from accord.errors import DataError, RecipeError
 from accord.types import Question, Subject
+
+T = TypeVar("T")
 
 SPLITS = ("base", "private", "public", "dev", "test")
 
@@ -168,6 +171,12 @@ def split_by_image(questions: Iterable[Question], fractions: Mapping[str, float]
         return next((name for name, end in zip(names, ends, strict=True) if draw < end), names[-1])
 
     return [replace(question, split=side(question)) for question in questions]
+
+
+def in_turn(queues: Iterable[Iterable[T]], count: int) -> list[T]:
+    """Return the first `count` of what queues hold, one from each in turn; those that are empty are passed over."""
+    rounds = itertools.zip_longest(*([(item,) for item in queue] for queue in queues), fillvalue=())
+    return list(itertools.islice((item for each in rounds for one in each for item in one), count))
 
 
 def uniform(purpose: str, seed: int, *parts: str) -> float:

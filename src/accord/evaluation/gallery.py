@@ -13,6 +13,7 @@ from PIL.Image import Image
 
 from accord.alignment.reward import FederatedReward, Group
 from accord.data.images import image_bytes, load_if_any
+from accord.data.questions import in_turn
 from accord.runs import write_atomic
 from accord.types import Question, prompt_of
 
@@ -25,12 +26,7 @@ def choose(questions: Sequence[Question], before: Sequence[str], after: Sequence
     for i, q in enumerate(questions):
         by_type[q.question_type].append(i)
     queues = [sorted(items, key=lambda i: before[i] == after[i]) for _, items in sorted(by_type.items())]
-    chosen: list[int] = []
-    while len(chosen) < count and any(queues):
-        for queue in queues:
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
-    return chosen
+    return in_turn(queues, count)
 
 
 def write_gallery(

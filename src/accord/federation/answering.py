@@ -33,8 +33,8 @@ from accord.data.images import load_image
 from accord.data.questions import normalise_answer
 from accord.errors import CheckpointError
 from accord.federation.messages import MAX_ANSWER, AnswerItem, ScoreItem, from_turns
-from accord.models.inputs import encode_prompts
-from accord.models.load import Processor, tokenizer_of
+from accord.models.generate import complete
+from accord.models.load import Processor
 from accord.runs import write_atomic
 from accord.types import Prompt, texts_of
 
@@ -117,7 +117,6 @@ class Answerer:
             self._known.popitem(last=False)
         return [answers[key] for key in keys]
 
-    @torch.no_grad()
     def _generate(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str]:
         """Answer items that all have an image, or all have none."""
         said: list[str] = []
@@ -126,13 +125,8 @@ class Answerer:
             model, processor = self._loaded
             pictures = [None if item.image is None else load_image(images[item.image]) for item in chunk]
             prompts = [from_turns(item.prompt) for item in chunk]
-            inputs = encode_prompts(processor, prompts, pictures).to(model.device)
-            ids = model.generate(  # type: ignore[operator]  # a mixin of every such model
-                **inputs, max_new_tokens=self.max_new_tokens, do_sample=False
-            )
-            new = ids[:, inputs["input_ids"].shape[1] :]
-            texts = tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)
-            said += [text.strip()[:MAX_ANSWER] for text in texts]
+            how = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+            said += [text[:MAX_ANSWER] for text in complete(model, processor, prompts, pictures, **how)]
         return said
 
 

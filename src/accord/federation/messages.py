@@ -190,6 +190,7 @@ WithImages: TypeAlias = ScoreRequest | AnswerRequest
 Request: TypeAlias = ScoreRequest | AnswerRequest | RouterRequest | UpdateRequest | CardRequest
 Reply: TypeAlias = ScoreReply | MissingImages | AnswerReply | RouterReply | UpdateReply | Card | Refusal
 T = TypeVar("T")
+Answered = TypeVar("Answered", ScoreReply, AnswerReply, RouterReply, UpdateReply, Card)
 
 MAX_SCORE = 1e4
 """A standardised score beyond this is no score; it would drown every other site's."""
@@ -285,6 +286,19 @@ def reply_limit(request: Request) -> int:
     return 65_536
 
 
+def check_kind(request: Request, reply: Reply, kind: type[Answered], what: str) -> Answered:
+    """Return a reply that is of its request's kind and answers it; `what` it must be, for the message.
+
+    Raises:
+        ReplyError: it is of another kind, or answers another request.
+    """
+    if not isinstance(reply, kind):
+        raise ReplyError(f"expected {what}, got a {type(reply).__name__}")
+    if reply.id != request.id:
+        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    return reply
+
+
 def check_card(request: CardRequest, reply: Reply) -> Card:
     """Validate what a site says of itself before it is shown.
 
@@ -292,10 +306,7 @@ def check_card(request: CardRequest, reply: Reply) -> Card:
         ReplyError: wrong type or request id, a count below 0, a share outside 0 to 1, or text that is long or cannot be
             printed.
     """
-    if not isinstance(reply, Card):
-        raise ReplyError(f"expected a card, got a {type(reply).__name__}")
-    if reply.id != request.id:
-        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    reply = check_kind(request, reply, Card, "a card")
     if min(reply.parameters, reply.questions, reply.pairs) < 0:
         raise ReplyError(f"a count of {min(reply.parameters, reply.questions, reply.pairs)}")
     for share in reply.ranking.values():
@@ -315,10 +326,7 @@ def check_scores(
     Raises:
         ReplyError: wrong type, request id, or shape, or a score outside `low` to `high`, the range that was agreed.
     """
-    if not isinstance(reply, ScoreReply):
-        raise ReplyError(f"expected scores, got a {type(reply).__name__}")
-    if reply.id != request.id:
-        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    reply = check_kind(request, reply, ScoreReply, "scores")
     if len(reply.scores) != len(request.items):
         raise ReplyError(f"scores for {len(reply.scores)} questions, expected {len(request.items)}")
     checked: list[list[float] | None] = []
@@ -341,10 +349,7 @@ def check_answers(request: AnswerRequest, reply: Reply) -> list[str]:
     Raises:
         ReplyError: wrong type, request id or number, or an answer of more than `MAX_ANSWER` characters.
     """
-    if not isinstance(reply, AnswerReply):
-        raise ReplyError(f"expected answers, got a {type(reply).__name__}")
-    if reply.id != request.id:
-        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    reply = check_kind(request, reply, AnswerReply, "answers")
     if len(reply.answers) != len(request.items):
         raise ReplyError(f"answers to {len(reply.answers)} questions, expected {len(request.items)}")
     longest = max(map(len, reply.answers), default=0)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from accord.data.images import load_if_any
 from accord.models.inputs import encode_prompts
 from accord.models.load import Processor, tokenizer_of
-from accord.types import Question, prompt_of
+from accord.types import Prompt, Question, prompt_of
 
 
 @torch.no_grad()
@@ -52,15 +52,25 @@ def answer(
             chunk = questions[start : start + batch_size]
             images = [load_if_any(q.image) for q in chunk]
             seen = [None if image is None else view(image) for image in images]
-            inputs = encode_prompts(processor, [prompt_of(q) for q in chunk], seen).to(model.device)
-            ids = model.generate(  # type: ignore[operator]  # a mixin of every such model
-                **inputs, max_new_tokens=max_new_tokens, **(drawing if samples else {"do_sample": False})
-            )
-            texts = tokenizer_of(processor).batch_decode(
-                ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            how = {"max_new_tokens": max_new_tokens, **(drawing if samples else {"do_sample": False})}
+            texts = complete(model, processor, [prompt_of(q) for q in chunk], seen, **how)
             each = samples or 1
-            out += [[t.strip() for t in texts[i * each : (i + 1) * each]] for i in range(len(chunk))]
+            out += [texts[i * each : (i + 1) * each] for i in range(len(chunk))]
             on_batch(len(chunk))
     model.train(training)
     return out
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    images: Sequence[Image | None],
+    **how: object,
+) -> list[str]:
+    """Return what a model says to prompts, without special tokens and outer spaces; `how` is for its `generate`."""
+    inputs = encode_prompts(processor, prompts, images).to(model.device)
+    ids = model.generate(**inputs, **how)  # type: ignore[operator]  # a mixin of every such model
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)]

@@ -35,7 +35,7 @@ from accord.pipeline.sites import open_site
 from accord.pipeline.traffic import SaveTraffic, load_traffic
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe, load_recipe
-from accord.routing.fusion import Fusion, mixture
+from accord.routing.fusion import Fusion
 from accord.routing.router import Encoder, LearnedRouter, Router, load_router
 from accord.runs import full_disk_told, write_atomic
 from accord.types import ImageSource, Question
@@ -48,8 +48,8 @@ MEMORY: Final = "memory.safetensors"
 class RewardOptions(TypedDict, total=False):
     """What a method chooses of a `FederatedReward`; the recipe has `mode` and `scope`, the others their defaults."""
 
-    mode: Mode | None
-    scope: Scope | None
+    mode: Mode
+    scope: Scope
     fusion: Fusion
     within_group: bool
     judged_by: Judge
@@ -107,16 +107,11 @@ def _reward(
     sources: Mapping[str, ImageSource],
     options: RewardOptions,
 ) -> FederatedReward:
+    chosen: RewardOptions = {"mode": recipe.routing.mode, "scope": recipe.routing.scope, **options}
     return FederatedReward(
         engine,
         router,
-        mode=options.get("mode") or recipe.routing.mode,
-        fusion=options.get("fusion", mixture),
-        within_group=options.get("within_group", False),
-        judged_by=options.get("judged_by", "reward"),
-        truth=options.get("truth", False),
-        form=options.get("form", 0.0),
-        scope=options.get("scope") or recipe.routing.scope,
+        **chosen,
         end_tokens=_end_tokens(model),
         deadline=recipe.routing.deadline,
         unfinished=recipe.scores.low if recipe.scores else None,

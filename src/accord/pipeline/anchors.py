@@ -18,12 +18,12 @@ from torch.nn.functional import one_hot
 from accord.data.images import load_if_any, picture_key
 from accord.errors import DataError
 from accord.evaluation.accuracy import sample_questions
-from accord.federation.engine import Traffic
+from accord.federation.engine import Engine
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.job import Job
 from accord.pipeline.routing import trained_router
 from accord.pipeline.sites import construct_pairs, open_federation
-from accord.pipeline.traffic import add_rows, traffic_rows
+from accord.pipeline.traffic import add_rows, asked_once
 from accord.routing.anchors import Anchors, collect, load_anchors, save_anchors
 from accord.routing.gate import (
     AnchoredConfig,
@@ -35,7 +35,6 @@ from accord.routing.gate import (
 )
 from accord.routing.gated import AnchoredRouter, CorrectnessRouter, PreferenceGate
 from accord.routing.router import Router, RouterNetwork, prompt_words
-from accord.runs import write_atomic
 from accord.types import PreferencePair, Prompt, Question, prompt_of
 
 ANCHOR_QUESTIONS = 200
@@ -64,26 +63,24 @@ def public_anchors(job: Job) -> Anchors:
         DataError: no question has the split `base`.
     """
     file = job.path / "anchors" / "public-pairs.safetensors"
-    bytes_file = file.with_name("traffic.json")
-    if not (file.is_file() and bytes_file.is_file()):
-        base = job.questions.get("base", [])
-        if not base:
-            raise DataError("no question has the split 'base', which anchors are made of; give the source some")
-        pairs = public_pairs(job, sample_questions(base, ANCHOR_QUESTIONS, seed=job.recipe.seed), job.recipe.seed)
-        engine = open_federation(job)
-        engine.traffic = Traffic()
-        anchors = collect(
-            engine,
-            job.encoder,
-            pairs,
-            trained_router(job),
-            deadline=job.recipe.routing.deadline,
-            rows_at_once=job.recipe.router.rows_at_once,
-        )
-        write_atomic(bytes_file, json.dumps(traffic_rows(engine.traffic)) + "\n")
-        save_anchors(file, anchors)
-    add_rows(job.traffic, json.loads(bytes_file.read_text()))
+    engine = open_federation(job)
+    asked_once(job, engine, file, lambda: save_anchors(file, _collect(job, engine)))
     return load_anchors(file)
+
+
+def _collect(job: Job, engine: Engine) -> Anchors:
+    base = job.questions.get("base", [])
+    if not base:
+        raise DataError("no question has the split 'base', which anchors are made of; give the source some")
+    pairs = public_pairs(job, sample_questions(base, ANCHOR_QUESTIONS, seed=job.recipe.seed), job.recipe.seed)
+    return collect(
+        engine,
+        job.encoder,
+        pairs,
+        trained_router(job),
+        deadline=job.recipe.routing.deadline,
+        rows_at_once=job.recipe.router.rows_at_once,
+    )
 
 
 def preference_gate(job: Job, stage: str) -> Aligned:

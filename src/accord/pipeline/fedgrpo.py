@@ -10,33 +10,31 @@ counts what that sent.
 
 from __future__ import annotations
 
-import json
 import random
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 from accord.alignment.reward import FederatedReward
-from accord.data.dealing import kind_of
+from accord.data.dealing import Kind, kind_of
+from accord.data.questions import in_turn
 from accord.errors import DataError, RecipeError
-from accord.federation.engine import Engine, Traffic
+from accord.federation.engine import Engine
 from accord.federation.messages import Judge
 from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
 from accord.pipeline.job import Job
 from accord.pipeline.sites import open_federation
-from accord.pipeline.traffic import add_rows, traffic_rows
+from accord.pipeline.traffic import asked_once
 from accord.routing.competence import (
     CompetenceRouter,
     ConfidenceGraph,
     RandomExperts,
+    grade,
     load_graph,
     measure,
     save_graph,
 )
 from accord.routing.fusion import Fusion, group_relative
-from accord.runs import write_atomic
 from accord.types import Question
 
 
@@ -96,7 +94,7 @@ def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> Fe
             config,
             sites=engine.sites,
             seed=job.recipe.seed,
-            measure=partial(_measure, job, engine),
+            grade=lambda: grade(engine, auxiliary_questions(job), deadline=job.recipe.routing.deadline),
         )
     else:
         experts = len(engine.sites) if variant.choice == "all" else variant.experts or config.experts
@@ -117,22 +115,13 @@ def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> Fe
 
 def confidence_graph(job: Job, engine: Engine) -> ConfidenceGraph:
     """Return what each site got right of the auxiliary questions; asked once, its bytes count for every user."""
-    folder = job.path / "competence"
-    sent = folder / "traffic.json"
-    if not sent.is_file():
-        run_traffic, engine.traffic = engine.traffic, Traffic()
-        try:
-            graph, rows = _measure(job, engine), traffic_rows(engine.traffic)
-        finally:
-            engine.traffic = run_traffic
-        save_graph(folder / "graph", graph)
-        write_atomic(sent, json.dumps(rows) + "\n")
-    add_rows(job.traffic, json.loads(sent.read_text()))
-    return load_graph(folder / "graph")
+    kept, deadline = job.path / "competence" / "graph", job.recipe.routing.deadline
 
+    def ask() -> None:
+        save_graph(kept, measure(engine, job.encoder, auxiliary_questions(job), deadline=deadline))
 
-def _measure(job: Job, engine: Engine) -> ConfidenceGraph:
-    return measure(engine, job.encoder, auxiliary_questions(job), deadline=job.recipe.routing.deadline)
+    asked_once(job, engine, kept, ask)
+    return load_graph(kept)
 
 
 def auxiliary_questions(job: Job) -> list[Question]:
@@ -141,16 +130,11 @@ def auxiliary_questions(job: Job) -> list[Question]:
     Raises:
         DataError: no question has the split `base`.
     """
-    known: dict[tuple[str, str], list[Question]] = defaultdict(list)
+    known: dict[Kind, list[Question]] = defaultdict(list)
     for q in job.questions.get("base", []):
         known[kind_of(q)].append(q)
     if not known:
         raise DataError("no question has the split 'base', which FedGRPO grades sites on; give the source some")
     generator = random.Random(job.recipe.seed)
-    queues: Sequence[list[Question]] = [generator.sample(found, len(found)) for _, found in sorted(known.items())]
-    chosen: list[Question] = []
-    while len(chosen) < job.recipe.fedgrpo.auxiliary and any(queues):
-        for queue in queues:
-            if queue and len(chosen) < job.recipe.fedgrpo.auxiliary:
-                chosen.append(queue.pop())
-    return chosen
+    queues = [generator.sample(found, len(found))[::-1] for _, found in sorted(known.items())]
+    return in_turn(queues, job.recipe.fedgrpo.auxiliary)

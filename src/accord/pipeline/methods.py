@@ -18,13 +18,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TypeAlias
+from typing import TypeAlias, Unpack
 
 from transformers import set_seed
 
 from accord.alignment.feedback import AnchorChange, LossSign, OnlineUpdate, QuantileLoss, RandomBit, Signal
 from accord.alignment.grpo import RewardFunction, exact_match_reward
-from accord.alignment.reward import FederatedReward, Mode, Scope
+from accord.alignment.reward import FederatedReward
 from accord.data.preferences import build_preferences
 from accord.errors import RecipeError
 from accord.evaluation.accuracy import sample_questions
@@ -32,7 +32,7 @@ from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.site import Site, SiteRecord
 from accord.models.load import save_model
 from accord.pipeline import anchors, baselines
-from accord.pipeline.alignment import Aligned, federated_reward, run_grpo
+from accord.pipeline.alignment import Aligned, RewardOptions, federated_reward, run_grpo
 from accord.pipeline.anchors import client_id_network
 from accord.pipeline.fedgrpo import Variant, fedgrpo, fedgrpo_reward
 from accord.pipeline.job import Job
@@ -59,10 +59,10 @@ def by_reward(make: Callable[[Job], RewardFunction], *, kl: float | None = None)
     return method
 
 
-def routed(job: Job, *, mode: Mode | None = None, scope: Scope | None = None) -> FederatedReward:
+def routed(job: Job, **options: Unpack[RewardOptions]) -> FederatedReward:
     """Return MoR's reward with the offline router."""
     router = LearnedRouter(job.encoder, client_id_network(job))
-    return federated_reward(job, open_federation(job), router, mode=mode, scope=scope)
+    return federated_reward(job, open_federation(job), router, **options)
 
 
 def routed_unclipped(job: Job, *, standardised: bool = True) -> FederatedReward:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from accord.federation.engine import Traffic
+from accord.federation.engine import Engine, Traffic
 from accord.pipeline.job import Job
 from accord.runs import write_atomic
 
@@ -33,6 +33,27 @@ def add_rows(traffic: Traffic, rows: Sequence[Row]) -> None:
         count.bytes_to_site += down
         count.bytes_from_site += up
         count.absences += absences
+
+
+def asked_once(job: Job, engine: Engine, kept: Path, ask: Callable[[], object]) -> None:
+    """Ask the sites unless what they said is kept already; either way its bytes count for who uses it now.
+
+    Args:
+        job: whose traffic it is.
+        engine: carries the questions.
+        kept: what `ask` leaves behind; what it sent is noted beside it, in `traffic.json`.
+        ask: asks, and keeps the answers.
+    """
+    sent = kept.with_name("traffic.json")
+    if not (kept.exists() and sent.is_file()):
+        before, engine.traffic = engine.traffic, Traffic()
+        try:
+            ask()
+            rows = traffic_rows(engine.traffic)
+        finally:
+            engine.traffic = before
+        write_atomic(sent, json.dumps(rows) + "\n")
+    add_rows(job.traffic, json.loads(sent.read_text()))
 
 
 def write_traffic(job: Job, path: Path) -> None:

@@ -35,7 +35,7 @@ from PIL.Image import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from accord.data.images import image_bytes, load_image
+from accord.data.images import image_bytes, load_if_any
 from accord.data.questions import normalise_answer, uniform
 from accord.errors import CheckpointError, DataError, RecipeError, check_least
 from accord.federation.asking import ask_checked
@@ -122,7 +122,7 @@ def measure(
         DataError: there are no questions.
     """
     correct = grade(engine, questions, deadline=deadline)
-    images = [None if q.image is None else load_image(q.image) for q in questions]
+    images = [load_if_any(q.image) for q in questions]
     raw = embed(encoder, [prompt_of(q) for q in questions], images).double()
     mean = raw.mean(dim=0)
     types = tuple(q.question_type for q in questions)
@@ -179,7 +179,7 @@ class CompetenceRouter:
         config: L, M and the schedule of the refreshes.
         sites: their names in the order of the graph's rows, `[K]`.
         seed: of the draws between sites of equal competence.
-        measure: measures the graph anew on the same questions, every `config.refresh_every` calls.
+        grade: grades the sites anew on the same questions, `[K, A]`, every `config.refresh_every` calls.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class CompetenceRouter:
         *,
         sites: Sequence[str],
         seed: int,
-        measure: Callable[[], ConfidenceGraph] | None = None,
+        grade: Callable[[], Tensor] | None = None,
     ) -> None:
         if len(sites) != len(graph.correct):
             raise DataError(
@@ -199,7 +199,7 @@ class CompetenceRouter:
         self.encoder = encoder
         self.graph = graph
         self.config = config
-        self.measure = measure
+        self.grade = grade
         self.experts = _Experts(tuple(sites), config.experts, seed)
         self.calls = 0
 
@@ -212,8 +212,8 @@ class CompetenceRouter:
         With fewer than M sites that have answered, all of them are experts.
         """
         every = self.config.refresh_every
-        if self.measure is not None and every and self.calls and self.calls % every == 0:
-            self._renew(self.measure().correct)
+        if self.grade is not None and every and self.calls and self.calls % every == 0:
+            self._renew(self.grade())
         self.calls += 1
         features = embed(self.encoder, prompts, images)
         weights = self.experts.choose(self.graph.competence(features, self.config.neighbours))

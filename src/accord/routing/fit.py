@@ -27,7 +27,7 @@ from accord.data.images import load_if_any
 from accord.errors import ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import Reply, RouterReply, RouterRequest
+from accord.federation.messages import Reply, RouterReply, RouterRequest, check_kind
 from accord.models.inputs import chunks
 from accord.routing.router import Encoder, RouterConfig, RouterNetwork, read_weights
 from accord.types import PreferencePair
@@ -158,10 +158,7 @@ def _check_update(
     request: RouterRequest, reply: Reply, expected: dict[str, Tensor]
 ) -> tuple[RouterReply, dict[str, Tensor]]:
     """Validate a site's update before use; return it and its weights."""
-    if not isinstance(reply, RouterReply):
-        raise ReplyError(f"expected a router update, got a {type(reply).__name__}")
-    if reply.id != request.id:
-        raise ReplyError(f"reply to request {reply.id!r:.40}, expected {request.id!r}")
+    reply = check_kind(request, reply, RouterReply, "a router update")
     if reply.examples < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples with a loss of {reply.loss}")
     return reply, read_weights(reply.weights, expected)
