@@ -12,7 +12,6 @@ A comment before a block tells what is done with it, and one that stands alone w
 """
 
 import ast
-import contextlib
 import os
 import re
 import signal
@@ -22,8 +21,9 @@ import sysconfig
 import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+from processes import end, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
@@ -121,21 +121,6 @@ class Walk:
     def close(self):
         for name in list(self.terminals):
             end(self.terminals.pop(name))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def end(process):
-    """Kill a process and all that it started, whose sessions are their own."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-    process.wait()
 
 
 def steps():

@@ -8,14 +8,12 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sysconfig
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import tomli_w
 
@@ -25,24 +23,9 @@ from accord.flare.kit import kit_of, start_command, start_environment
 from accord.flare.launch import Production
 from accord.flare.provision import Consortium as Members
 from accord.flare.provision import Member, Server, provision
+from processes import end, free_port
 
 SITES = ("colour", "shape", "yes-no")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def end(process):
-    """Kill a process and all that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for each in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
-    process.wait()
 
 
 class Consortium:

@@ -23,19 +23,13 @@ from accord.errors import RunError
 from accord.flare.cli import server_start
 from accord.flare.kit import CLASSES, Kit, check_certificate, kit_of, start_command, start_environment
 from accord.flare.provision import Consortium, Member, Server, provision
+from processes import free_port
 
 pytestmark = pytest.mark.slow
 
 Start = Callable[[Kit], None]
 
 SITES = (Member("colour", "org_colour"), Member("shape", "org_shape"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait(condition: Callable[[], object], seconds: float = 90) -> None:

@@ -31,6 +31,7 @@ from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
 from accord.runs import Run
 from accord.toml import dump_toml
+from processes import free_port
 
 RECIPE = """
 name = "consortium"
@@ -62,12 +63,6 @@ app = typer.Typer()
 app.command("check")(site_check)
 app.command("join")(site_join)
 app.command("status")(site_status)
-
-
-def free_port():
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
