@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from accord.errors import RunError
 from accord.models.load import load_model
 from accord.models.tiny import FAMILIES
 from accord.pipeline import open_reward
@@ -92,6 +93,18 @@ def test_the_federation_put_together_by_hand(run_folder):
         "image": [Image.new("RGB", (64, 64), "red")] * 3,
     }
     assert by_hand(**rows) == opened(**rows)
+
+
+def test_a_run_by_another_method_opens_no_reward(tmp_path):
+    """FedGRPO's reward reads which questions a site owns: its run folder is refused before any site opens."""
+    (tmp_path / "recipe.toml").write_text(
+        'name = "f"\nmethod = "fedgrpo"\n[[questions]]\nkind = "easy-vqa"\n[policy]\ncheckpoint = "accord/idefics3"\n'
+        '[[sites]]\nname = "one"\ncheckpoint = "accord/idefics3"\nanswers = true\n'
+    )
+    with pytest.raises(RunError, match=r"was aligned by 'fedgrpo', whose reward needs the run's questions"):
+        open_reward(tmp_path)
+    with pytest.raises(RunError, match=r"no recipe\.toml, so this is not a run folder"):
+        open_reward(tmp_path / "nowhere")
 
 
 @pytest.mark.slow

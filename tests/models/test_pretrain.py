@@ -14,7 +14,14 @@ from accord.evaluation.accuracy import count_correct
 from accord.models.finetune import FineTuneConfig
 from accord.models.generate import answer
 from accord.models.load import SHIPPED, load_model
-from accord.models.pretrain import PretrainConfig, _labels, _turned, pretrain, pretrain_families
+from accord.models.pretrain import (
+    PretrainConfig,
+    _labels,
+    _turned,
+    first_of_each_domain,
+    pretrain,
+    pretrain_families,
+)
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES
 from accord.types import vqa_prompt
 
@@ -46,6 +53,16 @@ def quick(tiny_config):
 
 def flat(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_the_few_images_are_of_every_domain(ask):
+    """Of two images of shapes and three of scans, one each; with 0 all five. Questions of one image count once."""
+    shapes = [ask(0, "red", domain="shapes"), ask(1, "red", domain="shapes"), ask(2, "blue", domain="shapes")]
+    scans = [ask(3 + i, answer, domain="scans") for i, answer in enumerate(("red", "green", "blue"))]
+    one = first_of_each_domain([*shapes, *scans], 1)
+    assert sorted(domain for domain, _ in one) == ["scans", "shapes"]
+    assert one < first_of_each_domain([*shapes, *scans], 0)
+    assert len(first_of_each_domain([*shapes, *scans], 0)) == 5
 
 
 def test_labels_are_the_answers_to_open_questions(questions, square):

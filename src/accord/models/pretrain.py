@@ -6,8 +6,8 @@ questions' `base` split alone (of easy-VQA images that no site holds, no prompt 
 1. *Vision warm-up.* Each open question type gets a linear head on the mean image feature; its answers are the
    labels. All 1,000 images, with the eight symmetries of the square. Without it a tower this small does not tell
    shapes apart (it needs thousands of steps; the fine-tuning of step 2 is too short).
-2. *Instruction tuning* on the questions of the first few images only, so that the model answers fluently and often
-   wrongly: that is the room which preferences can fill.
+2. *Instruction tuning* on the questions of each domain's first few images only, so that the model answers fluently
+   and often wrongly: that is the room which preferences can fill.
 
 A text-only model has no tower to warm up; it is tuned for a short while, to the same end.
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import cast
 
@@ -45,7 +47,7 @@ class PretrainConfig:
     vision_learning_rate: float = 3e-3
     vision_weight_decay: float = 0.05
     symmetries: bool = True
-    instruction_images: int = 20  # or questions without an image; 0 for all
+    instruction_images: int = 20  # of each domain, or questions without an image; 0 for all
     vocabulary: int = 512  # tokens
     instruction: FineTuneConfig = FineTuneConfig(steps=100, batch_size=64, learning_rate=2e-3)
     seed: int = 0
@@ -64,8 +66,7 @@ def pretrain(
     tokenizer = train_tokenizer([text for q in questions for text in (q.text, q.answer)], config.vocabulary)
     model, processor = build_tiny(family, tokenizer, config.tiny, seed=config.seed)
     _warm_up(model, processor, questions, config, description=f"{family}: vision", quiet=quiet)
-    subjects = sorted({str(q.subject) for q in questions})
-    few = set(subjects[: config.instruction_images or None])
+    few = first_of_each_domain(questions, config.instruction_images)
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProgressBarCallback(f"{family}: instruction", quiet=quiet) as bar,
@@ -73,13 +74,19 @@ def pretrain(
         finetune(
             model,
             processor,
-            [q for q in questions if str(q.subject) in few],
+            [q for q in questions if (q.domain, str(q.subject)) in few],
             config.instruction,
             seed=config.seed,
             out=Path(scratch),
             callbacks=[bar],
         )
     return model.eval(), processor
+
+
+def first_of_each_domain(questions: Sequence[Question], count: int) -> set[tuple[str, str]]:
+    """Return the first `count` images of every domain, or all if 0, as (domain, image); a text counts as an image."""
+    found = sorted({(q.domain, str(q.subject)) for q in questions})
+    return {each for _, some in groupby(found, key=itemgetter(0)) for each in islice(some, count or None)}
 
 
 def _warm_up(
