@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,14 @@ def test_every_cell_is_measured_once(recipe, tmp_path, did):
     assert [float(rows["base"][name]) for name in means[:3]] == [0, 0, 0]
     assert [float(rows["question-only"][name]) for name in means[:3]] == [1, 1, 1]
     assert not (folder / "failed.txt").exists()
+
+
+def test_whatever_is_dealt_is_held(recipe, tmp_path, did):
+    """The one site's drawn mixture is all one type, but it is dealt all there is: no type is held out."""
+    table = tomllib.loads(recipe.read_text())
+    del table["sites"][0]["question_types"]
+    recipe.write_text(tomli_w.dumps({**table, "dealing": {"alpha": 0.001}}))
+    assert "held-out" not in bench(grid(recipe, tmp_path, seeds=1))
 
 
 def test_a_second_call_does_nothing(recipe, tmp_path, did):

@@ -22,7 +22,7 @@ from accord.evaluation.intervals import half_width, is_near
 CONTROLS = ("base", "question-only")
 """What no method has touched, and every table has: the untrained policy, and answers without the image."""
 
-CHANCE = ("random", "mor-random-feedback")
+CHANCE = ("random", "mor-random-feedback", "fedgrpo-random", "fedgrpo-reward-random")
 """Chance in the place of a router, or of its feedback."""
 
 BOUNDS = ("ground-truth", "pooled", "oracle")

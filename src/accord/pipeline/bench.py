@@ -188,8 +188,8 @@ def _note(job: Job, row: str, answers: Callable[[Sequence[Question], str], list[
         split: count_correct(asked, answers(asked, split))
         for split, asked in (("dev", job.questions["dev"]), ("test", job.evaluated))
     }
-    held = job.shares.values()
-    in_domain = sorted({q.question_type for q in job.evaluated if any(share.wants(q) for share in held)})
+    dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
+    in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
     measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), "in_domain": in_domain}
     write_atomic(arm_file(job.path, row), json.dumps(measured, indent=2) + "\n")
 
