@@ -183,7 +183,7 @@ def tiny_recipe(vqa_folder):
             "save_every": 1,
         },
         "routing": {"mode": "soft"},  # every site is asked, whatever a router of two rounds has learnt
-        "fedgrpo": {"auxiliary": 24, "neighbours": 6},
+        "fedgrpo": {"auxiliary": 24, "neighbours": 6, "refresh_every": 1},
         "pooled": {"finetune": TUNING, "reward_model": REWARD},
         "evaluation": {"questions": 60, "gallery": 4},
     }

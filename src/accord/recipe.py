@@ -41,7 +41,7 @@ ARMS = (
     *("fedgrpo", "fedgrpo-reward", "fedgrpo-answer", "fedgrpo-random", "fedgrpo-all"),
     *("fedgrpo-reward-random", "fedgrpo-reward-all"),
     *("fedgrpo-literal", "fedgrpo-chunks", "fedgrpo-halves"),
-    *("fedgrpo-1-expert", "fedgrpo-3-experts", "fedgrpo-5-nearest", "fedgrpo-50-nearest"),
+    *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
     *("fedavg-reward", "fedit-fedavg", "fedit-fedprox", "fedit-scaffold", "feddpo", "fedbiscuit"),
     *("random", "best-site", "pooled", "ground-truth"),
 )

@@ -126,21 +126,20 @@ def test_one_site(make_summary: Callable[..., Summary]) -> None:
 
 
 def test_who_is_good_at_what_in_words() -> None:
-    """colour: a 2 of 2, b 1 of 2; shape: both 1 of 2. c said nothing, and was never an expert."""
+    """colour: a 2 of 2, b 1 of 2; shape: both 1 of 2. c said nothing."""
     known = competence_summary(
         ["a", "b", "c"],
         ["colour", "shape", "colour", "shape"],
         [[1, 0, 1, 1], [0, 1, 1, 0], [math.nan] * 4],
         neighbours=3,
         experts=2,
-        chosen={"a": 0.9, "b": 0.6, "c": 0.0},
     )
     assert tell_competence(known).replace("\u00a0", " ") == (
         "The server put 4 labelled questions of its own to every site and graded the answers itself. "
         "Best at colour: a (100 %); at shape: a and b (50 %). "
         "No answers came from c, so nothing is known of it. "
-        "A prompt's answers were judged by the two sites that did best on the three of these questions nearest to it. "
-        "Chosen most often: a, for 90 % of the prompts; least often: c, for 0 %."
+        "FedGRPO has a prompt's answers judged by the two sites that did best on the three of these questions nearest "
+        "to it."
     )
 
 
@@ -149,5 +148,5 @@ def test_many_equals_are_counted_and_one_of_all_is_said_as_one() -> None:
     assert tell_competence(known).replace("\u00a0", " ") == (
         "The server put 1 labelled question of its own to every site and graded the answers itself. "
         "Best at x: four sites alike (100 %). "
-        "A prompt's answers were judged by the site that did best on the one of these questions nearest to it."
+        "FedGRPO has a prompt's answers judged by the site that did best on the one of these questions nearest to it."
     )

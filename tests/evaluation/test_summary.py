@@ -180,14 +180,14 @@ def test_competence_by_hand() -> None:
         "c": {"colour": Graded(0, 2), "shape": Graded(0, 2)},
     }
     assert found.answers == {"a": "0111", "b": "----", "c": "0000"}
-    assert (found.neighbours, found.experts, found.chosen) == (2, 1, {})
+    assert (found.neighbours, found.experts) == (2, 1)
 
 
 def test_competence_is_read_back_and_an_older_file_has_none(
     tmp_path: Path, make_summary: Callable[..., Summary]
 ) -> None:
     path = tmp_path / "summary.json"
-    known = competence_summary(["a"], ["x"], [[1]], neighbours=1, experts=1, chosen={"a": 1.0})
+    known = competence_summary(["a"], ["x"], [[1]], neighbours=1, experts=1)
     write_summary(path, make_summary(competence=known))
     assert read_summary(path).competence == known
     record = json.loads(path.read_text())

@@ -222,5 +222,6 @@ def test_nothing_is_learnt_from_the_printed_equations(learn):
     assert learn(literal) == 0.0
 
 
-def test_something_is_learnt_from_the_others(learn):
-    assert learn(group_relative) > 1e-3
+@pytest.mark.parametrize("rule", [group_relative, *PARTS])
+def test_something_is_learnt_from_the_others(learn, rule):
+    assert learn(rule) > 1e-3

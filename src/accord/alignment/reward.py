@@ -95,6 +95,7 @@ class FederatedReward:
         fusion: rewards from scores and weights; by default their weighted mean.
         within_group: let `fusion` see the G completions of one prompt at a time, repeated ones as often as they were
             drawn, as whatever compares a completion with its group must.
+        group_size: G, where one prompt may come twice in a row; 0 takes all consecutive rows of a prompt for its group.
         judged_by: who judges a candidate at a site, its reward model or its own answer.
         truth: let a site that owns the reference answer of a question judge by that.
         form: weight of a further reward, 1 for a completion that ended and says something, else 0.
@@ -123,6 +124,7 @@ class FederatedReward:
         mode: Mode = "top1",
         fusion: Fusion = mixture,
         within_group: bool = False,
+        group_size: int = 0,
         judged_by: Judge = "reward",
         truth: bool = False,
         form: float = 0.0,
@@ -142,6 +144,7 @@ class FederatedReward:
         self.mode = mode
         self.fusion = fusion
         self.within_group = within_group
+        self.group_size = group_size
         self.judged_by: Judge = judged_by
         self.truth = truth
         self.form = form
@@ -217,7 +220,7 @@ class FederatedReward:
         completions: Sequence[Sequence[Message]] | Sequence[str],
         columns: Mapping[str, object],
     ) -> list[Group]:
-        """Split rows into groups: consecutive rows with the same conversation and the same image."""
+        """Split rows into groups: consecutive rows with the same conversation and the same image, at most G."""
         ids = cast(Sequence[str] | None, columns.get("question_id"))
         groups: list[Group] = []
         key: object = None
@@ -235,7 +238,7 @@ class FederatedReward:
             plain = [_plain(message) for message in prompt]
             known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
             this = (str(plain), (ids[n],) if ids and known else None if image is None else picture_key(image))
-            if this != key:
+            if this != key or len(texts) == self.group_size > 0:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None
                 opening, texts, key = (plain, image, _travelling(image, source)), [], this

@@ -31,7 +31,7 @@ Kind: TypeAlias = tuple[str, str]
 """Domain and question type, which the mixtures are over."""
 
 LEAST = 0.1
-"""Of a site's mixture: a type below this is none that the site stands for."""
+"""Of a site's mixture: a type below this, and below half an even share, is none that the site stands for."""
 
 
 @dataclass(frozen=True)
@@ -121,5 +121,6 @@ def _site(image: str, kind: Kind, mixed: Mapping[str, Mapping[Kind, float]], see
 
 def stands_for(site: str, mixture: Mapping[Kind, float]) -> SiteShare:
     """Return the domains and types that a mixture has in earnest, as a site's share."""
-    kept = [kind for kind, part in mixture.items() if part >= LEAST] or [max(mixture, key=lambda kind: mixture[kind])]
+    least = min(LEAST, 0.5 / len(mixture))  # of twenty types alike each has a twentieth, and the site stands for all
+    kept = [kind for kind, part in mixture.items() if part >= least]
     return SiteShare(site, tuple(sorted({domain for domain, _ in kept})), tuple(sorted({kind for _, kind in kept})))

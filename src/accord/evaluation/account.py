@@ -93,16 +93,9 @@ def tell_competence(competence: CompetenceSummary) -> str:
     nearest = min(competence.neighbours, asked)
     judges = "site" if competence.experts == 1 else f"{_number(competence.experts).lower()} sites"
     told.append(
-        f"A prompt's answers were judged by the {judges} that did best on the {_number(nearest).lower()} of these "
-        "questions nearest to it."
+        f"FedGRPO has a prompt's answers judged by the {judges} that did best on the {_number(nearest).lower()} of "
+        "these questions nearest to it."
     )
-    if competence.chosen:
-        most_often = max(competence.chosen, key=lambda site: competence.chosen[site])
-        least = min(competence.chosen, key=lambda site: competence.chosen[site])
-        told.append(
-            f"Chosen most often: {most_often}, for {_whole(competence.chosen[most_often])} of the prompts; least "
-            f"often: {least}, for {_whole(competence.chosen[least])}."
-        )
     return " ".join(told)
 
 

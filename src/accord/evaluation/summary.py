@@ -139,7 +139,6 @@ class CompetenceSummary:
     items: Annotated[Mapping[str, Positive], msgspec.Meta(min_length=1)]  # questions of each type
     sites: Mapping[str, Mapping[str, Graded]]  # by type; none for a site that did not answer
     answers: Mapping[str, str]  # a letter for each question, type after type: 1 right, 0 wrong, - not answered
-    chosen: Mapping[str, Share]  # share of prompts; empty where it was not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +200,6 @@ def competence_summary(
     *,
     neighbours: int,
     experts: int,
-    chosen: Mapping[str, float] | None = None,
 ) -> CompetenceSummary:
     """Count what each site answered right by question type, types in alphabetical order.
 
@@ -211,7 +209,6 @@ def competence_summary(
         correct: `[K][A]`, 1 or 0, NaN where a site did not answer.
         neighbours: L.
         experts: M.
-        chosen: share of prompts for which each site was an expert.
     """
     order = sorted(range(len(types)), key=lambda a: types[a])  # stable: within a type as they came
     by_site: dict[str, dict[str, Graded]] = {}
@@ -230,7 +227,6 @@ def competence_summary(
             site: "".join("-" if math.isnan(row[a]) else str(round(row[a])) for a in order)
             for site, row in zip(sites, correct, strict=True)
         },
-        chosen=dict(chosen or {}),
     )
 
 

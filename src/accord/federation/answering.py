@@ -10,7 +10,8 @@ A question is known by its image's bytes and its words, so that whoever asks it 
 
     key = SHA-256(JSON of [name of the image or null, [[role, text, …], …]])
 
-A site keeps its reference answers in `truth.json`, a mapping of keys to answers: no question can be read off it.
+A site keeps its reference answers in `truth.json`, a mapping of keys to answers. No question is written
+there, but who can guess one, with its image, finds it.
 """
 
 from __future__ import annotations

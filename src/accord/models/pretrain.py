@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from accord.data.images import load_image
+from accord.data.questions import uniform
 from accord.errors import RecipeError, check_least
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.load import Processor, save_model
@@ -84,8 +85,12 @@ def pretrain(
 
 
 def first_of_each_domain(questions: Sequence[Question], count: int) -> set[tuple[str, str]]:
-    """Return the first `count` images of every domain, or all if 0, as (domain, image); a text counts as an image."""
-    found = sorted({(q.domain, str(q.subject)) for q in questions})
+    """Return the first `count` images of every domain, or all if 0, as (domain, image); a text counts as an image.
+
+    Texts are in the order of their hashes: alphabetically, the first twenty sums would all begin with 10.
+    """
+    subjects = {(q.domain, str(q.subject)): q.image is None for q in questions}
+    found = sorted(subjects, key=lambda each: (each[0], uniform("text", 0, *each) if subjects[each] else 0, each[1]))
     return {each for _, some in groupby(found, key=itemgetter(0)) for each in islice(some, count or None)}
 
 

@@ -52,6 +52,7 @@ class RewardOptions(TypedDict, total=False):
     scope: Scope
     fusion: Fusion
     within_group: bool
+    group_size: int
     judged_by: Judge
     truth: bool
     form: float

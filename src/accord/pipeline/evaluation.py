@@ -11,7 +11,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from accord.alignment.reward import FederatedReward
 from accord.errors import DataError, DataWarning, ReplyError
 from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
 from accord.evaluation.gallery import write_gallery
@@ -35,6 +34,7 @@ from accord.federation.messages import Absence, Card, CardRequest, check_card
 from accord.models.generate import answer
 from accord.models.load import load_model, parameter_count, tokenizer_of
 from accord.pipeline.comparison import arm_accuracy
+from accord.pipeline.fedgrpo import last_graph
 from accord.pipeline.job import Job, read_source
 from accord.pipeline.methods import main_reward
 from accord.pipeline.routing import route, trained_router
@@ -42,7 +42,6 @@ from accord.pipeline.sites import open_federation
 from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
 from accord.recipe import Source
-from accord.routing.competence import CompetenceRouter
 from accord.version import VERSION
 
 CARD_SECONDS: Final = 60.0
@@ -85,7 +84,7 @@ def evaluate(job: Job) -> None:
         shown = main_reward(job, engine)
         write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
         weights = route(shown.router, questions, [[text] for text in answers["aligned"]])
-        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights, _competence(shown)))
+        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights))
 
 
 def _summary(
@@ -94,7 +93,6 @@ def _summary(
     measured: Mapping[str, Accuracy],
     compared: Mapping[str, Accuracy],
     weights: Tensor,
-    competence: CompetenceSummary | None,
 ) -> Summary:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
@@ -150,24 +148,20 @@ def _summary(
         traffic=traffic,
         seconds=job.run.seconds(),
         peak_memory_bytes=job.run.peak_memory_bytes(),
-        competence=competence,
+        competence=_competence(job, engine.sites),
         **headline(evaluation, traffic),
         checkpoint=str(job.path / "policy"),
         versions={**manifest["versions"], "python": manifest["python"]},
     )
 
 
-def _competence(reward: FederatedReward) -> CompetenceSummary | None:
-    """Say who is good at what, where experts were chosen by that."""
-    if not isinstance(router := reward.router, CompetenceRouter):
+def _competence(job: Job, sites: Sequence[str]) -> CompetenceSummary | None:
+    """Say who is good at what, where that was measured: the run was aligned by it, or a method that was compared."""
+    if (graph := last_graph(job)) is None:
         return None
-    sites, graph = reward.engine.sites, router.graph
+    config = job.recipe.fedgrpo
     return competence_summary(
-        sites,
-        graph.types,
-        graph.correct.tolist(),
-        neighbours=router.config.neighbours,
-        experts=router.config.experts,
+        sites, graph.types, graph.correct.tolist(), neighbours=config.neighbours, experts=config.experts
     )
 
 

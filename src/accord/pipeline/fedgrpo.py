@@ -65,17 +65,29 @@ def fedgrpo(job: Job, stage: str, *, variant: Variant = Variant()) -> Aligned:
     memory = reward.router
     assert isinstance(memory, CompetenceRouter | RandomExperts)
     settings = replace(job.recipe.alignment, scale_rewards="none")
-    return run_grpo(job, stage, reward, settings=settings, memory=memory)
+    aligned = run_grpo(job, stage, reward, settings=settings, memory=memory)
+    if isinstance(memory, CompetenceRouter):  # as it was last measured, for the report
+        save_graph(job.path / "competence" / stage, memory.graph)
+    return aligned
 
 
-def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> FederatedReward:
-    """Return FedGRPO's reward; the confidence graph is measured if it is not there.
+def fedgrpo_reward(
+    job: Job, engine: Engine, variant: Variant = Variant(), graph: ConfidenceGraph | None = None
+) -> FederatedReward:
+    """Return FedGRPO's reward by `graph`, by default the run's; it is measured if it is not there.
 
     Raises:
-        RecipeError: a site does not answer questions, and the choice of experts or their judgement needs that.
-        DataError: no question has the split `base`.
+        RecipeError: a site does not answer questions, and the choice of experts or their judgement needs that; or the
+            range of scores would clip 0 and 1, by which a site says whether an answer is right.
+        DataError: no question has the split of the auxiliary questions.
+        RunError: no site answered them.
     """
-    config = job.recipe.fedgrpo
+    config, scores = job.recipe.fedgrpo, job.recipe.scores
+    if scores and (variant.truth or variant.judge == "answer") and not scores.low <= 0 < 1 <= scores.high:
+        raise RecipeError(
+            f"scores between {scores.low} and {scores.high} cannot say 0 for a wrong answer and 1 for a right one, as "
+            "FedGRPO's sites do; let [scores] reach from 0 or less to 1 or more"
+        )
     silent = [site.name for site in job.recipe.sites if not site.answers]
     if silent and (variant.choice == "competence" or variant.judge == "answer"):
         raise RecipeError(
@@ -90,7 +102,7 @@ def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> Fe
         )
         router = CompetenceRouter(
             job.encoder,
-            confidence_graph(job, engine),
+            graph or confidence_graph(job, engine),
             config,
             sites=engine.sites,
             seed=job.recipe.seed,
@@ -107,6 +119,7 @@ def fedgrpo_reward(job: Job, engine: Engine, variant: Variant = Variant()) -> Fe
         scope="prompt",
         fusion=variant.fusion,
         within_group=True,
+        group_size=job.recipe.alignment.group_size,
         judged_by=variant.judge,
         truth=variant.truth,
         form=config.form,
@@ -124,17 +137,27 @@ def confidence_graph(job: Job, engine: Engine) -> ConfidenceGraph:
     return load_graph(kept)
 
 
+def last_graph(job: Job) -> ConfidenceGraph | None:
+    """Return the confidence graph as the run's policy was aligned by it, or as it was first measured, if it was."""
+    places = [job.path / "competence" / name for name in ("align", "graph")]
+    return next((load_graph(place) for place in places if place.is_dir()), None)
+
+
 def auxiliary_questions(job: Job) -> list[Question]:
-    """Return the server's own labelled questions, domains and types equally often.
+    """Return labelled questions of the server's, domains and types equally often.
 
     Raises:
-        DataError: no question has the split `base`.
+        DataError: no question has their split.
     """
+    split = job.recipe.fedgrpo.auxiliary_split
     known: dict[Kind, list[Question]] = defaultdict(list)
-    for q in job.questions.get("base", []):
+    for q in job.questions.get(split, []):
         known[kind_of(q)].append(q)
     if not known:
-        raise DataError("no question has the split 'base', which FedGRPO grades sites on; give the source some")
+        raise DataError(
+            f"no question has the split {split!r}, which FedGRPO grades sites on; give the source some, or name "
+            "another split as fedgrpo.auxiliary_split"
+        )
     generator = random.Random(job.recipe.seed)
     queues = [generator.sample(found, len(found))[::-1] for _, found in sorted(known.items())]
     return in_turn(queues, job.recipe.fedgrpo.auxiliary)

@@ -34,7 +34,7 @@ from accord.models.load import save_model
 from accord.pipeline import anchors, baselines
 from accord.pipeline.alignment import Aligned, RewardOptions, federated_reward, run_grpo
 from accord.pipeline.anchors import client_id_network
-from accord.pipeline.fedgrpo import Variant, fedgrpo, fedgrpo_reward
+from accord.pipeline.fedgrpo import Variant, fedgrpo, fedgrpo_reward, last_graph
 from accord.pipeline.job import Job
 from accord.pipeline.routing import RandomRouter, constant_router, trained_router
 from accord.pipeline.sites import common_answers, fit_reward_model, open_federation, site_pairs
@@ -168,9 +168,9 @@ def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
 
 
 def main_reward(job: Job, engine: Engine) -> FederatedReward:
-    """Return the reward that the recipe's `method` aligns by."""
+    """Return the reward that the recipe's `method` has aligned by."""
     if job.recipe.method == "fedgrpo":
-        return fedgrpo_reward(job, engine)
+        return fedgrpo_reward(job, engine, graph=last_graph(job))
     return federated_reward(job, engine, LearnedRouter(job.encoder, trained_router(job)))
 
 
@@ -222,10 +222,10 @@ METHODS: dict[str, Method] = {
     "fedgrpo-literal": partial(fedgrpo, variant=Variant(fusion=fusion.literal)),
     "fedgrpo-chunks": partial(fedgrpo, variant=Variant(fusion=fusion.chunks)),
     "fedgrpo-halves": partial(fedgrpo, variant=Variant(fusion=fusion.halves)),
-    "fedgrpo-1-expert": partial(fedgrpo, variant=Variant(truth=False, experts=1)),
-    "fedgrpo-3-experts": partial(fedgrpo, variant=Variant(truth=False, experts=3)),
-    "fedgrpo-5-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=5)),
-    "fedgrpo-50-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=50)),
+    "fedgrpo-reward-1-expert": partial(fedgrpo, variant=Variant(truth=False, experts=1)),
+    "fedgrpo-reward-3-experts": partial(fedgrpo, variant=Variant(truth=False, experts=3)),
+    "fedgrpo-reward-5-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=5)),
+    "fedgrpo-reward-50-nearest": partial(fedgrpo, variant=Variant(truth=False, neighbours=50)),
     "fedavg-reward": baselines.shared_reward,
     "fedit-fedavg": partial(baselines.tune_together, algorithm="fedavg"),
     "fedit-fedprox": partial(baselines.tune_together, algorithm="fedprox"),

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, load_if_any
 from accord.data.questions import normalise_answer, uniform
-from accord.errors import CheckpointError, DataError, RecipeError, check_least
+from accord.errors import CheckpointError, DataError, RecipeError, RunError, check_least
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.messages import AnswerItem, AnswerRequest, check_answers, image_name, to_turns
@@ -49,12 +50,16 @@ from accord.types import Prompt, Question, prompt_of
 PROMPTS_AT_ONCE = 64
 """Prompts of one forward pass of the encoder."""
 
+UNKNOWN_EVERY = 10
+"""Calls between two gradings while a site is unknown: it was away when competence was measured, and may be back."""
+
 
 @dataclass(frozen=True)
 class FedGrpoConfig:
     """How FedGRPO chooses experts, and what it pays for form. The defaults are its paper's and its public code's."""
 
     auxiliary: int = 100  # A, of the server's labelled questions
+    auxiliary_split: Literal["base", "dev"] = "base"  # no model may have been trained on them
     neighbours: int = 20  # L
     experts: int = 2  # M
     refresh_every: int = 0  # steps between two measurements of competence; 0 for one alone
@@ -112,6 +117,8 @@ def measure(
 ) -> ConfidenceGraph:
     """Embed the auxiliary questions, let every site answer them, and grade the answers here.
 
+    A site that is away has a row of NaN; once there is somebody to ask, `CompetenceRouter` asks it again.
+
     Args:
         engine: carries the questions to the sites.
         encoder: φ, frozen.
@@ -120,8 +127,14 @@ def measure(
 
     Raises:
         DataError: there are no questions.
+        RunError: no site answers any, so that there is nobody to choose.
     """
     correct = grade(engine, questions, deadline=deadline)
+    if correct.isnan().all():
+        raise RunError(
+            f"none of the sites {', '.join(engine.sites)} answered the server's {len(questions)} auxiliary questions, "
+            "by which FedGRPO chooses experts; every site needs answers = true in its own recipe, and to be there"
+        )
     images = [load_if_any(q.image) for q in questions]
     raw = embed(encoder, [prompt_of(q) for q in questions], images).double()
     mean = raw.mean(dim=0)
@@ -136,7 +149,7 @@ def grade(engine: Engine, questions: Sequence[Question], *, deadline: float | No
         DataError: there are no questions.
     """
     if not questions:
-        raise DataError("cannot measure competence on 0 questions; give the server labelled questions, split 'base'")
+        raise DataError("cannot measure competence on 0 questions; give the server labelled questions")
     images: dict[str, bytes] = {}
     items = []
     for question in questions:
@@ -179,7 +192,8 @@ class CompetenceRouter:
         config: L, M and the schedule of the refreshes.
         sites: their names in the order of the graph's rows, `[K]`.
         seed: of the draws between sites of equal competence.
-        grade: grades the sites anew on the same questions, `[K, A]`, every `config.refresh_every` calls.
+        grade: grades the sites anew on the same questions, `[K, A]`, every `config.refresh_every` calls, and every
+            `UNKNOWN_EVERY` calls while a site is unknown.
     """
 
     def __init__(
@@ -211,18 +225,14 @@ class CompetenceRouter:
 
         With fewer than M sites that have answered, all of them are experts.
         """
-        every = self.config.refresh_every
+        unknown = self.graph.correct.isnan().all(dim=1).any()
+        every = self.config.refresh_every or (UNKNOWN_EVERY if unknown else 0)
         if self.grade is not None and every and self.calls and self.calls % every == 0:
             self._renew(self.grade())
         self.calls += 1
         features = embed(self.encoder, prompts, images)
         weights = self.experts.choose(self.graph.competence(features, self.config.neighbours))
         return weights.repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
-
-    @property
-    def chosen(self) -> dict[str, float]:
-        """Share of the prompts so far for which each site was an expert."""
-        return self.experts.shares()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run must know: the graph, and how often was asked."""
@@ -261,11 +271,6 @@ class RandomExperts:
         alike = torch.zeros(len(prompts), len(self.experts.sites), dtype=torch.double)
         return self.experts.choose(alike).repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
 
-    @property
-    def chosen(self) -> dict[str, float]:
-        """Share of the prompts so far for which each site was an expert."""
-        return self.experts.shares()
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run must know."""
         return self.experts.state_dict()
@@ -288,7 +293,6 @@ class _Experts:
         self.most = experts
         self.seed = seed
         self.prompts = 0
-        self.times = torch.zeros(len(sites), dtype=torch.long)
 
     def choose(self, competence: Tensor) -> Tensor:
         """Return weights `[P, K]` for c `[P, K]`; NaN is a site that is not known, which gets none."""
@@ -299,18 +303,14 @@ class _Experts:
             order = sorted(known, key=lambda k: (-row[k], uniform("expert", self.seed, self.sites[k], number)))
             chosen = order[: self.most]
             weights[p, chosen] = 1 / max(len(chosen), 1)
-            self.times[chosen] += 1
             self.prompts += 1
         return weights
 
-    def shares(self) -> dict[str, float]:
-        return {site: n / max(self.prompts, 1) for site, n in zip(self.sites, self.times.tolist(), strict=True)}
-
     def state_dict(self) -> dict[str, Tensor]:
-        return {"prompts": torch.tensor(self.prompts), "times": self.times.clone()}
+        return {"prompts": torch.tensor(self.prompts)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.prompts, self.times = int(state["prompts"]), state["times"].clone()
+        self.prompts = int(state["prompts"])
 
 
 def save_graph(path: Path, graph: ConfidenceGraph) -> None:
