@@ -148,7 +148,7 @@ def test_groups_are_split_by_image_even_if_the_text_is_the_same():
 
 
 def test_one_prompt_twice_in_a_row_makes_two_groups_of_g():
-    """As where one pass over the prompts ends and the next begins with the same: a and b, then c and a; b is there's."""
+    """As where one pass over the prompts ends and the next begins with the same: a and b, then c and a."""
     engine = spy()
     ask(FederatedReward(engine, route, group_size=2), ["a", "b", "c", "a"])
     assert [item.candidates for item in engine.asked[0]["here"].items] == [["a"], ["c", "a"]]

@@ -50,7 +50,8 @@ def test_a_site_that_does_not_answer_is_named(asked):
     """Experts at random that judge by their reward models need no answers; the choice and `answer` do."""
     a, b = asked.recipe.sites
     asked.recipe = replace(asked.recipe, sites=(a, replace(b, answers=False)))
-    for variant in (Variant(), Variant(judge="answer", choice="random")):
+    set_fedgrpo(asked, judge="answer")
+    for variant in (Variant(judge="reward"), Variant(choice="random")):
         with pytest.raises(RecipeError, match=r"site 'b' does not answer questions.* add answers = true"):
             fedgrpo_reward(asked, engine(), variant)
 

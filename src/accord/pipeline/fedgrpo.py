@@ -43,7 +43,8 @@ class Variant:
     """One way of doing FedGRPO; the default is the paper's, as far as it can be done.
 
     Attributes:
-        judge: what judges a candidate at an expert that does not own the question's reference answer.
+        judge: what judges a candidate at an expert that does not own the question's reference answer; by default the
+            recipe's.
         truth: whether an expert that owns it judges by it (λ = 1).
         choice: how the experts of a question are chosen.
         fusion: what the experts' scores of a group become.
@@ -51,7 +52,7 @@ class Variant:
         neighbours: L, by default the recipe's.
     """
 
-    judge: Judge = "reward"
+    judge: Judge | None = None
     truth: bool = True
     choice: Literal["competence", "random", "all"] = "competence"
     fusion: Fusion = group_relative
@@ -83,13 +84,14 @@ def fedgrpo_reward(
         RunError: no site answered them.
     """
     config, scores = job.recipe.fedgrpo, job.recipe.scores
-    if scores and (variant.truth or variant.judge == "answer") and not scores.low <= 0 < 1 <= scores.high:
+    judge = variant.judge or config.judge
+    if scores and (variant.truth or judge == "answer") and not scores.low <= 0 < 1 <= scores.high:
         raise RecipeError(
             f"scores between {scores.low} and {scores.high} cannot say 0 for a wrong answer and 1 for a right one, as "
             "FedGRPO's sites do; let [scores] reach from 0 or less to 1 or more"
         )
     silent = [site.name for site in job.recipe.sites if not site.answers]
-    if silent and (variant.choice == "competence" or variant.judge == "answer"):
+    if silent and (variant.choice == "competence" or judge == "answer"):
         raise RecipeError(
             f"site {silent[0]!r} does not answer questions, which FedGRPO chooses experts by; add answers = true to it"
         )
@@ -120,7 +122,7 @@ def fedgrpo_reward(
         fusion=variant.fusion,
         within_group=True,
         group_size=job.recipe.alignment.group_size,
-        judged_by=variant.judge,
+        judged_by=judge,
         truth=variant.truth,
         form=config.form,
     )

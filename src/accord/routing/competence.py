@@ -41,7 +41,7 @@ from accord.data.questions import normalise_answer, uniform
 from accord.errors import CheckpointError, DataError, RecipeError, RunError, check_least
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import AnswerItem, AnswerRequest, check_answers, image_name, to_turns
+from accord.federation.messages import AnswerItem, AnswerRequest, Judge, check_answers, image_name, to_turns
 from accord.models.inputs import chunks
 from accord.routing.router import Encoder
 from accord.runs import replace_folder, write_atomic
@@ -62,6 +62,7 @@ class FedGrpoConfig:
     auxiliary_split: Literal["base", "dev"] = "base"  # no model may have been trained on them
     neighbours: int = 20  # L
     experts: int = 2  # M
+    judge: Judge = "reward"  # of an expert that does not own the reference answer: its reward model or its own answer
     refresh_every: int = 0  # steps between two measurements of competence; 0 for one alone
     form: float = 0.125  # of the reward for good form, beside 1 for a right answer: the public code's 8:1
 
