@@ -8,6 +8,7 @@ from accord.evaluation.summary import Ranking, SiteSummary, accuracy
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import Card
 from accord.pipeline.evaluation import _summary
+from accord.routing.competence import ConfidenceGraph, save_graph
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
 
 CHECKPOINT = "accord/idefics3"
@@ -21,7 +22,7 @@ def summarise(job):
         (job.path / "router" / "measured.json").write_text(json.dumps({"accuracy": 0.5}))
     vars(job)["evaluated"] = []
     measured = dict.fromkeys(("base", "aligned", "question_only", "shuffled_image"), accuracy({"colour": (1, 2)}))
-    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2), None)
+    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2))
 
 
 def test_what_is_said_of_a_site_came_in_its_card(summarise):
@@ -35,6 +36,17 @@ def test_what_is_said_of_a_site_came_in_its_card(summarise):
         SiteSummary("b", "Idefics3", CHECKPOINT, 8, 4, 10, Ranking(None, {})),
     )
     assert summary.constructed_preferences
+
+
+def test_who_is_good_at_what_is_told_where_it_was_measured(job, summarise):
+    """A run by another method, which compared FedGRPO: of two questions site a has one right, and b did not answer."""
+    sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}) for name in "ab"}
+    assert summarise(**sites).competence is None
+    mean, features = torch.zeros(1, dtype=torch.double), torch.ones(2, 1, dtype=torch.double)
+    correct = torch.tensor([[1, 0], [torch.nan, torch.nan]], dtype=torch.double)
+    save_graph(job.path / "competence" / "graph", ConfidenceGraph(("colour", "number"), features, mean, correct))
+    told = summarise(**sites).competence
+    assert told.answers == {"a": "10", "b": "--"} and (told.experts, told.neighbours) == (2, 20)
 
 
 def test_a_site_that_says_nothing_of_itself(summarise):
