@@ -97,6 +97,8 @@ def main() -> None:
         for (site, kind), count in sorted(reward.engine.traffic.counts.items()):
             if kind == "score":
                 print(f"{site:<10} {count.messages:>9} {count.bytes_to_site:>10} B {count.bytes_from_site:>6} B")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # the process group's threads, left to themselves, may abort a process that ends
 
 
 if __name__ == "__main__":

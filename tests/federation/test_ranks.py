@@ -286,6 +286,7 @@ trainer.train()
 absent = [entry["absent"] for entry in trainer.state.log_history if "absent" in entry]
 counts = {site: count.messages for (site, _), count in reward.engine.traffic.counts.items()}
 after = digest(trainer.accelerator.unwrap_model(trainer.model))
+dist.barrier()  # a group that one rank leaves while the other still speaks to it may abort the process
 end(before=before, after=after, given=Kept.given, absent=absent, counts=counts)
 """
 
