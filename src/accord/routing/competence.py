@@ -59,7 +59,7 @@ class FedGrpoConfig:
     """How FedGRPO chooses experts, and what it pays for form. The defaults are its paper's and its public code's."""
 
     auxiliary: int = 100  # A, of the server's labelled questions
-    auxiliary_split: Literal["base", "dev"] = "base"  # no model may have been trained on them
+    auxiliary_split: Literal["base", "dev"] = "base"  # best one that no site was tuned on
     neighbours: int = 20  # L
     experts: int = 2  # M
     judge: Judge = "reward"  # of an expert that does not own the reference answer: its reward model or its own answer
