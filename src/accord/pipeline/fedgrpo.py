@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 from accord.alignment.reward import FederatedReward
 from accord.data.dealing import Kind, kind_of
@@ -36,6 +36,9 @@ from accord.routing.competence import (
 )
 from accord.routing.fusion import Fusion, group_relative
 from accord.types import Question
+
+MAIN: Final = "align"
+"""The stage of a run's own policy; the graphs of methods that are compared are read by nobody."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def fedgrpo(job: Job, stage: str, *, variant: Variant = Variant()) -> Aligned:
     assert isinstance(memory, CompetenceRouter | RandomExperts)
     settings = replace(job.recipe.alignment, scale_rewards="none")
     aligned = run_grpo(job, stage, reward, settings=settings, memory=memory)
-    if isinstance(memory, CompetenceRouter):  # as it was last measured, for the report
+    if stage == MAIN and isinstance(memory, CompetenceRouter):  # as it was last measured, for the report
         save_graph(job.path / "competence" / stage, memory.graph)
     return aligned
 
@@ -141,7 +144,7 @@ def confidence_graph(job: Job, engine: Engine) -> ConfidenceGraph:
 
 def last_graph(job: Job) -> ConfidenceGraph | None:
     """Return the confidence graph as the run's policy was aligned by it, or as it was first measured, if it was."""
-    places = [job.path / "competence" / name for name in ("align", "graph")]
+    places = [job.path / "competence" / name for name in (MAIN, "graph")]
     return next((load_graph(place) for place in places if place.is_dir()), None)
 
 

@@ -168,7 +168,7 @@ def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
 
 
 def main_reward(job: Job, engine: Engine) -> FederatedReward:
-    """Return the reward that the recipe's `method` has aligned by."""
+    """Return the reward that the recipe's `method` aligns by; FedGRPO's by its graph as it was last measured."""
     if job.recipe.method == "fedgrpo":
         return fedgrpo_reward(job, engine, graph=last_graph(job))
     return federated_reward(job, engine, LearnedRouter(job.encoder, trained_router(job)))

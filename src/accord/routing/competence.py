@@ -59,12 +59,12 @@ class FedGrpoConfig:
     """How FedGRPO chooses experts, and what it pays for form. The defaults are its paper's and its public code's."""
 
     auxiliary: int = 100  # A, of the server's labelled questions
-    auxiliary_split: Literal["base", "dev"] = "base"  # best one that no site was tuned on
+    auxiliary_split: Literal["base", "dev"] = "base"  # where they are from; best where no site was tuned
     neighbours: int = 20  # L
     experts: int = 2  # M
     judge: Judge = "reward"  # of an expert that does not own the reference answer: its reward model or its own answer
     refresh_every: int = 0  # steps between two measurements of competence; 0 for one alone
-    form: float = 0.125  # of the reward for good form, beside 1 for a right answer: the public code's 8:1
+    form: float = 0.125  # reward for good form, added to the standardised one; the public code adds it before
 
     def __post_init__(self) -> None:
         """Refuse what leaves nobody to ask, and more neighbours than there are items."""
