@@ -1,9 +1,11 @@
+import fcntl
 import io
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; read when the hub's client is imported
 
@@ -14,10 +16,37 @@ from transformers import PreTrainedModel, ProcessorMixin
 from accord.data.easy_vqa import load_easy_vqa
 from accord.models.load import load_model, save_model
 from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
+from accord.recipe import Recipe, SiteConfig
+from accord.runs import Run
+from accord.stages.job import Job
 from accord.types import PreferencePair, Question, vqa_prompt
 
 COLOURS = ("red", "blue", "green", "yellow")
 TEXTS = ("what colour is it?", "is it red?", "how many squares?", "yes", "no", "one", "two", *COLOURS)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that has a folder of this name filled once for all worker processes; it is copied, not changed.
+
+    Where pytest-xdist runs several, each is a session of its own: the first that asks makes it, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent / "made-once" if "PYTEST_XDIST_WORKER" in os.environ else base / "made-once"
+    shared.mkdir(exist_ok=True)
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, whole = shared / name, shared / f"{name}.whole"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                whole.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -123,13 +152,17 @@ REWARD = {
     "evaluate_on": 12,
     "vocabulary": 13,
 }
+AVERAGING = {"rounds": 2, "local_steps": 1, "batch_size": 8}
 
 
 @pytest.fixture(scope="session")
-def vqa_folder(tmp_path_factory):
+def vqa_folder(made_once):
     """The questions about the first few images of every split, in Accord's own form."""
-    folder = tmp_path_factory.mktemp("vqa") / "shapes"
-    (folder / "images").mkdir(parents=True)
+    return made_once("shapes", _write_questions)
+
+
+def _write_questions(folder):
+    (folder / "images").mkdir()
     taken = {split: set() for split in IMAGES}
     lines = []
     for q in load_easy_vqa():
@@ -143,7 +176,6 @@ def vqa_folder(tmp_path_factory):
         lines.append(json.dumps({**row, "question_type": q.question_type, "split": q.split}) + "\n")
     (folder / "questions.jsonl").write_text("".join(lines))
     assert Counter(json.loads(line)["split"] for line in lines)["test"] > 60
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -185,5 +217,47 @@ def tiny_recipe(vqa_folder):
         "routing": {"mode": "soft"},  # every site is asked, whatever a router of two rounds has learnt
         "fedgrpo": {"auxiliary": 24, "neighbours": 6, "refresh_every": 1},
         "pooled": {"finetune": TUNING, "reward_model": REWARD},
+        "server_alone": {"questions": 24, "finetune": TUNING},
+        "shared_reward": {"finetune": AVERAGING, "averaging": AVERAGING},
+        "fedit": {"averaging": AVERAGING},
+        "feddpo": {"averaging": AVERAGING},
+        "fedbis": {"averaging": AVERAGING, "prompts": 24, "dpo_steps": 2},
+        "fedbiscuit": {
+            "averaging": AVERAGING,
+            "selectors": 2,
+            "warmup_rounds": 1,
+            "regroup_every": 1,
+            "compare_on": 8,
+            "prompts": 24,
+            "dpo_steps": 2,
+        },
         "evaluation": {"questions": 60, "gallery": 4},
     }
+
+
+@pytest.fixture
+def vqa(tmp_path, square):
+    """Return a function that makes a folder of rows `(split, type, colour)`, each about a picture of its own size."""
+
+    def make(name, rows):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = []
+        for n, (split, kind, colour) in enumerate(rows):
+            (folder / f"{n}.png").write_bytes(square(colour, (32 + n, 32)))
+            row = {"id": f"{name}-{n}", "image": f"{n}.png", "question": "what colour is it?", "answer": colour}
+            lines.append(json.dumps({**row, "question_type": kind, "split": split}) + "\n")
+        (folder / "questions.jsonl").write_text("".join(lines))
+        return str(folder)
+
+    return make
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A job of two sites, `a` for colour and `b` for number, in a new run folder; no question is read yet."""
+    sites = tuple(
+        SiteConfig(name, "accord/idefics3", question_types=(kind,)) for name, kind in (("a", "colour"), ("b", "number"))
+    )
+    with Run.create(tmp_path / "run", 'name = "x"\n', seed=0) as run:
+        yield Job(Recipe("x", sites), run, quiet=True)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from accord.methods import METHODS
 from accord.plan import Size, describe, size_of
-from accord.recipe import Policy, Recipe, SiteConfig, load_recipe
+from accord.recipe import EncoderConfig, Policy, Recipe, SiteConfig
+from accord.recipe_file import load_recipe
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
 
@@ -103,3 +105,45 @@ def test_the_bytes_of_a_step_by_hand():
     out = describe(replace(recipe, alignment=small))
     assert "to the sites, per GRPO step: 728 B to 2 kB" in out
     assert "from the sites, per GRPO step: 72 B of scores; in all 10 steps: at most 19 kB down, 720 B up" in out
+
+
+def test_two_experts_are_twice_as_many_bytes():
+    """As above, but two of three sites are asked: least 2 (600 + 128) = 1456, most 2 (900 + 128) = 2056, back 144 B."""
+    sites = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "abc")
+    recipe = Recipe("x", sites, method="fedgrpo")
+    small = replace(recipe.alignment, steps=10, prompts_per_step=2, group_size=4, max_completion_length=4)
+    out = describe(replace(recipe, alignment=small))
+    assert "to the sites, per GRPO step: 1 kB to 2 kB" in out
+    assert "from the sites, per GRPO step: 144 B of scores" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "sites", "router", "said"),
+    [
+        ("routed", True, True, "per GRPO step"),
+        ("mor", True, True, "per GRPO step"),
+        ("fedgrpo", True, False, "per GRPO step"),
+        ("average", True, False, "per GRPO step"),
+        ("fedit-fedavg", False, False, "at the sites: 40 rounds of 5 local steps of the policy's adapter"),
+        ("fedbis", False, False, "at the sites: 35 rounds of 5 local steps of one selector"),
+        ("server-alone", False, False, "no site judges an answer while the policy is aligned"),
+        ("ground-truth", False, False, "no site judges an answer while the policy is aligned"),
+    ],
+)
+def test_a_plan_has_what_its_method_needs(method, sites, router, said):
+    """And what the compared ones need, too."""
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3", answers=True),), method=method)
+    out = describe(recipe)
+    assert f"by {method}: {METHODS[method].about}" in out and said in out
+    assert (("\nsite a " in out), ("\nrouter " in out)) == (sites, router)
+    assert ("per GRPO step" in out) is (METHODS[method].asks(recipe) > 0)
+    more = describe(replace(recipe, compare=("routed",)))
+    assert "\nsite a " in more and "\nrouter " in more and f"compare                {'routed':<40}" in more
+
+
+def test_the_router_reads_the_encoder_that_the_recipe_names():
+    """1 B in place of the policy's 7: 2 GB frozen."""
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3"),), policy=Policy("q/seven-7B"))
+    assert "14.0 GB, at every site too" in describe(recipe)
+    out = describe(replace(recipe, encoder=EncoderConfig("q/small-1B")))
+    assert "q/small-1B" in out and "2.0 GB, at every site too" in out and "112.0 GB + reference" in out

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/privacy.py runs/quality/easy-vqa-0 [--site colour] [--pairs 500] [--steps 200]
 
-Nothing in the run folder is changed. The attacks, and what they do not show, are in `accord.evaluation.privacy`.
+Nothing in the run folder is changed. The attacks, and what they do not show, are in `privacy_attacks`.
 
 **Who are members and who not.** Members are pairs that the site trained on. Others are made by the same function, from
 public questions of the site's types: the same shares of wrong answers, answers of the same policy, which saw neither
@@ -36,11 +36,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from torch import Tensor
-from transformers.utils import logging
-
-from accord.data.images import load_image
-from accord.evaluation.privacy import (
+from privacy_attacks import (
     RELEASES,
     Inversion,
     Membership,
@@ -57,14 +53,20 @@ from accord.evaluation.privacy import (
     update_cosines,
     update_gradients,
 )
+from torch import Tensor
+from transformers.utils import logging
+
+from accord.data.images import load_image
+from accord.federation.messages import UpdateRequest
+from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.inputs import Batch, build_batch
-from accord.pipeline.job import Job
-from accord.pipeline.sites import site_pairs
-from accord.recipe import load_recipe
+from accord.recipe_file import load_recipe
 from accord.rewards.model import RewardModel
 from accord.routing.fit import LocalRouterTraining
 from accord.routing.router import RouterNetwork
 from accord.runs import Run
+from accord.stages.job import Job
+from accord.stages.sites import site_pairs
 from accord.types import PreferencePair
 
 IMAGES = 4  # attacked per site with the update of one pair
@@ -202,12 +204,13 @@ def attack_updates(
     starts = {"one pair, from noise": noise, "one pair, from the public mean": mean.expand_as(true)}
     search(starts, updates, members[:IMAGES], config.steps)
 
-    training = LocalRouterTraining(encoder, site_pairs(job, name), len(job.recipe.sites), settings)
+    training = LocalRouterTraining(encoder, site_pairs(job, name), k, len(job.recipe.sites), settings)
     inside, outside = [], []
     for number in range(ROUNDS):
-        before = network.to_bytes()
-        after, _ = training(before, k, number)
-        update = seen_update(before, after).to(encoder.model.device)
+        bits = settings.aggregation.bits
+        sent = to_bytes(trainable_weights(network), bits=bits)
+        reply = training(UpdateRequest(f"router-0-0-{name}", "router", 0, sent, number, bits=bits))
+        update = seen_update(reply.change).to(encoder.model.device)
         steps = drawn(training, number)
         check_drawn(network, training, update, steps[0], k)
         if number == 0:

@@ -16,14 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from pairwise_ranking import RankingRow, ranking_table
 from transformers.utils import logging
 
-from accord.evaluation.accuracy import sample_questions
-from accord.evaluation.ranking import RankingRow, ranking_table
-from accord.pipeline import Job
-from accord.pipeline.anchors import client_id_network, public_anchors, public_pairs
-from accord.pipeline.sites import open_federation
-from accord.recipe import load_recipe
+from accord.data.sampling import sample_questions
+from accord.methods.gates import public_anchors
+from accord.recipe_file import load_recipe
 from accord.routing.anchors import collect
 from accord.routing.gate import (
     AnchoredConfig,
@@ -36,6 +34,9 @@ from accord.routing.gate import (
     preference_weights,
 )
 from accord.runs import Run
+from accord.stages.job import Job
+from accord.stages.routing import trained_router
+from accord.stages.sites import construct_pairs, open_federation
 
 
 def rank_run(folder: Path) -> list[RankingRow]:
@@ -45,9 +46,11 @@ def rank_run(folder: Path) -> list[RankingRow]:
         torch.set_num_threads(recipe.threads)
     with Run.resume(folder, (folder / "recipe.toml").read_text()) as run:
         job = Job(recipe, run, quiet=True)
-        anchors = public_anchors(job)
-        pairs = public_pairs(job, sample_questions(job.questions["dev"], 300, seed=0), seed=1)
-        held_out = collect(open_federation(job), job.encoder, pairs, client_id_network(job))
+        client_id = trained_router(job)
+        anchors = public_anchors(job, client_id)
+        dev = sample_questions(job.questions["dev"], 300, seed=0)
+        pairs = construct_pairs(recipe, lambda: job.policy, dev, job.questions["base"], seed=1)
+        held_out = collect(open_federation(job), job.encoder, pairs, client_id)
     gate = fit_preference_gate(anchors, GateConfig(), seed=recipe.seed)
     correct, anchored = fit_correctness(anchors, GateConfig()), fit_anchored(anchors, AnchoredConfig())
     routers = {

@@ -41,11 +41,13 @@ from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.easy_vqa import load_easy_vqa
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import ScoreRange, Site
+from accord.models.encoder import Encoder
 from accord.models.load import load_model, parameter_count
 from accord.models.tiny import FAMILIES
-from accord.recipe import Recipe, SiteConfig, load_recipe
+from accord.recipe import Recipe, SiteConfig
+from accord.recipe_file import load_recipe
 from accord.rewards.model import RewardModel
-from accord.routing.router import Encoder, LearnedRouter, RouterNetwork, load_router
+from accord.routing.router import LearnedRouter, RouterNetwork, load_router
 
 WAYS = {"stock TRL": False, "shared prefix": True}
 
@@ -112,6 +114,7 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
         router,
         mode=recipe.routing.mode,
         scope=recipe.routing.scope,
+        scores=scores,
         end_tokens=[encoder.processor.tokenizer.eos_token_id],
     )
 

@@ -1,1 +1,1 @@
-"""Federated vision-language alignment through preferences: no image, annotation or weight leaves a site."""
+"""Federated vision-language alignment through preferences: no image, annotation or reward model leaves a site."""

@@ -149,17 +149,16 @@ def _job(
     """Open the run of a recipe; with the server's and the operator's kit, of sites that are other organisations'."""
     from dataclasses import replace
 
-    from accord.pipeline.job import open_job
-    from accord.recipe import load_recipe
+    from accord.recipe_file import dump_recipe, load_recipe
     from accord.runs import Run
-    from accord.toml import dump_toml
+    from accord.stages.job import open_job
 
     recipe = load_recipe(recipe_file)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     _settle(recipe)
     folder = out or Path("runs") / recipe.name
-    text = dump_toml(recipe)
+    text = dump_recipe(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
     with ExitStack() as stack:
         engine = None
@@ -245,7 +244,7 @@ def watch(
 def plan(recipe: RecipeFile) -> None:
     """Show what a recipe would run, with memory and bytes; nothing is downloaded or trained."""
     from accord.plan import describe
-    from accord.recipe import load_recipe
+    from accord.recipe_file import load_recipe
 
     typer.echo(describe(load_recipe(recipe)))
 
@@ -254,7 +253,7 @@ def _stage(
     recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None], *, alone: str = ""
 ) -> None:
     """Run one stage in the recipe's run folder, made if it is not there."""
-    from accord.recipe import load_recipe
+    from accord.recipe_file import load_recipe
     from accord.runs import something_done
 
     folder = out or Path("runs") / load_recipe(recipe).name
@@ -281,7 +280,7 @@ def router_train(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: 
 
 @app.command("align")
 def align_command(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
-    """Align the policy by GRPO against the routed rewards; an interrupted alignment goes on from its checkpoint."""
+    """Align the policy by the recipe's method; an interrupted GRPO goes on from its newest checkpoint."""
     from accord.pipeline import align_policy
 
     _stage(recipe, out, seed, quiet, align_policy)
@@ -319,7 +318,7 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
 
 @app.command("compare")
 def compare_command(folders: Annotated[list[Path], typer.Argument(help="run folders")]) -> None:
-    """Print several runs as one Markdown table, seeds of one recipe with mean and deviation."""
+    """Print several runs as one Markdown table, seeds of one recipe with their mean and its interval."""
     from accord.evaluation.report import compare_runs
 
     typer.echo(compare_runs(folders))
@@ -363,8 +362,8 @@ def preferences(
     quiet: Quiet = False,
 ) -> None:
     """Write the preference pairs that would be constructed for a site, in TRL's form."""
-    from accord.pipeline.sites import write_site_preferences
-    from accord.recipe import load_recipe
+    from accord.recipe_file import load_recipe
+    from accord.stages.sites import write_site_preferences
 
     count = write_site_preferences(load_recipe(recipe), site, file, seed=seed, quiet=quiet)
     typer.echo(f"{count} constructed pairs: {file}")
@@ -379,8 +378,8 @@ def pretrain(
 ) -> None:
     """Make the small checkpoints that ship with Accord again, or others for a recipe's questions."""
     from accord.models.pretrain import pretrain_families
-    from accord.pipeline.job import load_questions
-    from accord.recipe import load_recipe
+    from accord.recipe_file import load_recipe
+    from accord.stages.job import load_questions
 
     settings = load_recipe(recipe)
     _settle(settings)

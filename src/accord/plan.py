@@ -15,8 +15,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 from accord.errors import CheckpointError
+from accord.methods import find_method, needed
+from accord.methods.method import Method
 from accord.models.load import locate
-from accord.recipe import Recipe
+from accord.recipe import Recipe, SiteConfig
 
 IMAGE_BYTES = 150_000
 """A photograph of about one megapixel as JPEG, where the data is not at hand."""
@@ -80,7 +82,6 @@ def _count(size: Size) -> str:
 
 def describe(recipe: Recipe) -> str:
     """Return the plan as text."""
-    a = recipe.alignment
     policy = size_of(recipe.policy.checkpoint)
     lines = [
         f"plan of {recipe.name}, seed {recipe.seed}",
@@ -90,53 +91,77 @@ def describe(recipe: Recipe) -> str:
         "",
         f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} memory while training, without activations",
     ]
-    for site in recipe.sites:
-        size = size_of(site.checkpoint)
-        rank = site.lora.rank if site.lora else 0
-        how = f"LoRA rank {rank}, " if rank else ""
-        lines.append(
-            f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} "
-            f"{how}{_gigabytes(size, _trained(rank))}"
-        )
-        tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
-        reward = site.reward_model
-        lines.append(
-            f"{'':<22} {tuning}{reward.steps} steps of Bradley–Terry, "
-            f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})"
-        )
-    r = recipe.router
-    lines.append(
-        f"{'router':<22} {recipe.policy.checkpoint:<40} {'frozen encoder':<36} "
-        f"{_gigabytes(policy, FROZEN)}, at every site too"
-    )
-    lines.append(f"{'':<22} {r.layers} layers of width {r.width}, {r.rounds} rounds of {r.local_steps} local steps")
+    names = [site.name for site in recipe.sites]
+    method = find_method(recipe.method, names)
+    needs = needed(recipe, [recipe.method, *recipe.compare])
+    if "sites" in needs:
+        lines += [line for site in recipe.sites for line in _site(site)]
+    if "router" in needs:
+        lines += _router(recipe)
+    lines += _alignment(recipe, method, policy)
+    lines += [f"{'compare':<22} {arm:<40} {find_method(arm, names).about}" for arm in recipe.compare]
+    return "\n".join([*lines, "", *_traffic(recipe, method)])
+
+
+def _site(site: SiteConfig) -> list[str]:
+    size, reward = size_of(site.checkpoint), site.reward_model
+    rank = site.lora.rank if site.lora else 0
+    how = f"LoRA rank {rank}, " if rank else ""
+    tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
+    return [
+        f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} {how}{_gigabytes(size, _trained(rank))}",
+        f"{'':<22} {tuning}{reward.steps} steps of Bradley–Terry, "
+        f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})",
+    ]
+
+
+def _router(recipe: Recipe) -> list[str]:
+    r, encoder = recipe.router, recipe.encoder.checkpoint or recipe.policy.checkpoint
+    memory = _gigabytes(size_of(encoder), FROZEN)
+    return [
+        f"{'router':<22} {encoder:<40} {'frozen encoder':<36} {memory}, at every site too",
+        f"{'':<22} {r.layers} layers of width {r.width}, {r.rounds} rounds of {r.local_steps} local steps, "
+        f"{r.aggregation.rule}, {r.aggregation.bits} bits a number",
+    ]
+
+
+def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
+    a = recipe.alignment
     rank = a.lora.rank if a.lora else 0
-    lines.append(
+    reference = "(shared)" if rank else _gigabytes(policy, REFERENCE)
+    lines = [
         f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} "
-        f"{_gigabytes(policy, _trained(rank))} + reference {'(shared)' if rank else _gigabytes(policy, REFERENCE)}"
-    )
-    lines.append(
-        f"{'':<22} {a.steps} steps of {a.prompts_per_step} prompts × {a.group_size} completions, KL weight {a.kl}, "
-        f"learning rate {a.learning_rate}"
-    )
-    lines += [f"{'compare':<22} {arm}" for arm in recipe.compare]
-    asked = 1 if recipe.routing.mode == "top1" else len(recipe.sites)
+        f"{_gigabytes(policy, _trained(rank))} + reference {reference}",
+        f"{'':<22} by {recipe.method}: {method.about or 'a method of another package'}",
+    ]
+    if training := method.training(recipe):
+        lines.append(f"{'':<22} at the sites: {training}")
+    if method.asks(recipe):
+        lines.append(
+            f"{'':<22} {a.steps} steps of {a.prompts_per_step} prompts × {a.group_size} completions, KL weight {a.kl}, "
+            f"learning rate {a.learning_rate}"
+        )
+    return lines
+
+
+def _traffic(recipe: Recipe, method: Method) -> list[str]:
+    a, asked, sites = recipe.alignment, method.asks(recipe), len(recipe.sites)
+    stays = "stays at each site: its images, questions and preference pairs"
+    if not asked:
+        return ["no site judges an answer while the policy is aligned", stays]
     image = 300 if all(s.kind == "easy-vqa" for s in recipe.questions) else IMAGE_BYTES
     text = a.max_completion_length * 4
-    # With top-1 routing per completion a prompt's image may go to several sites; one is the least, all of them the
-    # most.
+    # Where each completion goes to a site of its own, a prompt's image may go to several sites, at most to all.
     least = a.prompts_per_step * (asked * image + asked * a.group_size * text)
-    most = a.prompts_per_step * (len(recipe.sites) * image + asked * a.group_size * text)
+    most = a.prompts_per_step * (sites * image + asked * a.group_size * text)
     back = a.prompts_per_step * a.group_size * asked * 9
-    lines += [
-        "",
+    return [
         f"to the sites, per GRPO step: {_bytes(least)} to {_bytes(most)} "
         f"(images of {_bytes(image)}, at most {text} bytes of text a completion)",
         f"from the sites, per GRPO step: {_bytes(back)} of scores; "
         f"in all {a.steps} steps: at most {_bytes(a.steps * most)} down, {_bytes(a.steps * back)} up",
-        "stays at each site: its images, questions, preference pairs and reward model",
+        f"{stays}, and its reward model",
     ]
-    return "\n".join(lines)
 
 
 def _bytes(count: float) -> str:

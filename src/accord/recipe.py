@@ -1,51 +1,29 @@
 """A run's configuration: which questions, policy and sites, and how each stage is done.
 
-A recipe is a TOML file; its tables are the dataclasses that the stages' own modules define, composed here. An
-unknown key is an error.
+A recipe is a TOML file (`accord.recipe_file` reads it); its tables are the dataclasses that the stages' own modules
+define, composed here. What a method alone is told stands in the method's own table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
-from accord.baselines.fedavg_reward import SharedRewardConfig
-from accord.baselines.fedbiscuit import FedBiscuitConfig
-from accord.baselines.feddpo import FedDpoConfig
-from accord.baselines.fedit import FedITConfig
 from accord.data.dealing import Dealing
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
-from accord.federation.site import ScoreRange
+from accord.federation.messages import ScoreRange
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.models.pretrain import PretrainConfig
 from accord.rewards.train import RewardConfig
-from accord.routing.competence import FedGrpoConfig
-from accord.routing.online import OnlineConfig
 from accord.routing.router import RouterConfig
-from accord.toml import build, load_toml
+from accord.toml import TOP_LEVEL
 from accord.types import Question
-
-ARMS = (
-    *("routed", "routed-soft", "routed-prompt"),
-    *("routed-unclipped", "routed-raw", "routed-kl-0", "routed-kl-0.005", "routed-kl-0.08"),
-    *("average", "median", "trimmed-mean", "minimum", "pessimistic", "plural-alpha"),
-    *("mor", "mor-raw", "mor-opposite", "mor-quantile", "mor-anchor", "mor-random-feedback"),
-    *("preference-gate", "correctness", "anchored", "oracle"),
-    *("fedgrpo", "fedgrpo-reward", "fedgrpo-answer", "fedgrpo-random", "fedgrpo-all"),
-    *("fedgrpo-reward-random", "fedgrpo-reward-all"),
-    *("fedgrpo-literal", "fedgrpo-chunks", "fedgrpo-halves"),
-    *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
-    *("fedavg-reward", "fedit-fedavg", "fedit-fedprox", "fedit-scaffold", "feddpo", "fedbiscuit"),
-    *("random", "best-site", "pooled", "ground-truth"),
-)
-"""What `compare` may name, besides `site <name>`, `local <name>` and `package.module:function`."""
 
 MAX_SEED = 4_294_966
 """A thousand seeds are derived from each, and NumPy takes 32 bits."""
@@ -81,9 +59,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Policy:
-    """The model that is aligned, which is also the router's frozen encoder."""
+    """The model that is aligned."""
 
     checkpoint: str = "accord/llava-clip-llama"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen model that routers and gates read: the server and every site hold it while they train a router."""
+
+    checkpoint: str = ""  # empty for the policy's
 
 
 @dataclass(frozen=True)
@@ -164,15 +149,6 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Pooled:
-    """The one reward model of the `pooled` comparison, trained on all sites' pairs in one place."""
-
-    checkpoint: str = "accord/idefics3"
-    finetune: FineTuneConfig | None = FineTuneConfig()
-    reward_model: RewardConfig = RewardConfig()
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What is measured in the end."""
 
@@ -192,30 +168,26 @@ class Recipe:
     sites: tuple[SiteConfig, ...]
     seed: int = 0
     threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
-    method: Literal["routed", "fedgrpo"] = "routed"  # what `accord align` aligns by: MoR's router, or FedGRPO's choice
-    compare: tuple[str, ...] = ()
+    method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
+    compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
     disjoint_images: bool = True  # no image is at two sites
     dealing: Dealing | None = None  # draws the sites' mixtures of types, in place of their own domains and types
     questions: tuple[Source, ...] = (Source(),)
     policy: Policy = Policy()
+    encoder: EncoderConfig = EncoderConfig()
     prompts: Prompts = Prompts()
     preferences: Preferences = Preferences()
     scores: ScoreRange | None = ScoreRange()
     router: RouterConfig = RouterConfig()
-    online: OnlineConfig = OnlineConfig()  # of the comparisons `mor…`
     routing: Routing = Routing()
     alignment: AlignmentConfig = AlignmentConfig()
-    fedgrpo: FedGrpoConfig = FedGrpoConfig()
-    pooled: Pooled = Pooled()
-    shared_reward: SharedRewardConfig = SharedRewardConfig()
-    fedit: FedITConfig = FedITConfig()
-    feddpo: FedDpoConfig = FedDpoConfig()
-    fedbiscuit: FedBiscuitConfig = FedBiscuitConfig()
     pretrain: PretrainConfig = PretrainConfig()  # only for `accord pretrain --recipe`
     evaluation: Evaluation = Evaluation()
+    # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them.
+    tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
 
     def __post_init__(self) -> None:
-        """Refuse names that collide, comparisons that do not exist, and numbers out of range."""
+        """Refuse names that collide, and numbers out of range."""
         if not 0 <= self.seed <= MAX_SEED:
             raise RecipeError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}; choose another seed")
         if self.threads < 0:
@@ -234,68 +206,3 @@ class Recipe:
                 f"[dealing] draws what every site holds, and {chosen[0]!r} says itself what it holds; remove its "
                 "domains, question_types and fraction, or [dealing]"
             )
-        if "pooled" in names and "pooled" in self.compare:
-            raise RecipeError("a site may not be called 'pooled' beside the comparison of that name; rename the site")
-        known = [*ARMS, *(f"{word} {name}" for word in ("site", "local") for name in names)]
-        for arm in self.compare:
-            if arm not in known and ":" not in arm:
-                raise RecipeError(f"compare names {arm!r}; it may name {', '.join(known)}")
-        if "pooled" in self.compare and self.pooled.finetune and not any(site.needs_questions for site in self.sites):
-            raise RecipeError(
-                "the comparison 'pooled' fine-tunes on the sites' private questions, and no site holds any; "
-                "add finetune = false to [pooled], or leave 'pooled' out of compare"
-            )
-
-
-def load_recipe(path: Path | str) -> Recipe:
-    """Read a recipe. `base = "other.toml"` in it starts from that recipe's settings: tables are merged, lists replaced.
-
-    A site with `copies = 3` stands for three, called `<name>-1` to `<name>-3`.
-
-    Raises:
-        RecipeError: the file is absent or wrong; the message names the place, the value and the remedy.
-    """
-    return recipe_of(_with_base(Path(path), ()))
-
-
-def recipe_of(table: Mapping[str, object]) -> Recipe:
-    """Make a recipe from a table as TOML holds it, without a `base`.
-
-    Raises:
-        RecipeError: as `load_recipe`.
-    """
-    sites = table.get("sites")
-    if isinstance(sites, list):
-        table = {**table, "sites": [copy for site in sites for copy in _copies(site)]}
-    return build(Recipe, table)
-
-
-def _copies(site: object) -> list[object]:
-    if not isinstance(site, Mapping) or "copies" not in site:
-        return [site]
-    own = {key: value for key, value in site.items() if key != "copies"}
-    count, name = site["copies"], site.get("name")
-    if type(count) is not int or count < 1:
-        raise RecipeError(f"copies of site {name!r} must be a whole number of at least 1, got {count!r}; correct it")
-    return [{**own, "name": f"{name}-{number}"} for number in range(1, count + 1)]
-
-
-def _with_base(path: Path, before: tuple[Path, ...]) -> dict[str, object]:
-    if path in before:
-        raise RecipeError(f"recipe {path} is its own base, by way of {before[-1]}; remove one `base`")
-    table = load_toml(path)
-    base = table.pop("base", None)
-    if base is None:
-        return table
-    if not isinstance(base, str):
-        raise RecipeError(f"recipe {path}: base must be the path of a recipe, got {base!r}")
-    return _merged(_with_base(path.parent / base, (*before, path)), table)
-
-
-def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
-    merged = dict(base)
-    for key, value in over.items():
-        under = merged.get(key)
-        both = isinstance(under, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(cast(Mapping[str, object], under), cast(Mapping[str, object], value)) if both else value
-    return merged

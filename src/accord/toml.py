@@ -13,9 +13,9 @@ import difflib
 import math
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+TOP_LEVEL = "top level"
+"""Metadata of a field whose tables stand at the top of the file beside its own; their owner reads them."""
 
 
 def load_toml(path: Path | str) -> dict[str, object]:
@@ -46,22 +49,23 @@ def load_toml(path: Path | str) -> dict[str, object]:
         raise RecipeError(f"recipe {path} cannot be read: {error}; pass a readable file") from error
 
 
-def build(cls: type[T], table: Mapping[str, object], where: str = "") -> T:
+def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: Sequence[str] = ()) -> T:
     """Make a `cls` from a TOML table, and the dataclasses within it from the tables within.
 
     Args:
         cls: a dataclass.
         table: what `load_toml` returned, or a table of it.
         where: the dotted place of `table` in the recipe, for messages; empty at the top.
+        also: further keys that are valid there, for messages.
 
     Raises:
         RecipeError: a key is unknown or missing, a value has the wrong type, or a dataclass refused its values.
     """
     hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init and TOP_LEVEL not in field.metadata}
     for key in table:
         if key not in fields:
-            raise RecipeError(_unknown(key, list(fields), where))
+            raise RecipeError(_unknown(key, [*fields, *also], where))
     values: dict[str, object] = {}
     for name, field in fields.items():
         place = f"{where}.{name}" if where else name
@@ -166,7 +170,9 @@ def _table(obj: DataclassInstance) -> dict[str, object]:
     table: dict[str, object] = {}
     for field in dataclasses.fields(obj):
         value = getattr(obj, field.name)
-        if value is not None:
+        if TOP_LEVEL in field.metadata:
+            table |= cast(dict[str, object], _toml(value))
+        elif value is not None:
             table[field.name] = _toml(value)
         elif field.init and field.default is not None:
             table[field.name] = False

@@ -24,10 +24,11 @@ from accord.data.images import load_image
 from accord.errors import DataError, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
+from accord.models.encoder import Encoder
 from accord.models.inputs import build_batch, model_inputs
 from accord.models.load import load_model
 from accord.routing.online import OnlineRouter
-from accord.routing.router import Encoder, RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
 nan = math.nan

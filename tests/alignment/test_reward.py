@@ -9,18 +9,21 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from pytest import approx
+from torch import tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from accord.alignment.reward import FederatedReward
+from accord.alignment.reward import FederatedReward, PerGroup, Waiting
 from accord.data.images import load_image
 from accord.errors import DataError, DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
 from accord.federation.ranks import OneConnection
 from accord.federation.site import ScoreRange, Site
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.rewards.model import RewardModel
-from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
+from accord.routing.fusion import group_relative, mixture
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
 RED, BLUE = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "blue")
@@ -150,7 +153,7 @@ def test_groups_are_split_by_image_even_if_the_text_is_the_same():
 def test_one_prompt_twice_in_a_row_makes_two_groups_of_g():
     """As where one pass over the prompts ends and the next begins with the same: a and b, then c and a."""
     engine = spy()
-    ask(FederatedReward(engine, route, group_size=2), ["a", "b", "c", "a"])
+    ask(FederatedReward(engine, route, per_group=PerGroup(mixture, size=2)), ["a", "b", "c", "a"])
     assert [item.candidates for item in engine.asked[0]["here"].items] == [["a"], ["c", "a"]]
 
 
@@ -288,26 +291,128 @@ def test_a_group_with_nan_leaves_the_other_groups(caplog):
 
 @absent
 def test_unfinished_completions():
-    """b does not end with token 2: its reward is 0 whatever the site says, and enters the mean for a and c."""
+    """b does not end with token 2: its reward is the lowest score, −5, whatever the site says.
+
+    It enters the mean for a and c. Without a range, or without end tokens, b is scored like any other, −2.
+    """
     ids = [[5, 2], [5, 6], [7, 2]]
     columns = {"completion_ids": ids}
-    assert ask(FederatedReward(spy(), route, end_tokens=[2]), ["a", "b", "c"], **columns) == [1.0, 0.0, 3.0]
+    wide = {"scores": ScoreRange(-5.0, 5.0)}
+    assert ask(FederatedReward(spy(), route, end_tokens=[2], **wide), ["a", "b", "c"], **columns) == [1.0, -5.0, 3.0]
     here = judge({"a": 1.0, "c": math.nan})  # a and c are one item, so neither is scored
-    lacking = FederatedReward(spy(here=here), route, end_tokens=[2], missing="group_mean")
-    assert ask(lacking, ["a", "b", "c"], **columns) == [0.0, 0.0, 0.0]
+    lacking = FederatedReward(spy(here=here), route, end_tokens=[2], missing="group_mean", **wide)
+    assert ask(lacking, ["a", "b", "c"], **columns) == [-5.0, -5.0, -5.0]
     for open_ended in (
-        FederatedReward(spy(), route, end_tokens=[2], unfinished=None),
+        FederatedReward(spy(), route, end_tokens=[2]),
+        FederatedReward(spy(), route, **wide),
         FederatedReward(spy(), route),
     ):
         assert ask(open_ended, ["a", "b", "c"], **columns) == [1.0, -2.0, 3.0]
-    assert ask(FederatedReward(spy(), route, end_tokens=[2], unfinished=-1.0), ["a", "b", "c"], **columns)[1] == -1.0
+    low = FederatedReward(spy(), route, end_tokens=[2], scores=ScoreRange(-2.0, 3.0))
+    assert ask(low, ["c", "b", "a"], completion_ids=[[2], [2], [6]]) == [3.0, -2.0, -2.0]
+
+
+def test_a_completion_that_was_cut_off_and_that_nobody_scored_has_the_lowest_score_all_the_same(caplog):
+    """What was cut off needs no judge: b's site is gone, and b is 0; a and c are here's."""
+    reward = FederatedReward(spy(there=gone), route, end_tokens=[2], scores=ScoreRange(0.0, 3.0))
+    with pytest.warns(DataWarning, match="site there gave no answer"):
+        assert ask(reward, ["a", "b", "c"], completion_ids=[[2], [6], [2]]) == [1.0, 0.0, 3.0]
+
+
+def test_a_site_that_scores_outside_the_agreed_range_is_absent():
+    """There says −2 for b, the range begins at 0; here's 3 is the range's end, and its 1 inside."""
+    engine = spy()
+    reward = FederatedReward(engine, route, scores=ScoreRange(0.0, 3.0))
+    with pytest.warns(DataWarning, match=r"site there sent scores that cannot .* of -2, beyond the limits of 0 and 3"):
+        assert ask(reward, ["a", "b", "c"]) == [1.0, None, 3.0]
+    assert [engine.traffic.counts[site, "score"].absences for site in ("here", "there")] == [0, 1]
+    assert ask(FederatedReward(spy(), route, scores=ScoreRange(-2.0, 3.0)), ["a", "b", "c"]) == [1.0, -2.0, 3.0]
+
+
+def abstaining(prompts, images, completions):
+    """Weights as `route`, and none at all for b."""
+    return route(prompts, images, completions) * tensor([[text != "b"] for group in completions for text in group])
+
+
+@pytest.mark.parametrize("mode", ["top1", "soft"])
+def test_where_the_router_abstains_no_site_is_asked(mode):
+    """b is nobody's: None, and not here's 2; a and c are asked as ever. No site was absent, and none is warned of."""
+    engine, told = spy(), {}
+    expected = {"top1": [1.0, None, 3.0], "soft": [0.8, None, 0.6]}[mode]
+    reward = FederatedReward(engine, abstaining, mode=mode)
+    assert ask(reward, ["a", "b", "c"], log_metric=told.__setitem__) == approx(expected)
+    assert all("b" not in item.candidates for request in engine.asked[0].values() for item in request.items)
+    assert sum(count.absences for count in engine.traffic.counts.values()) == 0 and told["absent"] == approx(1 / 3)
+    filled = FederatedReward(spy(), abstaining, mode="top1", missing="group_mean")
+    assert ask(filled, ["a", "b", "c"]) == [1.0, 2.0, 3.0]  # (1 + 3) / 2
+
+
+@pytest.mark.parametrize("mode", ["top1", "soft"])
+def test_where_the_router_abstains_altogether_nobody_is_asked(mode):
+    """And nobody is waited for, whatever the quorum."""
+    engine = spy()
+    reward = FederatedReward(engine, abstaining, mode=mode, waiting=Waiting(quorum=1.0))
+    assert ask(reward, ["b", "b"]) == [None, None]
+    assert engine.asked == [{}] and not engine.traffic.counts
+
+
+def test_a_group_is_judged_against_itself():
+    """Both sites judge all, alike: a 1 and −1, b 2 and −2, c 3 and −3, so z is −1, 0, 1 here and 1, 0, −1 there: 0.
+
+    Here alone: −1, 0, 1 of a deviation of 1. Of a, a, c: mean 5/3, sample deviation 2/√3: −1/√3, −1/√3, 2/√3.
+    """
+    both = FederatedReward(
+        spy(), lambda *given: route(*given) * 0 + 0.5, mode="soft", per_group=PerGroup(group_relative)
+    )
+    assert ask(both, ["a", "b", "c"]) == approx([0.0, 0.0, 0.0], abs=1e-6)
+    alone = FederatedReward(spy(), here_alone, per_group=PerGroup(group_relative))
+    assert ask(alone, ["a", "b", "c"]) == approx([-1.0, 0.0, 1.0], abs=2e-4)
+    root = 3**-0.5
+    assert ask(alone, ["a", "a", "c"]) == approx([-root, -root, 2 * root], abs=2e-4)
+
+
+def here_alone(prompts, images, completions):
+    return tensor([[1.0, 0.0]]).repeat(sum(map(len, completions)), 1)
+
+
+def test_good_form_within_a_group():
+    """1/8 for what ended and says something, on top of −1, 0, 1; c was cut off: the lowest score, if there is one.
+
+    So with the range from −3 to 3: 1, 2, −3 of mean 0 and sample deviation √7: z = 1/√7, 2/√7, −3/√7.
+    """
+    ids = [[2], [2], [6]]
+    open_ended = FederatedReward(spy(), here_alone, per_group=PerGroup(group_relative, form=1 / 8), end_tokens=[2])
+    assert ask(open_ended, ["a", "b", "c"], completion_ids=ids) == approx([-0.875, 0.125, 1.0], abs=2e-4)
+    ranged = FederatedReward(
+        spy(), here_alone, per_group=PerGroup(group_relative, form=1 / 8), end_tokens=[2], scores=ScoreRange(-3.0, 3.0)
+    )
+    root = 7**-0.5
+    expected = [root + 0.125, 2 * root + 0.125, -3 * root]
+    assert ask(ranged, ["a", "b", "c"], completion_ids=ids) == approx(expected, abs=2e-4)
+    empty = FederatedReward(spy(here=judge({"": 0.0, "a": 1.0})), here_alone, per_group=PerGroup(mixture, form=1 / 8))
+    assert ask(empty, ["", "a"]) == [0.0, 1.125]
+
+
+@pytest.mark.parametrize(
+    ("per_group", "judge", "truth"),
+    [
+        (None, "reward", False),
+        (PerGroup(mixture), "reward", False),
+        (PerGroup(mixture, judge="answer"), "answer", False),
+        (PerGroup(mixture, truth=True), "reward", True),
+    ],
+)
+def test_who_judges_a_group_is_said_in_the_request(per_group, judge, truth):
+    engine = spy()
+    ask(FederatedReward(engine, route, per_group=per_group), ["a"])
+    assert (engine.asked[0]["here"].judge, engine.asked[0]["here"].truth) == (judge, truth)
 
 
 def test_unfinished_completions_of_later_groups():
-    """Token ids run over all rows: row 2, the first of the second group, is the one cut off."""
-    reward = FederatedReward(spy(), route, end_tokens=[2])
+    """Token ids run over all rows: row 2, the first of the second group, is the one cut off: the lowest score, −4."""
+    reward = FederatedReward(spy(), route, end_tokens=[2], scores=ScoreRange(-4.0, 4.0))
     ids = [[2], [2], [5], [2]]
-    assert ask(reward, ["a", "c", "a", "c"], [RED, RED, BLUE, BLUE], completion_ids=ids) == [1.0, 3.0, 0.0, 3.0]
+    assert ask(reward, ["a", "c", "a", "c"], [RED, RED, BLUE, BLUE], completion_ids=ids) == [1.0, 3.0, -4.0, 3.0]
 
 
 @absent
@@ -322,7 +427,7 @@ def test_metrics_say_who_was_asked_and_who_was_missing(caplog):
 
 def test_the_deadline_reaches_the_engine():
     engine = spy()
-    ask(FederatedReward(engine, route, deadline=3.5), ["a"])
+    ask(FederatedReward(engine, route, waiting=Waiting(deadline=3.5)), ["a"])
     assert engine.deadline == 3.5
 
 
@@ -359,7 +464,9 @@ def waiting(engine, quorum, **settings):
     """A reward, the seconds of its pauses, and what it told."""
     pauses, told = [], []
     return (
-        FederatedReward(engine, route, quorum=quorum, tell=told.append, pause=pauses.append, **settings),
+        FederatedReward(
+            engine, route, waiting=Waiting(quorum=quorum, tell=told.append, pause=pauses.append), **settings
+        ),
         pauses,
         told,
     )
@@ -439,7 +546,9 @@ def ctrl_c():
 
 def test_ctrl_c_ends_the_wait(ctrl_c):
     reward = FederatedReward(
-        Away({"there": 9}), route, quorum=1.0, pause=lambda seconds: signal.raise_signal(signal.SIGINT)
+        Away({"there": 9}),
+        route,
+        waiting=Waiting(quorum=1.0, pause=lambda seconds: signal.raise_signal(signal.SIGINT)),
     )
     with pytest.raises(KeyboardInterrupt):
         ask(reward, ["b"])
@@ -537,7 +646,9 @@ def test_ctrl_c_ends_the_wait_for_a_started_question(ctrl_c):
     engine.threads[0].join()
 
 
-def test_several_processes_do_not_start_early():
+def test_several_processes_do_not_start_early(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     reward = FederatedReward(OneConnection(spy(), ["here", "there"]), route)
     reward.start(**rows_of("a"))  # else it would ask, and find no torch.distributed
     assert reward._started is None

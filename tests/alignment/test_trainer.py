@@ -17,15 +17,16 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOTrainer
 
 from accord.alignment import trainer as trainer_module
-from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset, reference_encoder
+from accord.alignment.grpo import AlignmentConfig, align, grpo_config, is_reference, prompt_dataset
 from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models import prefix
+from accord.models.encoder import Encoder
 from accord.models.load import LoraSettings, load_model, lora_config, tokenizer_of
-from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 
 G = 4
 SETTINGS = AlignmentConfig(
@@ -271,7 +272,8 @@ def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing,
     if not seeing:
         texts = ("is it red?", "is it blue?", "how many squares?")
         questions = [dataclasses.replace(q, image=None, text=t) for q, t in zip(questions, texts, strict=True)]
-    align(*load_model(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out")
+    encoder = reward.router.encoder
+    align(*load_model(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out", encoder=encoder)
     assert len(reward.apart) == 2
     for again, all_of_them, apart in reward.apart:
         assert (again, all_of_them) == (3, 9) and apart < 1e-5
@@ -382,16 +384,27 @@ def test_a_router_that_reads_with_the_reference_comes_after_it(llava, tmp_path, 
         engine = Timed()
         router = LearnedRouter(Encoder(*load_model(llava)), RouterNetwork(32, 2, RouterConfig(1, 8, 2)))
         config = dataclasses.replace(SETTINGS, shared_prefix=shared)
-        align(
-            *load_model(llava), questions, FederatedReward(engine, router), config, seed=0, out=tmp_path / str(shared)
-        )
+        reward, out = FederatedReward(engine, router), tmp_path / str(shared)
+        align(*load_model(llava), questions, reward, config, seed=0, out=out, encoder=router.encoder)
         assert [in_main for *_, in_main in engine.spans] == [in_thread] * 2
 
 
-def test_another_encoder_reads_for_itself(llava, checkpoints):
-    assert reference_encoder(Routed(llava), load_model(llava)[0]) is not None
-    assert reference_encoder(Routed(llava), load_model(checkpoints["idefics3"])[0]) is None
-    assert reference_encoder(letters, load_model(llava)[0]) is None
+def test_another_encoder_reads_for_itself(llava, checkpoints, tmp_path, ask):
+    """The reference is what the policy was loaded from, in its type. Whatever else reads, reads what it did before."""
+    encoder = Encoder(*load_model(llava))
+    assert is_reference(encoder, load_model(llava)[0])
+    assert not is_reference(encoder, load_model(checkpoints["idefics3"])[0])
+    assert not is_reference(encoder, load_model(llava)[0].to(torch.bfloat16))
+    reward, policy = Routed(checkpoints["idefics3"]), load_model(llava)
+    questions = [ask(0, "red"), ask(1, "blue")]
+    align(*policy, questions, reward, SETTINGS, seed=0, out=tmp_path / "out", encoder=reward.router.encoder)
+    assert [(again == all_of_them, apart) for again, all_of_them, apart in reward.apart] == [(True, 0.0)] * 2
+
+
+def test_without_an_encoder_the_router_reads_for_itself(llava, tmp_path, ask):
+    reward = Routed(llava)
+    align(*load_model(llava), [ask(0, "red"), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+    assert [(again == all_of_them, apart) for again, all_of_them, apart in reward.apart] == [(True, 0.0)] * 2
 
 
 @pytest.mark.parametrize(
@@ -456,7 +469,8 @@ def test_what_was_refuted_is_not_remembered(llava, tmp_path, ask, monkeypatch):
     reward = Routed(llava)
     monkeypatch.setattr(trainer_module, "TOLERANCE", -1.0)
     with pytest.warns(DataWarning, match="differ from those of full rows"):
-        align(*load_model(llava), [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+        policy, questions, encoder = load_model(llava), [ask(0), ask(1, "blue")], reward.router.encoder
+        align(*policy, questions, reward, SETTINGS, seed=0, out=tmp_path / "out", encoder=encoder)
     assert all(again == all_of_them for again, all_of_them, _ in reward.apart) and reward.router.encoder._known == {}
 
 
@@ -468,7 +482,8 @@ def test_an_encoder_that_adds_a_token_reads_for_itself(llava, tmp_path, ask):
     bos = processor.tokenizer.bos_token
     post = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
     processor.tokenizer.backend_tokenizer.post_processor = post
-    align(policy, processor, [ask(0), ask(1, "blue")], reward, SETTINGS, seed=0, out=tmp_path / "out")
+    questions, encoder = [ask(0), ask(1, "blue")], reward.router.encoder
+    align(policy, processor, questions, reward, SETTINGS, seed=0, out=tmp_path / "out", encoder=encoder)
     assert all(apart == 0 for _, _, apart in reward.apart)
 
 

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from accord.cli import app
-from accord.recipe import recipe_of
+from accord.recipe_file import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), ROOT / "README.md"])

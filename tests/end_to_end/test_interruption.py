@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from accord.runs import read_lines
+from accord.runs import read_lines, stages_done
 
 STOP_IN_ALIGNMENT = """
 import os, signal
 from accord.cli import main
-from accord.pipeline import alignment
+from accord.stages import alignment
 save = alignment._Seal.on_save
 def on_save(self, args, state, control, **rest):
     save(self, args, state, control, **rest)
@@ -76,7 +76,7 @@ def test_ctrl_c_during_a_site(finished, start, script, accord, tmp_path):
     run = tmp_path / "run"
     process = start([script, "run", recipe, "--out", run, "--quiet"])
     until = time.monotonic() + 200
-    while not (run / "stages.json").exists() and process.poll() is None and time.monotonic() < until:
+    while not stages_done(run) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(2)
     _, err = process.communicate(timeout=60)

@@ -14,8 +14,8 @@ import sys
 
 import pytest
 
-from accord.checkpoints import MANIFEST
 from accord.runs import read_lines
+from accord.runs.checkpoints import MANIFEST
 
 DYING = """
 import os, signal, sys, threading, time

@@ -134,17 +134,17 @@ def test_the_reward_models_can_be_used_again(finished):
             torch.testing.assert_close(said.clamp(0, 2), expected, atol=1e-4, rtol=0)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(finished, accord, tmp_path):
+def test_another_seed_gives_other_bytes(finished, accord, tmp_path):
+    """The same one gives the same: the next test begins anew, in another process than the finished run's."""
     recipe, run, _, _ = finished
-    for seed, same in ((0, True), (1, False)):
-        again = tmp_path / f"again-{seed}"
-        status, _, err = accord("run", recipe, "--out", again, "--seed", seed, "--quiet")
-        assert (status, err) == (0, "")
-        assert (metrics(again) == metrics(run)) is same and (weights(again) == weights(run)) is same
+    again = tmp_path / "again"
+    status, _, err = accord("run", recipe, "--out", again, "--seed", 1, "--quiet")
+    assert (status, err) == (0, "")
+    assert metrics(again) != metrics(run) and weights(again) != weights(run)
 
 
 def test_stage_by_stage_it_is_the_same_run(finished, accord, tmp_path):
-    """Each stage by its own command; one whose input is missing names the command that makes it."""
+    """Each stage by its own command, bit for bit; one whose input is missing names the command that makes it."""
     recipe, run, _, _ = finished
     out = ("--out", tmp_path / "run", "--quiet")
     status, _, err = accord("router", "train", recipe, *out)
@@ -196,7 +196,7 @@ def test_comparisons_are_measured_beside_an_unchanged_run(compared, finished, ac
 
     The run's own bytes do not count what the comparisons send.
     """
-    from accord.pipeline import alignment
+    from accord.stages import alignment
 
     recipe, run, arms = compared
     status, _, err = accord("evaluate", recipe, "--out", run, "--quiet")

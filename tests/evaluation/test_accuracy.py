@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
+from accord.data.sampling import sample_questions
+from accord.evaluation.accuracy import count_correct, question_only, shuffle_images
 from accord.types import Question
 
 

@@ -267,11 +267,14 @@ def _seed(make_summary: Callable[..., Summary], seed: int, right: int) -> Summar
 def test_seeds_that_share_a_name_are_one_row(
     make_run: Callable[..., Path], make_summary: Callable[..., Summary]
 ) -> None:
-    """After: 60, 70 and 80 %: mean 70, sample deviation √((100 + 0 + 100) / 2) = 10; before: 50 each, deviation 0."""
+    """After: 60, 70 and 80 %: mean 70, deviation √((100 + 0 + 100) / 2) = 10, half 4.3027 · 10 / √3 = 24.8.
+
+    Before: 50 each, half 0.
+    """
     runs = [make_run(f"s{seed}", summary=_seed(make_summary, seed, 6 + seed)) for seed in range(3)]
     table = compare_runs([*runs, make_run("other")]).splitlines()
     assert table[2] == (
-        "| mixed \\| &lt;b> | 0, 1, 2 | 50.0 ± 0.0 → 70.0 ± 10.0 | +20.0 ± 10.0 | 50.0 ± 0.0 → 70.0 ± 10.0 "
+        "| mixed \\| &lt;b> | 0, 1, 2 | 50.0 ± 0.0 → 70.0 ± 24.8 | +20.0 ± 24.8 | 50.0 ± 0.0 → 70.0 ± 24.8 "
         "| – → – | – → – | – → – |"
     )
     assert table[3].startswith("| three sites | 0 | 55.1 → 83.9 | +28.8 | – → – | 25.7 → 84.0 |")

@@ -191,9 +191,14 @@ def test_competence_is_read_back_and_an_older_file_has_none(
     write_summary(path, make_summary(competence=known))
     assert read_summary(path).competence == known
     record = json.loads(path.read_text())
-    del record["competence"]
+    del record["competence"], record["method"]
     path.write_text(json.dumps(record))
-    assert read_summary(path) == make_summary()
+    assert read_summary(path) == make_summary() and read_summary(path).method == "routed"
+
+
+def test_the_method_is_read_back(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
+    write_summary(tmp_path / "summary.json", make_summary(method="fedgrpo"))
+    assert read_summary(tmp_path / "summary.json").method == "fedgrpo"
 
 
 def test_a_summary_says_that_there_is_no_competence(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
@@ -208,7 +213,7 @@ def test_the_committed_schema_is_current() -> None:
 def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[..., Summary]) -> None:
     schema = json.loads(summary_schema())
     definitions = schema["$defs"]
-    optional = {"competence"}  # older files have no such field
+    optional = {"competence", "method"}  # older files have no such field
     assert set(definitions["Summary"]["required"]) == {f.name for f in dataclasses.fields(make_summary())} - optional
     assert all(
         set(record["required"]) | (optional if name == "Summary" else set()) == set(record["properties"])
@@ -226,7 +231,7 @@ def test_the_manual_explains_every_field() -> None:
 
 
 def test_the_short_tables_say_what_the_records_say() -> None:
-    """Two comparisons under the names that programs read; an arm that was not run is not there."""
+    """Two comparisons under their own names; an arm that was not run is not there."""
     evaluation = EvaluationSummary(
         base=accuracy({"a": (1, 4), "b": (3, 4)}),
         aligned=accuracy({"a": (4, 4), "b": (3, 4)}),
@@ -236,11 +241,11 @@ def test_the_short_tables_say_what_the_records_say() -> None:
     )
     rows = [TrafficRow("x", "score", 2, 10, 3, 0), TrafficRow("x", "router", 1, 5, 5, 0)]
     short = headline(evaluation, rows)
-    assert short["macro_accuracy"] == {"base": 0.5, "aligned": 0.875, "best_single": 0.25, "average": 0.5}
+    assert short["macro_accuracy"] == {"base": 0.5, "aligned": 0.875, "best-site": 0.25, "average": 0.5}
     assert short["accuracy_by_type"]["aligned"] == {"a": 1.0, "b": 0.75}
     assert short["bytes"] == {"x": {"to_site": 15, "from_site": 8}}
     assert set(headline(dataclasses.replace(evaluation, base=None), rows)["macro_accuracy"]) == {
         "aligned",
-        "best_single",
+        "best-site",
         "average",
     }

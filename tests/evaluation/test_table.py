@@ -80,7 +80,7 @@ def test_without_seeds_in_common_both_errors_count(behind, near):
 
 
 def test_marks():
-    """d(average) = -.1, .1, .1 is near; median is .1 behind each time; bounds and controls are above and unmarked."""
+    """d(average) = -.1, .1, .1 is near; median is .1 behind each time; what has a role is above and unmarked."""
     made = table(
         [
             *cells("ground-truth", colour=[9, 9, 9]),
@@ -89,11 +89,16 @@ def test_marks():
             *cells("median", colour=[4, 5, 6]),
             *cells("base", colour=[8, 8, 8]),
             *cells("pooled", colour=[9, 9, 9]),
+            *cells("server-alone", colour=[8, 8, 8]),
+            *cells("random", colour=[8, 8, 8]),
         ],
         {"colour"},
+        {"ground-truth": "ceiling", "pooled": "bound", "server-alone": "control", "random": "chance"},
     )
     marks = {row.method: row.values[0].mark for row in made.rows}
-    assert marks == {"base": "", "ground-truth": "", "routed": "best", "average": "near", "median": "", "pooled": ""}
+    unmarked = dict.fromkeys(["base", "ground-truth", "pooled", "server-alone", "random", "median"], "")
+    assert marks == {**unmarked, "routed": "best", "average": "near"}
+    assert {row.method for row in made.rows if row.competes} == {"routed", "average", "median"}
     assert made.rows[0].method == "base"
     assert {column.name for column, value in zip(made.columns, made.rows[2].values, strict=True) if value.mark} == {
         "in-domain",
@@ -106,11 +111,23 @@ def test_share_of_the_ground_truths_gain():
     """Base .2, ground truth .6 and .7: (.4 - .2) / .4 = .5 and (.3 - .2) / .5 = .2, mean .35."""
     base, bound = cells("base", colour=[2, 2]), cells("ground-truth", colour=[6, 7])
     share = "share of the ground truth's gain"
-    made = table([*base, *bound, *cells("routed", colour=[4, 3])], {"colour"})
+    roles = {"ground-truth": "ceiling"}
+    made = table([*base, *bound, *cells("routed", colour=[4, 3])], {"colour"}, roles)
     assert (estimates(made, "routed")[share].mean, estimates(made, "routed")[share].n) == (pytest.approx(0.35), 2)
     assert estimates(made, "base")[share] is estimates(made, "ground-truth")[share] is None
-    lost = table([*base, *cells("ground-truth", colour=[6, 2]), *cells("routed", colour=[4, 3])], {"colour"})
+    lost = table([*base, *cells("ground-truth", colour=[6, 2]), *cells("routed", colour=[4, 3])], {"colour"}, roles)
     assert share not in estimates(lost, "routed")
+    unknown = table([*base, *bound, *cells("routed", colour=[4, 3])], {"colour"})  # which one is the ceiling
+    assert share not in estimates(unknown, "routed")
+
+
+def test_who_does_not_compete_is_named():
+    """A control, and whatever has a role; where all compete, nothing is said."""
+    made = table([*cells("pooled", colour=[9]), *cells("base", colour=[5]), *cells("routed", colour=[6])], {"colour"})
+    assert to_markdown(made).endswith("Not competing: base.\n")
+    bound = table([*cells("pooled", colour=[9]), *cells("base", colour=[5])], {"colour"}, {"pooled": "bound"})
+    assert to_markdown(bound).endswith("Not competing: base, pooled.\n")
+    assert "Not competing" not in to_markdown(table(cells("routed", colour=[6]), {"colour"}))
 
 
 def test_a_failed_seed_is_left_out_and_counted():

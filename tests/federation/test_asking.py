@@ -8,11 +8,11 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
     Absence,
     CardRequest,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
     image_name,
 )
 
@@ -22,7 +22,7 @@ def silent(request):
 
 
 def router(loss):
-    return lambda request: RouterReply(request.id, b"w", 1, loss)
+    return lambda request: UpdateReply(request.id, b"w", 1, loss)
 
 
 def absences(engine, kind):
@@ -32,7 +32,7 @@ def absences(engine, kind):
 def test_who_says_nothing_that_can_be_used_is_absent():
     """Of four sites one answers well, one not at all, and two break a rule, each its own."""
     engine = InProcessEngine({"a": router(0.5), "b": silent, "c": router(-1.0), "d": router(-2.0)})
-    requests = {site: RouterRequest(f"r-{site}", 0, 0, b"", 0) for site in engine.sites}
+    requests = {site: UpdateRequest(f"r-{site}", "router", 0, b"", 0) for site in engine.sites}
 
     def check(request, reply):
         if reply.loss == -1:
@@ -93,7 +93,7 @@ def test_where_nobody_can_be_reached_all_are_asked_again():
 
     pauses = []
     engine = Broken({"a": router(0.5), "b": router(0.5)})
-    requests = {site: RouterRequest(f"r-{site}", 0, 0, b"w", 1) for site in ("a", "b")}
+    requests = {site: UpdateRequest(f"r-{site}", "router", 0, b"w", 1) for site in ("a", "b")}
     with pytest.warns(DataWarning, match="all are asked again"):
         found = ask_checked(
             engine, requests, lambda request, reply: reply.loss, what="an update", consequence="", pause=pauses.append

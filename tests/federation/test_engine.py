@@ -4,7 +4,7 @@ import time
 import pytest
 
 from accord.errors import ReplyError
-from accord.federation.engine import KINDS, Count, InProcessEngine
+from accord.federation.engine import Count, InProcessEngine, kind_of
 from accord.federation.messages import (
     Absence,
     AnswerItem,
@@ -13,10 +13,10 @@ from accord.federation.messages import (
     Card,
     CardRequest,
     Refusal,
-    RouterReply,
-    RouterRequest,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
     encode,
     image_name,
 )
@@ -30,8 +30,8 @@ def echo(request):
         return ScoreReply(request.id, [[1.0] * len(item.candidates) for item in request.items])
     if isinstance(request, AnswerRequest):
         return AnswerReply(request.id, ["left"] * len(request.items))
-    if isinstance(request, RouterRequest):
-        return RouterReply(request.id, request.weights, 1, 0.5)
+    if isinstance(request, UpdateRequest):
+        return UpdateReply(request.id, request.weights, 1, 0.5)
     return Card(request.id, "Llava", 1, 2, 3, True, {})
 
 
@@ -41,7 +41,7 @@ def failing(request):
 
 REQUESTS = [
     ScoreRequest("s", {image_name(b"png"): b"png"}, []),
-    RouterRequest("r", 0, 0, b"w" * 100, 1),
+    UpdateRequest("r", "router", 0, b"w" * 100, 1),
     CardRequest("c"),
     AnswerRequest("a", {image_name(b"png"): b"png"}, [AnswerItem(None, [])]),
 ]
@@ -56,7 +56,7 @@ def test_bytes_are_those_of_the_encodings(request_):
     assert engine.ask({"colour": request_, "shape": request_}) == dict.fromkeys(("colour", "shape"), echo(request_))
     sent, returned = len(encode(request_)), len(encode(echo(request_)))
     again = sent - (2 + 64 + 2 + 3 if isinstance(request_, ScoreRequest | AnswerRequest) else 0)
-    kind = KINDS[type(request_).__name__]
+    kind = kind_of(request_)
     assert dict(engine.traffic.counts) == {
         ("colour", kind): Count(2, sent + again, 2 * returned, 0),
         ("shape", kind): Count(1, sent, returned, 0),

@@ -19,13 +19,13 @@ from accord.federation.messages import (
     CardRequest,
     ImageBlock,
     MissingImages,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
     TextBlock,
     Turn,
+    UpdateReply,
+    UpdateRequest,
     check_answers,
     check_card,
     check_images,
@@ -47,12 +47,14 @@ JUDGED = ScoreRequest("s2", {}, [ScoreItem(None, [Turn("user", "2 + 2?")], ["4"]
 ANSWER = AnswerRequest(
     "a1", {image_name(b"png"): b"png"}, [AnswerItem(image_name(b"png"), TURNS), AnswerItem(None, TURNS[:1])]
 )
-REQUESTS = [REQUEST, JUDGED, ANSWER, RouterRequest("r1", 2, 1, b"weights", 7), CardRequest("c1")]
+ROUTER = UpdateRequest("r1", "router", 2, b"weights", 7)
+NARROW = UpdateRequest("u1", "preference", 2, b"weights", 7, b"beside", 1, 16)
+REQUESTS = [REQUEST, JUDGED, ANSWER, ROUTER, NARROW, CardRequest("c1")]
 CARD = Card("c1", "LlavaForConditionalGeneration", 9, 5, 20, True, {"colour": 0.75})
 REPLIES = [
     ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),
     AnswerReply("a1", ["links 🙂", ""]),
-    RouterReply("r1", b"weights", 20, 0.5),
+    UpdateReply("r1", b"change", 20, 0.5, b"beside", 3),
     CARD,
 ]
 
@@ -74,18 +76,17 @@ FIELDS = {
     "ScoreReply": {"id": str, "scores": list[list[float]]},
     "MissingImages": {"id": str, "images": list[str]},
     "Refusal": {"id": str, "reason": typing.Literal["error", "refused", "invalid", "gone"]},
-    "RouterRequest": {"id": str, "round": int, "site": int, "weights": bytes, "seed": int},
-    "RouterReply": {"id": str, "weights": bytes, "examples": int, "loss": float},
     "UpdateRequest": {
         "id": str,
-        "task": typing.Literal["reward", "supervised", "preference", "selector"],
+        "task": typing.Literal["router", "reward", "supervised", "preference", "selector"],
         "round": int,
         "weights": bytes,
         "seed": int,
         "state": bytes,
         "group": int,
+        "bits": typing.Literal[16, 32],
     },
-    "UpdateReply": {"id": str, "weights": bytes, "examples": int, "loss": float, "state": bytes},
+    "UpdateReply": {"id": str, "change": bytes, "examples": int, "loss": float, "state": bytes, "steps": int},
     "CardRequest": {"id": str},
     "Card": {
         "id": str,
@@ -133,7 +134,7 @@ def test_the_set_is_closed():
 
 def test_no_reply_can_hold_a_pair_or_an_image():
     """Text that leaves a site: a request's id, names of images it was asked about, what its model says to the server's
-    questions, an architecture, names of question types. Bytes: shared weights."""
+    questions, an architecture, names of question types. Bytes: what changed in shared weights."""
     fields = reachable(messages.Reply, {})
     texts = {(kind, name) for kind, named in fields.items() for name, hint in named.items() if "str" in str(hint)}
     assert texts == {
@@ -142,7 +143,6 @@ def test_no_reply_can_hold_a_pair_or_an_image():
         ("MissingImages", "images"),
         ("AnswerReply", "id"),
         ("AnswerReply", "answers"),
-        ("RouterReply", "id"),
         ("UpdateReply", "id"),
         ("Card", "id"),
         ("Card", "architecture"),
@@ -150,8 +150,7 @@ def test_no_reply_can_hold_a_pair_or_an_image():
         ("Refusal", "id"),
     }
     assert [(kind, name) for kind, named in fields.items() for name, hint in named.items() if "bytes" in str(hint)] == [
-        ("RouterReply", "weights"),
-        ("UpdateReply", "weights"),
+        ("UpdateReply", "change"),
         ("UpdateReply", "state"),
     ]
 
@@ -211,7 +210,7 @@ def test_deep_nesting_inside_a_good_message():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"type": "router_update"},
+        {"type": "updated"},
         {"type": "no such"},
         {"type": 1},
         {"id": 7},
@@ -288,6 +287,13 @@ def test_a_request_of_mor_has_not_a_byte_more_than_its_three_fields():
 def test_a_judge_that_does_not_exist():
     with pytest.raises(ReplyError, match="judge"):
         decode_request(raw(REQUEST, judge="oracle"))
+
+
+@pytest.mark.parametrize("bits", [8, 0, "16", True])
+def test_numbers_travel_in_16_or_32_bits(bits):
+    assert decode_request(raw(ROUTER, bits=16)).bits == 16 and decode_request(encode(ROUTER)).bits == 32
+    with pytest.raises(ReplyError, match="bits"):
+        decode_request(raw(ROUTER, bits=bits))
 
 
 def test_good_answers_pass():
@@ -402,5 +408,5 @@ def test_an_honest_reply_is_within_its_limit():
     assert max(len(encode(answers)), len(encode(none_kept))) <= reply_limit(ANSWER)
     many = AnswerRequest("a1", {}, ANSWER.items * 500)
     assert len(encode(AnswerReply("a1", ["🙂" * MAX_ANSWER] * 1000))) <= reply_limit(many) < 1_100_000
-    router = RouterRequest("r", 0, 0, b"w" * 10_000, 1)
-    assert len(encode(RouterReply("r", b"w" * 10_000, 1, 0.5))) <= reply_limit(router)
+    update = UpdateRequest("r", "router", 0, b"w" * 10_000, 1, b"s" * 10_000)
+    assert len(encode(UpdateReply("r", b"w" * 10_000, 1, 0.5, b"s" * 10_000))) <= reply_limit(update)

@@ -117,7 +117,8 @@ def test_two_ranks_ask_as_one(tmp_path):
         judged = told(connection.ask({"here": judged}))
         total = connection.total([1.0 + rank, 10.0])
         counts = {f"{s} {k}": [c.messages, c.absences] for (s, k), c in connection.traffic.counts.items()}
-        end(both=both, alone=alone, nobody=nobody, said=said, judged=judged, total=total, counts=counts)
+        found = {"both": both, "alone": alone, "nobody": nobody, "said": said, "judged": judged, "total": total}
+        end(**found, counts=counts, processes=connection.processes)
         """,
     )
     assert one["both"] == {"broken": "invalid", "here": ["r", [[1.0, 2.0]]]}
@@ -138,7 +139,7 @@ def test_two_ranks_ask_as_one(tmp_path):
     red = hashlib.sha256(b"red").hexdigest()[:4]
     assert (one["said"], two["said"]) == ({"here": ["a0", ["None"]]}, {"here": ["a1", [red, "None"]]})
     assert (one["judged"], two["judged"]) == ({"here": ["j0", [[1.0]]]}, {"here": ["j1", [[1.0]]]})
-    assert two["asked"] == [] and two["counts"] == {}
+    assert two["asked"] == [] and two["counts"] == {} and one["processes"] == two["processes"] == 2
     assert one["counts"] == {
         "here score": [3, 0],
         "away score": [1, 1],
@@ -178,7 +179,8 @@ def test_the_quorum_is_of_all_ranks(tmp_path):
         tmp_path,
         """
         from PIL import Image
-        from accord.alignment.reward import FederatedReward
+        from dataclasses import replace
+        from accord.alignment.reward import FederatedReward, Waiting
 
         class Away(Spy):
             away = 3
@@ -195,13 +197,15 @@ def test_the_quorum_is_of_all_ranks(tmp_path):
         engine = Away({"here": scores, "there": scores}) if rank == 0 else None
         pauses, told = [], []
         reward = FederatedReward(
-            OneConnection(engine, ["here", "there"]), route, quorum=0.5, tell=told.append, pause=pauses.append
+            OneConnection(engine, ["here", "there"]),
+            route,
+            waiting=Waiting(quorum=0.5, tell=told.append, pause=pauses.append),
         )
         start()
         rows = {"prompts": [[{"role": "user", "content": "what?"}]] * 2, "completions": ["a", "bb"]}
         with warnings.catch_warnings(record=True) as warned:
             first = reward(**rows, image=[Image.new("RGB", (4, 4), "red")] * 2)
-        reward.quorum = 0.6
+        reward.waiting = replace(reward.waiting, quorum=0.6)
         second = reward(**rows, image=[Image.new("RGB", (4, 4), "red")] * 2)
         end(first=first, second=second, pauses=pauses, told=told, warned=[str(w.message) for w in warned])
         """,

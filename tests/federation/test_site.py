@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load
 
 from accord.data.images import load_image
 from accord.errors import ImageError, RecipeError, ReplyError
@@ -12,21 +13,22 @@ from accord.federation.messages import (
     AnswerRequest,
     Card,
     CardRequest,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
     check_scores,
     encode,
     image_name,
     to_turns,
 )
 from accord.federation.site import ScoreRange, Site, SiteRecord
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.rewards.model import RewardModel, Standardisation
 from accord.routing.fit import LocalRouterTraining
-from accord.routing.router import Encoder, RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
 SECRET = "Mrs Marple, ward 7"
@@ -216,9 +218,16 @@ def test_a_text_only_site_scores_questions_without_images(texts_only):
     assert check_scores(asked, engine.ask({"sums": asked})["sums"]) == [scores.tolist() for scores in expected]
 
 
-def test_a_site_without_training_refuses_router_requests():
-    with pytest.raises(ReplyError, match="colour does not train routers"):
-        Site("colour", Fixed()).answer(RouterRequest("r", 0, 0, b"", 0))
+@pytest.mark.parametrize("task", ["router", "reward", "supervised", "preference", "selector"])
+def test_a_site_trains_what_it_was_started_for_and_refuses_the_rest(task):
+    request = UpdateRequest("r", task, 0, b"", 0)
+    with pytest.raises(ReplyError, match=f"colour does not train a shared model for '{task}'"):
+        Site("colour", Fixed()).answer(request)
+    other = "selector" if task == "router" else "router"
+    with pytest.raises(ReplyError, match=f"colour does not train a shared model for '{task}'"):
+        Site("colour", Fixed(), updates={other: lambda request: pytest.fail("trained")}).answer(request)
+    reply = UpdateReply("r", b"change", 3, 0.5)
+    assert Site("colour", Fixed(), updates={task: lambda request: reply}).answer(request) == reply
 
 
 def test_the_card(reward_model):
@@ -245,11 +254,13 @@ def test_no_reply_holds_private_text(reward_model, llava, prefer, request_, squa
         for n in range(3)
     ]
     encoder = Encoder(*load_model(llava))
-    training = LocalRouterTraining(encoder, pairs, 2, SMALL)
-    site = Site("colour", reward_model, SiteRecord(3, 3), router_training=training)
+    training = LocalRouterTraining(encoder, pairs, 1, 2, SMALL)
+    site = Site("colour", reward_model, SiteRecord(3, 3), updates={"router": training})
     weights = RouterNetwork(encoder.features, 2, SMALL).to_bytes()
-    replies = [site.answer(r) for r in (request_, RouterRequest("r", 0, 1, weights, 3), CardRequest("c"))]
-    assert isinstance(replies[1], RouterReply) and replies[1].weights != weights and replies[1].examples == 3
+    update = UpdateRequest("r", "router", 0, weights, 3)
+    replies = [site.answer(request) for request in (request_, update, CardRequest("c"))]
+    assert isinstance(replies[1], UpdateReply) and (replies[1].examples, replies[1].steps) == (3, 2)
+    assert any(change.any() for change in load(replies[1].change).values())
     for reply in replies:
         sent = encode(reply)
         for word in ("Marple", "ward", "chosen", "rejected"):

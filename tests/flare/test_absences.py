@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from accord.alignment.reward import FederatedReward
+from accord.alignment.reward import FederatedReward, Waiting
 from accord.errors import DataWarning
 from accord.federation.messages import (
     Absence,
@@ -137,7 +137,7 @@ def rewards(engine, deadline):
     def router(prompts, images, candidates):
         return torch.tensor([[1 / 3] * 3] * 2 + [[0.0, 0.0, 1.0]] * 2)
 
-    reward = FederatedReward(engine, router, mode="soft", unfinished=None, deadline=deadline)
+    reward = FederatedReward(engine, router, mode="soft", waiting=Waiting(deadline=deadline))
     prompts = [vqa_prompt("which?")] * 2 + [vqa_prompt("what?")] * 2
     return reward(prompts, ["0", "1", "2", "3"], image=[Image.new("RGB", (8, 8))] * 4)
 

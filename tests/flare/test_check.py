@@ -18,6 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from accord.errors import RunError
+from accord.federation.aggregation import Aggregation
 from accord.federation.answering import question_key, write_truth
 from accord.flare.check import check_answerer, check_site, what_crosses
 from accord.flare.kit import kit_of
@@ -25,12 +26,12 @@ from accord.flare.ledger import Entry, Running, note
 from accord.flare.provision import Consortium, Member, Server, provision
 from accord.flare.site_cli import _View, site_check, site_join, site_status
 from accord.pipeline import train_site
-from accord.pipeline.job import Job
-from accord.recipe import Source, load_recipe
+from accord.recipe import Source
+from accord.recipe_file import dump_recipe, load_recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
 from accord.runs import Run
-from accord.toml import dump_toml
+from accord.stages.job import Job
 from processes import free_port
 
 RECIPE = """
@@ -93,7 +94,7 @@ def good(tmp_path_factory, checkpoints, square):
     )
     (place / "recipe.toml").write_text(text)
     recipe = load_recipe(place / "recipe.toml")
-    with Run.create(place / "site", dump_toml(recipe), seed=0) as run:
+    with Run.create(place / "site", dump_recipe(recipe), seed=0) as run:
         job = Job(recipe, run, quiet=True, alone="colour")
         train_site(job, "colour")
         job.board.close()
@@ -134,7 +135,7 @@ def test_a_good_site(kit, site):
         "signed by the authority of eyes, valid until",
         "nothing but Accord's relay",
         "no log is sent",
-        "nobody may bring code",
+        "no participant may bring code",
         "40 pairs, all images readable",
         "LlavaForConditionalGeneration",
         "of 32 of its own pairs the chosen answer scores higher in 100%",
@@ -146,6 +147,19 @@ def test_a_good_site(kit, site):
     numbers = sum(p.numel() for p in network.parameters())
     assert f"{numbers:,} numbers, {len(network.to_bytes()) / 1024:.1f} KiB, each of 60 rounds" in text
     assert "scores of candidate answers, standardised  " in text and "one number each, from 0 to 2" in text
+
+
+def test_in_16_bits_the_router_has_half_the_bytes(site):
+    recipe = load_recipe(site / "recipe.toml")
+    numbers = sum(p.numel() for p in RouterNetwork(32, 2, recipe.router).parameters())
+    narrow = replace(recipe, router=replace(recipe.router, aggregation=Aggregation(bits=16)))
+    amounts = [
+        {each.what: each.amount for each in what_crosses(told, site, "colour")}["router weights"]
+        for told in (recipe, narrow)
+    ]
+    sizes = [float(amount.split(", ")[-1].removesuffix(" KiB")) for amount in amounts]
+    assert all(amount.startswith(f"{numbers:,} numbers, ") for amount in amounts)
+    assert sizes[0] - sizes[1] == pytest.approx(2 * numbers / 1024, abs=0.1)  # four bytes a number, then two
 
 
 def test_what_leaves_is_what_the_messages_can_hold(site):
@@ -167,7 +181,7 @@ def test_own_answers_are_tried_and_told(kit, site):
     assert not any(what.startswith(("answers of", "whether a candidate")) for what in before)
     (first, *others) = recipe.sites
     answering = replace(recipe, sites=(replace(first, answers=True), *others))
-    file.write_text(dump_toml(answering))
+    file.write_text(dump_recipe(answering))
     assert "the site's reference answers are missing" in problems(kit, site)["reward model"]
     write_truth(site / "sites" / "colour" / "truth.json", {question_key(str(n), []): "red" for n in range(2)})
     found = {each.about: each for each in check_site(kit, site, server=False)}
@@ -253,7 +267,7 @@ def test_pairs_are_constructed_for_a_few_questions(kit, site, square, tmp_path):
     mine, other = recipe.sites
     sites = (replace(mine, preferences=""), replace(other, domains=("elsewhere",)))
     recipe = replace(recipe, sites=sites, questions=(Source("folder", str(data)),))
-    (site / "recipe.toml").write_text(dump_toml(recipe))
+    (site / "recipe.toml").write_text(dump_recipe(recipe))
     found = {each.about: each.text for each in check_site(kit, site, server=False)}
     assert found["questions"] == "4 private questions" and found["pairs"].startswith("none of its own")
     assert "of its own pairs the chosen" in found["scores"]

@@ -20,11 +20,11 @@ from accord.federation.messages import (
     Card,
     CardRequest,
     Refusal,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
     check_answers,
     decode_reply,
     encode,
@@ -117,7 +117,7 @@ def conversation(wire, planted, in_process, square):
     folder = root / "site"
     site = open_site_folder(folder, "colour")
     weights = (in_process / "router" / "router.safetensors").read_bytes()
-    router = RouterRequest("router", 0, 0, weights, 5)
+    router = UpdateRequest("router", "router", 0, weights, 5)
     engine, came, log = wire.engine(), {}, root / "log"
     log.mkdir()
 
@@ -173,7 +173,7 @@ def test_each_request_came_to_its_end(conversation):
     assert {name: r.reason if isinstance(r, Absence) else type(r) for name, r in came.items()} == {
         "router without its images": "error",
         "card": Card,
-        "router": RouterReply,
+        "router": UpdateReply,
         "scores": ScoreReply,
         "answers": AnswerReply,
         "truth": ScoreReply,
@@ -188,7 +188,7 @@ def test_no_secret_leaves(conversation, planted, wire):
     came, left = conversation
     root, secrets = planted
     assert [type(decode_reply(reply)) for reply in left] == [
-        *(Refusal, Card, RouterReply, ScoreReply, AnswerReply, ScoreReply, Refusal, Refusal)
+        *(Refusal, Card, UpdateReply, ScoreReply, AnswerReply, ScoreReply, Refusal, Refusal)
     ]
     assert check_answers(AnswerRequest("answers", {}, [HELD, HELD]), came["answers"]) == came["answers"].answers
     assert came["truth"].scores == [[0.0, 1.0, 0.0]]  # the secret was guessed by the server: that much is told

@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from accord.alignment.reward import FederatedReward
+from accord.alignment.reward import FederatedReward, Waiting
 from accord.errors import DataWarning
 from accord.federation.asking import ask_scores
 from accord.federation.messages import (
     AnswerReply,
     Card,
     Refusal,
-    RouterReply,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
     decode_request,
     encode,
     image_name,
@@ -185,7 +185,7 @@ def another_message(chance, message):
             [
                 Card(name, "Llava", 1, 2, 3, True, {}),
                 AnswerReply(name, ["red"] * 3),
-                RouterReply(name, b"weights", 1, 0.5),
+                UpdateReply(name, b"change", 1, 0.5),
                 Refusal(name, "error"),
                 Refusal(name, "refused"),
             ]
@@ -255,7 +255,7 @@ def rewards(engine, hostile, asks_hostile_alone=3):
         weights[2 * asks_hostile_alone :] = torch.tensor([0.0, 1.0])
         return weights
 
-    reward = FederatedReward(engine, router, mode="soft", unfinished=None, deadline=60)
+    reward = FederatedReward(engine, router, mode="soft", waiting=Waiting(deadline=60))
     images = [Image.new("RGB", (8, 8), (g, 0, 0)) for g in range(4)]
     rows = range(8)
     with warnings.catch_warnings():

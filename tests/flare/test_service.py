@@ -18,6 +18,7 @@ import msgspec
 import psutil
 import pytest
 import torch
+from safetensors.torch import load
 
 from accord.errors import DataError, RunError
 from accord.federation.answering import key_of, question_key, write_truth
@@ -30,11 +31,11 @@ from accord.federation.messages import (
     CardRequest,
     MissingImages,
     Refusal,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
+    ScoreRange,
     ScoreReply,
     ScoreRequest,
+    UpdateReply,
     UpdateRequest,
     check_answers,
     decode_reply,
@@ -50,11 +51,10 @@ from accord.flare.ledger import Entry, read_running, site_log, status
 from accord.flare.service import SiteService, join, open_site_folder
 from accord.flare.site_cli import _sentence
 from accord.pipeline import Job, train_site
-from accord.pipeline.sites import open_federation, open_site
-from accord.recipe import load_recipe
+from accord.recipe_file import dump_recipe, load_recipe
 from accord.routing.router import RouterNetwork
 from accord.runs import Run, read_lines
-from accord.toml import dump_toml
+from accord.stages.sites import open_federation, open_site
 from accord.types import vqa_prompt
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -125,9 +125,9 @@ def write_recipe(checkpoints):
 
 def train(recipe, folder, name, alone):
     with (
-        Run.create(folder, dump_toml(recipe), seed=recipe.seed)
+        Run.create(folder, dump_recipe(recipe), seed=recipe.seed)
         if not folder.exists()
-        else Run.resume(folder, dump_toml(recipe)) as run
+        else Run.resume(folder, dump_recipe(recipe)) as run
     ):
         job = Job(recipe, run, quiet=True, alone=alone)
         train_site(job, name)
@@ -209,8 +209,8 @@ def requests(square, job):
         msgspec.structs.replace(scored, judge="answer"),
         msgspec.structs.replace(scored, judge="answer", truth=True),
         answer_request(square),
-        RouterRequest("router-0-colour", 0, 0, weights, 77),
-        RouterRequest("router-1-colour", 1, 0, weights, 78),
+        UpdateRequest("router-0-0-colour", "router", 0, weights, 77),
+        UpdateRequest("router-0-1-colour", "router", 1, weights, 78),
         CardRequest("card"),
     ]
 
@@ -222,10 +222,10 @@ def test_the_answers_are_those_of_the_engine_in_one_process(trained, site, serve
     service = serve(site)
     with Run.resume(run, (run / "recipe.toml").read_text()) as open_run:
         job = Job(recipe, open_run, quiet=True)
-        engine = open_federation(job, router_training=True)
+        engine = open_federation(job, training=True)
         for request in requests(square, job):
             expected = engine.ask({"colour": request})["colour"]
-            assert isinstance(expected, ScoreReply | AnswerReply | RouterReply | Card)
+            assert isinstance(expected, ScoreReply | AnswerReply | UpdateReply | Card)
             assert encode(expected) == ask(service, request)
 
 
@@ -248,8 +248,9 @@ def test_a_site_with_only_its_private_questions(tmp_path, square, write_recipe, 
     folder = train(recipe, tmp_path / "site", "colour", "colour")
     service = serve(open_site_folder(folder, "colour"))
     weights = RouterNetwork(32, 2, recipe.router).to_bytes()
-    reply = decode_reply(ask(service, RouterRequest("r", 0, 0, weights, 1)))
-    assert isinstance(reply, RouterReply) and reply.examples == 8 and reply.weights != weights
+    reply = decode_reply(ask(service, UpdateRequest("r", "router", 0, weights, 1)))
+    assert isinstance(reply, UpdateReply) and (reply.examples, reply.steps) == (8, 2)
+    assert any(change.any() for change in load(reply.change).values())
     card = decode_reply(ask(service, CardRequest("c")))
     assert (card.questions, card.ranking) == (4, {})
     with pytest.raises(DataError, match="no question has the split 'public'"):
@@ -326,7 +327,7 @@ def test_a_question_to_the_sites_own_model_is_written_down(site, serve, square):
 def test_a_site_that_does_not_say_so_answers_no_question(trained, serve, square):
     """Its recipe's table has no `answers = true`; with a model of its own missing, it does not even start."""
     run, _ = trained
-    service = serve(open_site(load_recipe(run / "recipe.toml"), run, "shape"))
+    service = serve(open_site(load_recipe(run / "recipe.toml"), run, "shape", scores=ScoreRange()))
     assert decode_reply(ask(service, answer_request(square))) == Refusal("a", "invalid")
     judged = msgspec.structs.replace(score_request(square), judge="answer")
     assert decode_reply(ask(service, judged)) == Refusal("s", "invalid")
@@ -546,7 +547,7 @@ def test_no_planted_secret_leaves(tmp_path, square, write_recipe, serve, monkeyp
     with site_log(log):
         service = serve(site)
         weights = RouterNetwork(32, 2, load_recipe(folder / "recipe.toml").router).to_bytes()
-        router = RouterRequest("r", 0, 0, weights, 5)
+        router = UpdateRequest("r", "router", 0, weights, 5)
         score = site.reward_model.score
 
         def failing(*_):
@@ -571,7 +572,7 @@ def test_no_planted_secret_leaves(tmp_path, square, write_recipe, serve, monkeyp
         left += [ask(service, message) for message in (whole, router, CardRequest("c"))]
         left.append(ask(service, ScoreRequest("m", {}, score_request(square, colours=("pink",)).items)))
     kinds = [type(decode_reply(reply)) for reply in left]
-    assert kinds[5:] == [ScoreReply, RouterReply, Card, MissingImages]
+    assert kinds[5:] == [ScoreReply, UpdateReply, Card, MissingImages]
     assert len(left[5]) < 64 + 9 * 4  # four scores
     everything = b"".join(left)
     ledger = (service.folder / "ledger.jsonl").read_bytes()
@@ -703,7 +704,7 @@ def test_what_a_killed_service_left_is_ended(joined, trained, sockets):
 
 
 def test_a_kit_that_is_not_this_sites(joined, trained, monkeypatch):
-    with pytest.raises(RunError, match="is the kit of site colour, and the server asks nobody shape"):
+    with pytest.raises(RunError, match="is the kit of site colour, and the server asks no site shape"):
         join(joined.path, trained[1], "shape")
     monkeypatch.setattr("accord.flare.kit.kit_of", lambda _: replace(joined, role="server"))
     with pytest.raises(RunError, match="is the kit of the consortium's server; pass the one"):

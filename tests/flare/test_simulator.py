@@ -9,13 +9,12 @@ import torch
 
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
-from accord.flare.launch import Simulator
 from accord.flare.service import SiteService, open_site_folder
 from accord.pipeline import execute
-from accord.pipeline.job import open_job
-from accord.recipe import load_recipe
+from accord.recipe_file import dump_recipe, load_recipe
 from accord.runs import Run
-from accord.toml import dump_toml
+from accord.stages.job import open_job
+from simulator import Simulator
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,7 +37,7 @@ def simulate(settings, site_folders, run, folder):
             FlareEngine(
                 tuple(site_folders), Simulator(tuple(site_folders), folder, run.with_name("flare")), folder
             ) as engine,
-            open_job(settings, Run.create(run, dump_toml(settings), seed=0), quiet=True, engine=engine) as job,
+            open_job(settings, Run.create(run, dump_recipe(settings), seed=0), quiet=True, engine=engine) as job,
         ):
             execute(job)
     finally:
@@ -66,7 +65,7 @@ def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, t
     """Experts chosen by answers that came over FLARE; no router is trained. Its sites are those of `in_process`."""
     settings = replace(load_recipe(recipe), method="fedgrpo")
     here, there = tmp_path / "here", tmp_path / "there"
-    with open_job(settings, Run.create(here, dump_toml(settings), seed=0), quiet=True) as job:
+    with open_job(settings, Run.create(here, dump_recipe(settings), seed=0), quiet=True) as job:
         shutil.copytree(in_process / "sites", here / "sites")
         for site in settings.sites:
             with job.run.doing(f"site {site.name}"):
@@ -74,7 +73,7 @@ def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, t
         execute(job)
     simulate(settings, site_folders, there, sockets)
     assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
-    for file in ("policy/model.safetensors", "competence/graph/graph.safetensors"):
+    for file in ("policy/model.safetensors", "kept/site/competence/graph/graph.safetensors"):
         assert (there / file).read_bytes() == (here / file).read_bytes()
     sent = {(site, kind) for site, kind, *_ in json.loads((there / "traffic" / "align.json").read_text())}
     assert sent == {(site.name, kind) for site in settings.sites for kind in ("answer", "score")}

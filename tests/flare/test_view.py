@@ -19,27 +19,23 @@ from accord.flare.view import blocks, look, page, watch
 STARTED = 1_795_200_000  # 2026-11-20T18:40:00Z
 RECIPE = """
 name = "tiny"
-compare = ["average"]
 
 [[sites]]
 name = "colour"
 checkpoint = "x"
-reward_model.steps = 60
-
-[router]
-rounds = 10
-
-[alignment]
-steps = 100
 """
+ELSEWHERE = {"router": 10, "align": 100, "compare average": 100, "evaluation": 0}
+"""The stages and their steps, where the sites train elsewhere."""
+
+PLANNED = {"site colour": 60, **ELSEWHERE}
 
 
-def write_run(folder, *, done=(), records=(), seconds=(), federation=None, lock=None):
+def write_run(folder, *, done=(), records=(), seconds=(), federation=None, lock=None, planned=PLANNED):
     """A run that began at `STARTED`; its stages took `seconds` each, and 40 s later it noted its last record."""
     folder.mkdir()
     (folder / "recipe.toml").write_text(RECIPE)
     (folder / "manifest.json").write_text(json.dumps({"started": "2026-11-20T18:40:00Z", "seed": 0, "resumed": []}))
-    (folder / "stages.json").write_text(json.dumps({"done": done}))
+    (folder / "stages.json").write_text(json.dumps({"done": done, "planned": planned}))
     moment = STARTED + sum(spent for _, spent in seconds)
     for name, lines, changed in (
         ("timings.jsonl", [{"stage": stage, "seconds": spent, "done": True} for stage, spent in seconds], moment),
@@ -82,6 +78,7 @@ def test_an_alignment_between_organisations(tmp_path):
         records=REWARDS,
         federation=federation,
         lock=HERE,
+        planned=ELSEWHERE,
     )
     lines = shown(look(folder))
     last = ("last", "heard")
@@ -133,6 +130,33 @@ def test_a_run_of_one_process_trains_its_sites_and_shows_none(tmp_path):
     glance = look(write_run(tmp_path / "run", records=records, lock=HERE))
     assert (glance.stage, glance.step, glance.steps, glance.left()) == ("site colour", 20, 60, pytest.approx(80.0))
     assert len(shown(glance)) == 2
+
+
+def test_the_plan_and_not_the_recipe_says_which_stages_there_are(tmp_path):
+    """A method with a stage of its own length, and no router; then one of a comparison."""
+    plan = {"site colour": 60, "align": 7, "compare own": 30, "evaluation": 0}
+    records = [{"stage": "align", "step": 3, "reward": 0.5}]
+    folder = write_run(tmp_path / "run", done=["site colour"], records=records, planned=plan)
+    assert (look(folder).stage, look(folder).step, look(folder).steps) == ("align", 3, 7)
+    (folder / "stages.json").write_text(json.dumps({"done": ["site colour", "align"], "planned": plan}))
+    assert (look(folder).stage, look(folder).step, look(folder).steps) == ("compare own", 0, 30)
+
+
+def test_a_stage_alone_has_no_plan(tmp_path):
+    """`accord site train` plans nothing: the stage of the last record is shown, of a length that is not known."""
+    records = [{"stage": "site", "site": "colour", "step": 20, "ranking_macro": 0.7}]
+    glance = look(write_run(tmp_path / "run", records=records, planned={}))
+    assert (glance.stage, glance.step, glance.steps, glance.left()) == ("site colour", 20, 0, None)
+    assert not glance.finished
+    ended = look(write_run(tmp_path / "ended", done=["site colour"], records=records, planned={}))
+    assert ended.finished and ended.stage == ""
+    assert not look(write_run(tmp_path / "begun", planned={})).finished
+
+
+def test_a_damaged_plan(tmp_path):
+    folder = write_run(tmp_path / "run", planned={"align": "many"})
+    with pytest.raises(RunError, match=r"stages\.json must map the names of stages to steps .*'many'.*remove the file"):
+        look(folder)
 
 
 def test_a_run_that_is_finished(tmp_path):
@@ -194,9 +218,7 @@ def test_on_a_terminal_it_shows_until_the_run_is_finished(tmp_path, monkeypatch)
     folder = write_run(tmp_path / "run", records=REWARDS, lock=HERE)
 
     def finish(_):
-        (folder / "stages.json").write_text(
-            json.dumps({"done": ["site colour", "router", "align", "compare average", "evaluation"]})
-        )
+        (folder / "stages.json").write_text(json.dumps({"done": [*PLANNED], "planned": PLANNED}))
         (folder / "run.lock").unlink()
 
     monkeypatch.setattr("accord.flare.view.time.sleep", finish)

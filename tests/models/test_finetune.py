@@ -7,14 +7,8 @@ from PIL import Image
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from accord.models.finetune import (
-    SYMMETRIES,
-    FineTuneConfig,
-    draw_balanced,
-    finetune,
-    trainer_arguments,
-    transform,
-)
+from accord.data.sampling import draw_balanced
+from accord.models.finetune import SYMMETRIES, FineTuneConfig, finetune, trainer_arguments, transform
 from accord.models.generate import answer
 from accord.models.load import load_model
 

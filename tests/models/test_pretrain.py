@@ -47,7 +47,7 @@ def questions(ask):
 def quick(tiny_config):
     instruction = FineTuneConfig(steps=2, batch_size=4, learning_rate=1e-3)
     return PretrainConfig(
-        tiny=tiny_config, vision_steps=4, vision_batch=4, instruction_images=2, vocabulary=300, instruction=instruction
+        tiny=tiny_config, vision_steps=4, instruction_images=2, vocabulary=300, instruction=instruction
     )
 
 
@@ -118,9 +118,10 @@ def test_without_an_open_question_only_the_instruction_step_is_done(ask, quick):
     assert flat(model).isfinite().all()
 
 
-def test_a_batch_without_a_label_teaches_nothing(questions, quick):
+def test_a_batch_without_a_label_teaches_nothing(questions, quick, monkeypatch):
     """One image a step: of 20 draws among three, some are of the picture whose every loss is NaN."""
-    config = replace(quick, vision_batch=1, vision_steps=20)
+    monkeypatch.setattr("accord.models.pretrain.VISION_BATCH", 1)
+    config = replace(quick, vision_steps=20)
     model, _ = pretrain("llava-clip-llama", questions, config, quiet=True)
     assert flat(model).isfinite().all()
 

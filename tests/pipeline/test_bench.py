@@ -14,14 +14,16 @@ import tomli_w
 from accord.cli import main
 from accord.errors import DataError, RecipeError, RunError
 from accord.pipeline import bench as module
-from accord.pipeline import cells, routing
+from accord.pipeline import cells
 from accord.pipeline.bench import bench, duration, plan_grid
 from accord.pipeline.cells import read_cells
 from accord.pipeline.comparison import arm_file
 from accord.runs import write_atomic
+from accord.stages import routing
 
 SPLITS = ("private", "public", "dev", "test")
-RIGHT = {"routed": (8, 6), "average": (5, 2), "median": (5, 5)}  # of 10 questions about colour, and about number
+# Of 10 questions about colour, and about number.
+RIGHT = {"routed": (8, 6), "average": (5, 2), "median": (5, 5), "pooled": (8, 8), "ground-truth": (8, 8)}
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def did(monkeypatch):
         did.note(job, f"site {name}", lambda: None)
 
     monkeypatch.setattr(routing, "train_site", site)
-    monkeypatch.setattr(routing, "train_router", lambda job: did.note(job, "router", lambda: None))
+    monkeypatch.setattr(module, "train_router", lambda job: did.note(job, "router", lambda: None))
     monkeypatch.setattr(module, "compare", method)
     monkeypatch.setattr(cells, "to_figure", lambda made: "<svg/>")  # drawing takes longer than all the rest
     monkeypatch.setattr(module, "load_model", lambda checkpoint: (None, None))
@@ -130,6 +132,32 @@ def test_a_method_that_is_added_is_all_that_is_run(recipe, tmp_path, did):
     assert did[2:] == of_seed(2, "routed", "average", "median")
 
 
+@pytest.mark.parametrize(
+    ("methods", "trained"),
+    [
+        (["ground-truth", "pooled"], []),
+        (["average", "ground-truth"], ["site a"]),
+        (["pooled", "routed"], ["site a", "router"]),
+    ],
+)
+def test_only_what_a_method_needs_is_trained(recipe, tmp_path, did, methods, trained):
+    """A ceiling needs no site, the mean of all sites no router. A site trained later undoes what was compared."""
+    bench(grid(recipe, tmp_path, seeds=1, methods=methods))
+    assert did == [(0, stage) for stage in (*trained, *(f"compare {method}" for method in methods))]
+    did.clear()
+    bench(grid(recipe, tmp_path, seeds=1, methods=[*methods, "median"]))
+    again = [] if trained else ["site a", *(f"compare {method}" for method in methods)]
+    assert did == [(0, stage) for stage in (*again, "compare median")]
+
+
+def test_what_does_not_compete_is_told_apart(recipe, tmp_path, did):
+    """Ground truth and pooled pairs are above routed, which is best all the same, of those that compete."""
+    text = bench(grid(recipe, tmp_path, methods=["pooled", "routed", "ground-truth"]))
+    assert text.endswith("Not competing: base, question-only, pooled, ground-truth.\n")
+    (routed,) = (line for line in text.splitlines() if line.startswith("| routed |"))
+    assert "**" in routed and not [line for line in text.splitlines() if line.startswith("| pooled |") and "**" in line]
+
+
 def test_a_cell_that_fails_is_noted_and_tried_again(recipe, tmp_path, did):
     did.broken, lines = [("compare routed", 0)], []
     text = bench(grid(recipe, tmp_path), tell=lines.append)
@@ -189,7 +217,7 @@ def test_another_recipe_is_refused_and_a_new_default_is_not(recipe, tmp_path, di
 
 
 def test_wrong_grids_are_refused(recipe, tmp_path):
-    with pytest.raises(RecipeError, match="compare names 'avrage'"):
+    with pytest.raises(RecipeError, match="there is no method 'avrage'; did you mean average\\?"):
         grid(recipe, tmp_path, methods=["avrage"])
     with pytest.raises(RecipeError, match="two recipes are called 'small'"):
         plan_grid([recipe, recipe], seeds=[0], out=tmp_path)

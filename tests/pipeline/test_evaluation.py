@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from accord.errors import DataWarning
 from accord.evaluation.summary import Ranking, SiteSummary, accuracy
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import Card
+from accord.methods import find_method
+from accord.pipeline import evaluation
 from accord.pipeline.evaluation import _summary
 from accord.routing.competence import ConfidenceGraph, save_graph
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
@@ -15,14 +18,20 @@ CHECKPOINT = "accord/idefics3"
 
 
 @pytest.fixture
-def summarise(job):
+def summarise(job, monkeypatch):
     """Return a function that states the result of a run whose sites have no folder here, only a function each."""
     with job.run.doing("router"):
         save_router(job.path / "router", RouterNetwork(4, 2, RouterConfig(layers=1, width=8, heads=2)))
         (job.path / "router" / "measured.json").write_text(json.dumps({"accuracy": 0.5}))
     vars(job)["evaluated"] = []
     measured = dict.fromkeys(("base", "aligned", "question_only", "shuffled_image"), accuracy({"colour": (1, 2)}))
-    return lambda **sites: _summary(job, InProcessEngine(sites), measured, {}, torch.zeros(0, 2))
+
+    def state(method="routed", **sites):
+        monkeypatch.setattr(evaluation, "open_federation", lambda job: InProcessEngine(sites))
+        job.recipe = replace(job.recipe, method=method)
+        return _summary(job, find_method(method, "ab"), measured, {}, torch.zeros(0, 2))
+
+    return state
 
 
 def test_what_is_said_of_a_site_came_in_its_card(summarise):
@@ -35,18 +44,41 @@ def test_what_is_said_of_a_site_came_in_its_card(summarise):
         SiteSummary("a", "Llava", CHECKPOINT, 9, 5, 20, Ranking(0.75, {"colour": 0.5, "number": 1.0})),
         SiteSummary("b", "Idefics3", CHECKPOINT, 8, 4, 10, Ranking(None, {})),
     )
-    assert summary.constructed_preferences
+    assert summary.constructed_preferences and summary.method == "routed"
+
+
+def test_a_method_without_sites_asks_none_and_has_no_router(summarise):
+    """FedIT needs no reward model, so that no card is asked for; what a site is was said in the recipe."""
+    summary = summarise("fedit-fedavg", a=lambda request: pytest.fail("asked"), b=lambda request: pytest.fail("asked"))
+    assert summary.sites == tuple(
+        SiteSummary(name, "none, the method needs no reward model", CHECKPOINT, 0, 0, 0, Ranking(None, {}))
+        for name in "ab"
+    )
+    assert summary.router is None and summary.method == "fedit-fedavg" and not summary.constructed_preferences
+
+
+def test_a_method_with_sites_and_no_router_says_so(summarise):
+    sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, True, {}) for name in "ab"}
+    assert summarise("fedgrpo", **sites).router is None
+    router = summarise("mor", **sites).router
+    assert (router.rounds, router.accuracy) == (RouterConfig().rounds, 0.5)
 
 
 def test_who_is_good_at_what_is_told_where_it_was_measured(job, summarise):
     """A run by another method, which compared FedGRPO: of two questions site a has one right, and b did not answer."""
     sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}) for name in "ab"}
+    job.recipe = replace(job.recipe, compare=("fedgrpo",))
     assert summarise(**sites).competence is None
     mean, features = torch.zeros(1, dtype=torch.double), torch.ones(2, 1, dtype=torch.double)
     correct = torch.tensor([[1, 0], [torch.nan, torch.nan]], dtype=torch.double)
-    save_graph(job.path / "competence" / "graph", ConfidenceGraph(("colour", "number"), features, mean, correct))
+    save_graph(
+        job.path / "kept" / "site" / "competence" / "graph",
+        ConfidenceGraph(("colour", "number"), features, mean, correct),
+    )
     told = summarise(**sites).competence
     assert told.answers == {"a": "10", "b": "--"} and (told.experts, told.neighbours) == (2, 20)
+    job.recipe = replace(job.recipe, compare=())
+    assert summarise(**sites).competence is None  # nobody here knows what the folder is
 
 
 def test_a_site_that_says_nothing_of_itself(summarise):

@@ -8,10 +8,11 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, DataWarning
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.routing import anchors as module
 from accord.routing.anchors import Anchors, collect, last_states, load_anchors, pair_accuracy, save_anchors
-from accord.routing.router import Encoder, RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork
 
 WORTH = {"red": 1.0, "blue": -1.0, "green": 0.5, "yellow": 0.25}
 

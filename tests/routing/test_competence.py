@@ -12,11 +12,12 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, DataWarning, RecipeError, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import AnswerReply, AnswerRequest
+from accord.methods.fedgrpo import FedGrpoConfig
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.routing.competence import (
     CompetenceRouter,
     ConfidenceGraph,
-    FedGrpoConfig,
     RandomExperts,
     embed,
     grade,
@@ -24,7 +25,6 @@ from accord.routing.competence import (
     measure,
     save_graph,
 )
-from accord.routing.router import Encoder
 from accord.types import vqa_prompt
 
 NAN = math.nan
@@ -63,9 +63,10 @@ def route(router, degrees, sizes=None):
     return router([PROMPT] * len(degrees), [towards(d) for d in degrees], [["x"] * n for n in sizes])
 
 
-def make(correct, *, sites=SITES, seed=0, grade=None, **settings):
-    config = FedGrpoConfig(**{"neighbours": 1, "experts": 1, **settings})
-    return CompetenceRouter(Compass(), graph_of(correct), config, sites=sites, seed=seed, grade=grade)
+def make(correct, *, sites=SITES, seed=0, experts=1, neighbours=1, **settings):
+    return CompetenceRouter(
+        Compass(), graph_of(correct), sites=sites, experts=experts, neighbours=neighbours, seed=seed, **settings
+    )
 
 
 def answering(*answers, asked=None):
@@ -206,7 +207,7 @@ def test_the_whole_measurement(llava, ask, tmp_path):
     for name, tensor_ in graph.tensors().items():
         assert torch.equal(getattr(loaded, name), tensor_)
 
-    router = CompetenceRouter(encoder, loaded, FedGrpoConfig(neighbours=2, experts=1), sites=engine.sites, seed=0)
+    router = CompetenceRouter(encoder, loaded, sites=engine.sites, experts=1, neighbours=2, seed=0)
     weights = router(
         [vqa_prompt(questions[0].text), vqa_prompt(questions[1].text)],
         [load_image(questions[0].image), load_image(questions[1].image)],

@@ -98,6 +98,20 @@ def test_top1_takes_the_first_of_equals():
     assert top1(tensor([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]])).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
+def test_a_router_that_abstains_chooses_nobody():
+    """A row of zeros stays one; one whose largest weight is the second, and one of a single weight, are one-hot."""
+    weights = tensor([[0.0, 0.0, 0.0], [0.1, 0.6, 0.3], [0.0, 0.0, 0.2]])
+    chosen = top1(weights)
+    assert chosen.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]] and chosen.dtype == weights.dtype
+    assert top1(torch.zeros(2, 3)).tolist() == [[0, 0, 0]] * 2
+
+
+def test_who_is_nobodys_has_no_reward(fuse):
+    """Neither 0 nor the first site's score: 5."""
+    fused = fuse(tensor([[5.0, 1.0], [5.0, 1.0]]), top1(tensor([[0.0, 0.0], [0.9, 0.1]])))
+    assert fused.isnan().tolist() == [True, False] and fused[1].item() == 5.0
+
+
 def test_per_prompt_by_hand():
     """Prompt 1 with three completions: (0.9 + 0.3 + 0.6) / 3 = 0.6; prompt 2 with one keeps its weights."""
     weights = tensor([[0.9, 0.1], [0.3, 0.7], [0.6, 0.4], [0.2, 0.8]])

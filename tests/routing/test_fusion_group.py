@@ -8,7 +8,7 @@ from pytest import approx
 from torch import tensor
 
 from accord.alignment.grpo import AlignmentConfig, align
-from accord.alignment.reward import FederatedReward
+from accord.alignment.reward import FederatedReward, PerGroup
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.models.load import load_model
@@ -203,7 +203,7 @@ def learn(llava, ask, tmp_path):
             return torch.full((sum(map(len, completions)), experts), 1 / experts)
 
         engine = InProcessEngine({f"site {k}": by_length(1.0 + k) for k in range(experts)})
-        reward = FederatedReward(engine, route, mode="soft", fusion=rule, within_group=True)
+        reward = FederatedReward(engine, route, mode="soft", per_group=PerGroup(rule))
         config = AlignmentConfig(
             steps=2, prompts_per_step=2, group_size=4, learning_rate=1e-2, kl=0.0, max_completion_length=3,
             evaluate_every=0, save_every=0,

@@ -1,4 +1,3 @@
-import json
 import math
 import random
 from dataclasses import replace
@@ -9,9 +8,10 @@ from pytest import approx
 from torch import tensor
 
 from accord.data.images import load_image
-from accord.errors import CheckpointError, DataError, RecipeError
+from accord.errors import CheckpointError, DataError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.rewards.model import Standardisation
 from accord.routing.anchors import Anchors, collect, pair_accuracy
@@ -26,14 +26,12 @@ from accord.routing.gate import (
     fit_anchored,
     fit_correctness,
     fit_preference_gate,
-    load_gate,
     log_weights,
     preference_loss,
     preference_weights,
-    save_gate,
 )
 from accord.routing.gated import AnchoredRouter, CorrectnessRouter, PreferenceGate
-from accord.routing.router import Encoder, RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork
 
 QUICK = GateConfig(steps=150)
 FEW = AnchoredConfig(strengths=(0.01, 0.1, 1.0), folds=3)
@@ -339,61 +337,3 @@ def test_completions_in_other_numbers(kind, encoder, asked):
 def test_a_head_of_another_kind_is_refused(encoder, asked):
     with pytest.raises(CheckpointError, match="'correctness' was given, and 'preference' is needed"):
         PreferenceGate(encoder, GateNetwork(GateShape("correctness", 32, 2)))
-
-
-@pytest.fixture
-def saved(kind, tmp_path):
-    network = GATES[kind][0](world())
-    save_gate(tmp_path / "gate", network)
-    return tmp_path / "gate", network
-
-
-def test_a_saved_gate_is_the_same(saved, kind, tmp_path):
-    folder, network = saved
-    again = load_gate(folder)
-    assert again.shape == network.shape and not again.training
-    weigh = GATES[kind][1]
-    assert torch.equal(weigh(again, world(seed=2)), weigh(network, world(seed=2)))
-    save_gate(tmp_path / "twice", again)
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == {
-        f.name: f.read_bytes() for f in (tmp_path / "twice").iterdir()
-    }
-
-
-@pytest.mark.parametrize(
-    "described",
-    [
-        "{",
-        '{"kind": "other", "features": 4, "sites": 3, "hidden": 0}',
-        '{"kind": "anchored", "features": 0, "sites": 3, "hidden": 0}',
-        '{"kind": "anchored", "features": 4, "sites": 5, "hidden": 0}',
-        '{"kind": "anchored", "sites": 3}',
-    ],
-)
-def test_a_damaged_gate(tmp_path, described):
-    save_gate(tmp_path / "gate", GateNetwork(GateShape("anchored", 4, 3)))
-    assert json.loads((tmp_path / "gate" / "gate.json").read_text())["kind"] == "anchored"
-    (tmp_path / "gate" / "gate.json").write_text(described)
-    with pytest.raises(CheckpointError):
-        load_gate(tmp_path / "gate")
-
-
-def test_a_folder_without_a_gate(tmp_path):
-    with pytest.raises(CheckpointError, match=r"not a gate .*; fit it anew"):
-        load_gate(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: GateConfig(steps=0), "steps must be at least 1"),
-        (lambda: GateConfig(hidden=0), "hidden must be at least 1"),
-        (lambda: AnchoredConfig(strengths=()), r"strengths must be numbers above 0, got \(\)"),
-        (lambda: AnchoredConfig(strengths=(0.0,)), "strengths must be numbers above 0"),
-        (lambda: AnchoredConfig(strengths=(math.nan,)), "strengths must be numbers above 0"),
-        (lambda: AnchoredConfig(folds=1), "folds must be at least 2"),
-    ],
-)
-def test_settings_that_are_refused(make, message):
-    with pytest.raises(RecipeError, match=message):
-        make()

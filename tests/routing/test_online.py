@@ -7,10 +7,11 @@ from pytest import approx
 from safetensors.torch import load, save
 
 from accord.errors import DataError, RecipeError
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.routing.fusion import top1
 from accord.routing.online import CURVATURE, OnlineConfig, OnlineRouter
-from accord.routing.router import Encoder, LearnedRouter, RouterConfig, RouterNetwork
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
 F = torch.tensor([[2.0, 1.0]], dtype=torch.double)

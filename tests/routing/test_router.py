@@ -8,17 +8,11 @@ from PIL import Image
 from safetensors.torch import load, save
 
 from accord.errors import CheckpointError, RecipeError
+from accord.federation.weights import read_weights
 from accord.models import load as load_module
+from accord.models.encoder import Encoder
 from accord.models.load import load_model
-from accord.routing.router import (
-    Encoder,
-    LearnedRouter,
-    RouterConfig,
-    RouterNetwork,
-    load_router,
-    read_weights,
-    save_router,
-)
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork, load_router, save_router
 from accord.types import vqa_prompt
 
 SMALL = RouterConfig(layers=2, width=8, heads=2)
@@ -159,7 +153,7 @@ def test_weights_with_a_name_missing(network):
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\xff" * 64, b"\x80\x04K\x01."], ids=["empty", "short", "huge", "pickle"])
 def test_bytes_that_are_no_weights(network, data):
-    with pytest.raises(CheckpointError, match=f"{len(data)} bytes cannot be read"):
+    with pytest.raises(CheckpointError, match=f"{len(data)} bytes that cannot be read"):
         network.from_bytes(data)
 
 

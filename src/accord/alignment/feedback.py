@@ -9,7 +9,7 @@
 MoR (Lu et al. 2026, arXiv 2605.03426) prints r = 0 for ΔJ > 0 and r = 1 for ΔJ ≤ 0, and calls the latter
 an improvement: so J is a loss there, which is our reading, and the other one is a switch. Either bit says little:
 with advantages centred in their groups and one update on each batch the surrogate is 0 at the point where it is
-evaluated, so that the loss is β KL, and whether it rose depends hardly on who judged. Hence the anchors, and the
+evaluated, so that the loss is β KL, and whether it rose depends hardly on which site judged. Hence the anchors, and the
 control, against which any of them is to be held.
 
 `OnlineUpdate` carries the signal to the router, in a stock `trl.GRPOTrainer` as in `accord.alignment.grpo.align`:

@@ -38,10 +38,11 @@ from trl.trainer.grpo_config import GRPOConfig
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
+from accord.data.sampling import draw_balanced
 from accord.errors import DataError, DataWarning, RecipeError, check_least, check_positive
-from accord.models.finetune import draw_balanced, on_one_device
+from accord.models.encoder import Encoder
+from accord.models.finetune import on_one_device
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, placeholder_tokens
-from accord.routing.router import Encoder
 from accord.types import ImageSource, Message, Prompt, Question
 
 MUTED = -1e4
@@ -286,13 +287,10 @@ def placeholders_muted(*models: PreTrainedModel | None) -> Iterator[None]:
         yield
 
 
-def reference_encoder(reward: RewardFunction, model: PreTrainedModel) -> Encoder | None:
-    """Return the encoder of the federation's router if it is what `model` was loaded from, as its reference is."""
-    encoder = getattr(getattr(reward, "router", None), "encoder", None)
-    if not isinstance(encoder, Encoder):
-        return None
-    same = encoder.model.name_or_path == model.name_or_path and encoder.model.dtype == model.dtype
-    return encoder if same else None
+def is_reference(encoder: Encoder, model: PreTrainedModel) -> bool:
+    """Tell whether `encoder` is what `model` was loaded from, as its reference is."""
+    same: bool = encoder.model.name_or_path == model.name_or_path and encoder.model.dtype == model.dtype
+    return same
 
 
 def align(
@@ -308,6 +306,7 @@ def align(
     log: Callable[[Mapping[str, object]], None] = lambda _: None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
+    encoder: Encoder | None = None,
 ) -> PreTrainedModel:
     """Align `model` in place on the prompts of `questions`; return it, a LoRA adapter merged in.
 
@@ -324,7 +323,10 @@ def align(
         measure: accuracy by question type on held-out questions, for the curve.
         log: receives one record per step, and one per point of the curve.
         callbacks: further trainer callbacks, such as a progress bar.
-        resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.checkpoints`).
+        resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.runs.checkpoints`).
+
+        encoder: what the reward's router reads completions with, if it does. Where it is the same model as the
+            reference it is handed what the reference has computed.
 
     Raises:
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
@@ -334,7 +336,8 @@ def align(
     if measure is not None and config.evaluate_every:
         extra.append(_Curve(config.evaluate_every, measure, log))
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
-    encoder = reference_encoder(reward, model)
+    if encoder is not None and not is_reference(encoder, model):
+        encoder = None
     with adapter_errors(config.lora) if config.lora else nullcontext():
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,

@@ -13,7 +13,7 @@ put it into a stock script:
 Absent is not zero. `missing="none"`, the default, returns None: TRL leaves a row that has no reward at all out of its
 group's mean and deviation and gives it advantage zero. Beside further reward functions TRL's sum counts the None as 0;
 there use `missing="group_mean"`, which gives it the mean of its group's rewards, at the price of a smaller deviation
-(a group that nobody scored gets the mean of all that were).
+(a group without any score gets the mean of all scored completions).
 
 Where many are absent a step would be taken on the word of a few. So below a quorum, a share of the routing weight, the
 step waits for sites that may come back; what is absent once it goes on stays absent.
@@ -42,8 +42,7 @@ from accord.data.questions import normalise_answer
 from accord.errors import DataError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
-from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRequest, image_name, to_turns
-from accord.federation.ranks import OneConnection
+from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRange, ScoreRequest, image_name, to_turns
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.router import Router
 from accord.types import ImageSource, Message, Prompt
@@ -67,12 +66,49 @@ class Group:
 
 @dataclass(frozen=True)
 class ScoreQuery:
-    """What is asked about the completions of a step, and of whom."""
+    """What is asked about the completions of a step, and which sites are asked."""
 
     groups: Sequence[Group]
     weights: Tensor  # [M, K] over the distinct completions of all groups
     requests: dict[str, ScoreRequest]
     places: dict[str, list[list[int]]]  # of every item of a site's request, its rows of `weights`
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """How FedGRPO judges the G completions of one prompt: against each other, all by the same sites.
+
+    Attributes:
+        fusion: rewards `[G]` from the scores and weights of a prompt's completions, repeated ones as often as drawn.
+        size: G, where one prompt may come twice in a row; 0 takes all consecutive rows of a prompt for its group.
+        judge: what judges a candidate at a site, its reward model or its own answer.
+        truth: whether a site that owns the reference answer of a question judges by that.
+        form: weight of a further reward, 1 for a completion that ended and says something, else 0.
+    """
+
+    fusion: Fusion
+    size: int = 0
+    judge: Judge = "reward"
+    truth: bool = False
+    form: float = 0.0
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long a step waits for sites, and what is said meanwhile.
+
+    Attributes:
+        deadline: seconds to wait for the answers to one question; None for as long as it takes.
+        quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on,
+            as long as there are sites to wait for: those that are gone or late. 0 waits for no site.
+        tell: called when a wait begins, now and then while it lasts, and when it is over.
+        pause: waits for some seconds between two tries.
+    """
+
+    deadline: float | None = None
+    quorum: float = 0.0
+    tell: Callable[[str], object] = logger.warning
+    pause: Callable[[float], object] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -93,25 +129,17 @@ class FederatedReward:
         router: whose judgement counts, weights `[N, K]`.
         mode: "top1" asks only the site with the largest weight; "soft" asks all and mixes.
         fusion: rewards from scores and weights; by default their weighted mean.
-        within_group: let `fusion` see the G completions of one prompt at a time, repeated ones as often as they were
-            drawn, as whatever compares a completion with its group must.
-        group_size: G, where one prompt may come twice in a row; 0 takes all consecutive rows of a prompt for its group.
-        judged_by: who judges a candidate at a site, its reward model or its own answer.
-        truth: let a site that owns the reference answer of a question judge by that.
-        form: weight of a further reward, 1 for a completion that ended and says something, else 0.
+        per_group: judge the completions of a prompt against each other, in place of `fusion`.
         scope: route every completion by itself, or all completions of a prompt alike.
-        unfinished: reward of a completion that was cut off before its end token; None scores it like any other. Within
-            a group it is what every site is taken to have scored.
+        scores: the range to which the sites clip. A site that sends a score outside it counts as absent. Its lowest
+            score is the reward of a completion that was cut off before its end token; within a group it is what every
+            site is taken to have scored. None: nothing is clipped, and a completion that was cut off is scored like
+            any other.
         end_tokens: ids that end a completion; without them no completion counts as cut off.
-        deadline: seconds to wait for the sites.
+        waiting: how long a step waits for sites.
         missing: what a completion gets that no site scored (see the module's docstring).
         sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
             as PNG.
-        limits: the range to which sites clip their scores; who sends one outside it is absent.
-        quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on,
-            as long as there are sites to wait for: those that are gone or late. 0 waits for nobody.
-        tell: called when a wait begins, now and then while it lasts, and when it is over.
-        pause: waits for some seconds between two tries.
     """
 
     __name__ = "federation"  # TRL names its metrics after it
@@ -123,41 +151,25 @@ class FederatedReward:
         *,
         mode: Mode = "top1",
         fusion: Fusion = mixture,
-        within_group: bool = False,
-        group_size: int = 0,
-        judged_by: Judge = "reward",
-        truth: bool = False,
-        form: float = 0.0,
+        per_group: PerGroup | None = None,
         scope: Scope = "completion",
-        unfinished: float | None = 0.0,
+        scores: ScoreRange | None = None,
         end_tokens: Sequence[int] = (),
-        deadline: float | None = None,
+        waiting: Waiting = Waiting(),
         missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
-        limits: tuple[float, float] = (-MAX_SCORE, MAX_SCORE),
-        quorum: float = 0.0,
-        tell: Callable[[str], object] = logger.warning,
-        pause: Callable[[float], object] = time.sleep,
     ) -> None:
         self.engine = engine
         self.router = router
         self.mode = mode
         self.fusion = fusion
-        self.within_group = within_group
-        self.group_size = group_size
-        self.judged_by: Judge = judged_by
-        self.truth = truth
-        self.form = form
+        self.per_group = per_group
         self.scope = scope
-        self.unfinished = unfinished
+        self.scores = scores
         self.end_tokens = frozenset(end_tokens)
-        self.deadline = deadline
+        self.waiting = waiting
         self.missing = missing
         self.sources = sources or {}
-        self.limits = limits
-        self.quorum = quorum
-        self.tell = tell
-        self.pause = pause
         self._asked = 0
         self._started: _Started | None = None
 
@@ -173,10 +185,10 @@ class FederatedReward:
         together do not start early: their order of asking would be up to chance.
         """
         self._end()
-        if isinstance(self.engine, OneConnection):
+        if self.engine.processes > 1:
             return
         query = self._route_and_query(self.group(prompts, completions, columns))
-        replies = ask_meanwhile(self.engine, query.requests, deadline=self.deadline)
+        replies = ask_meanwhile(self.engine, query.requests, deadline=self.waiting.deadline)
         self._started = _Started(prompts, completions, query, replies)
 
     def _end(self) -> _Started | None:
@@ -223,6 +235,7 @@ class FederatedReward:
         """Split rows into groups: consecutive rows with the same conversation and the same image, at most G."""
         ids = cast(Sequence[str] | None, columns.get("question_id"))
         groups: list[Group] = []
+        most = self.per_group.size if self.per_group else 0
         key: object = None
         texts: list[str] = []
         opening: tuple[Prompt, Image | None, bytes | None] | None = None
@@ -238,7 +251,7 @@ class FederatedReward:
             plain = [_plain(message) for message in prompt]
             known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
             this = (str(plain), (ids[n],) if ids and known else None if image is None else picture_key(image))
-            if this != key or len(texts) == self.group_size > 0:
+            if this != key or len(texts) == most > 0:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None
                 opening, texts, key = (plain, image, _travelling(image, source)), [], this
@@ -267,6 +280,8 @@ class FederatedReward:
     def _query(self, groups: Sequence[Group], weights: Tensor) -> ScoreQuery:
         """Put into words what is asked of every site: whatever has weight there."""
         requests: dict[str, ScoreRequest] = {}
+        judge: Judge = self.per_group.judge if self.per_group else "reward"
+        truth = self.per_group is not None and self.per_group.truth
         places: dict[str, list[list[int]]] = defaultdict(list)
         self._asked += 1
         for k, site in enumerate(self.engine.sites):
@@ -285,7 +300,7 @@ class FederatedReward:
                     items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
                     places[site].append(rows)
             if items:
-                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, self.judged_by, self.truth)
+                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, judge, truth)
         return ScoreQuery(groups, weights, requests, places)
 
     def _cut_off(self, count: int, completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
@@ -298,20 +313,20 @@ class FederatedReward:
         """Return the rewards `[G]` of every group from scores and weights `[M, K]` of the distinct completions."""
         sizes = [len(group.candidates) for group in groups]
         rows = [torch.tensor(group.rows) for group in groups]
-        if not self.within_group:
+        if self.per_group is None:
             fused = self.fusion(scores, weights).split(sizes)
             return [of_group[index] for of_group, index in zip(fused, rows, strict=True)]
         rewards, done = [], 0
         for own, trust, index in zip(scores.split(sizes), weights.split(sizes), rows, strict=True):
             of_rows, ended = own[index], ~torch.tensor(cut[done : done + len(index)])[:, None]
-            if self.unfinished is not None:  # before they are compared: what is fixed afterwards is on another scale
-                of_rows = of_rows.where(ended | of_rows.isnan(), self.unfinished)
-            rewards.append(self.fusion(of_rows, trust[index]))
+            if self.scores is not None:  # before they are compared: what is fixed afterwards is on another scale
+                of_rows = of_rows.where(ended | of_rows.isnan(), self.scores.low)
+            rewards.append(self.per_group.fusion(of_rows, trust[index]))
             done += len(index)
         return rewards
 
     def _patience(self, query: ScoreQuery) -> Patience:
-        return Patience(partial(self._whom, query), self.tell, self.pause)
+        return Patience(partial(self._whom, query), self.waiting.tell, self.waiting.pause)
 
     def _scores(self, query: ScoreQuery, patience: Patience | None = None, replies: Replies | None = None) -> Tensor:
         """Ask, unless there are `replies` already; return the scores `[M, K]`."""
@@ -319,10 +334,10 @@ class FederatedReward:
             self.engine,
             query.requests,
             consequence="it counts as absent there, not as 0",
-            deadline=self.deadline,
+            deadline=self.waiting.deadline,
             replies=replies,
             patience=patience,
-            limits=self.limits,
+            limits=(self.scores.low, self.scores.high) if self.scores else (-MAX_SCORE, MAX_SCORE),
         )
         return self._table(query, given)
 
@@ -337,25 +352,25 @@ class FederatedReward:
         return scores
 
     def _whom(self, query: ScoreQuery, given: Mapping[str, Scores], may_return: Collection[str]) -> Collection[str]:
-        """Return whom to wait for: all that may return, as long as the quorum is not reached."""
+        """Return the sites to wait for: all that may return, as long as the quorum is not reached."""
         weights = query.weights.double().clamp(min=0)  # what is asked has weight
         present = self._table(query, given).isfinite()
         sums = [weights[present].sum().item(), weights.sum().item()]
         sums += [float(site in may_return) for site in self.engine.sites]
-        if isinstance(self.engine, OneConnection):  # the step is everybody's: all wait, or none
-            sums = self.engine.total(sums)
-        answered, asked, *missing = sums
+        # The step is that of all processes: all wait, or none.
+        answered, asked, *missing = self.engine.total(sums)
         waited_for = [site for site, ranks in zip(self.engine.sites, missing, strict=True) if ranks]
-        return waited_for if answered < self.quorum * asked else ()
+        return waited_for if answered < self.waiting.quorum * asked else ()
 
     def _finish(self, rewards: list[float], texts: Sequence[str], cut: Sequence[bool]) -> list[float | None]:
         """Give completions in good form their reward, and those that were cut off their fixed one."""
         finished: list[float | None] = []
         for reward, text, unended in zip(rewards, texts, cut, strict=False):
-            if unended and self.unfinished is not None and not self.within_group:
-                finished.append(self.unfinished)
-            else:
-                finished.append(reward + self.form * (not unended and bool(normalise_answer(text))))
+            if self.per_group is not None:
+                reward += self.per_group.form * (not unended and bool(normalise_answer(text)))
+            elif unended and self.scores is not None:
+                reward = self.scores.low
+            finished.append(reward)
         return finished
 
     def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:

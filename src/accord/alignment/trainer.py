@@ -43,11 +43,11 @@ from trl.trainer.utils import split_tensor_dict
 from accord.data.images import picture_key
 from accord.errors import DataWarning
 from accord.models.attention import can_share, skip_hidden
+from accord.models.encoder import Encoder, StateKey, prompt_words, state_key
 from accord.models.inputs import build_batch, chunks, completion_text
 from accord.models.load import Processor, without_adapter
 from accord.models.prefix import Packed, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
-from accord.routing.router import Encoder, StateKey, prompt_words, state_key
 from accord.types import Prompt
 
 TOLERANCE = 1e-4

@@ -6,7 +6,7 @@
     last digit   what is the last digit of 37 times 5?          5         2, of the sum
 
 A question comes in one wording only, so that its text tells it from all others. Every pair of operands, in either
-order, falls into one split by a hash of it: who has seen 37 or 52 has not seen 52 or 37 in a test.
+order, falls into one split by a hash of it: a model that has seen 37 or 52 does not meet 52 or 37 in a test.
 
 Slips are the common mistakes of the people from whom a base model learned to speak: in pre-training alone, a share of
 the `base` questions has them for answers. The model then knows right and wrong, and says now the one, now the other.

@@ -37,12 +37,9 @@ def load_easy_vqa(*, fine_types: bool = False, compositions: bool = False) -> li
     `yes/no` is two types, after what is asked about: `yes/no colour` and `yes/no shape`.
 
     With `compositions`, the colour of a triangle and the shape of a red or teal thing are types of their own, so that
-    they can be kept from all sites: who has learned colours from circles and rectangles should know those of triangles.
-    Questions for a colour or shape are left out where all questions about the picture do not tell which of the two they
-    are (309 of 10,168 in training, 86 of 2,537 in test).
-
-    Raises:
-        DataError: the package is not installed, or its data are not what they should be.
+    they can be kept from all sites: a model that knows colours of circles and rectangles should know those of
+    triangles. Questions for a colour or shape are left out where all questions about the picture do not tell which of
+    the two they are (309 of 10,168 in training, 86 of 2,537 in test).
     """
     folder = _folder()
     questions = [*_side(folder, "train"), *_side(folder, "test")]

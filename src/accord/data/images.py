@@ -1,4 +1,4 @@
-"""Read images from files or bytes that nobody vouches for, and name them by their content.
+"""Read images from files or bytes of unknown origin, and name them by their content.
 
 An image stays as it was stored (`ImageSource`: a file or compressed bytes) until a model needs its pixels. Its identity
 is the SHA-256 of those bytes, so that two rows, or two sites, that hold the same picture under different names agree.

@@ -36,7 +36,7 @@ def keep_good(
 
     Args:
         rows: pairs of where a row stands (`file:line`) and the row; None for an empty line.
-        parse: returns the record, or None for a row nobody asked for; raises `BadRow` or `ImageError` for a bad one.
+        parse: returns the record, or None for a row that is not wanted; raises `BadRow` or `ImageError` for a bad one.
         source: the file, for messages.
 
     Raises:

@@ -134,6 +134,9 @@ def _who(summary: Summary) -> str:
         if summary.constructed_preferences
         else "By the sites' account the pairs are people's judgements."
     )
+    if not any(site.parameters for site in sites):
+        who = f"{_number(len(sites))} sites ({names}) took part; the method, {summary.method}, needs no reward model."
+        return f"{who} {origin}" if pairs else who
     if len(sites) == 1:
         who = f"One site, {names}, trained a reward model on its own data and scored a policy's answers with it."
         hold = "It holds"
@@ -256,8 +259,8 @@ def _warnings(summary: Summary, metrics: Sequence[MetricsRow]) -> list[str]:
         ]
         if guessed:
             found.append(
-                f"The rise on {_listed(guessed)} is no sign of looking at the image: whoever gives each question's "
-                "commonest answer does as well."
+                f"The rise on {_listed(guessed)} is no sign of looking at the image: the commonest "
+                "answer to each question does as well."
             )
     absences, messages = _absences(summary)
     if absences > _MANY_ABSENCES * messages:

@@ -56,11 +56,3 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
         for i in indices:
             shuffled[i] = replace(questions[i], image=other[questions[i].image])
     return shuffled
-
-
-def sample_questions(questions: Sequence[Question], limit: int, seed: int) -> list[Question]:
-    """Return at most `limit` questions (0 for all), drawn without replacement, in their own order."""
-    if not limit or limit >= len(questions):
-        return list(questions)
-    keep = set(random.Random(seed).sample(range(len(questions)), limit))
-    return [q for i, q in enumerate(questions) if i in keep]

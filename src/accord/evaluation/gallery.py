@@ -34,12 +34,12 @@ def write_gallery(
     questions: Sequence[Question],
     before: Sequence[str],
     after: Sequence[str],
-    reward: FederatedReward,
+    reward: FederatedReward | None,
     count: int,
 ) -> None:
     """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not.
 
-    The `image` of a question without one is null.
+    The `image` of a question without one is null. Without a `reward` no site judges, and there are no scores.
     """
     chosen = choose(questions, before, after, count)
     if not chosen:
@@ -52,10 +52,12 @@ def write_gallery(
         rows = (0, len(candidates) - 1)
         data = None if q.image is None else image_bytes(q.image)
         groups.append(Group(prompt_of(q), load_if_any(q.image), data, candidates, rows))
-    sites = list(reward.engine.sites)
-    everyone = torch.ones(sum(len(g.candidates) for g in groups), len(sites), dtype=torch.bool)
-    scores = reward.ask(groups, everyone)  # [M, K]
-    weights = reward.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
+    sites: list[str] = []
+    scores = weights = torch.zeros(sum(len(g.candidates) for g in groups), 0)
+    if reward is not None:
+        sites = list(reward.engine.sites)
+        scores = reward.ask(groups, torch.ones(len(scores), len(sites), dtype=torch.bool))  # [M, K]
+        weights = reward.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
     lines, first = [], 0
     for n, (i, group) in enumerate(zip(chosen, groups, strict=True)):
         q = questions[i]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,9 +32,11 @@ from accord.evaluation.figures import (
     judging_heatmap,
     traffic_bars,
 )
+from accord.evaluation.intervals import half_width
+from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, read_summary
-from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun, stages_done
-from accord.runs import write_atomic
+from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
+from accord.runs import stages_done, write_atomic
 
 _STAGES = ("site", "router", "align", "evaluation")
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -88,8 +90,7 @@ def write_report(run: Path) -> Path:
 def compare_runs(runs: list[Path]) -> str:
     """Return a Markdown table of runs: accuracy before → after in per cent, macro and by type, one row a name.
 
-    Runs that share a name are seeds of one experiment: their row gives the mean ± the sample standard deviation over
-    seeds (divisor n-1).
+    Runs that share a name are seeds of one experiment: their row gives the mean ± half its 95 % t-interval over seeds.
 
     Raises:
         RunError: no run is given, a run is not finished, or two folders hold the same name and seed.
@@ -112,7 +113,7 @@ def compare_runs(runs: list[Path]) -> str:
         )
     )
     header = ["run", "seeds", "macro before → after", "change", *(f"{name} before → after" for name in types)]
-    lines = [_markdown_row(header), _markdown_row(["---"] * len(header))]
+    rows = []
     for name, group in groups.items():
         evaluations = [summary.evaluation for summary in group.values()]
         columns = [
@@ -120,11 +121,9 @@ def compare_runs(runs: list[Path]) -> str:
             _spread([100 * (e.aligned.macro - e.base.macro) for e in evaluations if e.base], signed=True),
             *(_spread_pair(evaluations, _of_type(question_type)) for question_type in types),
         ]
-        lines.append(_markdown_row([name, ", ".join(map(str, sorted(group))), *columns]))
-    note = (
-        "Accuracy in per cent; ± is the sample standard deviation over seeds, and stands only where there are several."
-    )
-    return "\n".join([*lines, "", note, ""])
+        rows.append([escaped(name), ", ".join(map(str, sorted(group))), *columns])
+    note = "Accuracy in per cent; ± is half the 95 % t-interval over seeds, and stands only where there are several."
+    return "\n".join([markdown_table(header, rows), "", note, ""])
 
 
 def _summary(run: Path) -> Summary:
@@ -286,15 +285,5 @@ def _spread_pair(evaluations: Sequence[EvaluationSummary], of: Callable[[Accurac
 def _spread(values: Sequence[float], *, signed: bool = False) -> str:
     if not values:
         return "–"
-    mean = f"{statistics.fmean(values):{'+' if signed else ''}.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_markdown(cell) for cell in cells) + " |"
-
-
-def _markdown(cell: str) -> str:
-    """Escape what would end the cell or begin HTML."""
-    escapes: Mapping[str, str] = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "&": "&amp;", "`": "\\`"}
-    return " ".join("".join(escapes.get(letter, letter) for letter in cell).split())
+    mean, half = f"{statistics.fmean(values):{'+' if signed else ''}.1f}", half_width(values)
+    return mean if half is None else f"{mean} ± {half:.1f}"

@@ -165,10 +165,7 @@ class Summary:
     checkpoint: str
     versions: Mapping[str, str | None]
     competence: CompetenceSummary | None = None
-
-
-ARMS = {"best-site": "best_single", "random": "random_site", "ground-truth": "ground_truth"}
-"""How the short tables of a summary name a recipe's comparisons; the others keep their names."""
+    method: str = "routed"  # what the policy was aligned by
 
 
 def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> dict[str, dict[str, Any]]:
@@ -177,7 +174,7 @@ def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> di
     `macro_accuracy` and `accuracy_by_type` of base, aligned and every comparison; `bytes` by site and direction.
     """
     measured = {"base": evaluation.base, "aligned": evaluation.aligned}
-    measured |= {ARMS.get(arm, arm): result for arm, result in evaluation.compare.items()}
+    measured |= evaluation.compare
     known = {name: result for name, result in measured.items() if result is not None}
     total: dict[str, dict[str, int]] = {}
     for row in traffic:

@@ -1,7 +1,8 @@
 """Compare methods over seeds: mean, 95 % t-interval and n of each accuracy, and what is not distinguishable from best.
 
 Intervals and the rule of what is near the best are those of `accord.evaluation.intervals`. *Best* is the competing
-method with the highest mean; controls, chance and bounds (the constants below) do not compete.
+method with the highest mean; controls, chance and bounds do not compete. A method says itself what it is
+(`accord.methods`), and the caller of `table` passes it on.
 """
 
 from __future__ import annotations
@@ -18,15 +19,10 @@ import matplotlib
 
 from accord.evaluation.figures import AFTER, BEFORE, INK, STYLE, WIDE, canvas, percent, short, svg
 from accord.evaluation.intervals import half_width, is_near
+from accord.evaluation.markdown import escaped, markdown_table
 
 CONTROLS = ("base", "question-only")
 """What no method has touched, and every table has: the untrained policy, and answers without the image."""
-
-CHANCE = ("random", "mor-random-feedback", "fedgrpo-random", "fedgrpo-reward-random")
-"""Chance in the place of a router, or of its feedback."""
-
-BOUNDS = ("ground-truth", "pooled", "oracle")
-"""What no federation may do or know: the reference answers, all sites' pairs in one place, the true types."""
 
 Unit: TypeAlias = Literal["%", "MB", "s"]
 Mark: TypeAlias = Literal["best", "near", ""]
@@ -71,11 +67,7 @@ class Row:
     n: int
     failed: int
     values: tuple[Estimate | None, ...]
-
-    @property
-    def competes(self) -> bool:
-        """Whether it is neither control nor bound."""
-        return self.method not in (*CONTROLS, *CHANCE, *BOUNDS)
+    competes: bool = True  # it is neither control, nor chance, nor bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,17 +83,19 @@ IN_DOMAIN, HELD_OUT, OVERALL, GAIN = "in-domain", "held-out", "overall", "share 
 _BySeed: TypeAlias = dict[int, float]
 
 
-def table(cells: Sequence[Cell], in_domain: Collection[str]) -> Table:
+def table(cells: Sequence[Cell], in_domain: Collection[str], roles: Mapping[str, str] | None = None) -> Table:
     """Estimate every column of every method.
 
     Columns: the mean over the types that a site holds, over those that none holds (left out if there are none) and
-    over all types; each type; bytes and seconds. Where `ground-truth` was run and gained on the base with every seed,
-    also (method - base) / (ground truth - base) of the mean over all types, seed by seed.
+    over all types; each type; bytes and seconds. Where the method that is the ceiling was run and gained on the base
+    with every seed, also (method - base) / (ceiling - base) of the mean over all types, seed by seed.
 
     Args:
         cells: at most one a method and seed; methods keep their order behind the controls.
         in_domain: the question types that a site holds.
+        roles: of methods that do not compete, by name: "control", "chance", "bound", "ceiling".
     """
+    roles = {**(roles or {}), **dict.fromkeys(CONTROLS, "control")}
     types = sorted({name for cell in cells for name in cell.correct})
     held_out = [name for name in types if name not in in_domain]
     measures: list[tuple[Column, Callable[[Cell], float | None]]] = []
@@ -117,7 +111,7 @@ def table(cells: Sequence[Cell], in_domain: Collection[str]) -> Table:
         over(OVERALL, types)
         for name in types:
             over(name, [name])
-        if gains := _gains(cells, types):
+        if gains := _gains(cells, types, roles):
             measures.append((Column(GAIN), lambda cell: gains.get((cell.method, cell.seed))))
         measures.append((Column("to sites", "MB"), lambda cell: cell.bytes_to_sites / 1e6))
         measures.append((Column("from sites", "MB"), lambda cell: cell.bytes_from_sites / 1e6))
@@ -129,13 +123,15 @@ def table(cells: Sequence[Cell], in_domain: Collection[str]) -> Table:
         for cell in cells:
             if not cell.failed and (value := measure(cell)) is not None:
                 values[cell.method][cell.seed] = value
-        columns.append(_estimates(values, marked=column.unit == "%" and column.name != GAIN))
+        columns.append(_estimates(values, roles, marked=column.unit == "%" and column.name != GAIN))
     rows = []
     for name in methods:
         own = [cell for cell in cells if cell.method == name]
         failed = sum(bool(cell.failed) for cell in own)
         if own:
-            rows.append(Row(name, len(own) - failed, failed, tuple(column.get(name) for column in columns)))
+            rows.append(
+                Row(name, len(own) - failed, failed, tuple(column.get(name) for column in columns), name not in roles)
+            )
     return Table(tuple(column for column, _ in measures), tuple(rows))
 
 
@@ -145,27 +141,28 @@ def macro(cell: Cell, types: Collection[str]) -> float | None:
     return math.fsum(shares) / len(shares) if shares else None
 
 
-def _gains(cells: Sequence[Cell], types: Sequence[str]) -> dict[tuple[str, int], float]:
+def _gains(cells: Sequence[Cell], types: Sequence[str], roles: Mapping[str, str]) -> dict[tuple[str, int], float]:
     """Return each method's gain over the base as a share of the ground truth's; none if that gained nothing once."""
     overall = {(cell.method, cell.seed): value for cell in cells if (value := macro(cell, types)) is not None}
-    seeds = [seed for method, seed in overall if method == "ground-truth" and ("base", seed) in overall]
+    ceiling = next((name for name, role in roles.items() if role == "ceiling"), "")
+    seeds = [seed for method, seed in overall if method == ceiling and ("base", seed) in overall]
     base = {seed: overall["base", seed] for seed in seeds}
-    bound = {seed: overall["ground-truth", seed] - base[seed] for seed in seeds}
+    bound = {seed: overall[ceiling, seed] - base[seed] for seed in seeds}
     if any(gain <= 0 for gain in bound.values()):
         return {}
     return {
         (method, seed): (value - base[seed]) / bound[seed]
         for (method, seed), value in overall.items()
-        if seed in bound and method not in ("base", "question-only", "ground-truth")
+        if seed in bound and method not in (*CONTROLS, ceiling)
     }
 
 
-def _estimates(values: Mapping[str, _BySeed], *, marked: bool) -> dict[str, Estimate]:
+def _estimates(values: Mapping[str, _BySeed], roles: Mapping[str, str], *, marked: bool) -> dict[str, Estimate]:
     """Estimate one column, and mark the best of it and those near."""
     means = {name: statistics.fmean(found.values()) for name, found in values.items() if found}
     most = max((len(found) for found in values.values()), default=0)
     competing = [  # over equally many seeds: one lucky seed must not win
-        name for name in means if marked and name not in (*CONTROLS, *CHANCE, *BOUNDS) and len(values[name]) == most
+        name for name in means if marked and name not in roles and len(values[name]) == most
     ]
     best = max(competing, key=lambda name: means[name], default=None)
 
@@ -182,14 +179,15 @@ def _estimates(values: Mapping[str, _BySeed], *, marked: bool) -> dict[str, Esti
 
 def to_markdown(made: Table) -> str:
     """Write the table in Markdown, accuracies in percent, with a line that says how to read it."""
-    names = [_escaped(f"{column.name}, {column.unit}") for column in made.columns]
-    lines = [f"| {' | '.join(['method', 'seeds', *names])} |", "|" + "---|" * (2 + len(names))]
+    names = [f"{column.name}, {column.unit}" for column in made.columns]
+    rows = []
     for row in made.rows:
         cells = [_shown(value, column.unit) for value, column in zip(row.values, made.columns, strict=True)]
         if not row.n:
             cells = ["failed"] * len(cells)
         seeds = f"{row.n}" if not row.failed else f"{row.n} ({row.failed} failed)"
-        lines.append(f"| {' | '.join([_escaped(row.method), seeds, *cells])} |")
+        rows.append([escaped(row.method), seeds, *cells])
+    lines = [markdown_table(["method", "seeds", *names], rows)]
     apart = ", ".join(row.method for row in made.rows if not row.competes)
     note = (
         "Mean over seeds ± half its 95 % t-interval. Of each accuracy the best method is **bold**; \\* is within one "
@@ -268,8 +266,3 @@ def _shown(value: Estimate | None, unit: Unit) -> str:
 def _digits(size: float) -> int:
     """Return the decimals that show three significant digits, at most four decimals."""
     return min(4, max(0, 2 - math.floor(math.log10(size)))) if size > 0 else 0
-
-
-def _escaped(text: str) -> str:
-    """Keep a name from ending its cell."""
-    return " ".join(text.split()).replace("|", "\\|")

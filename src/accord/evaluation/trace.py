@@ -76,14 +76,6 @@ def stages_begun(run: Path) -> list[str]:
     return list(dict.fromkeys(stage_of(record) for record in read_lines(run / "metrics.jsonl")))
 
 
-def stages_done(run: Path) -> list[str]:
-    """Return the stages that `stages.json` lists as done; none when it is absent or unreadable."""
-    try:
-        return list(msgspec.json.decode((run / "stages.json").read_bytes(), type=dict[str, list[str]])["done"])
-    except (OSError, KeyError, msgspec.DecodeError):
-        return []
-
-
 def _rows(path: Path, kind: type[Row]) -> list[Row]:
     rows = []
     for number, record in enumerate(read_lines(path), start=1):

@@ -1,1 +1,1 @@
-"""Messages, engines and sites: what crosses the border, how, and who answers."""
+"""Messages, engines and sites: what crosses the border, how, and what answers."""

@@ -6,12 +6,12 @@
 `norm` is `accord.data.questions.normalise_answer`. Source: FedGRPO (Zhu et al. 2026, arXiv 2602.12014), equations 5 and
 6. Differs: its code asks the site's model anew for each candidate, at temperature 1; here a question has one answer.
 
-A question is known by its image's bytes and its words, so that whoever asks it and in which run does not matter:
+A question is known by its image's bytes and its words, so that neither the server nor the run that asks it matters:
 
     key = SHA-256(JSON of [name of the image or null, [[role, text, …], …]])
 
 A site keeps its reference answers in `truth.json`, a mapping of keys to answers. No question is written
-there, but who can guess one, with its image, finds it.
+there, but a guess of a question, with its image, finds it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Answerer:
     """Answer questions with a site's own model: greedily, and each question once as long as its answer is remembered.
 
     Args:
-        load: returns the model and its processor; called at the first question that nobody has asked before.
+        load: returns the model and its processor; called at the first question that was not asked before.
         max_new_tokens: length limit of an answer.
         batch_size: questions at once.
         remember: how many answers to keep; the one that was asked for longest ago goes first.

@@ -1,4 +1,4 @@
-"""Ask sites and check what they say; who says nothing that can be used is absent, and the run goes on without it.
+"""Ask sites and check what they say; a site without a usable reply is absent, and the run goes on without it.
 
 A site that did not answer and one whose reply breaks the rules are the same to an algorithm: both are left out, both
 count as absences in the engine's traffic, and both are told in a warning that says what follows. They differ in what
@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, TypeVar
 import msgspec
 
 from accord.errors import CheckpointError, DataWarning, ReplyError
-from accord.federation.engine import KINDS, Engine
+from accord.federation.engine import Engine, kind_of
 from accord.federation.messages import MAX_SCORE, Absence, Reply, Request, ScoreRequest, check_scores
 
 Asked = TypeVar("Asked", bound=Request)
@@ -43,7 +43,7 @@ class Patience:
     """Whether and how to wait for sites that may come back; Ctrl-C ends the wait.
 
     Attributes:
-        whom: gets the scores so far and the absent sites that may come back; returns whom to wait for, or nobody.
+        whom: gets the scores so far and the absent sites that may come back; returns the sites to wait for, if any.
         tell: called with what a person should know.
         pause: waits for some seconds.
     """
@@ -65,7 +65,7 @@ def ask_checked(
 ) -> dict[str, Checked]:
     """Return what `check` made of each site's reply, by site; a site without a usable one is not in it.
 
-    Where nobody answered and all may come back, as when the way to them broke, they are asked again, for ever; Ctrl-C
+    Where no site answered and all may come back, as when the way to them broke, they are asked again, for ever; Ctrl-C
     ends it.
 
     Args:
@@ -175,7 +175,7 @@ def _check(
         try:
             checked[site] = check(requests[site], reply)
         except (ReplyError, CheckpointError) as error:
-            engine.traffic.counts[site, KINDS[type(requests[site]).__name__]].absences += 1
+            engine.traffic.counts[site, kind_of(requests[site])].absences += 1
             _warn(site, f"sent {what} that cannot be used ({error})", consequence)
     return checked
 

@@ -25,19 +25,20 @@ from accord.federation.messages import (
     Refusal,
     Reply,
     Request,
+    UpdateRequest,
     WithImages,
     decode_reply,
     encode,
     reply_limit,
 )
 
-KINDS = {
-    "ScoreRequest": "score",
-    "AnswerRequest": "answer",
-    "RouterRequest": "router",
-    "UpdateRequest": "update",
-    "CardRequest": "card",
-}
+_KINDS = {"ScoreRequest": "score", "AnswerRequest": "answer", "CardRequest": "card"}
+
+
+def kind_of(request: Request) -> str:
+    """Return under what name a message is counted: what is trained, or the kind of question."""
+    return request.task if isinstance(request, UpdateRequest) else _KINDS[type(request).__name__]
+
 
 ASK_FIRST: Final = 64 * 2**10
 """Bytes of images: with fewer, asking whether a site has them costs more than it spares."""
@@ -78,8 +79,17 @@ class Engine(Protocol):
         """The sites' names, in the order of the router's outputs, `[K]`."""
         ...
 
+    @property
+    def processes(self) -> int:
+        """How many processes ask together, each for its own completions; one question of theirs is one message."""
+        ...
+
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Send each site its request and wait for all replies, at most `deadline` seconds; never raises for a site."""
+        ...
+
+    def total(self, values: Sequence[float]) -> Sequence[float]:
+        """Return the sum of each value over the processes that ask together."""
         ...
 
 
@@ -100,7 +110,7 @@ class Outbox:
         """Send a request and return what came back.
 
         Args:
-            site: whom to ask.
+            site: the site to ask.
             request: what to ask, with all images.
             send: carries a message to the site and returns its reply; raises `TimeoutError` for one that is late and
                 `ConnectionError` for a site that cannot be reached.
@@ -118,7 +128,7 @@ class Outbox:
         if isinstance(reply, MissingImages):  # its cache is too small for all at once, or it was started anew just now
             reply = self._once(site, request, send, traffic)
         if isinstance(reply, MissingImages):
-            traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+            traffic.counts[site, kind_of(request)].absences += 1
             return Absence(site, "invalid")
         if not isinstance(reply, Absence):
             self._sent[site].update(request.images)
@@ -140,7 +150,7 @@ class Outbox:
             reply = Absence(site, "invalid")
         if isinstance(reply, Refusal):
             reply = Absence(site, reply.reason)
-        kind = KINDS[type(request).__name__]
+        kind = kind_of(request)
         traffic.add(site, kind, len(sent), len(returned), absent=isinstance(reply, Absence))
         return reply
 
@@ -166,6 +176,15 @@ class InProcessEngine:
         """The sites' names, `[K]`."""
         return tuple(self._endpoints)
 
+    @property
+    def processes(self) -> int:
+        """One."""
+        return 1
+
+    def total(self, values: Sequence[float]) -> Sequence[float]:
+        """Return the values themselves."""
+        return values
+
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Answer each request in turn; a handler that raises or is late is an absence; its error stays at the site."""
         replies: dict[str, Reply | Absence] = {}
@@ -174,7 +193,7 @@ class InProcessEngine:
             replies[site] = self._outbox.exchange(site, request, partial(self._send, site), self.traffic)
             if deadline is not None and time.monotonic() - start > deadline:
                 if not isinstance(replies[site], Absence):
-                    self.traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+                    self.traffic.counts[site, kind_of(request)].absences += 1
                 replies[site] = Absence(site, "late")
         return replies
 

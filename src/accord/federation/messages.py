@@ -7,9 +7,9 @@ No type here can hold a preference pair, an annotation or a model of a site.
                    candidate answers       MissingImages names of images that the site has not kept
     AnswerRequest  images, prompts         AnswerReply   what the site's own model says to each: public questions, whose
                                                          answers the server grades itself
-    RouterRequest  router weights          RouterReply   router weights after local steps, number of examples
-    UpdateRequest  weights of a model      UpdateReply   the same after local steps: for the baselines that share
-                                                         parameters, which MoR itself never does
+    UpdateRequest  weights of a model      UpdateReply   what local steps changed in them, number of examples: the
+                                                         router's; those of policies and reward models only for the
+                                                         baselines that share parameters, which MoR never does
     CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
     any                                    Refusal       that there is no answer, and of what kind the reason is: the
                                                          text of an error never leaves the site
@@ -24,11 +24,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
-from accord.errors import ReplyError
+from accord.errors import RecipeError, ReplyError
 from accord.types import Prompt
 
 
@@ -107,27 +108,8 @@ class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     answers: list[str]
 
 
-class RouterRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router"):
-    """Ask a site to improve the router on its pairs for a few steps."""
-
-    id: str
-    round: int
-    site: int  # which of the router's K outputs is this site's
-    weights: bytes  # safetensors
-    seed: int
-
-
-class RouterReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="router_update"):
-    """The router after a site's local steps."""
-
-    id: str
-    weights: bytes  # safetensors
-    examples: int  # n_k, the weight of this site in the average
-    loss: float
-
-
-Task: TypeAlias = Literal["reward", "supervised", "preference", "selector"]
-"""What a baseline trains at a site: a reward model, the policy on answers or on pairs, a binary selector."""
+Task: TypeAlias = Literal["router", "reward", "supervised", "preference", "selector"]
+"""What is trained at a site: MoR's router; for baselines a reward model, the policy on answers or pairs, a selector."""
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="update"):
@@ -136,20 +118,22 @@ class UpdateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     id: str
     task: Task
     round: int
-    weights: bytes  # safetensors
+    weights: bytes  # safetensors: w^t
     seed: int
     state: bytes = b""  # safetensors; what the algorithm sends beside the weights, such as a control variate
     group: int = 0  # which of several models this is
+    bits: Literal[16, 32] = 32  # of a number on its way, there and back
 
 
 class UpdateReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="updated"):
-    """The shared model after a site's local steps."""
+    """What a site's local steps changed in the shared model."""
 
     id: str
-    weights: bytes  # safetensors
+    change: bytes  # safetensors: Δ_k = w_k − w^t
     examples: int  # n_k, the weight of this site in the average
     loss: float
     state: bytes = b""
+    steps: int = 1  # S_k, how many local steps these were
 
 
 class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card"):
@@ -178,7 +162,7 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
 
 
 class Absence(msgspec.Struct, frozen=True):
-    """A site that did not answer. Absent is not zero: whoever reads scores must leave the site out."""
+    """A site that did not answer. Absent is not zero: a reader of scores must leave the site out."""
 
     site: str
     reason: Literal["error", "late", "refused", "invalid", "gone"]
@@ -187,10 +171,31 @@ class Absence(msgspec.Struct, frozen=True):
 WithImages: TypeAlias = ScoreRequest | AnswerRequest
 """Requests about images, of which each travels to a site once."""
 
-Request: TypeAlias = ScoreRequest | AnswerRequest | RouterRequest | UpdateRequest | CardRequest
-Reply: TypeAlias = ScoreReply | MissingImages | AnswerReply | RouterReply | UpdateReply | Card | Refusal
+Request: TypeAlias = ScoreRequest | AnswerRequest | UpdateRequest | CardRequest
+Reply: TypeAlias = ScoreReply | MissingImages | AnswerReply | UpdateReply | Card | Refusal
 T = TypeVar("T")
-Answered = TypeVar("Answered", ScoreReply, AnswerReply, RouterReply, UpdateReply, Card)
+Answered = TypeVar("Answered", ScoreReply, AnswerReply, UpdateReply, Card)
+
+
+@dataclass(frozen=True)
+class ScoreRange:
+    """The range to which every site clips its standardised scores before they leave it: agreed, and checked on arrival.
+
+    The one-sided default keeps a group in which every answer is poor from turning the reward model's small noise into
+    advantages.
+    """
+
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse an empty range: everything clipped to one value is no judgement."""
+        if not self.low < self.high:
+            raise RecipeError(
+                f"scores.low must be below scores.high, got {self.low} and {self.high}; correct the range, or leave "
+                "the table out for the default"
+            )
+
 
 MAX_SCORE = 1e4
 """A standardised score beyond this is no score; it would drown every other site's."""
@@ -279,8 +284,6 @@ def reply_limit(request: Request) -> int:
         return 4096 + sum(80 + 9 * len(item.candidates) for item in request.items)
     if isinstance(request, AnswerRequest):  # a character has four bytes at most
         return 4096 + sum(8 + 4 * MAX_ANSWER for _ in request.items)
-    if isinstance(request, RouterRequest):
-        return 65_536 + len(request.weights)
     if isinstance(request, UpdateRequest):
         return 65_536 + 2 * (len(request.weights) + len(request.state))
     return 65_536

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
-from accord.federation.engine import KINDS, Engine, Traffic
+from accord.federation.engine import Engine, Traffic, kind_of
 from accord.federation.messages import (
     Absence,
     AnswerReply,
@@ -44,7 +44,7 @@ PATIENCE: Final = timedelta(days=7)
 
 
 class Answers(msgspec.Struct, frozen=True):
-    """What rank 0 tells a rank: what the sites said to it, or why nobody could be asked."""
+    """What rank 0 tells a rank: what the sites said to it, or why none could be asked."""
 
     replies: dict[str, ScoreReply | AnswerReply]
     absences: dict[str, Absence]
@@ -88,6 +88,11 @@ class OneConnection:
     def sites(self) -> Sequence[str]:
         """The sites' names, `[K]`."""
         return self._sites
+
+    @property
+    def processes(self) -> int:
+        """The number of ranks."""
+        return rank_and_count()[1]
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Ask together with all other ranks; return the answers to this one's requests.
@@ -164,7 +169,7 @@ def _ask(engine: Engine, by_rank: Sequence[Mapping[str, WithImages]], deadline: 
             try:
                 _check(merged[site], reply)  # what has another shape cannot be taken apart
             except ReplyError:
-                engine.traffic.counts[site, KINDS[type(merged[site]).__name__]].absences += 1
+                engine.traffic.counts[site, kind_of(merged[site])].absences += 1
                 said = Absence(site, "invalid")
         start = 0
         for n in asking[site]:

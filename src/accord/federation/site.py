@@ -1,9 +1,9 @@
 """A site: what a hospital runs.
 
 It holds private pairs and a reward model, and answers the requests of the protocol. Nothing it returns contains
-an image, a question, an annotation or a weight of its reward model: scores, router weights, counts. Only a site that
-was started with `updates` takes part in a baseline that shares parameters, and only one with an `answerer` says what
-its own model answers to the server's questions.
+an image, a question, an annotation or a weight of its reward model: scores, changes of router weights, counts. A site
+trains the router, or a baseline's shared model, only if it was started with that in `updates`, and it answers the
+server's questions with its own model only if it was started with an `answerer`.
 
     s = λ e_AE + (1 − λ) e_ME       λ = 1 where the server asks for truth and the site owns the reference answer, else 0
 
@@ -14,7 +14,7 @@ score, or the same comparison with the answer of the site's own model (`accord.f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from accord.data.images import load_image
-from accord.errors import RecipeError, ReplyError
+from accord.errors import ReplyError
 from accord.federation.answering import Answerer, key_of, matches
 from accord.federation.messages import (
     AnswerItem,
@@ -32,9 +32,8 @@ from accord.federation.messages import (
     CardRequest,
     Reply,
     Request,
-    RouterReply,
-    RouterRequest,
     ScoreItem,
+    ScoreRange,
     ScoreReply,
     ScoreRequest,
     Task,
@@ -47,26 +46,6 @@ from accord.rewards.model import RewardModel
 
 
 @dataclass(frozen=True)
-class ScoreRange:
-    """The range to which a site clips its standardised scores before they leave it.
-
-    The one-sided default keeps a group in which every answer is poor from turning the reward model's small noise into
-    advantages.
-    """
-
-    low: float = 0.0
-    high: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Refuse an empty range: everything clipped to one value is no judgement."""
-        if not self.low < self.high:
-            raise RecipeError(
-                f"scores.low must be below scores.high, got {self.low} and {self.high}; correct the range, or leave "
-                "the table out for the default"
-            )
-
-
-@dataclass(frozen=True)
 class SiteRecord:
     """What a site noted of itself when it trained, for its card."""
 
@@ -76,24 +55,11 @@ class SiteRecord:
     ranking: Mapping[str, float] = field(default_factory=dict)  # by question type, on its held-out questions
 
 
-class RouterTraining(Protocol):
-    """A site's half of the router's training, `accord.routing.fit.LocalRouterTraining`."""
-
-    @property
-    def pairs(self) -> Sized:
-        """What it trains on; their number is the site's weight in the average."""
-        ...
-
-    def __call__(self, weights: bytes, site: int, seed: int, /) -> tuple[bytes, float]:
-        """Return the router's weights after local steps from `weights`, and the mean loss."""
-        ...
-
-
 class LocalUpdate(Protocol):
-    """A site's half of a baseline that shares parameters."""
+    """A site's half of a training that shares parameters: the router's, or a baseline's."""
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
-        """Return the model of `request` after local steps on this site's data."""
+        """Return what local steps on this site's data change in the model of `request`."""
         ...
 
 
@@ -105,8 +71,8 @@ class Site:
         reward_model: trained, standardised.
         record: sizes and quality, for its card.
         score_range: clipping of standardised scores, None for none.
-        router_training: how the router is trained on this site's pairs; None refuses router requests.
-        updates: how shared models are trained on this site's data, by task; a task that is not there is refused.
+        updates: how the router, and a baseline's shared models, are trained on this site's data, by task; a task that
+            is not there is refused.
         answerer: this site's own model; None refuses whatever needs its answers.
         truth: the reference answers that this site owns, by `accord.federation.answering.question_key`.
     """
@@ -118,7 +84,6 @@ class Site:
         record: SiteRecord | None = None,
         *,
         score_range: ScoreRange | None = None,
-        router_training: RouterTraining | None = None,
         updates: Mapping[Task, LocalUpdate] | None = None,
         answerer: Answerer | None = None,
         truth: Mapping[str, str] | None = None,
@@ -127,7 +92,6 @@ class Site:
         self.reward_model = reward_model
         self.record = record or SiteRecord()
         self.score_range = score_range
-        self.router_training = router_training
         self.updates = updates or {}
         self.answerer = answerer
         self.truth = truth or {}
@@ -142,11 +106,6 @@ class Site:
             return ScoreReply(request.id, self.scores(request))
         if isinstance(request, AnswerRequest):
             return AnswerReply(request.id, self._own(request.items, request.images))
-        if isinstance(request, RouterRequest):
-            if self.router_training is None:
-                raise ReplyError(f"site {self.name} does not train routers")
-            weights, loss = self.router_training(request.weights, request.site, request.seed)
-            return RouterReply(request.id, weights, len(self.router_training.pairs), loss)
         if isinstance(request, UpdateRequest):
             if request.task not in self.updates:
                 raise ReplyError(f"site {self.name} does not train a shared model for {request.task!r}")

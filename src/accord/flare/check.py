@@ -30,13 +30,14 @@ from accord.federation.answering import Answerer, read_truth
 from accord.federation.endpoint import CACHE_BYTES
 from accord.federation.messages import MAX_ANSWER, AnswerItem, to_turns
 from accord.federation.site import SiteRecord
+from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.service import alone, read_site_folder
-from accord.models.load import load_model, locate, parameter_count
-from accord.pipeline.job import Job
-from accord.pipeline.sites import construct_pairs, open_site, site_pairs, site_seed
+from accord.models.load import locate, parameter_count
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
+from accord.stages.job import Job
+from accord.stages.sites import construct_pairs, open_site, site_pairs, site_seed
 from accord.types import PreferencePair, prompt_of
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ DAYS: Final = 30
 NOT_PROTECTED: Final = (
     "scores carry no noise: with enough of them a server can rebuild what the reward model thinks",
     "router weights carry no noise: what a small round of pairs looked like in the encoder can partly be told",
-    "with answers or owns in the recipe: who has an image of yours can ask whether you own a question about it, and by "
-    "trying candidates, which answer you hold",
-    "whoever administers the consortium can see that this site is there, and stop its jobs",
+    "with answers or owns in the recipe: a server that has an image of yours can ask whether you own a question about "
+    "it, and by trying candidates, which answer you hold",
+    "the consortium's administrator can see that this site is there, and stop its jobs",
 )
 
 
@@ -122,7 +123,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
     job = alone(recipe, kit.name)
     yield from check_data(job, kit.name)
     try:
-        site = open_site(recipe, folder, kit.name)
+        site = open_site(recipe, folder, kit.name, scores=recipe.scores)
     except AccordError as error:
         yield _problem("reward model", error)
         return
@@ -178,7 +179,7 @@ def check_policies(kit: Kit) -> Iterator[Finding]:
         for right in DENIED
         if (rights if isinstance(rights, str) else rights.get(right, "none")) != "none"
     ]
-    text = "; ".join(granted) or "nobody may bring code, read files, or ask for a site's errors"
+    text = "; ".join(granted) or "no participant may bring code, read files, or ask for a site's errors"
     yield Finding("FLARE: rights", text, f"{again}: {local / 'authorization.json'} was changed" if granted else "")
 
 
@@ -281,16 +282,16 @@ def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
         questions = job.private[name]
         few = generator.sample(questions, min(PAIRS, len(questions)))
         known = [*job.questions.get("base", []), *questions]
-        policy = load_model(job.recipe.policy.checkpoint)
-        pairs = construct_pairs(job.recipe, *policy, few, known, seed=site_seed(job, name))
+        pairs = construct_pairs(job.recipe, lambda: job.policy, few, known, seed=site_seed(job, name))
     return generator.sample(pairs, min(PAIRS, len(pairs)))
 
 
 def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     """Return what leaves the site, what enters and what stays, with amounts."""
-    config = AutoConfig.from_pretrained(locate(recipe.policy.checkpoint))
+    config = AutoConfig.from_pretrained(locate(recipe.encoder.checkpoint or recipe.policy.checkpoint))
     network = RouterNetwork(config.get_text_config().hidden_size, len(recipe.sites), recipe.router)
-    router = f"{parameter_count(network):,} numbers, {_size(len(network.to_bytes()))}"
+    sent = to_bytes(trainable_weights(network), bits=recipe.router.aggregation.bits)
+    router = f"{parameter_count(network):,} numbers, {_size(len(sent))}"
     card = msgspec.json.decode((folder / "sites" / name / "card.json").read_bytes(), type=SiteRecord)
     clipped = f"from {recipe.scores.low:g} to {recipe.scores.high:g}" if recipe.scores else "not clipped"
     site = next(site for site in recipe.sites if site.name == name)

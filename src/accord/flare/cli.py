@@ -27,7 +27,7 @@ server_app = typer.Typer(no_args_is_help=True, help="A consortium's server.")
 
 
 def provision_command(
-    consortium: Annotated[Path, typer.Argument(help="who takes part, a TOML file")],
+    consortium: Annotated[Path, typer.Argument(help="the participants, a TOML file")],
     out: Annotated[Path, typer.Option("--out", help="new folder for the kits")] = Path("kits"),
     authority: Annotated[
         Path | None, typer.Option("--authority", help="of an earlier call: make kits for sites added since")

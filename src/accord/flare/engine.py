@@ -3,9 +3,9 @@
     ask → a message per site → server.sock → relay job → mutual TLS → site's relay → site's service, and back
 
 A FLARE job cannot take in a site that comes late or was restarted. So the jobs are segments: while a run goes on, a
-relay job ends and the next begins with whoever is there, as soon as a site waits that the present job cannot reach. It
-takes some seconds and nobody's hand. A site that has missed its deadline twice in a row is not asked again in the same
-segment.
+relay job ends and the next begins with the sites that are there, as soon as a site waits that the present job cannot
+reach. It takes some seconds, and no person has to act. A site that has missed its deadline twice in a row is not asked
+again in the same segment.
 
 Absences are what `accord.federation.engine` says they are; nothing here decides what follows from one.
 """
@@ -30,7 +30,7 @@ from typing import Final, Protocol
 import msgspec
 
 from accord.errors import RunError
-from accord.federation.engine import KINDS, Outbox, Traffic
+from accord.federation.engine import Outbox, Traffic, kind_of
 from accord.federation.messages import Absence, Reply, Request, reply_limit
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame
 from accord.flare.kit import CLASSES
@@ -52,7 +52,7 @@ SERVER_CLASSES, SITE_CLASSES = CLASSES["server"], CLASSES["site"]
 
 
 class Launcher(Protocol):
-    """How relay jobs come to run: FLARE in production, or its simulator."""
+    """How relay jobs come to run: through FLARE's server."""
 
     def submit(self, job: Path) -> None:
         """Start the job in that folder; raises `ConnectionError` where FLARE's server cannot be reached."""
@@ -186,11 +186,11 @@ class FlareEngine:
 
     Args:
         sites: their names, in the order of the router's outputs, `[K]`.
-        launcher: starts relay jobs, and knows who is there.
+        launcher: starts relay jobs, and knows which sites are there.
         folder: of the sockets that FLARE's processes know (`accord.flare.frames.socket_folder`).
         wait: seconds to wait for all sites before the first segment, and for a segment to begin.
         give_up: seconds without any site or server after which an error is raised.
-        poll: seconds between two looks at who is there.
+        poll: seconds between two looks at the sites that are there.
         tell: called with what a person should know.
     """
 
@@ -240,6 +240,15 @@ class FlareEngine:
         """The sites that missed their deadlines, and have not been heard of since."""
         return {site for site, heard in list(self._missed.items()) if self._connected.get(site, heard) == heard}
 
+    @property
+    def processes(self) -> int:
+        """One."""
+        return 1
+
+    def total(self, values: Sequence[float]) -> Sequence[float]:
+        """Return the values themselves."""
+        return values
+
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Ask all sites at once; a request without a deadline gets `DEADLINE` seconds.
 
@@ -276,7 +285,7 @@ class FlareEngine:
 
     def _exchange(self, segment: Segment, site: str, request: Request, seconds: float) -> Reply | Absence:
         if not segment.reaches(site):
-            self.traffic.add(site, KINDS[type(request).__name__], 0, 0, absent=True)
+            self.traffic.add(site, kind_of(request), 0, 0, absent=True)
             return Absence(site, "gone")
         end, limit = time.monotonic() + seconds, reply_limit(request)
         # Never used before, so that an earlier reply, whoever sends it again, answers nothing.
@@ -294,7 +303,7 @@ class FlareEngine:
         self._missed.pop(site, None)
         self._hoped.discard(site)
         if reply.id != stamped.id:
-            self.traffic.counts[site, KINDS[type(request).__name__]].absences += 1
+            self.traffic.counts[site, kind_of(request)].absences += 1
             return Absence(site, "invalid")
         return msgspec.structs.replace(reply, id=request.id)
 
@@ -383,5 +392,5 @@ class FlareEngine:
             try:
                 self._connected = self._launcher.connected()
             except Exception as error:  # the next question meets it, and says so
-                logger.info("cannot see who is there: %s", type(error).__name__)
+                logger.info("cannot see which sites are there: %s", type(error).__name__)
                 self._connected = {}

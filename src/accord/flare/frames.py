@@ -71,7 +71,7 @@ def connect(path: Path, *, timeout: float | None = None) -> socket.socket:
     """Connect to a Unix socket.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: no process listens there.
     """
     connection = socket.socket(socket.AF_UNIX)
     try:

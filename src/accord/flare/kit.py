@@ -191,6 +191,6 @@ def _certificate(path: Path) -> Certificate:
 
 
 def _subject(certificate: Certificate, attribute: str) -> str:
-    """Return an attribute of whom a certificate is for; empty if it has none."""
+    """Return an attribute of a certificate's subject; empty if it has none."""
     found = [str(each.value) for each in certificate.subject if each.oid._name == attribute]
     return found[0] if found else ""

@@ -33,7 +33,7 @@ LOG_BYTES: Final = 16 * 2**20
 """Of `site.log` before it is put aside; three older ones are kept."""
 
 Outcome: TypeAlias = Literal["answered", "missing images", "refused", "invalid", "error", "gone", "dropped"]
-"""What became of a request. `gone`: whoever asked had left; `dropped`: what came never was a whole request."""
+"""What became of a request. `gone`: the asker had left; `dropped`: what came never was a whole request."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Consortium:
     name: str
     server: Server
     sites: tuple[Member, ...]
-    operator: str = "operator"  # who submits the jobs; an e-mail address, or a name that is made one
+    operator: str = "operator"  # the person that submits the jobs; an e-mail address, or a name that is made one
     days: int = MAX_DAYS  # that the certificates are valid
 
     def __post_init__(self) -> None:
@@ -261,7 +261,7 @@ def _write_authority(folder: Path, state: Path, consortium: Consortium) -> None:
     write_atomic(folder / "consortium.toml", dump_toml(consortium), mode=PRIVATE)
     write_atomic(
         folder / "README.txt",
-        "Never hand out this folder: whoever has rootCA.key can admit anyone to the consortium.\n"
+        "Never hand out this folder: with rootCA.key anyone can be admitted to the consortium.\n"
         "Keep it where only the lead reaches it. It admits further sites: accord provision … --authority FOLDER\n"
         "The kits beside it hold private keys too: hand each to its participant alone, then delete your copy.\n",
         mode=PRIVATE,

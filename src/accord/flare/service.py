@@ -30,11 +30,13 @@ import torch
 
 from accord.errors import ReplyError, RunError
 from accord.federation.endpoint import Endpoint, ImageCache, image_library
-from accord.federation.engine import KINDS
+from accord.federation.engine import kind_of
 from accord.federation.messages import (
     MissingImages,
     Refusal,
     ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
     WithImages,
     decode_reply,
     decode_request,
@@ -44,12 +46,12 @@ from accord.federation.site import Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_running, site_log
-from accord.pipeline.job import Job
-from accord.pipeline.sites import open_site, site_pairs
-from accord.recipe import Recipe, load_recipe
+from accord.recipe import Recipe
+from accord.recipe_file import load_recipe
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run
-from accord.types import PreferencePair
+from accord.stages.job import Job
+from accord.stages.sites import open_site, router_training, site_pairs
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -71,17 +73,11 @@ class RouterTrainingHere:
 
     @cached_property
     def _local(self) -> LocalRouterTraining:
-        pairs = site_pairs(self._job, self._name)
-        return LocalRouterTraining(self._job.encoder, pairs, len(self._job.recipe.sites), self._job.recipe.router)
+        return router_training(self._job, self._name)
 
-    @property
-    def pairs(self) -> list[PreferencePair]:
-        """What it trains on."""
-        return self._local.pairs
-
-    def __call__(self, weights: bytes, site: int, seed: int, /) -> tuple[bytes, float]:
-        """Return the router's weights after local steps from `weights`, and the mean loss."""
-        return self._local(weights, site, seed)
+    def __call__(self, request: UpdateRequest, /) -> UpdateReply:
+        """Return what local steps on the site's pairs change in the router of `request`."""
+        return self._local(request)
 
 
 def read_site_folder(folder: Path, name: str) -> Recipe:
@@ -128,9 +124,7 @@ def open_site_folder(folder: Path, name: str) -> Site:
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)
-    site = open_site(recipe, folder, name)
-    site.router_training = RouterTrainingHere(job, name)
-    return site
+    return open_site(recipe, folder, name, scores=recipe.scores, updates={"router": RouterTrainingHere(job, name)})
 
 
 class SiteService:
@@ -266,7 +260,7 @@ def _describe(data: bytes, endpoint: Endpoint) -> tuple[str, str, int, int, int]
         request = decode_request(data)
     except ReplyError:
         return "", "", 0, 0, 0
-    kind = KINDS[type(request).__name__]
+    kind = kind_of(request)
     if not isinstance(request, WithImages):
         return kind, request.id, 0, 0, 0
     new = sum(endpoint.cache.get(name) is None for name in request.images)
@@ -323,7 +317,7 @@ def join(
     if found.role != "site":
         raise RunError(f"{kit} is the kit of the consortium's {found.role}; pass the one that was made for this site")
     if name not in (None, found.name):
-        raise RunError(f"{kit} is the kit of site {found.name}, and the server asks nobody {name}; leave the name out")
+        raise RunError(f"{kit} is the kit of site {found.name}, and the server asks no site {name}; leave the name out")
     check_certificate(found)
     read_site_folder(folder, found.name)
     stop = stop or threading.Event()

@@ -1,4 +1,4 @@
-"""What can be told of the sites while a run goes on: `federation.json` in its folder, for whoever looks after it.
+"""What can be told of the sites while a run goes on: `federation.json` in its folder, for its operator.
 
     {"updated": "2026-11-21T20:15:02Z", "ended": false, "said": ["2026-11-21T20:14:40Z a segment with colour"],
      "sites": [{"name": "colour", "state": "present", "heard": "2026-11-21T20:15:01Z", "messages": 24, "absences": 0,

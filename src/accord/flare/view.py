@@ -2,8 +2,8 @@
 
 It reads files of the run folder and nothing else, so that it can neither stop a run nor hold it up:
 
-    recipe.toml      the stages, and how many steps each takes
-    stages.json      those that are done; timings.jsonl: how long they took
+    recipe.toml      the run's name
+    stages.json      the stages, how many steps each takes, and which are done; timings.jsonl: how long they took
     metrics.jsonl    the steps of the others, and their rewards; its time of change is that of the last step
     federation.json  the sites (`accord.flare.state`)
 
@@ -32,9 +32,9 @@ from rich.table import Table
 from rich.text import Text
 
 from accord.errors import RunError, printable
-from accord.evaluation.trace import MetricsRow, read_metrics, stages_done
+from accord.evaluation.trace import MetricsRow, read_metrics
 from accord.flare.state import Federation, SiteState, read_federation
-from accord.runs import read_lines, stage_of
+from accord.runs import read_lines, stage_of, stages_done, stages_planned
 
 SECONDS: Final = 1.0
 """Between two looks."""
@@ -47,27 +47,10 @@ BLOCKS: Final = "▁▂▃▄▅▆▇█"
 STYLES: Final = {"present": "green", "waiting": "yellow", "given up": "red", "away": "red"}
 
 
-class _Steps(msgspec.Struct):
-    steps: int = 0
-
-
-class _Rounds(msgspec.Struct):
-    rounds: int = 0
-
-
-class _Site(msgspec.Struct):
-    name: str
-    reward_model: _Steps = msgspec.field(default_factory=_Steps)
-
-
 class _Recipe(msgspec.Struct):
-    """What of a run's own recipe, in which every setting is written out, says how long its stages are."""
+    """What of a run's own recipe is shown."""
 
     name: str
-    sites: list[_Site]
-    compare: list[str] = []
-    router: _Rounds = msgspec.field(default_factory=_Rounds)
-    alignment: _Steps = msgspec.field(default_factory=_Steps)
 
 
 class _Started(msgspec.Struct):
@@ -89,9 +72,9 @@ class Glance:
     done: Mapping[str, float]  # the finished stages, with their seconds
     stage: str  # the first that is not done; empty when all are
     step: int
-    steps: int  # of that stage; 0 where nobody knows
+    steps: int  # of that stage; 0 where it is not known
     noted: float | None  # when the last record was noted, in seconds since 1970
-    begun: float | None  # when the stage began; None where it went on from a checkpoint that nobody knows
+    begun: float | None  # when the stage began; None where it went on from an unknown checkpoint
     trained: Sequence[MetricsRow]  # the records with rewards of the last stage that has any
     federation: Federation | None
 
@@ -121,15 +104,16 @@ def look(folder: Path) -> Glance:
         stage, spent = record.get("stage"), record.get("seconds")
         if isinstance(stage, str) and stage in seconds and isinstance(spent, int | float):
             seconds[stage] += spent
-    lengths = dict(_stages(recipe, alone=federation is None))
-    current = next((stage for stage in lengths if stage not in seconds), "")
+    lengths = stages_planned(folder)
+    begun = [stage_of(record) for record in records[-1:]]  # a stage run alone is in no plan
+    current = next((stage for stage in [*lengths, *begun] if stage not in seconds), "")
     reached = [record.get("step") for record in records if stage_of(record) == current]
     trained = [row for row in read_metrics(metrics) if row.reward is not None]
     return Glance(
         folder,
         recipe.name,
         _holder(folder),
-        not current,
+        bool(lengths or seconds) and not current,
         seconds,
         current,
         max((step for step in reached if isinstance(step, int)), default=0),
@@ -260,16 +244,6 @@ def _recipe(folder: Path) -> _Recipe:
         return msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), type=_Recipe)
     except (msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
         raise RunError(f"{file} is no run's recipe ({error}); name the folder of a run") from error
-
-
-def _stages(recipe: _Recipe, *, alone: bool) -> Iterator[tuple[str, int]]:
-    """Yield a run's stages in order with their steps, 0 where they have none; one that is `alone` trains the sites."""
-    if alone:
-        yield from ((f"site {site.name}", site.reward_model.steps) for site in recipe.sites)
-    yield "router", recipe.router.rounds
-    yield "align", recipe.alignment.steps
-    yield from ((f"compare {arm}", recipe.alignment.steps) for arm in recipe.compare)
-    yield "evaluation", 0
 
 
 def _begun(folder: Path) -> float | None:

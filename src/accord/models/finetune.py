@@ -10,7 +10,6 @@ prior for most of the training.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from accord.data.images import load_if_any
+from accord.data.sampling import draw_balanced
 from accord.errors import check_least
 from accord.models.inputs import build_batch
 from accord.models.load import Processor
@@ -74,23 +74,6 @@ def transform(image: Image | None, symmetry: int) -> Image | None:
     for operation in SYMMETRIES[symmetry]:
         image = image.transpose(operation)
     return image
-
-
-def draw_balanced(types: Sequence[str], count: int, generator: random.Random) -> list[int]:
-    """Draw `count` indices so that every type comes equally often; within a type, in reshuffled passes."""
-    by_type: dict[str, list[int]] = defaultdict(list)
-    for i, name in enumerate(types):
-        by_type[name].append(i)
-    names = sorted(by_type)
-    queues: dict[str, list[int]] = {name: [] for name in names}
-    drawn = []
-    for n in range(count):
-        queue = queues[names[n % len(names)]]
-        if not queue:
-            queue.extend(by_type[names[n % len(names)]])
-            generator.shuffle(queue)
-        drawn.append(queue.pop())
-    return drawn
 
 
 class _Drawn(Dataset[tuple[Question, int]]):

@@ -232,3 +232,10 @@ def without_adapter(model: nn.Module) -> PreTrainedModel:
 def parameter_count(model: nn.Module) -> int:
     """Return how many parameters `model` has."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def seeded_adapter(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+    """Freeze `model` and add an adapter to it whose weights depend on `seed` alone."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return add_lora(model, settings)

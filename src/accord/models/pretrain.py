@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,12 @@ from accord.models.tiny import FAMILIES, TEXT_FAMILIES, Family, TinyConfig, buil
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.types import ImageSource, Question
 
+VISION_BATCH: Final = 64
+"""Images of a step of the vision tower's warm-up."""
+
+VISION_RATE: Final = 3e-3
+VISION_DECAY: Final = 0.05
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -44,9 +50,6 @@ class PretrainConfig:
 
     tiny: TinyConfig = TinyConfig()
     vision_steps: int = 6000
-    vision_batch: int = 64  # images
-    vision_learning_rate: float = 3e-3
-    vision_weight_decay: float = 0.05
     symmetries: bool = True
     instruction_images: int = 20  # of each domain, or questions without an image; 0 for all
     vocabulary: int = 512  # tokens
@@ -55,7 +58,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse counts that leave nothing to train."""
-        check_least(self, vision_steps=1, vision_batch=1, vision_learning_rate=0, vision_weight_decay=0)
+        check_least(self, vision_steps=1)
         check_least(self, instruction_images=0, vocabulary=1)
 
 
@@ -112,15 +115,13 @@ def _warm_up(
     width = model.config.get_text_config().hidden_size
     heads = nn.ModuleList([nn.Linear(width, int(labels[:, t].max()) + 1) for t in range(len(types))])
     parameters = [*model.parameters(), *heads.parameters()]
-    optimiser = torch.optim.AdamW(parameters, config.vision_learning_rate, weight_decay=config.vision_weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, config.vision_learning_rate, total_steps=config.vision_steps
-    )
+    optimiser = torch.optim.AdamW(parameters, VISION_RATE, weight_decay=VISION_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, VISION_RATE, total_steps=config.vision_steps)
     generator = torch.Generator().manual_seed(config.seed)
     model.train()
     with stage_bar(description, config.vision_steps, quiet=quiet) as advance:
         for _ in range(config.vision_steps):
-            index = torch.randint(len(images), (config.vision_batch,), generator=generator)
+            index = torch.randint(len(images), (VISION_BATCH,), generator=generator)
             batch = pixels[index]
             if config.symmetries:
                 batch = _turned(batch, torch.randint(8, (len(batch),), generator=generator))

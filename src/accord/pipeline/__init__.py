@@ -1,39 +1,72 @@
 """The main job, stage by stage: sites, router, alignment, comparisons, evaluation, report.
 
     questions ──► site k: pairs ──► reward model k ──┐
-    (dealt out)                                      ├──► router (federated) ──► GRPO ──► evaluation ──► report
-    base policy ─────────────────────────────────────┘    or FedGRPO's choice
+    (dealt out)                                      ├──► router (federated) ──► alignment ──► evaluation ──► report
+    base policy ─────────────────────────────────────┘    what the method needs of these
 
-Every stage reads what the stages before it left in the run folder and can be run alone, repeated, or resumed.
+Every stage reads what the stages before it left in the run folder and can be run alone, repeated, or resumed. The
+method says which of them it needs (`accord.methods`).
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from accord.evaluation.report import write_report
-from accord.pipeline.alignment import open_reward
+from accord.methods import find_method, needed
+from accord.models.load import save_model
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
-from accord.pipeline.job import Job
-from accord.pipeline.methods import align_policy
-from accord.pipeline.routing import train_judges, train_router, train_sites
-from accord.pipeline.sites import train_site
+from accord.pipeline.reward import open_reward
+from accord.stages.job import Job
+from accord.stages.routing import train_router, train_sites
+from accord.stages.sites import train_site
+from accord.stages.traffic import save_traffic
 
 __all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward", "train_router", "train_site"]
 
 
 def execute(job: Job) -> Path:
-    """Run every stage that is not done; return the report's path. FedGRPO by itself needs no router."""
-    if job.recipe.method == "routed" or job.recipe.compare:
-        train_judges(job)
-    else:
+    """Run every stage that is not done; return the report's path."""
+    recipe = job.recipe
+    job.run.plan(stages_of(job))
+    needs = needed(recipe, [recipe.method, *recipe.compare])
+    if "sites" in needs:
         train_sites(job)
+    if "router" in needs and not job.run.done("router"):
+        train_router(job)
     if not job.run.done("align"):
         align_policy(job)
-    for arm in job.recipe.compare:
+    for arm in recipe.compare:
         if not job.run.done(f"compare {arm}"):
             compare(job, arm)
     if not job.run.done("evaluation"):
         evaluate(job)
     return write_report(job.path)
+
+
+def stages_of(job: Job) -> dict[str, int]:
+    """Return the stages of a run in order, with their steps or rounds; 0 where they have none."""
+    recipe = job.recipe
+    names = [site.name for site in recipe.sites]
+    needs = needed(recipe, [recipe.method, *recipe.compare])
+    stages: dict[str, int] = {}
+    if "sites" in needs and job.engine is None:
+        stages |= {f"site {site.name}": site.reward_model.steps for site in recipe.sites}
+    if "router" in needs:
+        stages["router"] = recipe.router.rounds
+    stages["align"] = find_method(recipe.method, names).steps(recipe)
+    stages |= {f"compare {arm}": find_method(arm, names).steps(recipe) for arm in recipe.compare}
+    return stages | {"evaluation": 0}
+
+
+def align_policy(job: Job) -> None:
+    """Align the policy by the recipe's method, and keep it: the run's own result."""
+    method = find_method(job.recipe.method, [site.name for site in job.recipe.sites])
+    with job.doing("align", needs=method.needs):
+        model, processor = method.align(job, "align")
+        save_model(model, processor, job.path / "policy")
+        save_traffic(job, "align")
+    # Not before the stage is done: killed in between, a run would have every step to do again.
+    shutil.rmtree(job.path / "checkpoints" / "align", ignore_errors=True)

@@ -9,7 +9,7 @@
 A cell is one method with one seed: `accord.pipeline.comparison.compare` on the sites and the router of that seed, which
 are trained once for all methods. The folder's recipe has no `compare`, so that a method added later finds them. Beside
 the methods each seed has two controls, the base and answers from the question alone. Everything that the table says is
-read from the folders, so it covers all that they hold, whoever measured it.
+read from the folders, so it covers all that they hold, whichever process measured it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,15 +33,16 @@ import torch
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import count_correct, question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
+from accord.methods import check_names, needed
 from accord.models.load import load_model
-from accord.pipeline.alignment import greedy
-from accord.pipeline.cells import cells_of, failure_file, stages_done, write_table
+from accord.pipeline.cells import cells_of, failure_file, write_table
 from accord.pipeline.comparison import arm_file, compare
-from accord.pipeline.job import Job, open_job
-from accord.pipeline.routing import train_judges
-from accord.recipe import Recipe, load_recipe
-from accord.runs import Run, read_lines, something_done, write_atomic
-from accord.toml import build, dump_toml, load_toml
+from accord.recipe import Recipe
+from accord.recipe_file import dump_recipe, load_recipe, method_tables
+from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
+from accord.stages.alignment import greedy
+from accord.stages.job import Job, open_job
+from accord.stages.routing import train_router, train_sites
 from accord.types import Question
 
 
@@ -75,7 +76,7 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
     for file in files:
         recipe = load_recipe(file)
         if methods:
-            recipe = replace(recipe, compare=tuple(methods))  # refuses names that there are not
+            recipe = check_names(replace(recipe, compare=tuple(methods)))
         if not recipe.compare:
             raise RecipeError(f'{file} compares no methods; add compare = ["routed", …] to it, or --methods routed,…')
         if any(other.recipe.name == recipe.name for other in grid):
@@ -121,7 +122,8 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
     """Measure the cells of one seed that are not measured; sites and router are trained if a method needs them."""
     with _open(seed, bars=bars) as job:
         waiting = [method for method in seed.methods if not job.run.done(f"compare {method}")]
-        trained = not waiting or _attempt(job, waiting, train_judges)
+        needs = needed(job.recipe, waiting)
+        trained = _attempt(job, waiting, partial(train_judges, needs=needs))
         # Only now, for a site that was trained has undone the comparisons, the controls among them.
         measures = {"base": measure_base, "question-only": measure_question_only}
         measures |= {method: partial(compare, arm=method) for method in seed.methods if trained}
@@ -134,7 +136,7 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
 
 @contextmanager
 def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
-    text, stored = dump_toml(seed.recipe), seed.folder / "recipe.toml"
+    text, stored = dump_recipe(seed.recipe), seed.folder / "recipe.toml"
     if something_done(seed.folder):
         if _same(stored, seed.recipe):
             text = stored.read_text(encoding="utf-8")
@@ -150,7 +152,11 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
 def _same(stored: Path, recipe: Recipe) -> bool:
     """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default."""
     try:
-        return build(Recipe, load_toml(stored)) == recipe
+        kept = load_recipe(stored)
+        names = {*kept.tables, *recipe.tables}
+        tables = method_tables([])
+        alike = all(tables[name].of(kept) == tables[name].of(recipe) for name in names if name in tables)
+        return alike and replace(kept, tables={}) == replace(recipe, tables={})
     except RecipeError:
         return False
 
@@ -167,9 +173,17 @@ def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> boo
     return True
 
 
+def train_judges(job: Job, *, needs: Collection[str]) -> None:
+    """Train what these methods need and is not trained: sites first, then the router."""
+    if "sites" in needs:
+        train_sites(job)
+    if "router" in needs and not job.run.done("router"):
+        train_router(job)
+
+
 def measure_base(job: Job) -> None:
     """Measure the untrained policy, as `compare` measures an aligned one; note also which types a site holds."""
-    with job.doing("compare base"):
+    with job.doing("compare base", needs=()):
         model, processor = load_model(job.recipe.policy.checkpoint)
         _note(job, "base", lambda asked, _: greedy(model, processor, asked, job.recipe))
 
@@ -178,7 +192,7 @@ def measure_question_only(job: Job) -> None:
     """Measure the commonest answer to the question's text; dev questions have the base split's answers only."""
     base = job.questions.get("base", [])
     known = {"dev": base, "test": [*base, *job.questions["dev"]]}
-    with job.doing("compare question-only"):
+    with job.doing("compare question-only", needs=()):
         _note(job, "question-only", lambda asked, split: question_only(known[split], asked))
 
 

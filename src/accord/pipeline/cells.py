@@ -5,7 +5,7 @@
       failed.txt                       the cells that failed, and why
       <seed>/                          a run folder, with compare/<method>.json or compare/<method>.failed
 
-Nothing is kept besides: a table covers all that its folders hold, whoever measured it.
+Nothing is kept besides: a table covers all that its folders hold, whichever process measured it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, cast
 
 from accord.errors import RunError
 from accord.evaluation.table import Cell, table, to_csv, to_figure, to_markdown
+from accord.methods import METHODS
 from accord.pipeline.comparison import arm_file
-from accord.runs import write_atomic
+from accord.runs import stages_done, write_atomic
 
 
 def read_cells(folder: Path) -> list[Cell]:
@@ -53,7 +54,8 @@ def cells_of(folder: Path) -> list[Cell]:
 def write_table(folder: Path) -> str:
     """Write the table of a recipe's folder as Markdown, CSV and SVG, and its failures; return the Markdown."""
     cells = read_cells(folder)
-    made = table(cells, _in_domain(folder))
+    roles = {cell.method: role for cell in cells if (role := _role(cell.method)) != "competes"}
+    made = table(cells, _in_domain(folder), roles)
     text = f"## {folder.name}\n\n{to_markdown(made)}"
     write_atomic(folder / "table.csv", to_csv(made))
     if figure := to_figure(made):
@@ -67,18 +69,17 @@ def write_table(folder: Path) -> str:
     return text
 
 
+def _role(method: str) -> str:
+    """Return a method's place in a table; one that is not of Accord's own competes."""
+    return METHODS[method].role if method in METHODS else "competes"
+
+
 def _in_domain(folder: Path) -> list[str]:
     """Return the types that a site holds: the same for every seed."""
     for place in _seed_folders(folder):
         if "compare base" in stages_done(place):
             return cast(list[str], _read(arm_file(place, "base"))["in_domain"])
     return []
-
-
-def stages_done(folder: Path) -> list[str]:
-    """Return the stages of a run folder that are done; none of a folder that is not there."""
-    file = folder / "stages.json"
-    return cast(list[str], _read(file)["done"]) if file.is_file() else []
 
 
 def failure_file(folder: Path, method: str) -> Path:

@@ -10,22 +10,24 @@ from pathlib import Path
 from accord.evaluation.accuracy import count_correct
 from accord.evaluation.summary import Accuracy, accuracy
 from accord.federation.engine import Traffic
-from accord.pipeline.alignment import greedy
-from accord.pipeline.job import Job
-from accord.pipeline.methods import find_method
-from accord.pipeline.traffic import traffic_rows
+from accord.methods import find_method
 from accord.runs import commit, write_atomic
+from accord.stages.alignment import greedy
+from accord.stages.job import Job
+from accord.stages.traffic import add_stage, traffic_rows
 
 
 def compare(job: Job, arm: str) -> None:
     """Align the base by another method; note its accuracy on dev and test, its bytes and its seconds."""
     stage = f"compare {arm}"
-    method = find_method(job, arm)
-    with job.doing(stage):
+    method = find_method(arm, [site.name for site in job.recipe.sites])
+    with job.doing(stage, needs=method.needs):
         began = time.monotonic()
         run_traffic, job.traffic = job.traffic, Traffic()  # what a comparison sends is not part of the run's bytes
         try:
-            model, processor = method(job, stage)
+            model, processor = method.align(job, stage)
+            if "router" in method.needs:  # a method that uses it pays for its training
+                add_stage(job, "router")
             sent = traffic_rows(job.traffic)
         finally:
             job.traffic = run_traffic

@@ -6,17 +6,18 @@ import json
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from accord.data.sampling import sample_questions
 from accord.errors import DataError, DataWarning, ReplyError
-from accord.evaluation.accuracy import count_correct, question_only, sample_questions, shuffle_images
+from accord.evaluation.accuracy import count_correct, question_only, shuffle_images
 from accord.evaluation.gallery import write_gallery
+from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import (
     Accuracy,
-    CompetenceSummary,
     EvaluationSummary,
     PolicySummary,
     Ranking,
@@ -25,28 +26,29 @@ from accord.evaluation.summary import (
     Summary,
     TrafficRow,
     accuracy,
-    competence_summary,
     headline,
     write_summary,
 )
-from accord.federation.engine import Engine, Traffic
+from accord.federation.engine import Traffic
 from accord.federation.messages import Absence, Card, CardRequest, check_card
+from accord.methods import find_method
+from accord.methods.method import Method
 from accord.models.generate import answer
 from accord.models.load import load_model, parameter_count, tokenizer_of
 from accord.pipeline.comparison import arm_accuracy
-from accord.pipeline.fedgrpo import last_graph
-from accord.pipeline.job import Job, read_source
-from accord.pipeline.methods import main_reward
-from accord.pipeline.routing import route, trained_router
-from accord.pipeline.sites import open_federation
-from accord.pipeline.traffic import load_all_traffic
 from accord.progress import stage_bar
 from accord.recipe import Source
+from accord.stages.job import Job, read_source
+from accord.stages.routing import route, trained_router
+from accord.stages.sites import open_federation
+from accord.stages.traffic import load_all_traffic
 from accord.version import VERSION
 
 CARD_SECONDS: Final = 60.0
 
 ABSENT: Final = Card("", "unknown, the site was away", 0, 0, 0, False, {})
+
+NO_MODEL: Final = Card("", "none, the method needs no reward model", 0, 0, 0, False, {})
 
 
 def evaluate(job: Job) -> None:
@@ -79,30 +81,32 @@ def evaluate(job: Job) -> None:
             by_type = {kind: value.accuracy for kind, value in result.by_type.items()}
             job.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
 
-        engine = open_federation(job)
-        engine.traffic = Traffic()  # the gallery's questions and the cards are for the page, not part of the run
-        shown = main_reward(job, engine)
-        write_gallery(job.path, questions, answers["base"], answers["aligned"], shown, recipe.evaluation.gallery)
-        weights = route(shown.router, questions, [[text] for text in answers["aligned"]])
-        write_summary(job.path / "summary.json", _summary(job, engine, measured, compared, weights))
+        names = [site.name for site in recipe.sites]
+        method = find_method(recipe.method, names)
+        judge, weights = method.reward(job) if method.reward else None, None
+        if judge is not None:
+            weights = route(judge.router, questions, [[text] for text in answers["aligned"]])
+            judge.engine.traffic = Traffic()  # the gallery's questions are for the page, not part of the run
+        write_gallery(job.path, questions, answers["base"], answers["aligned"], judge, recipe.evaluation.gallery)
+        write_summary(job.path / "summary.json", _summary(job, method, measured, compared, weights))
 
 
 def _summary(
     job: Job,
-    engine: Engine,
+    method: Method,
     measured: Mapping[str, Accuracy],
     compared: Mapping[str, Accuracy],
-    weights: Tensor,
+    weights: Tensor | None,
 ) -> Summary:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
     by_type: dict[str, list[Tensor]] = defaultdict(list)
-    for q, row in zip(job.evaluated, weights, strict=True):
+    for q, row in zip(job.evaluated, [] if weights is None else weights, strict=weights is not None):
         by_type[q.question_type].append(row)
-    cards = _cards(engine, names)
+    cards = _cards(job, names) if "sites" in method.needs else {}
     sites, constructed = [], False
     for config in recipe.sites:
-        card = cards.get(config.name, ABSENT)
+        card = cards.get(config.name, ABSENT if "sites" in method.needs else NO_MODEL)
         constructed = constructed or card.constructed
         macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else None
         sites.append(
@@ -117,7 +121,7 @@ def _summary(
             )
         )
     manifest = json.loads((job.path / "manifest.json").read_text())
-    policy = job.encoder.model
+    policy, _ = job.policy
     load_all_traffic(job)
     evaluation = EvaluationSummary(
         base=measured["base"],
@@ -139,7 +143,8 @@ def _summary(
         constructed_preferences=constructed,
         policy=PolicySummary(recipe.policy.checkpoint, type(policy).__name__, parameter_count(policy)),
         sites=tuple(sites),
-        router=_router(job) if recipe.method == "routed" else None,
+        method=recipe.method,
+        router=_router(job) if "router" in method.needs else None,
         evaluation=evaluation,
         routing={
             name: {site: float(torch.stack(rows).mean(0)[k]) for k, site in enumerate(names)}
@@ -148,21 +153,19 @@ def _summary(
         traffic=traffic,
         seconds=job.run.seconds(),
         peak_memory_bytes=job.run.peak_memory_bytes(),
-        competence=_competence(job, engine.sites),
-        **headline(evaluation, traffic),
+        **{**_findings(job, names), **headline(evaluation, traffic)},
         checkpoint=str(job.path / "policy"),
         versions={**manifest["versions"], "python": manifest["python"]},
     )
 
 
-def _competence(job: Job, sites: Sequence[str]) -> CompetenceSummary | None:
-    """Say who is good at what, where that was measured: the run was aligned by it, or a method that was compared."""
-    if (graph := last_graph(job)) is None:
-        return None
-    config = job.recipe.fedgrpo
-    return competence_summary(
-        sites, graph.types, graph.correct.tolist(), neighbours=config.neighbours, experts=config.experts
-    )
+def _findings(job: Job, names: Sequence[str]) -> dict[str, Any]:
+    """Return what the run's methods have learnt of the sites; its own comes before that of the compared ones."""
+    stages = {"align": job.recipe.method} | {f"compare {arm}": arm for arm in job.recipe.compare}
+    found: dict[str, Any] = {}
+    for stage, name in stages.items():
+        found = {**find_method(name, names).findings(job, stage, names), **found}
+    return found
 
 
 def _router(job: Job) -> RouterSummary:
@@ -170,8 +173,10 @@ def _router(job: Job) -> RouterSummary:
     return RouterSummary(job.recipe.router.rounds, measured["accuracy"], parameter_count(trained_router(job)))
 
 
-def _cards(engine: Engine, names: Sequence[str]) -> dict[str, Card]:
+def _cards(job: Job, names: Sequence[str]) -> dict[str, Card]:
     """Ask all sites to describe themselves; one that is away now has done its part, and the report goes without."""
+    engine = open_federation(job)
+    engine.traffic = Traffic()  # not part of the run
     requests = {name: CardRequest(f"card-{name}") for name in names}
     cards = {}
     for name, reply in engine.ask(requests, deadline=CARD_SECONDS).items():
@@ -205,9 +210,10 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
             given = answer(model, processor, asked, max_new_tokens=longest, on_batch=lambda n: advance(n))
             columns[name] = accuracy(count_correct(questions, [texts[0] for texts in given]))
     seen, blind = columns["accuracy"], columns["shuffled image"]
-    lines = ["| question type | n | accuracy (95 % interval) | shuffled image |", "|---|---|---|---|"]
+    rows = []
     for name, value in seen.by_type.items():
         interval = f"{value.accuracy:.1%} ({value.low:.1%} to {value.high:.1%})"
-        lines.append(f"| {name} | {value.n} | {interval} | {blind.by_type[name].accuracy:.1%} |")
+        rows.append([escaped(name), f"{value.n}", interval, f"{blind.by_type[name].accuracy:.1%}"])
     macro = f"{seen.macro:.1%} ({seen.macro_low:.1%} to {seen.macro_high:.1%})"
-    return "\n".join([*lines, f"| macro | {seen.n} | {macro} | {blind.macro:.1%} |"])
+    rows.append(["macro", f"{seen.n}", macro, f"{blind.macro:.1%}"])
+    return markdown_table(["question type", "n", "accuracy (95 % interval)", "shuffled image"], rows)

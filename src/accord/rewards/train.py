@@ -27,8 +27,9 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from accord.data.images import load_if_any
+from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
-from accord.models.finetune import SYMMETRIES, draw_balanced, trainer_arguments, transform
+from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
 from accord.rewards.model import RewardModel, Standardisation
 from accord.types import PreferencePair, Question, prompt_of

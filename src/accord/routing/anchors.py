@@ -8,9 +8,9 @@
 The pairs are the server's own labelled questions. Nothing private is in them, and to the sites they are queries like
 any other: an image, a prompt and candidate answers go down, scores come back, the labels stay at the server.
 
-The client-id router learns whose domain an answer belongs to, the anchors tell who is right: ArmoRM's gate (Wang et al.
-2024, arXiv 2406.12845) and BayesianRouter (2025, arXiv 2510.02850) learn from such pairs. In all that follows the two
-answers of pair n are at positions 0 (chosen) and 1 (rejected).
+The client-id router learns whose domain an answer belongs to, the anchors tell which site is right: ArmoRM's gate (Wang
+et al. 2024, arXiv 2406.12845) and BayesianRouter (2025, arXiv 2510.02850) learn from such pairs. In all that follows
+the two answers of pair n are at positions 0 (chosen) and 1 (rejected).
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from accord.errors import CheckpointError, DataError
 from accord.federation.asking import ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
 from accord.routing.fusion import mixture
-from accord.routing.router import Encoder, RouterNetwork
+from accord.routing.router import RouterNetwork
 from accord.runs import write_atomic
 from accord.types import ImageSource, PreferencePair, Prompt
 

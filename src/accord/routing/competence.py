@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -38,12 +37,12 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, load_if_any
 from accord.data.questions import normalise_answer, uniform
-from accord.errors import CheckpointError, DataError, RecipeError, RunError, check_least
+from accord.errors import CheckpointError, DataError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
-from accord.federation.messages import AnswerItem, AnswerRequest, Judge, check_answers, image_name, to_turns
+from accord.federation.messages import AnswerItem, AnswerRequest, check_answers, image_name, to_turns
+from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
-from accord.routing.router import Encoder
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt, Question, prompt_of
 
@@ -52,28 +51,6 @@ PROMPTS_AT_ONCE = 64
 
 UNKNOWN_EVERY = 10
 """Calls between two gradings while a site is unknown: it was away when competence was measured, and may be back."""
-
-
-@dataclass(frozen=True)
-class FedGrpoConfig:
-    """How FedGRPO chooses experts, and what it pays for form. The defaults are its paper's and its public code's."""
-
-    auxiliary: int = 100  # A, of the server's labelled questions
-    auxiliary_split: Literal["base", "dev"] = "base"  # where they are from; best where no site was tuned
-    neighbours: int = 20  # L
-    experts: int = 2  # M
-    judge: Judge = "reward"  # of an expert that does not own the reference answer: its reward model or its own answer
-    refresh_every: int = 0  # steps between two measurements of competence; 0 for one alone
-    form: float = 0.125  # reward for good form, added to the standardised one; the public code adds it before
-
-    def __post_init__(self) -> None:
-        """Refuse what leaves nobody to ask, and more neighbours than there are items."""
-        check_least(self, auxiliary=1, neighbours=1, experts=1, refresh_every=0, form=0)
-        if self.neighbours > self.auxiliary:
-            raise RecipeError(
-                f"neighbours must be at most auxiliary = {self.auxiliary}, got {self.neighbours}; "
-                "lower fedgrpo.neighbours or raise fedgrpo.auxiliary"
-            )
 
 
 @dataclass(frozen=True)
@@ -118,7 +95,7 @@ def measure(
 ) -> ConfidenceGraph:
     """Embed the auxiliary questions, let every site answer them, and grade the answers here.
 
-    A site that is away has a row of NaN; once there is somebody to ask, `CompetenceRouter` asks it again.
+    A site that is away has a row of NaN; `CompetenceRouter` asks it again now and then.
 
     Args:
         engine: carries the questions to the sites.
@@ -128,7 +105,7 @@ def measure(
 
     Raises:
         DataError: there are no questions.
-        RunError: no site answers any, so that there is nobody to choose.
+        RunError: no site answers any, so that there is no site to choose.
     """
     correct = grade(engine, questions, deadline=deadline)
     if correct.isnan().all():
@@ -189,11 +166,13 @@ class CompetenceRouter:
 
     Args:
         encoder: φ, the one that the graph was measured with.
-        graph: who is good at what.
-        config: L, M and the schedule of the refreshes.
+        graph: which site is good at what.
         sites: their names in the order of the graph's rows, `[K]`.
+        experts: M.
+        neighbours: L.
         seed: of the draws between sites of equal competence.
-        grade: grades the sites anew on the same questions, `[K, A]`, every `config.refresh_every` calls, and every
+        refresh_every: calls between two gradings; 0 for none but the first.
+        grade: grades the sites anew on the same questions, `[K, A]`, every `refresh_every` calls, and every
             `UNKNOWN_EVERY` calls while a site is unknown.
     """
 
@@ -201,10 +180,12 @@ class CompetenceRouter:
         self,
         encoder: Encoder,
         graph: ConfidenceGraph,
-        config: FedGrpoConfig,
         *,
         sites: Sequence[str],
+        experts: int,
+        neighbours: int,
         seed: int,
+        refresh_every: int = 0,
         grade: Callable[[], Tensor] | None = None,
     ) -> None:
         if len(sites) != len(graph.correct):
@@ -213,9 +194,10 @@ class CompetenceRouter:
             )
         self.encoder = encoder
         self.graph = graph
-        self.config = config
+        self.neighbours = neighbours
+        self.refresh_every = refresh_every
         self.grade = grade
-        self.experts = _Experts(tuple(sites), config.experts, seed)
+        self.experts = _Experts(tuple(sites), experts, seed)
         self.calls = 0
 
     @torch.no_grad()
@@ -227,12 +209,12 @@ class CompetenceRouter:
         With fewer than M sites that have answered, all of them are experts.
         """
         unknown = self.graph.correct.isnan().all(dim=1).any()
-        every = self.config.refresh_every or (UNKNOWN_EVERY if unknown else 0)
+        every = self.refresh_every or (UNKNOWN_EVERY if unknown else 0)
         if self.grade is not None and every and self.calls and self.calls % every == 0:
             self._renew(self.grade())
         self.calls += 1
         features = embed(self.encoder, prompts, images)
-        weights = self.experts.choose(self.graph.competence(features, self.config.neighbours))
+        weights = self.experts.choose(self.graph.competence(features, self.neighbours))
         return weights.repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
 
     def state_dict(self) -> dict[str, Tensor]:

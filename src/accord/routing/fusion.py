@@ -9,14 +9,14 @@ Source: MoR, arXiv 2605.03426, section 3.4. The others ask every site and ignore
     pessimistic     mean_k R̄_k − c · var_k R̄_k                                      Coste et al. 2023, arXiv 2310.02743
     plural alpha    log(1/K Σ_k exp(a_k R̄_k)) where the sites disagree, else mean   PluralLLM-α, arXiv 2512.08786
 
-FedGRPO's see the G completions of one prompt at a time (`FederatedReward(within_group=True)`); its experts, M of them,
+FedGRPO's see the G completions of one prompt at a time (`accord.alignment.reward.PerGroup`); its experts, M of them,
 are the sites with weight in the group:
 
     group relative  A_i = mean_k (r_ik − mean_i r_ik) / (std_i r_ik + ε)            the one that works
     literal         A_i = Σ_k (r_ik − mean_k r_ik) / (std_k r_ik + ε) = 0           Eqs. 7–9 as printed
     chunks, halves  expert k judges the k-th of M consecutive parts of the group    the public code
 
-Absent is not zero: a site whose score is NaN takes no part, and a completion that nobody scored has the reward NaN,
+Absent is not zero: a site whose score is NaN takes no part, and a completion without any score has the reward NaN,
 never 0.
 """
 
@@ -36,13 +36,17 @@ class Fusion(Protocol):
     """Rewards `[N]` from scores `[N, K]`, NaN where a site is absent, and weights `[N, K]`; a function qualifies."""
 
     def __call__(self, scores: Tensor, weights: Tensor, /) -> Tensor:
-        """Return one reward per row, NaN where nobody scored it."""
+        """Return one reward per row, NaN where no site scored it."""
         ...
 
 
 def top1(weights: Tensor) -> Tensor:
-    """Return the one-hot of the largest weight of each row, `[N, K]`; the first of equal ones."""
-    return torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
+    """Return the one-hot of the largest weight of each row, `[N, K]`; the first of equal ones.
+
+    A row without any weight is a router that abstains, and stays as it is: no site is asked about that completion.
+    """
+    chosen = torch.nn.functional.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
+    return chosen * (weights > 0).any(dim=-1, keepdim=True)
 
 
 def per_prompt(weights: Tensor, sizes: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learn whom to believe from a few public anchor pairs (`accord.routing.anchors`); `accord.routing.gated` routes by it.
+"""Learn from a few public anchor pairs (`accord.routing.anchors`) which site to believe; `accord.routing.gated` routes.
 
     preference    α = softmax(g(f(x))),       L = -log σ(Σ_k α_k (R̄_k(x, y⁺) - R̄_k(x, y⁻)))          ArmoRM's gate
     correctness   α = softmax(h(x, y) · E_k), L = BCE(σ(h · E_k), 1[R̄_k(x, y⁺) > R̄_k(x, y⁻)])        BayesianRouter
@@ -24,19 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias, cast
 
-import msgspec
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, gelu, logsigmoid
 
-from accord.errors import CheckpointError, DataError, RecipeError, check_least
+from accord.errors import DataError, RecipeError, check_least
 from accord.routing.anchors import Anchors
-from accord.routing.router import read_weights
-from accord.runs import replace_folder, write_atomic
 
 Kind: TypeAlias = Literal["preference", "correctness", "anchored"]
 
@@ -288,29 +283,3 @@ def anchored_prior(anchors: Anchors) -> Tensor:
 def log_weights(logits: Tensor) -> Tensor:
     """Return `log((1 - ε) softmax(z) + ε / K)` of the client-id router's logits z `[…, K]`, ε = `FLOOR`."""
     return ((1 - FLOOR) * logits.softmax(dim=-1) + FLOOR / logits.shape[-1]).log()
-
-
-def save_gate(path: Path, network: GateNetwork) -> None:
-    """Write the network to the folder `path`, whole or not at all."""
-
-    def write(folder: Path) -> None:
-        weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-        write_atomic(folder / "gate.safetensors", save(weights))
-        write_atomic(folder / "gate.json", msgspec.json.format(msgspec.json.encode(network.shape)))
-
-    replace_folder(path, write)
-
-
-def load_gate(path: Path) -> GateNetwork:
-    """Load what `save_gate` wrote.
-
-    Raises:
-        CheckpointError: the folder is absent, damaged or of another kind.
-    """
-    try:
-        network = GateNetwork(msgspec.json.decode((path / "gate.json").read_bytes(), type=GateShape))
-        weights = (path / "gate.safetensors").read_bytes()
-    except (OSError, RuntimeError, msgspec.MsgspecError, RecipeError) as error:
-        raise CheckpointError(f"{path}: not a gate ({error}); fit it anew from the anchors") from error
-    network.load_state_dict(read_weights(weights, network.state_dict()))
-    return network.eval()

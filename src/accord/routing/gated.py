@@ -16,10 +16,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from accord.errors import CheckpointError
+from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
 from accord.routing.anchors import last_states
 from accord.routing.gate import GateNetwork, Kind, log_weights
-from accord.routing.router import Encoder, RouterNetwork
+from accord.routing.router import RouterNetwork
 from accord.types import Prompt
 
 

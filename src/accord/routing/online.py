@@ -40,8 +40,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from accord.errors import DataError, check_least, check_positive
+from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
-from accord.routing.router import Encoder, RouterNetwork
+from accord.routing.router import RouterNetwork
 from accord.types import Prompt
 
 CURVATURE = 0.08

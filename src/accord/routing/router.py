@@ -11,23 +11,22 @@ the image's, learns more slowly).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, cast
 
 import msgspec
 import torch
 from PIL.Image import Image
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from accord.errors import CheckpointError, RecipeError, check_least
-from accord.models.attention import skip_hidden
-from accord.models.inputs import build_batch, chunks, completion_text, shared_inputs
-from accord.models.load import Processor, tokenizer_of
+from accord.federation.aggregation import Aggregation
+from accord.federation.weights import read_weights
+from accord.models.encoder import Encoder
+from accord.models.inputs import chunks
 from accord.runs import replace_folder, write_atomic
 from accord.types import Prompt
 
@@ -42,87 +41,6 @@ class Router(Protocol):
         ...
 
 
-StateKey: TypeAlias = tuple[str, int, str]
-"""What was read: the prompt's words, the image object or None, the completion."""
-
-
-def state_key(prompt: Prompt, image: Image | None, completion: str) -> StateKey:
-    """Return under what name `Encoder` remembers hidden states; it holds while the image object lives."""
-    return prompt_words(prompt), id(image), completion
-
-
-def prompt_words(prompt: Prompt) -> str:
-    """Return a conversation without its pictures, to tell it from others."""
-    contents = [cast(str | Sequence[Mapping[str, object]], turn["content"]) for turn in prompt]
-    said = [[each] if isinstance(each, str) else [block.get("text") for block in each] for each in contents]
-    return str([(turn["role"], words) for turn, words in zip(prompt, said, strict=True)])
-
-
-class Encoder:
-    """A frozen model that turns (image, prompt, completion) into hidden states; a text-only one takes no image.
-
-    Where somebody has computed them already, as GRPO's reference does when it is the same model, `remember` spares the
-    encoder the work.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
-        self.model = model.eval().requires_grad_(False)
-        skip_hidden(self.model)
-        self.processor = processor
-        self._known: Mapping[StateKey, Tensor] = {}
-        self._images: Sequence[Image] = ()
-
-    def remember(self, states: Mapping[StateKey, Tensor], images: Sequence[Image]) -> None:
-        """Keep `[T, D]` of each (prompt, image, completion), its end included, in place of what was kept before.
-
-        The images are kept, too: their identities, by which they are known, would pass to others once they were gone.
-        """
-        self._known, self._images = states, images
-
-    @property
-    def features(self) -> int:
-        """D, the size of a hidden state."""
-        return cast(int, self.model.config.get_text_config().hidden_size)
-
-    @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
-    ) -> tuple[Tensor, Tensor]:
-        """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
-        if not self._known:
-            return self._compute(prompts, images, completions)
-        keys = [
-            [state_key(prompt, image, text) for text in texts]
-            for prompt, image, texts in zip(prompts, images, completions, strict=True)
-        ]
-        missing = [[key[2] for key in those if key not in self._known] for those in keys]
-        found = dict(self._known)
-        if any(missing):
-            states, mask = self._compute(prompts, images, missing)
-            unknown = [key for those in keys for key in those if key not in self._known]
-            found |= {key: row[real] for key, row, real in zip(unknown, states, mask, strict=True)}
-        rows = [found[key] for those in keys for key in those]
-        masks = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
-        return pad_sequence(rows, batch_first=True).float(), pad_sequence(masks, batch_first=True)
-
-    def before_answers(self, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> Tensor:
-        """Return the hidden states from which the answers to prompts would begin, `[P, D]` on the CPU."""
-        states, mask = self(prompts, images, [[""]] * len(prompts))
-        endings = [completion_text(self.processor, prompt, "") for prompt in prompts]
-        tokens = tokenizer_of(self.processor)(endings, add_special_tokens=False)["input_ids"]
-        last = mask.sum(dim=1) - 1 - torch.tensor([len(ids) for ids in tokens], device=mask.device)
-        return states[torch.arange(len(states), device=states.device), last].cpu()
-
-    def _compute(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
-    ) -> tuple[Tensor, Tensor]:
-        batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
-        inner = self.model.base_model
-        inputs, where = shared_inputs(inner, batch)
-        hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
-        return hidden[where].float(), batch.attention_mask.bool()
-
-
 @dataclass(frozen=True)
 class RouterConfig:
     """Size of the router and its federated training."""
@@ -130,12 +48,15 @@ class RouterConfig:
     layers: int = 4
     width: int = 64
     heads: int = 4
-    rounds: int = 60
-    local_steps: int = 2
-    pairs_per_batch: int = 32
+    rounds: int = 23
+    local_steps: int = 3
+    pairs_per_batch: int = 64
     pairs_per_site: int = 500  # drawn once: features are kept, and no site's size drowns the others
-    learning_rate: float = 2e-3
+    learning_rate: float = 0.1  # of the sites' SGD, at first
     rows_at_once: int = 512  # (prompt, completion) rows that the encoder takes in one forward pass
+    aggregation: Aggregation = Aggregation(
+        "fedadam", learning_rate=3e-3, momentum=0.8, second_momentum=0.95, adaptivity=1e-5, bits=16
+    )
 
     def __post_init__(self) -> None:
         """Refuse counts that leave nothing to train, and a width that the heads cannot share."""
@@ -184,28 +105,6 @@ class RouterNetwork(nn.Module):
             CheckpointError: names, shapes or types do not match, or a value is not finite.
         """
         self.load_state_dict(read_weights(data, self.state_dict()))
-
-
-def read_weights(data: bytes, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parse safetensors bytes from another party and check them against `expected` before anything uses them.
-
-    Raises:
-        CheckpointError: names, shapes or types do not match, or a value is not finite.
-    """
-    try:
-        weights = load(data)
-    except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
-        # Its text quotes the bytes, which a site may have made up for whoever reads the warning.
-        raise CheckpointError(f"router weights of {len(data)} bytes cannot be read ({type(error).__name__})") from error
-    if weights.keys() != expected.keys():
-        raise CheckpointError(f"router weights have other names: {sorted(weights.keys() ^ expected.keys())[:5]!a:.200}")
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != expected[name].dtype:
-            want = f"{tuple(expected[name].shape)} {expected[name].dtype}"
-            raise CheckpointError(f"router weight {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want}")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"router weight {name} holds a value that is not finite")
-    return weights
 
 
 class LearnedRouter:

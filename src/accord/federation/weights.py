@@ -1,0 +1,76 @@
+"""Weights as they travel: safetensors bytes, checked before anything uses them.
+
+Only what is trained travels, an adapter's parameters alone under LoRA, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from accord.errors import CheckpointError
+
+
+def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters that are trained, on the CPU, by name: an adapter's alone under LoRA.
+
+    A tied weight is there once.
+    """
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def set_trainable_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights`, which `trainable_weights` named, into `model`."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in trained.items():
+        parameter.copy_(weights[name])
+
+
+def to_bytes(weights: Mapping[str, Tensor], *, bits: int = 32) -> bytes:
+    """Return `weights` as safetensors bytes, as they travel: in their own types, or in float16."""
+    return save({name: _narrow(tensor, bits).cpu().contiguous() for name, tensor in weights.items()})
+
+
+def narrowed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Return what the other side reads of `weights` that travel in `bits` bits a number, in their own types."""
+    return {name: _narrow(tensor, bits).to(tensor.dtype) for name, tensor in weights.items()}
+
+
+def _narrow(tensor: Tensor, bits: int) -> Tensor:
+    # Not bfloat16: updates are small, and eight more bits of fraction are worth more here than its range.
+    return tensor.to(torch.float16) if bits == 16 and tensor.dtype in (torch.float32, torch.bfloat16) else tensor
+
+
+def read_weights(
+    data: bytes, expected: Mapping[str, Tensor], *, bits: int = 32, what: str = "weights"
+) -> dict[str, Tensor]:
+    """Parse safetensors bytes from another party and check them against `expected` before anything uses them.
+
+    Args:
+        data: what came.
+        expected: names, shapes and types; the result has them.
+        bits: of a number on its way.
+        what: what the bytes should be, for messages: "an update of the router".
+
+    Raises:
+        CheckpointError: names, shapes or types do not match, or a value is not finite.
+    """
+    try:
+        weights = load(data)
+    except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
+        # Its text quotes the bytes, which a site may have made up for whoever reads the warning.
+        raise CheckpointError(f"{what}: {len(data)} bytes that cannot be read ({type(error).__name__})") from error
+    if weights.keys() != expected.keys():
+        raise CheckpointError(f"{what} with other names: {sorted(weights.keys() ^ expected.keys())[:5]!a:.200}")
+    for name, tensor in weights.items():
+        travels = _narrow(expected[name][:0] if expected[name].ndim else expected[name], bits).dtype
+        if tensor.shape != expected[name].shape or tensor.dtype != travels:
+            want = f"{tuple(expected[name].shape)} {travels}"
+            raise CheckpointError(f"{what}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want}")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{what}: {name} holds a value that is not finite")
+    return {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}

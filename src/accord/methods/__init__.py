@@ -1,0 +1,104 @@
+"""Every way to align the policy, by name: MoR, its relatives, and what they are measured against.
+
+One file a family, each with the algorithm, its own configuration and its entries. A method of one's own is named as
+`package.module:name` in a recipe, where `name` is a `Method`, or a function `(job, stage) -> (model, processor)`:
+
+    from accord.methods.fusions import everyone
+    from accord.methods.method import Method, by_reward
+
+    LARGEST = Method(by_reward(lambda job: everyone(job, my_rule)), "the largest score", needs=frozenset({"sites"}))
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from accord.errors import RecipeError
+from accord.methods import (
+    bounds,
+    fedavg_reward,
+    fedbis,
+    fedbiscuit,
+    feddpo,
+    fedgrpo,
+    fedit,
+    fusions,
+    gates,
+    mor,
+    server_alone,
+    single,
+)
+from accord.methods.method import Method
+from accord.recipe import Recipe
+
+METHODS: Final[dict[str, Method]] = {
+    **mor.METHODS,
+    **gates.METHODS,
+    **fedgrpo.METHODS,
+    **fusions.METHODS,
+    **single.METHODS,
+    **fedavg_reward.METHODS,
+    **fedit.METHODS,
+    **feddpo.METHODS,
+    **fedbis.METHODS,
+    **fedbiscuit.METHODS,
+    **server_alone.METHODS,
+    **bounds.METHODS,
+}
+"""All methods but those of one site, `site <name>` and `local <name>`, and those of other packages."""
+
+
+def find_method(name: str, sites: Sequence[str]) -> Method:
+    """Return the method of that name.
+
+    Args:
+        name: a name of the table, of one site's methods, or `package.module:name`.
+        sites: the names of the recipe's sites.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    family, _, site = name.partition(" ")
+    if family in single.PER_SITE and site in sites:
+        return single.PER_SITE[family](site)
+    if ":" in name:
+        return _imported(name)
+    known = [*METHODS, *(f"{word} {site}" for word in single.PER_SITE for site in sites)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise RecipeError(f"there is no method {name!r}; {hint}there are {', '.join(known)}, and package.module:function")
+
+
+def _imported(name: str) -> Method:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(f"the method {name!r} cannot be imported: {error}; correct the name") from error
+    if isinstance(found, Method):
+        return found
+    if not callable(found):
+        raise RecipeError(f"{name!r} is a {type(found).__name__}; a method is a Method or a function (job, stage)")
+    return Method(found, f"{name}", needs=frozenset({"sites", "router"}))
+
+
+def check_names(recipe: Recipe) -> Recipe:
+    """Return the recipe, whose methods there are.
+
+    Raises:
+        RecipeError: there is no such method.
+    """
+    for name in (recipe.method, *recipe.compare):
+        find_method(name, [site.name for site in recipe.sites])
+    return recipe
+
+
+def needed(recipe: Recipe, names: Sequence[str]) -> set[str]:
+    """Return what the methods of these names need, all together."""
+    sites = [site.name for site in recipe.sites]
+    return {need for name in names for need in find_method(name, sites).needs}

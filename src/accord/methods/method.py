@@ -1,0 +1,111 @@
+"""What a method is: how it aligns the base policy, and all that is asked about it elsewhere.
+
+    METHOD = Method(align, about="what judges an answer", role="competes", needs={"sites", "router"})
+
+A method takes a job and the name of its stage, and returns the aligned policy. Most are GRPO with another reward
+(`by_reward`); those that share parameters train in their own way. All start from the same base, reach the sites through
+the same engine, and count their bytes alike. `plan`, `watch`, `report`, `compare` and `bench` ask the method what they
+want to know: nothing else in Accord names one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
+
+from accord.alignment.grpo import RewardFunction
+from accord.alignment.reward import FederatedReward
+from accord.models.encoder import Encoder
+from accord.recipe import Recipe
+from accord.routing.router import Router
+from accord.stages.alignment import Aligned, run_grpo
+from accord.stages.job import Job
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Role: TypeAlias = Literal["competes", "control", "chance", "bound", "ceiling"]
+"""Its place in a table: a control (the server alone), chance in the place of a choice, what no federation may do or
+know, or the reference answers as reward, whose gain the others' are shares of. Only what competes can be best."""
+
+Need: TypeAlias = Literal["sites", "router", "answers"]
+"""What must be there before: the sites' reward models, the federated router, sites whose own models answer."""
+
+Align: TypeAlias = Callable[[Job, str], Aligned]
+Config = TypeVar("Config", bound="DataclassInstance", covariant=True)
+
+
+@dataclass(frozen=True)
+class Table(Generic[Config]):
+    """A method's own table in a recipe: `[name]` holds a `config`, its defaults where it is left out."""
+
+    name: str
+    config: type[Config]
+
+    def of(self, recipe: Recipe) -> Config:
+        """Return the settings that a recipe gives."""
+        given = recipe.tables.get(self.name)
+        return given if isinstance(given, self.config) else self.config()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to align the policy.
+
+    Attributes:
+        align: aligns; gets the job, whose sites and router are trained as far as `needs` says, and its stage's name.
+        about: what judges an answer, in a line.
+        role: its place in a table.
+        needs: what must be there before.
+        tables: its own tables in a recipe.
+        steps: how many steps or rounds its stage takes, of a recipe; by default GRPO's.
+        asks: how many sites judge one completion of GRPO, of a recipe; 0 where none is asked.
+        training: what is done at the sites while it aligns, in a line for `accord plan`; empty for nothing.
+        reward: the reward by which the policy was aligned, as it is when the stage is done, for the report; None where
+            no site judges.
+        opened: its router from a run folder, for a script of one's own (`accord.pipeline.open_reward`); None where its
+            reward needs more than a run folder holds.
+        findings: further fields of the summary, of the job, the method's stage and the sites' names: what it has learnt
+            of the sites.
+    """
+
+    align: Align
+    about: str = ""
+    role: Role = "competes"
+    needs: frozenset[Need] = frozenset()
+    tables: tuple[Table[DataclassInstance], ...] = ()
+    steps: Callable[[Recipe], int] = lambda recipe: recipe.alignment.steps
+    asks: Callable[[Recipe], int] = lambda recipe: 0
+    training: Callable[[Recipe], str] = lambda recipe: ""
+    reward: Callable[[Job], FederatedReward] | None = None
+    opened: Callable[[Path, Recipe, Encoder], Router] | None = None
+    findings: Callable[[Job, str, Sequence[str]], Mapping[str, object]] = lambda job, stage, sites: {}
+
+
+def by_reward(
+    make: Callable[[Job], RewardFunction],
+    *,
+    kl: float | None = None,
+    reads: Callable[[Job], Encoder | None] | None = None,
+) -> Align:
+    """Return how to align by GRPO with the reward that `make` returns.
+
+    Args:
+        make: of a job.
+        kl: weight of the KL term; None for the recipe's.
+        reads: the encoder by which the reward reads completions, if it does: spared what the reference has computed.
+    """
+
+    def align(job: Job, stage: str) -> Aligned:
+        settings = job.recipe.alignment
+        return run_grpo(
+            job,
+            stage,
+            make(job),
+            settings=settings if kl is None else replace(settings, kl=kl),
+            encoder=reads(job) if reads else None,
+        )
+
+    return align

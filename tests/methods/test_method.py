@@ -1,0 +1,198 @@
+"""The laws of every method: what is asked about it elsewhere can be answered, and nothing has two names."""
+
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from accord.errors import RecipeError
+from accord.methods import (
+    METHODS,
+    bounds,
+    check_names,
+    fedavg_reward,
+    fedbis,
+    fedbiscuit,
+    feddpo,
+    fedgrpo,
+    fedit,
+    find_method,
+    fusions,
+    gates,
+    mor,
+    needed,
+    server_alone,
+    single,
+)
+from accord.methods.method import Method, Need, Role, Table, by_reward
+from accord.recipe import Recipe, SiteConfig
+from accord.recipe_file import method_tables
+
+FAMILIES = (
+    *(mor, gates, fedgrpo, fusions, single, fedavg_reward),
+    *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
+)
+SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")
+ALL = [*METHODS, "site a", "local b"]
+every = pytest.mark.parametrize("name", ALL)
+
+
+def method_of(name):
+    return find_method(name, ("a", "b"))
+
+
+def test_each_name_is_one_familys():
+    """In the table are the families' methods and no others: none is overwritten by another of the same name."""
+    names = [name for family in FAMILIES for name in family.METHODS]
+    assert sorted(names) == sorted(set(names)) == sorted(METHODS)
+    assert all(METHODS[name] is family.METHODS[name] for family in FAMILIES for name in family.METHODS)
+    assert not any(name.partition(" ")[0] in single.PER_SITE or ":" in name for name in METHODS)
+
+
+def test_every_file_of_methods_is_in_the_table():
+    files = {path.stem for path in Path(mor.__file__).parent.glob("*.py")} - {"__init__", "method"}
+    assert {family.__name__.rpartition(".")[2] for family in FAMILIES} == files
+
+
+@every
+def test_a_method_says_what_it_is(name):
+    method = method_of(name)
+    assert method.role in get_args(Role) and method.needs <= set(get_args(Need))
+    assert method.about and "\n" not in method.about and len(method.about) <= 100 and method.about.isprintable()
+    assert callable(method.align)
+
+
+@every
+def test_what_is_asked_of_a_recipe_is_answered(name):
+    """Steps are above 0; what asks sites needs them, and asks no more than there are."""
+    method, recipe = method_of(name), Recipe("x", SITES)
+    assert method.steps(recipe) > 0
+    assert 0 <= method.asks(recipe) <= len(SITES)
+    assert not method.asks(recipe) or "sites" in method.needs
+    assert "router" not in method.needs or "sites" in method.needs
+    assert isinstance(method.training(recipe), str)
+    assert not (method.training(recipe) and method.asks(recipe))  # GRPO, or local steps
+    assert method.reward is None or method.asks(recipe)
+    assert method.opened is None or "router" in method.needs
+
+
+@every
+def test_a_methods_tables_have_names_of_their_own_and_defaults(name):
+    known = {field.name for field in fields(Recipe)}
+    for table in method_of(name).tables:
+        assert table.name not in known and re.fullmatch(r"[a-z_]+", table.name)
+        assert is_dataclass(table.config) and table.of(Recipe("x", SITES)) == table.config()
+
+
+def test_a_table_of_one_name_is_one_table():
+    tables = {table.name: table for method in METHODS.values() for table in method.tables}
+    assert method_tables([]) == tables
+    assert all(tables[table.name] == table for method in METHODS.values() for table in method.tables)
+
+
+@pytest.mark.parametrize("role", ["competes", "control", "chance", "bound", "ceiling"])
+def test_every_role_is_somebodys(role):
+    assert role in get_args(Role) and any(method.role == role for method in METHODS.values())
+
+
+def test_there_is_one_ceiling_and_it_is_the_ground_truth():
+    assert [name for name, method in METHODS.items() if method.role == "ceiling"] == ["ground-truth"]
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("routed", {"sites", "router"}),
+        ("mor", {"sites", "router"}),
+        ("anchored", {"sites", "router"}),
+        ("preference-gate", {"sites"}),
+        ("average", {"sites"}),
+        ("site a", {"sites"}),
+        ("fedgrpo", {"sites", "answers"}),
+        ("fedgrpo-answer", {"sites", "answers"}),
+        ("fedgrpo-random", {"sites"}),
+        ("fedit-fedavg", set()),
+        ("fedbis", set()),
+        ("server-alone", set()),
+        ("ground-truth", set()),
+    ],
+)
+def test_what_must_be_there_before(name, needs):
+    assert method_of(name).needs == needs == needed(Recipe("x", SITES), [name])
+
+
+def test_several_methods_need_what_each_of_them_needs():
+    recipe = Recipe("x", SITES)
+    assert needed(recipe, []) == set()
+    assert needed(recipe, ["average", "ground-truth"]) == {"sites"}
+    assert needed(recipe, ["fedgrpo", "routed"]) == {"sites", "router", "answers"}
+
+
+def test_a_method_is_found_by_name():
+    assert find_method("mor", ()) is METHODS["mor"]
+    assert find_method("site b", ("a", "b")).about == "site b alone" and find_method("local a", "ab").needs == {"sites"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("avrage", "there is no method 'avrage'; did you mean average?"),
+        ("fedgrpo_reward", "did you mean fedgrpo-reward?"),
+        ("site c", "there is no method 'site c'; did you mean site "),
+        ("site", "there is no method 'site'"),
+        ("qqq", "there is no method 'qqq'; there are routed, "),
+        ("no_such_module:METHOD", "the method 'no_such_module:METHOD' cannot be imported: No module named"),
+        ("accord.methods.mor:no_such", "cannot be imported: module 'accord.methods.mor' has no attribute 'no_such'"),
+        (":x", "the method ':x' cannot be imported"),
+        ("accord.methods.single:QUESTIONS", "'accord.methods.single:QUESTIONS' is a int; a method is a Method or a"),
+    ],
+)
+def test_what_is_no_method_is_named(name, said):
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        find_method(name, ("a", "b"))
+    for wrong in (Recipe("x", SITES, method=name), Recipe("x", SITES, compare=("routed", name))):
+        with pytest.raises(RecipeError, match=re.escape(said)):
+            check_names(wrong)
+
+
+def test_a_function_is_a_method_with_sites_and_a_router():
+    found = find_method("accord.methods.single:random_site", ("a", "b"))
+    assert found.align is single.random_site and found.needs == {"sites", "router"} and found.role == "competes"
+
+
+@pytest.mark.parametrize("own", [None, 0.5])
+def test_a_reward_becomes_a_method(job, monkeypatch, own):
+    """It is aligned by GRPO under the stage's name, with the recipe's KL weight or the method's, all else the same."""
+    seen = []
+    monkeypatch.setattr("accord.methods.method.run_grpo", lambda *given, **more: seen.append((given, more)))
+    by_reward(lambda job: (job, "reward"), kl=own)(job, "compare mine")
+    ((given, more),) = seen
+    assert given == (job, "compare mine", (job, "reward")) and more["encoder"] is None
+    kl = job.recipe.alignment.kl if own is None else own
+    assert more["settings"].kl == kl and type(more["settings"]) is type(job.recipe.alignment)
+    assert more["settings"] == job.recipe.alignment or own is not None
+
+
+def test_a_table_of_another_type_is_not_a_methods():
+    """Whoever makes a recipe in Python may put anything there."""
+    table = Table("fedit", fedit.FedITConfig)
+    own = fedit.FedITConfig(mu=0.5)
+    assert table.of(Recipe("x", SITES, tables={"fedit": own})) is own
+    assert table.of(Recipe("x", SITES, tables={"fedit": {"mu": 0.5}})) == fedit.FedITConfig()
+
+
+def test_a_method_asks_nothing_by_default():
+    bare, recipe = Method(lambda job, stage: None), Recipe("x", SITES)
+    assert (bare.role, bare.needs, bare.tables, bare.asks(recipe)) == ("competes", frozenset(), (), 0)
+    assert bare.steps(recipe) == recipe.alignment.steps and bare.findings(None, "align", ("a", "b")) == {}
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+
+
+def test_the_page_names_every_method():
+    """Each once at least, as code."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"`{name}`" not in text] == []
