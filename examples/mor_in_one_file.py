@@ -62,8 +62,8 @@ def say(text: str) -> None:
 # The sites and their questions.
 #
 # easy-VQA has 64-pixel pictures of one coloured shape, three kinds of question, and thirteen answers. Each kind is the
-# domain of one site, each site runs another architecture, and no picture is at two sites. Shapes are the hardest to see,
-# so their site gets half of the pictures.
+# domain of one site, each site runs another architecture, and no picture is at two sites. Shapes are the hardest to
+# see, so their site gets half of the pictures.
 
 
 SITES = {  # name: question type, architecture, sixths of the private images
@@ -152,13 +152,13 @@ say(f"base       {shown(before)}")
 # ----------------------------------------------------------------------------------------------------------------------
 # Preference pairs, at the sites.
 #
-# These pairs are constructed; no person judged them. The reference answer is chosen, and wrong answers are rejected. The
-# choice of wrong answers decides everything: a reward model gives random scores to answers of a kind that it has never
-# seen, and GRPO finds the high ones within some dozens of steps. If the rejected answers are of the right type only
-# ("red" over "blue"), GRPO finds "red red", or a shape for a colour. With those added, but no answers run together, it
-# finds "circletriangle": the reward rises from 0.9 to 1.3, and shapes named rightly fall from 36 % to 15 % (one seed).
-# So the rejected answers are: the whole vocabulary, two answers joined in every way, the empty answer, and the answers
-# that the base policy really gives, because the optimiser starts there.
+# These pairs are constructed; no person judged them. The reference answer is chosen, and wrong answers are rejected.
+# The choice of wrong answers decides everything: a reward model gives random scores to answers of a kind that it has
+# never seen, and GRPO finds the high ones within some dozens of steps. If the rejected answers are of the right type
+# only ("red" over "blue"), GRPO finds "red red", or a shape for a colour. With those added, but no answers run
+# together, it finds "circletriangle": the reward rises from 0.9 to 1.3, and shapes named rightly fall from 36 to
+# 15 % (one seed). So the rejected answers are: the whole vocabulary, two answers joined in every way, the empty answer,
+# and the answers that the base policy really gives, because the optimiser starts there.
 
 
 def candidates(question, said, rejected):
@@ -172,7 +172,8 @@ def candidates(question, said, rejected):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A reward model: a VLM with a scalar head on the last token. Each site trains its own, and the model never leaves the site.
+# A reward model: a VLM with a scalar head on the last token. Each site trains its own, and the model never leaves the
+# site.
 
 
 class RewardModel(nn.Module):
@@ -300,10 +301,10 @@ def encode(prompts, images, completions):
     return torch.cat([mean, hidden[torch.arange(len(hidden)), batch.last_token]], dim=-1)
 
 
-# Hidden states share a large mean, and a site that holds one class would first learn that this mean is its own. The server
-# takes the mean out. It measures mean and deviation on the base policy's answers to its own prompts, so no site's data
-# are in these two vectors. Without them the router needs ten times the rounds, and with unequal sites it sends everything
-# to the largest one.
+# Hidden states share a large mean, and a site that holds one class would first learn that this mean is its own. The
+# server takes the mean out. It measures mean and deviation on the base policy's answers to its own prompts, so no
+# site's data are in these two vectors. Without them the router needs ten times the rounds, and with unequal sites it
+# sends everything to the largest one.
 own = generator.sample(public, 300)
 own_features = encode(
     [vqa_prompt(q.text) for q in own], [picture(q) for q in own], answers(base, base_processor, own, samples=1)
@@ -354,8 +355,8 @@ say(f"router     sends {sum(fits) / len(fits):.1%} of the base policy's answers 
 # ----------------------------------------------------------------------------------------------------------------------
 # The federation as one reward function. TRL sees nothing else of it.
 #
-# The router routes each answer, and only the top site is asked (MoR, section 3.4), so several sites may judge one group.
-# In the package, a question to a site is a message and a site may be absent. Here it is a function call.
+# The router routes each answer, and only the top site is asked (MoR, section 3.4), so several sites may judge one
+# group. In the package, a question to a site is a message and a site may be absent. Here it is a function call.
 
 asked: Counter[str] = Counter()
 
@@ -435,8 +436,8 @@ for record in trainer.state.log_history:
 total = sum(asked.values())
 say("asked      " + "  ".join(f"{site} {count / total:.1%}" for site, count in asked.items()))
 
-# Do not trust the gain on yes/no. Most answers there are "no", so a policy that never looks at the image reaches 82 % on
-# the natural mixture. Colour and shape have no such prior.
+# Do not trust the gain on yes/no. Most answers there are "no", so a policy that never looks at the image reaches 82 %
+# on the natural mixture. Colour and shape have no such prior.
 after = accuracy(policy, processor)
 say(f"base       {shown(before)}")
 say(f"aligned    {shown(after)}")

@@ -1,8 +1,8 @@
 """A stock TRL script that uses a federation, by one line.
 
 `open_reward` opens the sites' reward models and the router in the run folder of `accord demo`, as one reward function.
-All other lines are those of any script with `trl.GRPOTrainer`. Mind one setting: TRL's default for `beta`, the weight of
-the KL term, is 0.
+All other lines are those of any script with `trl.GRPOTrainer`. Mind one setting: TRL's default for `beta`, the weight
+of the KL term, is 0.
 
     accord demo                                             makes runs/demo
     python examples/stock_trl.py --run runs/demo            aligns the same base policy for some steps

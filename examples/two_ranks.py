@@ -1,9 +1,9 @@
 """Several training processes, one federation: the same sites score the completions of every process.
 
-Under `torchrun` or `accelerate launch`, every process (rank) runs this whole script and has its share of the completions
-of a step. `open_reward` opens the sites in the first process only. That process sends the questions of all processes as
-one message a site and step, and each process gets the scores of its own completions back. Any other engine works the
-same way: `FederatedReward(OneConnection(engine if rank == 0 else None, sites), router)`.
+Under `torchrun` or `accelerate launch`, every process (rank) runs this whole script and has its share of the
+completions of a step. `open_reward` opens the sites in the first process only. That process sends the questions of all
+processes as one message a site and step, and each process gets the scores of its own completions back. Any other
+engine works the same way: `FederatedReward(OneConnection(engine if rank == 0 else None, sites), router)`.
 
     accord demo                                                         makes runs/demo
     torchrun --nproc_per_node 2 examples/two_ranks.py runs/demo         two processes, on a CPU or a GPU each
