@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 RELEASE := build/release
-SOURCES := src tests $(wildcard examples benchmarks)
+SOURCES := src tests $(wildcard examples benchmarks docs)
 
 # What the caller's shell sets for another Python must not leak into this one.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS VIRTUAL_ENV
