@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 RELEASE := build/release
+COVERAGE := 90
 SOURCES := src tests $(wildcard examples benchmarks docs)
 
 # What the caller's shell sets for another Python must not leak into this one.
@@ -24,8 +25,10 @@ setup: $(STAMP) ## install Accord and its tools into .venv
 demo: setup ## align a small model on this machine and open no connection
 	@$(BIN)/accord demo
 
-test: lint ## check style and types, then run every test
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+# Two workers, a test file to one of them: what a file has trained once stays with it. Coverage may not fall.
+test: lint ## check style and types, then run every test that is quick
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 \
+		--cov=accord --cov-report= --cov-fail-under=$(COVERAGE)
 
 test-long: setup ## the tests that take minutes: runs and sites killed many times
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
