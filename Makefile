@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := src tests $(wildcard examples benchmarks)
+DOCS_STAMP := $(VENV)/.docs-installed
+RELEASE := build/release
+COVERAGE := 90
+SOURCES := src tests $(wildcard examples benchmarks docs)
 
 # What the caller's shell sets for another Python must not leak into this one.
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS VIRTUAL_ENV
@@ -12,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint format clean force
+.PHONY: help setup demo test test-long lint format docs release clean force
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,8 +25,10 @@ setup: $(STAMP) ## install Accord and its tools into .venv
 demo: setup ## align a small model on this machine and open no connection
 	@$(BIN)/accord demo
 
-test: lint ## check style and types, then run every test
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+# Two workers, a test file to one of them: what a file has trained once stays with it. Coverage may not fall.
+test: lint ## check style and types, then run every test that is quick
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 \
+		--cov=accord --cov-report= --cov-fail-under=$(COVERAGE)
 
 test-long: setup ## the tests that take minutes: runs and sites killed many times
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
@@ -37,9 +42,28 @@ format: setup ## rewrite the code in the house format
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/ruff check --fix $(SOURCES)
 
+docs: $(DOCS_STAMP) ## build the documentation into build/site; fails on a broken link
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "built: build/site/index.html"
+
+release: setup ## build wheel and sdist, and run the demo with the wheel alone
+	@rm -rf dist $(RELEASE)
+	@$(BIN)/python -m build --outdir dist
+	@$(PYTHON) -m venv $(RELEASE)/venv
+	@$(RELEASE)/venv/bin/python -m pip install -qq "$$(grep '^torch==' constraints.txt)"
+	@$(RELEASE)/venv/bin/python -m pip install -qq -c constraints.txt dist/*.whl
+	@mkdir $(RELEASE)/empty
+	@cd $(RELEASE)/empty && ../venv/bin/accord --version && HF_HUB_OFFLINE=1 ../venv/bin/accord demo
+	@ls -l dist
+
 clean: ## remove .venv and every cache; runs/ stays
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The site's tools come on top of the rest, when they are first wanted.
+$(DOCS_STAMP): $(STAMP)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # The stamp holds the folder it was made in: the scripts of a moved environment point to the old place.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))

@@ -4,16 +4,16 @@ Lu et al. 2026, arXiv 2605.03426. The paper in five lines:
 
     1  site k has preference pairs and trains its own reward model           L = − E log σ(R_k(x, y⁺) − R_k(x, y⁻))
     2  its scores leave it standardised by its own training statistics       R̄_k = (R_k − μ_k) / σ_k
-    3  a router learns whose domain an answer is from, by federated averaging with site numbers as labels
+    3  a router learns the domain of an answer, by federated averaging with the sites' numbers as labels
     4  the server samples answers, asks the one site that the router names, and takes its score as the reward
     5  GRPO; the result is an ordinary Hugging Face checkpoint
 
-Read it from top to bottom. Only what any VLM script needs is imported from accord: the questions, a checkpoint loader,
-and a collator that encodes an image once however many answers it has. The method is all here. What the package adds is
-care: messages, validation, absent sites, byte counts, resuming.
+Read it from top to bottom. The whole method is here. From accord it imports only the things that any VLM script needs:
+the questions, a checkpoint loader, and a collator that encodes an image once however many answers it has. The package
+adds messages, validation, absent sites, byte counts and resuming.
 
     python examples/mor_in_one_file.py            about five minutes of one core
-    python examples/mor_in_one_file.py --quick    under a minute; shows that it runs, learns nothing to speak of
+    python examples/mor_in_one_file.py --quick    under a minute; shows that it runs, and learns next to nothing
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def say(text: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Who holds what.
+# The sites and their questions.
 #
-# easy-VQA: 64-pixel pictures of one coloured shape, three kinds of question, thirteen answers. Each kind is a site's
-# domain, each site runs another architecture, and no picture is at two sites. Shapes are the hardest to see, and get
-# half of the pictures.
+# easy-VQA has 64-pixel pictures of one coloured shape, three kinds of question, and thirteen answers. Each kind is the
+# domain of one site, each site runs another architecture, and no picture is at two sites. Shapes are the hardest to
+# see, so their site gets half of the pictures.
 
 
 SITES = {  # name: question type, architecture, sixths of the private images
@@ -72,7 +72,7 @@ SITES = {  # name: question type, architecture, sixths of the private images
     "yes-no": ("yes/no", "accord/llava-clip-llama", (4, 5)),
 }
 POLICY = "accord/llava-clip-llama"
-MAX_TOKENS = 3  # every answer is one token, and an end token follows; the third is room to go wrong
+MAX_TOKENS = 3  # every answer is one token and an end token; the third leaves room for a wrong answer that is longer
 REJECTED = 11  # of about twenty wrong answers; with seven the shape site ended at 68 % in one run and 94 % in another
 
 everything = load_easy_vqa()
@@ -95,17 +95,17 @@ private = {
     for name, (kind, _, sixths) in SITES.items()
 }
 dev, test = of_split("dev", 60), of_split("test", 30 if QUICK else 300)
-public = of_split("public")  # the server's prompts; their reference answers are never looked at
+public = of_split("public")  # the server's prompts; nothing reads their reference answers
 say("questions  " + "  ".join(f"{name} {len(questions)}" for name, questions in private.items()))
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a VLM does here: hidden states of (image, question, answer), and answers.
+# A VLM does two things here: it gives hidden states of (image, question, answer), and it answers.
 
 
 def picture(question, turned=False):
     with Image.open(question.image) as opened:
         image = opened.convert("RGB")
-    if turned:  # no answer changes under the symmetries of the square, and the sites have few pictures
+    if turned:  # turns and mirrors change no answer, and the sites have few pictures
         image = image.rotate(90 * generator.randrange(4))
         image = ImageOps.mirror(image) if generator.random() < 0.5 else image
     return image
@@ -152,12 +152,13 @@ say(f"base       {shown(before)}")
 # ----------------------------------------------------------------------------------------------------------------------
 # Preference pairs, at the sites.
 #
-# Nobody judged these: the reference answer is chosen and wrong ones are rejected. Which wrong ones decides everything,
-# since the reward model scores at random what it has never seen, and GRPO finds the random highs within some dozens of
-# steps. With answers of the right type alone ("red" over "blue") it finds "red red", or a shape where a colour was
-# asked for. With those added, but no answers run together, it finds "circletriangle": reward from 0.9 to 1.3, shapes
-# named rightly from 36 % to 15 % (one seed). So: all of the vocabulary, two answers joined in every way, nothing at
-# all, and what the base policy really says, which is where the optimiser starts.
+# These pairs are constructed; no person judged them. The reference answer is chosen, and wrong answers are rejected.
+# The choice of wrong answers decides everything: a reward model gives random scores to answers of a kind that it has
+# never seen, and GRPO finds the high ones within some dozens of steps. If the rejected answers are of the right type
+# only ("red" over "blue"), GRPO finds "red red", or a shape for a colour. With those added, but no answers run
+# together, it finds "circletriangle": the reward rises from 0.9 to 1.3, and shapes named rightly fall from 36 to
+# 15 % (one seed). So the rejected answers are: the whole vocabulary, two answers joined in every way, the empty answer,
+# and the answers that the base policy really gives, because the optimiser starts there.
 
 
 def candidates(question, said, rejected):
@@ -171,7 +172,8 @@ def candidates(question, said, rejected):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A reward model: a VLM with a scalar head on the last token. Each site makes its own, and it never leaves.
+# A reward model: a VLM with a scalar head on the last token. Each site trains its own, and the model never leaves the
+# site.
 
 
 class RewardModel(nn.Module):
@@ -189,12 +191,12 @@ class RewardModel(nn.Module):
 
     @torch.no_grad()
     def score(self, prompts, images, completions):
-        """What leaves the site: standardised, then clipped to [0, 2].
+        """The scores that leave the site: standardised, then clipped to [0, 2].
 
-        Two reward models share no scale, and GRPO compares their scores within one group: the paper loses 16 points
-        without μ and σ. The clip is ours. Where every answer of a group is bad the differences between them are the
-        reward model's noise, GRPO divides by their deviation, and the noise becomes the gradient; the floor at 0, the
-        average training answer, makes such a group a tie instead.
+        Two reward models share no scale, and GRPO compares their scores within one group; the paper loses 16 points
+        without μ and σ. The clip is ours. In a group of bad answers the differences are the reward model's noise. GRPO
+        divides by their deviation, so the noise would become the gradient. The floor at 0, the score of the average
+        training answer, turns such a group into a tie.
         """
         self.eval()
         return ((self(prompts, images, completions) - self.mean) / self.deviation).clamp(0.0, 2.0)
@@ -216,8 +218,8 @@ def steps_of(model, count, learning_rate):
 def train_reward_model(site, questions, said):
     model = RewardModel(SITES[site][1])
 
-    # First the backbone learns its own domain from plain answers. A head on a backbone that does not tell triangles
-    # from circles learns the noise of 16 images a batch; with Bradley–Terry alone the yes/no site stays at chance.
+    # First the backbone learns its own domain from plain answers. If the backbone cannot tell triangles from circles, a
+    # head on it learns the noise of 16 images a batch. With Bradley–Terry alone, the yes/no site stays at chance.
     for _ in steps_of(model, 3 if QUICK else 150, 1e-3):
         drawn = generator.sample(questions, 64)
         batch = build_batch(
@@ -260,7 +262,7 @@ def train_reward_model(site, questions, said):
 def ranking(model, questions):
     """How often the right answer scores above all twelve others.
 
-    Worth more than pair accuracy: reward models that order 80 % of their pairs were hacked by GRPO all the same.
+    This says more than pair accuracy: GRPO exploited reward models that ordered 80 % of their pairs rightly.
     """
     groups = [[q.answer, *(a for a in EASY_VQA_ANSWERS if a != q.answer)] for q in questions]
     raw = model([vqa_prompt(q.text) for q in questions], [picture(q) for q in questions], groups)
@@ -281,12 +283,12 @@ for site, questions in private.items():
 # ----------------------------------------------------------------------------------------------------------------------
 # The router, by federated averaging.
 #
-# It sees (image, question, answer) through the frozen base policy and says whose domain that is. Its labels are the
-# sites' own numbers, so each site holds a single class; nothing is shared but the router's weights. It learns domains,
-# not which judge is right: a site that is wrong about its own domain is still asked.
+# The router sees (image, question, answer) through the frozen base policy and names the site of that domain. Its labels
+# are the sites' own numbers, so each site holds a single class. Only the router's weights are shared. The router learns
+# domains, and not which judge is right: it still asks a site that is wrong about its own domain.
 #
-# Differs: the paper puts four Transformer layers under the linear head; `accord.routing.router` does too. On a frozen
-# encoder the head alone suffices here, a site encodes its pairs once, and a round costs a hundredth of a second.
+# Differs: the paper puts four Transformer layers under the linear head, as does `accord.routing.router`. Here the head
+# alone is enough. The encoder is frozen, so a site encodes its pairs once, and a round takes a hundredth of a second.
 
 
 @torch.no_grad()
@@ -299,9 +301,10 @@ def encode(prompts, images, completions):
     return torch.cat([mean, hidden[torch.arange(len(hidden)), batch.last_token]], dim=-1)
 
 
-# Hidden states share a large mean, and a site that holds one class first of all learns "this mean is me". The server
-# takes it out, with what the base policy says to its own prompts: no site's data is in these two vectors. Without them
-# the router needs ten times the rounds, and with unequal sites it sends everything to the largest one.
+# Hidden states share a large mean, and a site that holds one class would first learn that this mean is its own. The
+# server takes the mean out. It measures mean and deviation on the base policy's answers to its own prompts, so no
+# site's data are in these two vectors. Without them the router needs ten times the rounds, and with unequal sites it
+# sends everything to the largest one.
 own = generator.sample(public, 300)
 own_features = encode(
     [vqa_prompt(q.text) for q in own], [picture(q) for q in own], answers(base, base_processor, own, samples=1)
@@ -322,7 +325,7 @@ def encoded_pairs(site):
 
 
 def local_steps(router, rows, k):
-    """A site's half of a round: from the server's weights, a few steps on its own pairs, all of which are class k."""
+    """A site's half of a round: a few steps from the server's weights, on the site's own pairs, all of class k."""
     local = copy.deepcopy(router)
     optimiser = torch.optim.SGD(local.parameters(), 0.5)
     target = nn.functional.one_hot(torch.full((len(rows),), k), len(SITES)).float()
@@ -350,10 +353,10 @@ fits = [SITES[names[k]][0] == q.question_type for q, k in zip(dev, weights.argma
 say(f"router     sends {sum(fits) / len(fits):.1%} of the base policy's answers to the site of their domain")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The federation as one reward function, which is all that TRL sees of it.
+# The federation as one reward function. TRL sees nothing else of it.
 #
-# Routing is per answer and only the top site is asked (MoR, section 3.4), so one group may be judged by several sites.
-# In the package a question to a site is a message, and a site may be absent; here it is a function call.
+# The router routes each answer, and only the top site is asked (MoR, section 3.4), so several sites may judge one
+# group. In the package, a question to a site is a message and a site may be absent. Here it is a function call.
 
 asked: Counter[str] = Counter()
 
@@ -374,7 +377,7 @@ def federation(prompts, completions, completion_ids, **_):
             routed = [[said[p][g] for g in range(GROUP) if top[p, g] == k] for p in here]
             rewards[top == k] = judge.score([questions[p] for p in here], [images[p] for p in here], routed)
         asked[site] += int((top == k).sum())
-    # A completion without its end token was cut off: it is no answer, whatever its beginning would have scored.
+    # A completion without an end token was cut off. It is no answer, whatever score its beginning would get.
     end = base_processor.tokenizer.eos_token_id
     return [r if end in ids else 0.0 for r, ids in zip(rewards.flatten().tolist(), completion_ids, strict=True)]
 
@@ -382,9 +385,9 @@ def federation(prompts, completions, completion_ids, **_):
 # ----------------------------------------------------------------------------------------------------------------------
 # GRPO through the stock trainer.
 #
-# Prompts take the three types in turn: on the natural mixture four of five groups are yes/no, and the policy learns to
-# say "no". TRL's default β is 0; the method has a KL term, and needs it: without it the policy leaves the region where
-# the reward models were trained. 1e-3 as learning rate ruins the run even with a perfect reward.
+# Prompts take the three types in turn. In the natural mixture four of five groups are yes/no, and the policy learns to
+# say "no". TRL's default β is 0. The method needs its KL term: without it the policy leaves the region where the reward
+# models were trained. A learning rate of 1e-3 ruins the run even with a perfect reward.
 
 PROMPTS, GROUP = (6, 4) if QUICK else (36, 8)
 STEPS = 3 if QUICK else 200
@@ -433,8 +436,8 @@ for record in trainer.state.log_history:
 total = sum(asked.values())
 say("asked      " + "  ".join(f"{site} {count / total:.1%}" for site, count in asked.items()))
 
-# The gain on yes/no needs a doubt: a policy that never looks reaches 82 % there on the natural mixture, since most
-# answers are "no". Colour and shape have no such prior.
+# Do not trust the gain on yes/no. Most answers there are "no", so a policy that never looks at the image reaches 82 %
+# on the natural mixture. Colour and shape have no such prior.
 after = accuracy(policy, processor)
 say(f"base       {shown(before)}")
 say(f"aligned    {shown(after)}")

@@ -1,8 +1,8 @@
-"""A router and a fusion rule of one's own: plain functions, no class to inherit from and nothing to register.
+"""A router and a fusion rule of your own: plain functions, no class to inherit from and nothing to register.
 
-A router says whose judgement counts: `(prompts, images, completions) → weights [N, K]`. A fusion rule turns the sites'
-scores into rewards: `(scores [N, K], weights [N, K]) → rewards [N]`, NaN where nobody answered. Both are pure, so they
-are tested with a table of numbers; `main` does that, and needs no model.
+A router gives each site a weight: `(prompts, images, completions) → weights [N, K]`. A fusion rule turns the sites'
+scores into rewards: `(scores [N, K], weights [N, K]) → rewards [N]`, NaN where no site answered. Both are pure
+functions, so a table of numbers can test them. `main` does that, and needs no model.
 
     python examples/own_router.py
 """
@@ -29,8 +29,8 @@ def by_words(
 ) -> Tensor:
     """Route by the question's words; a question that names neither colour nor shape goes to all sites alike.
 
-    It reads the question alone, so all completions of a prompt have the same judges: what the learned router does only
-    with `scope="prompt"`.
+    This router reads the question alone, so all completions of a prompt have the same judges. The learned router does
+    so only with `scope="prompt"`.
     """
     rows = []
     for prompt, said in zip(prompts, completions, strict=True):
@@ -49,7 +49,7 @@ def most_doubtful(scores: Tensor, weights: Tensor) -> Tensor:
 
         R = min over {k : α_k > 0, R̄_k present} of R̄_k
 
-    It punishes what one reward model alone finds good, at the price of a reward that one bad judge can hold down.
+    An answer that only one reward model likes gets a low reward. The price: one bad judge can hold a reward down.
     """
     present = ~scores.isnan() & (weights > 0)
     lowest = torch.where(present, scores, torch.inf).min(dim=-1).values
@@ -94,8 +94,9 @@ def main() -> None:
     routed = FederatedReward(engine, by_words, mode="soft", missing="none")
     doubtful = with_fusion(routed)
 
-    # "what color": colour alone is asked. "tell me": all three, of which yes-no says NaN and so is absent: the mean of
-    # 2 and 1, or the lower of the two. "is it red?": yes-no alone, so nobody answered, which is None and not 0.
+    # "what color": only the site of colours is asked. "tell me": all three are asked, and yes-no is absent because it
+    # says NaN; the mixture is the mean of 2 and 1, the most doubtful the lower of the two. "is it red?": only yes-no
+    # is asked, so no site answered, and the reward is None and not 0.
     print("question            answer  mixture  most doubtful")
     for (text, said), mixed, lowest in zip(asked, routed(**rows), doubtful(**rows), strict=True):
         print(f"{text:<18}  {said:<6}  {mixed!s:<7}  {lowest!s}")

@@ -1,8 +1,8 @@
-"""A stock TRL script, into which a federation is put with one line.
+"""A stock TRL script that uses a federation, by one line.
 
-`open_reward` opens the sites' reward models and the router that `accord demo` left in its run folder, as one reward
-function. Everything else is what a user of `trl.GRPOTrainer` has anyway, with one setting to mind: TRL leaves `beta`,
-the weight of the KL term, at 0.
+`open_reward` opens the sites' reward models and the router in the run folder of `accord demo`, as one reward function.
+All other lines are those of any script with `trl.GRPOTrainer`. Mind one setting: TRL's default for `beta`, the weight
+of the KL term, is 0.
 
     accord demo                                             makes runs/demo
     python examples/stock_trl.py --run runs/demo            aligns the same base policy for some steps

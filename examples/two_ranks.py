@@ -1,9 +1,9 @@
-"""Several training processes, one federation: what each process samples is scored by the same sites.
+"""Several training processes, one federation: the same sites score the completions of every process.
 
-Under `torchrun` or `accelerate launch` every process (rank) runs this whole script and has its share of every step's
-completions. `open_reward` opens the sites in the first process alone: the questions of all leave it as one message a
-site and step, and each gets the scores of its own completions back. With any other engine it is the same:
-`FederatedReward(OneConnection(engine if rank == 0 else None, sites), router)`.
+Under `torchrun` or `accelerate launch`, every process (rank) runs this whole script and has its share of the
+completions of a step. `open_reward` opens the sites in the first process only. That process sends the questions of all
+processes as one message a site and step, and each process gets the scores of its own completions back. Any other
+engine works the same way: `FederatedReward(OneConnection(engine if rank == 0 else None, sites), router)`.
 
     accord demo                                                         makes runs/demo
     torchrun --nproc_per_node 2 examples/two_ranks.py runs/demo         two processes, on a CPU or a GPU each
@@ -39,7 +39,7 @@ def prompts(count: int) -> Dataset:
 
 
 def digest(model: torch.nn.Module) -> str:
-    """Of all weights: equal on every rank, or something went wrong."""
+    """Return a digest of all weights; it must be equal on every rank."""
     total = hashlib.sha256()
     for tensor in model.state_dict().values():
         total.update(tensor.detach().cpu().float().numpy().tobytes())
@@ -98,7 +98,7 @@ def main() -> None:
             if kind == "score":
                 print(f"{site:<10} {count.messages:>9} {count.bytes_to_site:>10} B {count.bytes_from_site:>6} B")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # the process group's threads, left to themselves, may abort a process that ends
+    trainer.accelerator.end_training()  # or the threads of the process group may abort the process at its end
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from accord.version import VERSION
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 CODE_IN_DATA = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
@@ -141,7 +143,11 @@ def test_one_version_everywhere() -> None:
     cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     released = re.search(r"^## \[(\d[^]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert cited and released
-    assert {cited[1], released[1]} == {project()["version"]}
+    assert {cited[1], released[1]} == {VERSION}
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" not in pyproject["project"] and pyproject["project"]["dynamic"] == ["version"]
+    assert pyproject["tool"]["hatch"]["version"] == {"path": "src/accord/version.py"}
+    assert [path for path in SOURCES if VERSION in path.read_text(encoding="utf-8")] == [ROOT / "src/accord/version.py"]
 
 
 def plain(requirement: str) -> str:
@@ -154,7 +160,7 @@ def test_every_dependency_has_a_reason_and_a_pin() -> None:
     table = project()
     dependencies, extras = table["dependencies"], table["optional-dependencies"]
     assert isinstance(dependencies, list) and isinstance(extras, dict)
-    wanted = {plain(each) for each in [*dependencies, *extras["flare"], *extras["dev"]]} - {"accord"}
+    wanted = {plain(each) for each in [*dependencies, *extras["flare"], *extras["dev"], *extras["docs"]]} - {"accord"}
     document = (ROOT / "docs" / "dependencies.md").read_text()
     rows = re.findall(r"^\| ([a-z0-9, -]+) \| .{10,} \|$", document, re.MULTILINE)
     assert wanted <= {name.strip() for row in rows for name in row.split(",")}
@@ -186,7 +192,8 @@ def test_every_make_command_of_the_documents_exists(document: str) -> None:
 def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
-    assert described == {"help", "setup", "demo", "test", "test-long", "lint", "format", "clean"} == targets()
+    wanted = {"help", "setup", "demo", "test", "test-long", "lint", "format", "docs", "release", "clean"}
+    assert described == wanted == targets()
 
 
 def test_ci_runs_the_tests() -> None:

@@ -42,6 +42,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
+from accord.version import VERSION
 
 if TYPE_CHECKING:
     from accord.pipeline import Job
@@ -62,6 +63,21 @@ site_app.command("check")(site_check)
 site_app.command("join")(site_join)
 site_app.command("status")(site_status)
 console = Console(stderr=True, soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"accord {VERSION}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__.split("\n")[0])
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version, and end")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 class EngineName(StrEnum):

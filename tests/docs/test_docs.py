@@ -1,6 +1,13 @@
 """The documents say what is: their code runs, their links lead somewhere, their commands, modules and tests exist.
 
-A block runs when `<!-- run -->` stands on the line before it. Python runs in an empty folder; TOML must be a recipe.
+A comment on the line before a block says what becomes of it:
+
+    run                      Python runs in an empty folder; TOML must be a recipe
+    run beside runs/demo     Python runs in a folder with the run of a demo   (tests/examples/test_examples.py)
+    run with run_folder      Python runs with that folder's path as a name    (the same)
+    not run: REASON          the block is a fragment
+
+Every block of Python has such a comment.
 """
 
 import ast
@@ -19,7 +26,12 @@ from accord.cli import app
 from accord.recipe_file import recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), ROOT / "README.md"])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("docs", "benchmarks", "recipes", ".github") for page in (ROOT / folder).rglob("*.md")),
+    ]
+)
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```", re.M | re.S)
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -48,6 +60,15 @@ def test_recipes_are_recipes(code):
     recipe_of(tomllib.loads(code))
 
 
+MARKS = {"run", "run beside runs/demo", "run with run_folder"}
+
+
+@pages
+def test_every_python_block_runs_or_says_why_not(page):
+    marks = [block["mark"] or "" for block in blocks(page, "python")]
+    assert [mark for mark in marks if mark not in MARKS and not re.fullmatch(r"not run: .{10,}", mark)] == []
+
+
 def test_there_is_something_to_run():
     assert len(of_all("python", "run")) >= 5 and of_all("toml", "run")
 
@@ -55,13 +76,15 @@ def test_there_is_something_to_run():
 @pages
 def test_every_python_block_is_python(page):
     for block in blocks(page, "python"):
-        ast.parse(block["code"].replace(", ...)", ")"))  # an ellipsis for the reader
+        ast.parse(block["code"])
 
 
 @pages
 def test_tables_of_sources_are_recipes(page):
     """A `[[questions]]` table alone becomes a recipe with one site."""
     for block in blocks(page, "toml"):
+        if (block["mark"] or "").startswith("not run: "):
+            continue
         table = tomllib.loads(block["code"])
         recipe_of({"name": "x", "sites": [{"name": "a", "checkpoint": "b"}], **table})
 
@@ -119,6 +142,8 @@ def check_accord(words):
     command = typer.main.get_command(app)
     rest = list(words)
     while hasattr(command, "commands"):
+        if rest and rest[0] in {name for parameter in command.params for name in parameter.opts}:
+            return  # accord --version
         assert rest and rest[0] in command.commands, f"accord has no command {' '.join(words)!r}"
         command = command.commands[rest.pop(0)]
     known = {name for parameter in command.params for name in parameter.opts}
@@ -152,7 +177,14 @@ def test_commands_exist(page):
 
 @pytest.mark.parametrize(
     "line",
-    ["accord fly", "accord site fly", "accord demo --fly", "make fly", "python examples/own_router.py --fly"],
+    [
+        "accord fly",
+        "accord --fly",
+        "accord site fly",
+        "accord demo --fly",
+        "make fly",
+        "python examples/own_router.py --fly",
+    ],
 )
 def test_a_command_that_does_not_exist_is_found(line):
     with pytest.raises(AssertionError):

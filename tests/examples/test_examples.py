@@ -95,6 +95,19 @@ def test_the_federation_put_together_by_hand(run_folder):
     assert by_hand(**rows) == opened(**rows)
 
 
+@pytest.mark.slow
+def test_what_the_readme_does_with_a_run(run_folder, tmp_path):
+    """Its one block of Python trains a policy against the sites of `runs/demo`, and leaves a checkpoint."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^<!-- run beside runs/demo -->\n```python\n(.*?)^```", page, re.M | re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run_folder)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "runs" / "mine").glob("checkpoint-*/model.safetensors"))
+    assert len([line for line in code.splitlines() if line]) <= 12
+
+
 def test_a_run_by_another_method_opens_no_reward(tmp_path):
     """FedGRPO's reward reads which questions a site owns: its run folder is refused before any site opens."""
     (tmp_path / "recipe.toml").write_text(
