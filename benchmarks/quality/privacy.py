@@ -12,8 +12,8 @@ untrained head, and another site's reward model. They must be at 50 %. Members a
 not a step drew them.
 
 **What the server sees of an image.** *One pair*: the worst case, the gradient of one pair, as one step of SGD on one
-pair would send. *Protocol*: a first round as the recipe has it, AdamW, several steps of many pairs; the server searches
-for all images of the first step, whose gradient has the sign of the update. "Another's" is what the reconstruction
+pair would send. *Protocol*: a first round as the recipe has it, several steps of SGD on many pairs; the server searches
+for all images of the first step, whose gradient is a part of the update. "Another's" is what the reconstruction
 from another pair's update has in common with the image: a leak is what is above it. "Features" is the cosine between
 what the encoder makes of the reconstruction and of the image, both less what it makes of the mean of public images.
 *Rounds*: an update tells its round's pairs from the site's other pairs by their gradients; 50 % would be no leak.
@@ -253,7 +253,7 @@ def states(training: LocalRouterTraining, indices: Sequence[int]) -> tuple[Tenso
 def check_drawn(
     network: RouterNetwork, training: LocalRouterTraining, update: Tensor, first: Sequence[int], site: int
 ) -> None:
-    """Make sure that `drawn` draws as the site did: AdamW's first steps have the sign of the first gradient."""
+    """Make sure that `drawn` draws as the site did: the first steps have the signs of the first gradient."""
     hidden, mask = states(training, first)
     with torch.no_grad():
         gradient = update_gradients(network, hidden.flatten(0, 1)[None], mask.flatten(0, 1)[None], site)[0]

@@ -170,6 +170,7 @@ class Recipe:
     threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
     method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
     compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
+    uses: tuple[str, ...] = ()  # methods of other packages that have tables here and are named in no `compare`
     disjoint_images: bool = True  # no image is at two sites
     dealing: Dealing | None = None  # draws the sites' mixtures of types, in place of their own domains and types
     questions: tuple[Source, ...] = (Source(),)

@@ -42,11 +42,14 @@ def recipe_of(table: Mapping[str, object]) -> Recipe:
     if isinstance(sites, list):
         table = {**table, "sites": [copy for site in sites for copy in _copies(site)]}
     compared = table.get("compare", ())
-    named = [table.get("method", "routed"), *(compared if isinstance(compared, list | tuple) else ())]
+    lists = [each for each in (compared, table.get("uses", ())) if isinstance(each, list | tuple)]
+    named = [table.get("method", "routed"), *(name for each in lists for name in each)]
     kinds = method_tables([name for name in named if isinstance(name, str)])
     own = {key: value for key, value in table.items() if key in kinds}
     recipe = build(Recipe, {key: value for key, value in table.items() if key not in own}, also=[*kinds])
-    tables = {}
+    # The settings of its own method are written out, as all others are.
+    main = find_method(recipe.method, [site.name for site in recipe.sites])
+    tables: dict[str, object] = {kind.name: kind.config() for kind in main.tables}
     for key, value in own.items():
         if not isinstance(value, Mapping):
             raise RecipeError(f"{key} must be a table, got {value!r}; write it as [{key}]")
@@ -55,11 +58,8 @@ def recipe_of(table: Mapping[str, object]) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Render a recipe as TOML from which `recipe_of` makes an equal one, all settings of its own method written out."""
-    names = [site.name for site in recipe.sites]
-    method = find_method(recipe.method, names)
-    tables = {table.name: table.of(recipe) for table in method.tables}
-    return dump_toml(replace(recipe, tables={**tables, **recipe.tables}))
+    """Render a recipe as TOML from which `recipe_of` makes an equal one."""
+    return dump_toml(recipe)
 
 
 def method_tables(names: Sequence[str]) -> dict[str, Table[DataclassInstance]]:

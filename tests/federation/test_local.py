@@ -5,7 +5,7 @@ from safetensors.torch import load
 from torch import nn, tensor
 
 from accord.errors import CheckpointError, RecipeError
-from accord.federation.local import Averaging, begin, finish, take_steps
+from accord.federation.local import Averaging, begin, finish, round_rate, take_steps
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.weights import to_bytes
 
@@ -97,6 +97,14 @@ def test_dropout_has_its_seed_and_the_process_keeps_its_own():
     first, again, other = run(3), run(3), run(4)
     assert torch.equal(torch.random.get_rng_state(), before) and not built.training
     assert first == approx(again, rel=1e-4) and first != approx(other, rel=1e-2)
+
+
+def test_the_learning_rate_of_a_round_by_hand():
+    """Half a cosine over 4 rounds: 0.1 · (1 + cos 0, π/4, π/2, 3π/4) / 2; no round has 0."""
+    half = 0.5**0.5
+    expected = [0.1, 0.05 * (1 + half), 0.05, 0.05 * (1 - half)]
+    assert [round_rate(0.1, number, 4) for number in range(4)] == approx(expected)
+    assert round_rate(0.1, 0, 1) == approx(0.1)
 
 
 @pytest.mark.parametrize("setting", ["rounds", "local_steps", "batch_size", "gradient_accumulation"])

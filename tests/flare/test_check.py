@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from accord.errors import RunError
 from accord.federation.aggregation import Aggregation
 from accord.federation.answering import question_key, write_truth
+from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.check import check_answerer, check_site, what_crosses
 from accord.flare.kit import kit_of
 from accord.flare.ledger import Entry, Running, note
@@ -145,17 +146,17 @@ def test_a_good_site(kit, site):
         assert part in text
     network = RouterNetwork(32, 2, load_recipe(site / "recipe.toml").router)
     numbers = sum(p.numel() for p in network.parameters())
-    assert f"{numbers:,} numbers, {len(network.to_bytes()) / 1024:.1f} KiB, each of 60 rounds" in text
+    sent = len(to_bytes(trainable_weights(network), bits=16))
+    assert f"{numbers:,} numbers, {sent / 1024:.1f} KiB, each of 23 rounds" in text
     assert "scores of candidate answers, standardised  " in text and "one number each, from 0 to 2" in text
 
 
 def test_in_16_bits_the_router_has_half_the_bytes(site):
     recipe = load_recipe(site / "recipe.toml")
     numbers = sum(p.numel() for p in RouterNetwork(32, 2, recipe.router).parameters())
-    narrow = replace(recipe, router=replace(recipe.router, aggregation=Aggregation(bits=16)))
+    recipes = [replace(recipe, router=replace(recipe.router, aggregation=Aggregation(bits=bits))) for bits in (32, 16)]
     amounts = [
-        {each.what: each.amount for each in what_crosses(told, site, "colour")}["router weights"]
-        for told in (recipe, narrow)
+        {each.what: each.amount for each in what_crosses(told, site, "colour")}["router weights"] for told in recipes
     ]
     sizes = [float(amount.split(", ")[-1].removesuffix(" KiB")) for amount in amounts]
     assert all(amount.startswith(f"{numbers:,} numbers, ") for amount in amounts)

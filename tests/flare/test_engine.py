@@ -410,7 +410,9 @@ def gone_shape(connection, ask):
 
 
 @pytest.mark.parametrize(
-    "script, reason", [(without_shape, "late"), (late_shape, "late"), (gone_shape, "gone")], ids=lambda x: str(x)
+    "script, reason",
+    [(without_shape, "late"), (late_shape, "late"), (gone_shape, "gone")],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_a_site_is_given_up_after_two_misses(start, jobs, script, reason):
     """It is not asked a third time, costs no more time, and takes part again once it has been heard of since."""

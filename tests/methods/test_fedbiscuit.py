@@ -7,6 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from accord.alignment.selector import (
+    Comparison,
+    Selector,
+    label_pairs,
+    letter_tokens,
+    majority,
+    selector_loss,
+    selector_prompt,
+)
 from accord.data.images import load_image
 from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.federation.engine import InProcessEngine
@@ -24,15 +33,6 @@ from accord.methods.fedbiscuit import (
 )
 from accord.models.inputs import prompt_text
 from accord.models.load import LoraSettings, load_model, seeded_adapter
-from accord.rewards.selector import (
-    Comparison,
-    Selector,
-    label_pairs,
-    letter_tokens,
-    majority,
-    selector_loss,
-    selector_prompt,
-)
 from accord.types import vqa_prompt
 
 LORA = LoraSettings(rank=4, alpha=8)

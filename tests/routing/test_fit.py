@@ -21,7 +21,8 @@ from accord.routing.fit import LocalRouterTraining, client_id_loss, fit_router
 from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
-SMALL = RouterConfig(layers=1, width=8, heads=2, rounds=2, local_steps=2, pairs_per_batch=4)
+SMALL = RouterConfig(layers=1, width=8, heads=2, rounds=2, local_steps=2, pairs_per_batch=4, aggregation=Aggregation())
+"""With the plain average, in full, so that what the sites say can be read off the weights."""
 
 
 def adding(value, examples=1, loss=1.0):
@@ -201,8 +202,28 @@ def test_the_recipe_says_how_updates_are_combined_and_travel():
     assert {tensor.dtype for request in asked for tensor in load(request.weights).values()} == {torch.float16}
 
 
-def training_request(network, seed=0, bits=32):
-    return UpdateRequest("r", "router", 0, to_bytes(trainable_weights(network), bits=bits), seed, bits=bits)
+def test_the_default_is_fedadam_at_the_server():
+    """All weights of both sites move by 1, then by −1; β₁ = 0.8, β₂ = 0.95, τ = 10⁻⁵, η = 0.003.
+
+    m = 0.2, v = 0.95 τ² + 0.05: 0.003 · 0.2 / (√0.05 + τ) = 0.0026832. Then m = 0.16 − 0.2 = −0.04 and
+    v = 0.0475 + 0.05 = 0.0975: 0.003 · −0.04 / (√0.0975 + τ) = −0.00038430. How far a site goes does not matter.
+    """
+    steps = [0.003 * 0.2 / (math.sqrt(0.05) + 1e-5), -0.003 * 0.04 / (math.sqrt(0.0975) + 1e-5)]
+    assert steps == [approx(0.0026832, abs=1e-7), approx(-0.00038430, abs=1e-8)]
+
+    def site(request):
+        return adding(-1.0 if request.round else 1.0)(request)
+
+    start = trainable_weights(fit({"a": adding(0.0), "b": adding(0.0)})[1])
+    default = replace(SMALL, aggregation=RouterConfig().aggregation)
+    engine, network = fit({"a": site, "b": site}, default)
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(weight, start[name] + sum(steps), atol=1e-6, rtol=0)
+    assert {request.bits for asked in engine.asked for request in asked.values()} == {16}
+
+
+def training_request(network, seed=0, bits=32, number=0):
+    return UpdateRequest("r", "router", number, to_bytes(trainable_weights(network), bits=bits), seed, bits=bits)
 
 
 def test_local_training_starts_from_what_it_is_sent(encoder, prefer):
@@ -226,16 +247,18 @@ def test_local_training_starts_from_what_it_is_sent(encoder, prefer):
 
 
 def test_a_change_is_the_way_from_the_weights_that_were_sent(encoder, prefer):
-    """One step of AdamW, whose first one is −lr · sign(g) where |g| is far above ε: ±lr where anything moves.
+    """Logits are 0, so the gradient of the head's bias is (σ(0) − e) / K = (1/4, −1/4), whatever the pairs.
 
-    The head's bias has no weight decay to speak of at 0: it goes towards site 1's output and away from the other.
+    One step of SGD: η = 1/2 in round 0 of 2, 1/2 · (1 + cos π/2) / 2 = 1/4 in round 1: ∓1/8, then ∓1/16.
     """
     network = RouterNetwork(32, 2, SMALL)
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
     config = replace(SMALL, local_steps=1, learning_rate=0.5)
-    reply = LocalRouterTraining(encoder, [prefer(0)], 1, 2, config)(training_request(network))
-    assert load(reply.change)["head.bias"].tolist() == approx([-0.5, 0.5], abs=1e-5)
+    training = LocalRouterTraining(encoder, [prefer(0)], 1, 2, config)
+    for number, way in ((0, 1 / 8), (1, 1 / 16)):
+        reply = training(training_request(network, number=number))
+        assert load(reply.change)["head.bias"].tolist() == approx([-way, way], abs=1e-6)
 
 
 def test_a_change_in_16_bits_is_that_in_32_rounded(encoder, prefer):
@@ -289,7 +312,9 @@ def test_the_first_local_loss(encoder, prefer):
 
 def test_two_sites_of_different_questions_are_told_apart(encoder, prefer, square):
     """Red squares here, questions about numbers there; each site trains on its own pairs only."""
-    config = replace(SMALL, rounds=6, local_steps=4, learning_rate=1e-2)
+    config = replace(
+        SMALL, rounds=6, local_steps=4, aggregation=replace(RouterConfig().aggregation, learning_rate=1e-2)
+    )
     here = [prefer(n, "red", "blue") for n in range(4)]
     there = [
         prefer(n, "two", "one", prompt=vqa_prompt("how many squares?"), images=(square("green"),)) for n in range(4)

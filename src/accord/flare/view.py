@@ -107,7 +107,8 @@ def look(folder: Path) -> Glance:
     lengths = stages_planned(folder)
     begun = [stage_of(record) for record in records[-1:]]  # a stage run alone is in no plan
     current = next((stage for stage in [*lengths, *begun] if stage not in seconds), "")
-    reached = [record.get("step") for record in records if stage_of(record) == current]
+    own = [record for record in records if stage_of(record) == current]
+    reached = [record.get(name) for record in own for name in ("step", "round")]
     trained = [row for row in read_metrics(metrics) if row.reward is not None]
     return Glance(
         folder,

@@ -84,7 +84,7 @@ def _imported(name: str) -> Method:
         return found
     if not callable(found):
         raise RecipeError(f"{name!r} is a {type(found).__name__}; a method is a Method or a function (job, stage)")
-    return Method(found, f"{name}", needs=frozenset({"sites", "router"}))
+    return Method(found, name, needs=frozenset({"sites", "router"}), asks=mor.asks)
 
 
 def check_names(recipe: Recipe) -> Recipe:

@@ -12,7 +12,7 @@ Only selectors travel, LoRA adapters of the public base, and for regrouping one 
 
 Source: Wu et al. 2024, arXiv 2407.03038, and its code: regrouping is its balanced greedy assignment. Differs: all sites
 take part in every round (theirs are 5 to 10 of 53 to 200), updates count by n_k (theirs equally), and question types
-come equally often. What a selector is, and how several vote, is in `accord.rewards.selector`.
+come equally often. What a selector is, and how several vote, is in `accord.alignment.selector`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from accord.alignment.dpo import AdapterDpo
+from accord.alignment.selector import Comparison, Selector, Weights, label_pairs, selector_loss
 from accord.data.images import load_if_any
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
@@ -45,7 +46,6 @@ from accord.models.finetune import SYMMETRIES, transform
 from accord.models.generate import answer
 from accord.models.load import LoraSettings, Processor, load_model, seeded_adapter
 from accord.progress import ProgressBarCallback
-from accord.rewards.selector import Comparison, Selector, Weights, label_pairs, selector_loss
 from accord.stages.alignment import Aligned
 from accord.stages.job import Job
 from accord.stages.sites import site_pairs

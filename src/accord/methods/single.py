@@ -17,12 +17,15 @@ import torch
 from accord.alignment.reward import FederatedReward, Group
 from accord.data.images import image_bytes, load_if_any
 from accord.data.sampling import sample_questions
+from accord.federation.engine import Engine
+from accord.federation.messages import ScoreRange
 from accord.methods.method import Method, Need, by_reward
 from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, run_grpo
 from accord.stages.job import Job
 from accord.stages.routing import RandomRouter, constant_router
-from accord.stages.sites import common_answers
+from accord.stages.sites import common_answers, open_federation
+from accord.stages.traffic import asked_once
 from accord.types import prompt_of
 
 SITES: Final[frozenset[Need]] = frozenset({"sites"})
@@ -46,7 +49,7 @@ def _one_hot(job: Job, k: int) -> list[float]:
     return [float(i == k) for i in range(len(job.recipe.sites))]
 
 
-def best_site(job: Job) -> int:
+def best_site(job: Job, engine: Engine | None = None) -> int:
     """Return the index of the site that most often scores right answers to dev questions above all others.
 
     Sites that are other organisations' send clipped scores only; there an answer that ties with the right one counts
@@ -55,8 +58,8 @@ def best_site(job: Job) -> int:
     asked = sample_questions(job.questions["dev"], QUESTIONS, seed=0)
     vocabulary = common_answers(asked, VOCABULARY)
     count = len(job.recipe.sites)
-    scores = job.recipe.scores if job.engine is not None else None
-    reward = federated_reward(job, constant_router([1 / count] * count), mode="soft", scores=scores)
+    scores = _scores(job)
+    reward = federated_reward(job, constant_router([1 / count] * count), mode="soft", scores=scores, engine=engine)
     hits: dict[str, list[list[float]]] = defaultdict(list)  # by question type, [n][K]
     for start in range(0, len(asked), AT_ONCE):
         questions = asked[start : start + AT_ONCE]
@@ -76,11 +79,16 @@ def best_site(job: Job) -> int:
 
 
 def best_site_reward(job: Job) -> FederatedReward:
-    """Let the best site judge everything; it is chosen once a run."""
-    kept = job.kept("best-site.txt", after="site")
-    if not kept.is_file():
-        write_atomic(kept, f"{best_site(job)}\n")
+    """Let the best site judge everything; the sites are asked once a run, and every user counts the bytes."""
+    kept = job.kept("best-site", after="site") / "chosen.txt"
+    engine = open_federation(job, scores=_scores(job))
+    asked_once(job, engine, kept, lambda: write_atomic(kept, f"{best_site(job, engine)}\n"))
     return one_site(job, int(kept.read_text()))
+
+
+def _scores(job: Job) -> ScoreRange | None:
+    """Return the range of the scores that sites are compared by; none, where unclipped ones may be asked for."""
+    return job.recipe.scores if job.engine is not None else None
 
 
 def random_site(job: Job, stage: str) -> Aligned:

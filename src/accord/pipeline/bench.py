@@ -33,7 +33,7 @@ import torch
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import count_correct, question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
-from accord.methods import check_names, needed
+from accord.methods import check_names, find_method, needed
 from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, write_table
 from accord.pipeline.comparison import arm_file, compare
@@ -82,7 +82,8 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
         if any(other.recipe.name == recipe.name for other in grid):
             raise RecipeError(f"two recipes are called {recipe.name!r} and would share a folder; rename one")
         for seed in seeds:
-            own = replace(recipe, seed=seed, compare=())
+            foreign = [name for name in recipe.compare if ":" in name and find_method(name, ()).tables]
+            own = replace(recipe, seed=seed, compare=(), uses=tuple(dict.fromkeys([*recipe.uses, *foreign])))
             chosen = tuple(dict.fromkeys(recipe.compare))
             grid.append(SeedRun(file, own, out / recipe.name / str(seed), chosen))
     return grid
@@ -153,10 +154,9 @@ def _same(stored: Path, recipe: Recipe) -> bool:
     """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default."""
     try:
         kept = load_recipe(stored)
-        names = {*kept.tables, *recipe.tables}
-        tables = method_tables([])
-        alike = all(tables[name].of(kept) == tables[name].of(recipe) for name in names if name in tables)
-        return alike and replace(kept, tables={}) == replace(recipe, tables={})
+        tables = method_tables([*kept.uses, *recipe.uses])
+        alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
+        return alike and replace(kept, tables={}, uses=()) == replace(recipe, tables={}, uses=())
     except RecipeError:
         return False
 

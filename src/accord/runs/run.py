@@ -341,6 +341,8 @@ def _foreign(folder: Path) -> list[str]:
         found.remove(board.name)
     # Without our manifest a recipe is the user's own file.
     ours = {"manifest.json", *_BEGINNING} if "manifest.json" in found else set()
+    if stages_done(folder):
+        ours.discard("stages.json")
     return [] if found <= ours | {"run.lock"} else sorted(found - {"manifest.json", "run.lock"})
 
 
