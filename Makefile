@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 RELEASE := build/release
-COVERAGE := 90
+COVERAGE := 96
 SOURCES := src tests $(wildcard examples benchmarks docs)
 
 # What the caller's shell sets for another Python must not leak into this one.
@@ -30,7 +30,7 @@ test: lint ## check style and types, then run every test that is quick
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 \
 		--cov=accord --cov-report= --cov-fail-under=$(COVERAGE)
 
-test-long: setup ## the tests that take minutes: runs and sites killed many times
+test-long: setup ## the tests that take minutes: killed runs, sites and servers; variants of methods; the deployment guide
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
 
 lint: setup ## check style and types

@@ -4,7 +4,7 @@
 
 Each folder is a run whose sites and router are trained, one seed each. Routers that learn do so from 200 questions of
 the `base` split; ranked are the pairs of 300 questions of the `dev` split, of every type, also those no site holds.
-A cell is the mean over the runs ± the sample standard deviation, in percent.
+A cell is the mean over the runs ± half its 95 % t-interval, in percent.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pairwise_ranking import RankingRow, ranking_table
 from transformers.utils import logging
 
 from accord.data.sampling import sample_questions
+from accord.evaluation.intervals import half_width
 from accord.methods.gates import public_anchors
 from accord.recipe_file import load_recipe
 from accord.routing.anchors import collect
@@ -89,8 +90,8 @@ def main(folders: list[str]) -> None:
 
 
 def cell(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
+    half = half_width(values)
+    return f"{100 * statistics.mean(values):.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,23 @@ def measured(opened):
     return measure
 
 
-@pytest.mark.parametrize("arm", [*METHODS, "site shape", "local colour"])
+VARIANTS = {
+    *("routed-soft", "routed-prompt", "routed-raw", "routed-kl-0", "routed-kl-0.005", "routed-kl-0.08"),
+    *("mor-raw", "mor-opposite", "mor-quantile", "mor-random-feedback", "trimmed-mean", "minimum", "pessimistic"),
+    *("fedgrpo-all", "fedgrpo-reward-random", "fedgrpo-reward-all", "fedgrpo-literal", "fedgrpo-halves"),
+    *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
+    *("fedgrpo-reward", "fedit-fedprox"),
+}
+"""Methods that differ from another by a setting alone: with `make test-long`. A new method is not among them."""
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        *(pytest.param(arm, marks=pytest.mark.long) if arm in VARIANTS else arm for arm in METHODS),
+        *("site shape", "local colour"),
+    ],
+)
 def test_a_method_gives_a_policy_and_counts_its_bytes(folder, measured, arm):
     """Every question is answered; what is asked of sites is counted both ways, and what asks none sends nothing.
 

@@ -199,6 +199,7 @@ def job_processes(wire, name):
     return [line for line in lines if "nvflare" in line]
 
 
+@pytest.mark.long
 def test_a_site_that_is_killed_three_times_takes_part_again(asking):
     """T24: its whole process tree, with SIGKILL. Nobody touches the server; no reply is counted twice."""
     chance = random.Random(24)

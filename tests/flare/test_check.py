@@ -167,7 +167,16 @@ def test_what_leaves_is_what_the_messages_can_hold(site):
     """Every reply of a site stands in the table: scores, router weights with n and loss, the card, a refusal."""
     crossings = what_crosses(load_recipe(site / "recipe.toml"), site, "colour")
     leaving = " ".join(crossing.what for crossing in crossings if crossing.way == "leaves")
-    for word in ("scores", "router weights", "number of pairs", "loss", "counts", "ranking", "one word"):
+    for word in (
+        "scores",
+        "change in the router's weights",
+        "number of pairs",
+        "steps",
+        "loss",
+        "counts",
+        "ranking",
+        "one word",
+    ):
         assert word in leaving
     staying = " ".join(crossing.what for crossing in crossings if crossing.way == "stays")
     assert leaving.count("image") == leaving.count("which of the server's images the site has not") == 1

@@ -37,6 +37,7 @@ def await_step(consortium, run, name, step, seconds=240):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(consortium, recipe, in_process, tmp_path):
     """SIGKILL at a seeded moment within a step, twice; once more resumed, the run loses FLARE's server.
 

@@ -40,7 +40,8 @@ def ranked(job, ask, monkeypatch, llava):
 
     def open_sites(**by_site):
         engine = InProcessEngine({name: site(shares) for name, shares in by_site.items()})
-        monkeypatch.setattr(alignment, "open_federation", lambda job, **settings: engine)
+        for module in (alignment, single):
+            monkeypatch.setattr(module, "open_federation", lambda job, **settings: engine)
         return engine
 
     return open_sites
@@ -87,7 +88,7 @@ def test_the_best_site_is_chosen_once(job, ranked):
     for _ in range(2):
         reward = best_site_reward(job)
         assert reward.router([[]], [None], [["x"]]).tolist() == [[0.0, 1.0]]
-        assert (job.path / "kept" / "site" / "best-site.txt").read_text() == "1\n"
+        assert (job.path / "kept" / "site" / "best-site" / "chosen.txt").read_text() == "1\n"
         ranked(a=dict.fromkeys(KINDS, 0.8), b=dict.fromkeys(KINDS, 0.2))
     with job.doing("site a"):
         pass

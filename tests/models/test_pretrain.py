@@ -172,7 +172,7 @@ def test_shipped_checkpoints_take_their_own_chat_template(family, dev):
     assert inputs["input_ids"].shape[0] == 1 and inputs["pixel_values"].isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_command_still_makes_the_shipped_checkpoint(dev, monkeypatch, capsys, tmp_path):
     """The shipped files come from `accord pretrain` and nothing else.

@@ -324,7 +324,6 @@ def align(
         log: receives one record per step, and one per point of the curve.
         callbacks: further trainer callbacks, such as a progress bar.
         resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.runs.checkpoints`).
-
         encoder: what the reward's router reads completions with, if it does. Where it is the same model as the
             reference it is handed what the reference has computed.
 

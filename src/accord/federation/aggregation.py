@@ -17,9 +17,10 @@
     trimmed-mean     the same without the b largest and b smallest of each        the same
     geometric-median argmin_z Σ_k p_k ‖Δ_k − z‖, by smoothed Weiszfeld steps      Pillutla et al. 2022, arXiv 1912.13445
 
-The first moments of Adam, Yogi and AMSGrad start at 0 and the second at τ², as in Reddi et al.; nothing is corrected
-for bias. Median and trimmed mean give all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD change a
-site's local steps, and are in `accord.methods.fedit`.
+The division by S_k is not Wang et al.'s: it lets sites work unequally, as in arXiv 2501.09946, whose formulas are not
+public. The first moments of Adam, Yogi and AMSGrad start at 0 and the second at τ², as in Reddi et al.; nothing is
+corrected for bias. Median and trimmed mean give all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD
+change a site's local steps, and are in `accord.methods.fedit`.
 """
 
 from __future__ import annotations

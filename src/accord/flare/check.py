@@ -309,9 +309,11 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         *owned,
         *([answers] if answers.way == "leaves" else []),
         Crossing(
-            "leaves", "router weights after training on the pairs", f"{router}, each of {recipe.router.rounds} rounds"
+            "leaves",
+            "what its pairs change in the router's weights",
+            f"{router}, each of {recipe.router.rounds} rounds",
         ),
-        Crossing("leaves", "number of pairs the router saw, mean loss", "two numbers a round"),
+        Crossing("leaves", "number of pairs the router saw, steps, mean loss", "three numbers a round"),
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
         Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),
