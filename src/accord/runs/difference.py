@@ -1,0 +1,41 @@
+"""Name the first setting in which two recipes differ."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+
+
+def first_difference(old: str, new: str) -> str | None:
+    """Name the first setting in which two recipes differ; comments and layout do not count."""
+    try:
+        before, after = dict(_flat(tomllib.loads(old))), dict(_flat(tomllib.loads(new)))
+    except tomllib.TOMLDecodeError:
+        return None if old == new else _first_line(old, new)
+    for key in [*before, *(key for key in after if key not in before)]:
+        if key not in after:
+            return f"{key} was {before[key]} and is now left out"
+        if key not in before:
+            return f"{key} was left out and is now {after[key]}"
+        if before[key] != after[key]:
+            return f"{key} was {before[key]} and is now {after[key]}"
+    return None
+
+
+def _first_line(old: str, new: str) -> str:
+    before, after = old.splitlines(), new.splitlines()
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after))
+    )
+    return f"line {same + 1} was {''.join(before[same : same + 1])!r} and is now {''.join(after[same : same + 1])!r}"
+
+
+def _flat(value: object, place: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{place}.{key}" if place else key)
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        for index, item in enumerate(value):
+            yield from _flat(item, f"{place}[{index}]")
+    else:
+        yield place, repr(value)

@@ -1,0 +1,33 @@
+"""Hold a run's folder for one process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from accord.errors import RunError
+from accord.runs.atomic import cannot_write
+
+
+def locked(folder: Path) -> int:
+    """Return a file descriptor that holds the folder's lock; the system frees the lock however this process ends."""
+    path = folder / "run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(descriptor)
+        raise RunError(f"{folder} is in use by {holder}; wait until it ends, or pass another --out") from error
+    except OSError as error:
+        os.close(descriptor)
+        raise cannot_write(path, error) from error
+    return descriptor
