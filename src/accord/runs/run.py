@@ -14,25 +14,10 @@ Files and model folders appear whole or not at all: they are written beside thei
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import glob
-import importlib.metadata
-import json
-import math
-import numbers
 import os
-import platform
-import resource
 import shutil
-import socket
-import subprocess
-import sys
-import threading
 import time
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -324,7 +309,9 @@ def stages_planned(folder: Path) -> dict[str, int]:
     path = folder / "stages.json"
     planned = read_json(path).get("planned", {}) if path.exists() else {}
     if not isinstance(planned, dict) or not all(isinstance(steps, int) for steps in planned.values()):
-        raise RunError(f"{path} must map the names of stages to steps under 'planned', got {planned!r}; remove the file")
+        raise RunError(
+            f"{path} must map the names of stages to steps under 'planned', got {planned!r}; remove the file"
+        )
     return planned
 
 
