@@ -191,6 +191,7 @@ def _plain(value: object) -> object:
 
 
 def to_json(value: Mapping[str, object]) -> str:
+    """Return a record as indented JSON; NaN and infinity become null."""
     return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
 
 
@@ -206,6 +207,7 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def cannot_write(path: Path, error: BaseException) -> RunError:
+    """Return the error that says why `path` cannot be written, and what to do."""
     if not _disk_is_full(error):
         return RunError(
             f"{path} cannot be written: {error}; check the folder and its permissions, or pass another --out"
@@ -221,12 +223,18 @@ def cannot_write(path: Path, error: BaseException) -> RunError:
 
 
 def finished_lines(path: Path) -> list[bytes]:
+    """Return the whole lines of a file; none where it is absent."""
     if not path.exists():
         return []
     return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def parse_line(path: Path, number: int, line: bytes) -> dict[str, object]:
+    """Return the record in a line of a JSON-lines file.
+
+    Raises:
+        RunError: it is none; the message names file and line.
+    """
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -237,6 +245,11 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, object]:
 
 
 def read_json(path: Path) -> dict[str, object]:
+    """Return the record in a JSON file.
+
+    Raises:
+        RunError: the file cannot be read, or holds none.
+    """
     try:
         return parse_line(path, 1, path.read_bytes())
     except (RunError, OSError) as error:

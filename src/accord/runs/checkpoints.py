@@ -10,8 +10,9 @@
 A manifest appears once everything it names is on disk, so a folder is sealed whole or not at all. An older checkpoint
 goes only after a newer one is sealed: at every moment the last `count` sealed ones are there to fall back on.
 
-The hashes show damage, not malice: a process that can write into the folder can write its manifest too. Checkpoints are read
-by the process that wrote them, or its successor, from their own run folder; nothing that comes from a site is one.
+The hashes show damage, not malice: a process that can write into the folder can write its manifest too. Checkpoints
+are read by the process that wrote them, or its successor, from their own run folder; nothing that comes from a site is
+one.
 """
 
 from __future__ import annotations

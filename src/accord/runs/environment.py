@@ -19,6 +19,7 @@ def peak_memory_bytes() -> int:
 
 
 def environment() -> dict[str, object]:
+    """Return the time, the versions, the machine and the commit, for a run's manifest."""
     return {
         "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "versions": {name: _version(name) for name in ("accord", "torch", "transformers", "trl")},
