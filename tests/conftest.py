@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; read when the hub's client is imported
@@ -74,6 +74,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfi
         model.save_pretrained(folder / family)
         processor.save_pretrained(folder / family)
     return {family: str(folder / family) for family in FAMILIES}
+
+
+@pytest.fixture
+def ranks_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No other worker starts processes of torch.distributed meanwhile: two launchers may choose one port."""
+    with (tmp_path_factory.getbasetemp().parent / "ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(params=FAMILIES)

@@ -55,6 +55,7 @@ def test_stock_trl(run_folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ranks_alone")
 def test_two_ranks(run_folder):
     """Every rank ends with the same weights; a site gets at most one message a step, and no answer lacks a score."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

@@ -295,6 +295,7 @@ end(before=before, after=after, given=Kept.given, absent=absent, counts=counts)
 """
 
 
+@pytest.mark.usefixtures("ranks_alone")
 @pytest.mark.slow
 def test_two_ranks_train_one_policy(tmp_path, llava):
     """Two steps of one prompt a rank: each site sees one message a step, which holds what either rank sampled."""
