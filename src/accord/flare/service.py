@@ -10,7 +10,6 @@ by bit. A line of the ledger (`accord.flare.ledger`) is written before a reply l
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -49,7 +48,7 @@ from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_r
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
 from accord.routing.fit import LocalRouterTraining
-from accord.runs import Run
+from accord.runs import Run, stages_done
 from accord.stages.job import Job
 from accord.stages.sites import open_site, router_training, site_pairs
 
@@ -92,9 +91,7 @@ def read_site_folder(folder: Path, name: str) -> Recipe:
         raise RunError(f"{folder} holds no run (no recipe.toml); make one with `accord site train RECIPE {name} --out`")
     recipe = load_recipe(folder / "recipe.toml")
     alone(recipe, name).site(name)
-    stages = folder / "stages.json"
-    done = stages.read_text(encoding="utf-8") if stages.is_file() else ""
-    if json.dumps(f"site {name}") not in done or not (folder / "sites" / name / "reward").is_dir():
+    if f"site {name}" not in stages_done(folder) or not (folder / "sites" / name / "reward").is_dir():
         raise RunError(
             f"{folder} has no finished reward model of site {name}; "
             f"make it with `accord site train {folder / 'recipe.toml'} {name} --out {folder}`"

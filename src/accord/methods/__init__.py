@@ -78,7 +78,7 @@ def _imported(name: str) -> Method:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module of somebody else's may fail in any way
         raise RecipeError(f"the method {name!r} cannot be imported: {error}; correct the name") from error
     if isinstance(found, Method):
         return found

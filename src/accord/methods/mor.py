@@ -97,7 +97,12 @@ def opened_online(folder: Path, recipe: Recipe, encoder: Encoder) -> Router:
 
 
 def _offline(
-    make: Callable[[Job], FederatedReward], about: str, *, kl: float | None = None, many: bool = False
+    make: Callable[[Job], FederatedReward],
+    about: str,
+    *,
+    kl: float | None = None,
+    many: bool = False,
+    as_the_recipe: bool = False,
 ) -> Method:
     return Method(
         by_reward(make, kl=kl, reads=lambda job: job.encoder),
@@ -105,7 +110,7 @@ def _offline(
         needs=NEEDS,
         asks=(lambda recipe: len(recipe.sites)) if many else asks,
         reward=make,
-        opened=opened,
+        opened=opened if as_the_recipe else None,
     )
 
 
@@ -125,14 +130,16 @@ def _online(
 
 
 METHODS: Final = {
-    "routed": _offline(routed, "the site with the largest weight of the client-id router, per completion"),
+    "routed": _offline(
+        routed, "the site with the largest weight of the client-id router, per completion", as_the_recipe=True
+    ),
     "routed-soft": _offline(partial(routed, mode="soft"), "all sites, mixed by its weights", many=True),
     "routed-prompt": _offline(partial(routed, scope="prompt"), "one site for all completions of a prompt"),
     "routed-unclipped": _offline(routed_unclipped, "as routed, by scores that the sites do not clip"),
     "routed-raw": _offline(partial(routed_unclipped, standardised=False), "as routed, by raw scores"),
-    "routed-kl-0": _offline(routed, "as routed, without the KL term", kl=0.0),
-    "routed-kl-0.005": _offline(routed, "as routed, KL weight 0.005", kl=0.005),
-    "routed-kl-0.08": _offline(routed, "as routed, KL weight 0.08", kl=0.08),
+    "routed-kl-0": _offline(routed, "as routed, without the KL term", kl=0.0, as_the_recipe=True),
+    "routed-kl-0.005": _offline(routed, "as routed, KL weight 0.005", kl=0.005, as_the_recipe=True),
+    "routed-kl-0.08": _offline(routed, "as routed, KL weight 0.08", kl=0.08, as_the_recipe=True),
     "mor": _online(lambda job: LossSign(), "Thompson sampling, told whether the GRPO loss did not rise"),
     "mor-raw": _online(
         lambda job: LossSign(),
