@@ -20,6 +20,7 @@ from accord.alignment.feedback import AnchorChange, LossSign, OnlineUpdate, Quan
 from accord.alignment.reward import FederatedReward, Mode, Scope
 from accord.data.preferences import build_preferences
 from accord.data.sampling import sample_questions
+from accord.errors import DataError
 from accord.methods.method import Method, Need, Role, Table, by_reward
 from accord.models.encoder import Encoder
 from accord.recipe import Recipe
@@ -75,7 +76,9 @@ def _online_reward(job: Job, router: OnlineRouter) -> FederatedReward:
 
 def anchor_change(job: Job) -> AnchorChange:
     """Return the signal of 256 of the server's labelled questions, which MoR itself does not read."""
-    asked = sample_questions(job.questions["base"], 256, seed=0)
+    if not (labelled := job.questions.get("base", [])):
+        raise DataError("no question has the split 'base', which the anchors are made of; give the source some")
+    asked = sample_questions(labelled, 256, seed=0)
     pairs = build_preferences(asked, rejected_per_question=1, generator=random.Random(0))
     return AnchorChange(job.policy[1], pairs)
 

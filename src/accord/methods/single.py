@@ -17,6 +17,7 @@ import torch
 from accord.alignment.reward import FederatedReward, Group
 from accord.data.images import image_bytes, load_if_any
 from accord.data.sampling import sample_questions
+from accord.errors import DataError
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreRange
 from accord.methods.method import Method, Need, by_reward
@@ -99,6 +100,8 @@ def random_site(job: Job, stage: str) -> Aligned:
 
 def local(job: Job, stage: str, site: str) -> Aligned:
     """Let a site align the base by itself: its own reward model, its own questions, nothing crosses a border."""
+    if not job.private[site]:
+        raise DataError(f"site {site} has no private questions to align on; give it some, or leave out 'local {site}'")
     reward = one_site(job, _index(job, site))
     model, processor = run_grpo(job, stage, reward, questions=job.private[site])
     job.traffic.counts.clear()
