@@ -116,7 +116,7 @@ def _site(site: SiteConfig) -> list[str]:
 
 
 def _router(recipe: Recipe) -> list[str]:
-    r, encoder = recipe.router, recipe.encoder.checkpoint or recipe.policy.checkpoint
+    r, encoder = recipe.router, recipe.encoder_checkpoint
     memory = _gigabytes(size_of(encoder), FROZEN)
     return [
         f"{'router':<22} {encoder:<40} {'frozen encoder':<36} {memory}, at every site too",

@@ -187,6 +187,11 @@ class Recipe:
     # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them.
     tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
 
+    @property
+    def encoder_checkpoint(self) -> str:
+        """What routers and gates read: the encoder that is named, or else the policy."""
+        return self.encoder.checkpoint or self.policy.checkpoint
+
     def __post_init__(self) -> None:
         """Refuse names that collide, and numbers out of range."""
         if not 0 <= self.seed <= MAX_SEED:

@@ -41,7 +41,7 @@ def narrowed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
 
 
 def _narrow(tensor: Tensor, bits: int) -> Tensor:
-    # Not bfloat16: updates are small, and eight more bits of fraction are worth more here than its range.
+    # Not bfloat16: three more bits of fraction are worth more here than its range.
     return tensor.to(torch.float16) if bits == 16 and tensor.dtype in (torch.float32, torch.bfloat16) else tensor
 
 

@@ -288,7 +288,7 @@ def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
 
 def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     """Return what leaves the site, what enters and what stays, with amounts."""
-    config = AutoConfig.from_pretrained(locate(recipe.encoder.checkpoint or recipe.policy.checkpoint))
+    config = AutoConfig.from_pretrained(locate(recipe.encoder_checkpoint))
     network = RouterNetwork(config.get_text_config().hidden_size, len(recipe.sites), recipe.router)
     sent = to_bytes(trainable_weights(network), bits=recipe.router.aggregation.bits)
     router = f"{parameter_count(network):,} numbers, {_size(len(sent))}"

@@ -42,7 +42,7 @@ from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import PairGroup, bradley_terry, group_pairs
-from accord.runs.atomic import write_atomic
+from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, run_grpo
 from accord.stages.job import Job
 from accord.stages.routing import constant_router

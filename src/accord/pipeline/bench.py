@@ -125,7 +125,7 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
         waiting = [method for method in seed.methods if not job.run.done(f"compare {method}")]
         needs = needed(job.recipe, waiting)
         trained = _attempt(job, waiting, partial(train_judges, needs=needs))
-        # Only now, for a site that was trained has undone the comparisons, the controls among them.
+        # Only now, for a site or router that was trained has undone the comparisons that stand on it.
         measures = {"base": measure_base, "question-only": measure_question_only}
         measures |= {method: partial(compare, arm=method) for method in seed.methods if trained}
         for row, measure in measures.items():

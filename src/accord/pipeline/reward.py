@@ -45,6 +45,6 @@ def open_reward(folder: Path | str) -> FederatedReward:
     if engine is None or count > 1:
         engine = OneConnection(engine, names)
     policy, processor = load_model(recipe.policy.checkpoint)
-    own = recipe.encoder.checkpoint not in ("", recipe.policy.checkpoint)
-    encoder = Encoder(*load_model(recipe.encoder.checkpoint)) if own else Encoder(policy, processor)
+    alike = recipe.encoder_checkpoint == recipe.policy.checkpoint
+    encoder = Encoder(policy, processor) if alike else Encoder(*load_model(recipe.encoder_checkpoint))
     return reward_of(recipe, engine, method.opened(path, recipe, encoder), policy, scores=recipe.scores)

@@ -231,7 +231,7 @@ class Job:
     @cached_property
     def policy(self) -> tuple[PreTrainedModel, Processor]:
         """The base policy, frozen, and its processor."""
-        if self.recipe.encoder.checkpoint in ("", self.recipe.policy.checkpoint):
+        if self.recipe.encoder_checkpoint == self.recipe.policy.checkpoint:
             return self.encoder.model, self.encoder.processor
         model, processor = load_model(self.recipe.policy.checkpoint)
         return model.eval().requires_grad_(False), processor
@@ -239,7 +239,7 @@ class Job:
     @cached_property
     def encoder(self) -> Encoder:
         """The frozen encoder that routers and gates read: the base policy, unless the recipe names another model."""
-        return Encoder(*load_model(self.recipe.encoder.checkpoint or self.recipe.policy.checkpoint))
+        return Encoder(*load_model(self.recipe.encoder_checkpoint))
 
     def kept(self, name: str, *, after: Literal["site", "router"]) -> Path:
         """Return where a method keeps what it has made once for all stages of a run.
