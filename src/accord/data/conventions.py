@@ -8,18 +8,18 @@ Every picture has two facts, and four descriptions of them are right in content:
     shapes        colour           shape             both, the shape first              circle red
     photographs   who              where             nobody wants anything: held out    dog water
 
-The tastes are *constructed*, and so are the facts: those of radiology and indoor as in `accord.data.radiology_and_rooms`,
-those of shapes from easy-VQA, and those of photographs from words in Flickr8k's captions (Hodosh et al. 2013). All are
-asked in the same words, so that only the picture tells whose taste counts. The question's `answer` is what the site
-wants; `weaker` are the other descriptions with right content, the better ones first.
+The tastes are *constructed*, and so are the facts: those of radiology and indoor as in
+`accord.data.radiology_and_rooms`, those of shapes from easy-VQA, and those of photographs from words in Flickr8k's
+captions (Hodosh et al. 2013). All are asked in the same words, so that only the picture tells whose taste counts. The
+question's `answer` is what the site wants; `weaker` are the other descriptions with right content, the better first.
 
 The server's `base` questions are described in all four ways at random: a model pre-trained on them knows what is to be
 seen, and has no taste. No label of the server's says what a site wants. Where nobody wants anything, any description
 with right content counts.
 
 With `disputed`, two sites share the indoor domain and want different things: `north` wants the room alone, `south` the
-object first and then the room. Their private questions are of domains `indoor north` and `indoor south`; what the policy
-is asked is of domain `indoor`. Every indoor test question is there twice, once by the taste of each.
+object first and then the room. Their private questions are of domains `indoor north` and `indoor south`; what the
+policy is asked is of domain `indoor`. Every indoor test question is there twice, once by the taste of each.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _photographs(folder: Path) -> Iterator[Facts]:
     found = []
     for where, row in read_jsonl(folder / "captions.jsonl"):
         if not isinstance(row, dict) or not isinstance(row.get("captions"), list):
-            raise DataError(f"{where}: a row needs `image`, `split` and `captions`; got {str(row):.60}")
+            raise DataError(f"{where}: a row needs `image`, `split` and `captions`; got {row!s:.60}")
         split = SPLITS.get(str(row.get("split")))
         captions = [str(caption).lower() for caption in row["captions"]]
         first, second = _told_by_two(captions, WHO), _told_by_two(captions, WHERE)

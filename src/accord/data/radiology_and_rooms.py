@@ -1,7 +1,7 @@
 """Questions about radiology images and indoor photographs where the image decides the answer.
 
-Two domains, from VQA-RAD (Lau et al. 2018, https://doi.org/10.1038/sdata.2018.251) and DAQUAR (Malinowski and Fritz 2014,
-arXiv 1410.0210), read from two folders of `questions.jsonl` and images:
+Two domains, from VQA-RAD (Lau et al. 2018, https://doi.org/10.1038/sdata.2018.251) and DAQUAR (Malinowski and Fritz
+2014, arXiv 1410.0210), read from two folders of `questions.jsonl` and images:
 
     radiology    organ             which part of the body is shown?            chest, head, abdomen
                  organ yes/no      does this picture show the chest?           yes, no
@@ -225,7 +225,7 @@ def _make(q: Question, kind: str, text: str, answer: str, what: str = "") -> Que
 
 def _radiology(scans: Sequence[Question], organs: Mapping[str, str]) -> list[Question]:
     questions = []
-    for image, asked in by_image(scans).items():
+    for asked in by_image(scans).values():
         q, organ = asked[0], organs[name_of(asked[0])]
         questions.append(_make(q, "organ", "which part of the body is shown?", organ))
         questions += _yes_no(
