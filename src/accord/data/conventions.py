@@ -13,9 +13,9 @@ The tastes are *constructed*, and so are the facts: those of radiology and indoo
 captions (Hodosh et al. 2013). All are asked in the same words, so that only the picture tells whose taste counts. The
 question's `answer` is what the site wants; `weaker` are the other descriptions with right content, the better first.
 
-The server's `base` questions are described in all four ways at random: a model pre-trained on them knows what is to be
-seen, and has no taste. No label of the server's says what a site wants. Where nobody wants anything, any description
-with right content counts.
+The server's `base` pictures are described in all four ways: a model pre-trained on them knows what is to be seen, and
+has no taste. No label of the server's says what a site wants. Where nobody wants anything, any description with right
+content counts.
 
 With `disputed`, two sites share the indoor domain and want different things: `north` wants the room alone, `south` the
 object first and then the room. Their private questions are of domains `indoor north` and `indoor south`; what the
@@ -107,29 +107,33 @@ class Facts:
         """The image's file name, by which draws are made."""
         return Path(str(self.image)).name
 
-    def asked(self, want: Form | None, kind: str = "") -> Question:
-        """Return the question with its answers in the order of a taste; without a taste, all forms are as good.
+    def asked(self, answer: Form, *, taste: bool, kind: str = "", name: str = "") -> Question:
+        """Return the question.
 
-        The form that is wanted comes first, then what tells both facts in another order, then parts of it.
+        Args:
+            answer: the form of its answer.
+            taste: that form is wanted; next comes what tells both facts in another order, then parts of it. Otherwise
+                all forms are as good.
+            kind: its type, the domain by default.
+            name: what tells it from other questions about this picture.
         """
-        drawn = FORMS[int(uniform("form", 0, self.domain, self.name) * len(FORMS))]
-        forms = sorted(FORMS, key=lambda form: (form != (want or drawn), -len(form)))
+        forms = sorted(FORMS, key=lambda form: (form != answer, -len(form)))
         best, *others = (self.told(form) for form in forms)
         return Question(
-            id=f"{kind or self.domain}-{self.split}-{Path(self.name).stem}".replace(" ", "-"),
+            id="-".join([kind or self.domain, self.split, Path(self.name).stem, name]).strip("-").replace(" ", "-"),
             image=self.image,
             text=WORDING,
             answer=best,
             question_type=kind or self.domain,
             split=self.split,
             domain=self.domain,
-            references=() if want else tuple(others),
-            weaker=tuple(others) if want else (),
+            references=() if taste else tuple(others),
+            weaker=tuple(others) if taste else (),
         )
 
 
 def load_conventions(root: Path | str, *, disputed: bool = False) -> list[Question]:
-    """Return the questions: one a picture, its type its domain.
+    """Return the questions: one a picture, its type its domain; four of a `base` picture, one for each form.
 
     Args:
         root: the folder that holds `vqa_rad`, `daquar` and `flickr8k`; easy-VQA comes from its package.
@@ -140,18 +144,23 @@ def load_conventions(root: Path | str, *, disputed: bool = False) -> list[Questi
     """
     folder = Path(root)
     found = [*_scans(folder / "vqa_rad"), *_rooms(folder / "daquar"), *_shapes(), *_photographs(folder / "flickr8k")]
-    questions = []
-    for facts in found:
-        want = None if facts.split == "base" else WANTED.get(facts.domain)
-        if not disputed or facts.domain != "indoor" or facts.split == "base":
-            questions.append(facts.asked(want))
-        elif facts.split == "private":
-            north = uniform("north", 0, facts.name) < 0.5
-            own = replace(facts, domain="indoor north" if north else "indoor south")
-            questions.append(replace(own.asked(want if north else SOUTH), question_type="indoor"))
-        else:
-            questions += [facts.asked(want, "indoor, north's taste"), facts.asked(SOUTH, "indoor, south's taste")]
-    return questions
+    return [q for facts in found for q in _asked(facts, disputed=disputed)]
+
+
+def _asked(facts: Facts, *, disputed: bool) -> Iterator[Question]:
+    if facts.split == "base":
+        yield from (facts.asked(form, taste=False, name=form) for form in FORMS)
+    elif facts.domain not in WANTED:
+        yield facts.asked("first second", taste=False)
+    elif not disputed or facts.domain != "indoor":
+        yield facts.asked(WANTED[facts.domain], taste=True)
+    elif facts.split == "private":
+        north = uniform("north", 0, facts.name) < 0.5
+        own = replace(facts, domain="indoor north" if north else "indoor south")
+        yield own.asked(WANTED["indoor"] if north else SOUTH, taste=True, kind="indoor")
+    else:
+        yield facts.asked(WANTED["indoor"], taste=True, kind="indoor, north's taste")
+        yield facts.asked(SOUTH, taste=True, kind="indoor, south's taste")
 
 
 def _scans(folder: Path) -> Iterator[Facts]:

@@ -24,6 +24,7 @@ policy knows which answers there are, and not which is right.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +84,9 @@ TYPES: Final = ("organ", "organ yes/no", "modality", "modality yes/no", "room", 
 LONGEST_ANSWER: Final = 40
 """Characters of a written answer; longer ones are left out."""
 
+WRITTEN: Final = {"base": 0, "dev": 40, "test": 250}
+"""How many written questions of each domain are taken, 0 for all; no site is dealt any, and GRPO asks none."""
+
 
 def load_radiology_and_rooms(
     root: Path | str, *, labels: float = 0.1, exposure: bool = False, written: bool = True
@@ -110,7 +114,7 @@ def load_radiology_and_rooms(
     for q in [*constructed, *people]:
         if q.split != "base" or (q.domain == "indoor" and uniform("labels", 0, name_of(q)) < labels):
             kept.append(q)
-        elif q.domain == "radiology" and for_dev(q):
+        elif q.question_type in TYPES and q.domain == "radiology" and for_dev(q):
             kept.append(replace(q, split="dev"))
     if exposure:
         unknown = [q for q in constructed if q.split == "base" and q.domain == "radiology" and not for_dev(q)]
@@ -265,8 +269,10 @@ def _indoor(rooms: Sequence[Question]) -> list[Question]:
 
 
 def _written(questions: Sequence[Question], kind: str) -> list[Question]:
+    """Return what people asked, as many of each split as is said, drawn by their ids."""
+    drawn = sorted((q for q in questions if len(q.answer) < LONGEST_ANSWER), key=lambda q: uniform(kind, 0, q.id))
     return [
         replace(q, id=f"written-{q.id}", text=q.text.lower(), question_type=kind)
-        for q in questions
-        if len(q.answer) < LONGEST_ANSWER
+        for split, most in WRITTEN.items()
+        for q in itertools.islice((q for q in drawn if q.split == split), most or None)
     ]
