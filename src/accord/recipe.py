@@ -33,7 +33,7 @@ MAX_SEED = 4_294_966
 class Source:
     """Where questions come from."""
 
-    kind: Literal["easy-vqa", "arithmetic", "folder", "huggingface"] = "easy-vqa"
+    kind: Literal["easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "folder", "huggingface"] = "easy-vqa"
     path: str = ""  # of the folder, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
@@ -48,12 +48,18 @@ class Source:
     fine_types: bool = False  # of easy-vqa: two types of yes/no questions, about the colour and about the shape
     compositions: bool = False  # of easy-vqa: types of their own for the colour of triangles, the shape of red and teal
     slips: float = 0.0  # of arithmetic: share of base questions with a common mistake for an answer, to pretrain on
+    labels: float = (
+        0.1  # of radiology-and-rooms: share of indoor base photographs whose questions the server can answer
+    )
+    exposure: bool = False  # of radiology-and-rooms: base questions answered at random, to pretrain on
+    disputed: bool = False  # of conventions: two sites share the indoor domain, and want different things
 
     def __post_init__(self) -> None:
         """Refuse a source without its path, and a share that is none."""
-        if not 0 <= self.slips <= 1:
-            raise RecipeError(f"slips must be in [0, 1], got {self.slips}; correct it")
-        if self.kind in ("folder", "huggingface") and not self.path:
+        for name, share in (("slips", self.slips), ("labels", self.labels)):
+            if not 0 <= share <= 1:
+                raise RecipeError(f"{name} must be in [0, 1], got {share}; correct it")
+        if self.kind not in ("easy-vqa", "arithmetic") and not self.path:
             raise RecipeError(f'a source of kind {self.kind!r} needs a path, got none; add path = "…"')
 
 
@@ -125,10 +131,11 @@ class Preferences:
     rejected_per_question: int = 7
     policy_samples: int = 4  # answers drawn from the base policy per question
     mix: NegativeMix = NegativeMix()
+    judged: bool = False  # pairs of the policy's answers alone, of which a simulated annotator prefers one
 
     def __post_init__(self) -> None:
         """Refuse counts that leave no pair."""
-        check_least(self, rejected_per_question=1, policy_samples=0)
+        check_least(self, rejected_per_question=1, policy_samples=2 if self.judged else 0)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class Question:
     question_type: str
     split: str
     domain: str = ""
+    references: tuple[str, ...] = ()  # further answers, as good as `answer`
+    weaker: tuple[str, ...] = ()  # answers that are not as good, the better ones first; any other is worse than these
 
     @property
     def subject(self) -> Subject:

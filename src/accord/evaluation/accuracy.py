@@ -17,12 +17,17 @@ from accord.types import Question
 
 
 def count_correct(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return `{question type: (right answers, questions)}` by exact match of normalised text."""
+    """Return `{question type: (right answers, questions)}` by exact match of normalised text with any reference."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for question, given in zip(questions, answers, strict=True):
-        counts[question.question_type][0] += normalise_answer(given) == normalise_answer(question.answer)
+        counts[question.question_type][0] += normalise_answer(given) in right_answers(question)
         counts[question.question_type][1] += 1
     return {name: (right, total) for name, (right, total) in sorted(counts.items())}
+
+
+def right_answers(question: Question) -> set[str]:
+    """Return the normalised answers that count as right."""
+    return {normalise_answer(text) for text in (question.answer, *question.references)}
 
 
 def question_only(known: Sequence[Question], asked: Sequence[Question]) -> list[str]:

@@ -15,9 +15,11 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from accord.data.arithmetic import load_arithmetic
+from accord.data.conventions import load_conventions
 from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
 from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
+from accord.data.radiology_and_rooms import load_radiology_and_rooms
 from accord.data.sampling import sample_questions
 from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RunError
@@ -89,6 +91,10 @@ def read_source(source: Source) -> list[Question]:
         return load_easy_vqa(fine_types=source.fine_types, compositions=source.compositions)
     if source.kind == "arithmetic":
         return load_arithmetic(slips=source.slips)
+    if source.kind == "radiology-and-rooms":
+        return load_radiology_and_rooms(source.path, labels=source.labels, exposure=source.exposure)
+    if source.kind == "conventions":
+        return load_conventions(source.path, disputed=source.disputed)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
     return read_vqa_dataset(

@@ -15,6 +15,7 @@ import msgspec
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from accord.data.judged import judge_samples
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
 from accord.data.questions import uniform
 from accord.data.sites import check_disjoint
@@ -127,6 +128,8 @@ def construct_pairs(
 ) -> list[PreferencePair]:
     """Construct pairs from questions with reference answers and from what the base policy says to them.
 
+    With `preferences.judged` an annotator prefers one of what it said to another, and nothing else makes a pair.
+
     Args:
         recipe: how many, and by which mix.
         policy: opens the base policy and its processor, where the recipe asks for samples of it.
@@ -147,11 +150,16 @@ def construct_pairs(
             batch_size=recipe.alignment.questions_at_once,
             on_batch=on_batch,
         )
+    samples = {q.id: texts for q, texts in zip(questions, said, strict=True)}
+    if settings.judged:
+        return judge_samples(
+            questions, samples, rejected_per_answer=settings.rejected_per_question, generator=random.Random(seed)
+        )
     return build_preferences(
         questions,
         rejected_per_question=settings.rejected_per_question,
         generator=random.Random(seed),
-        policy_samples={q.id: texts for q, texts in zip(questions, said, strict=True)},
+        policy_samples=samples,
         answers_by_type=_answers_by_type(known),
         mix=settings.mix,
     )

@@ -1,0 +1,222 @@
+"""A world where sites differ by taste: each wants a picture described in its own way, and no label tells which.
+
+Every picture has two facts, and four descriptions of them are right in content:
+
+    domain        first fact       second fact       what its site wants                example
+    radiology     modality         organ             both, the modality first           x-ray chest
+    indoor        room             an object in it   the room alone                     kitchen
+    shapes        colour           shape             both, the shape first              circle red
+    photographs   who              where             nobody wants anything: held out    dog water
+
+The tastes are *constructed*, and so are the facts: those of radiology and indoor as in
+`accord.data.radiology_and_rooms`, those of shapes from easy-VQA, and those of photographs from words in Flickr8k's
+captions (Hodosh et al. 2013). All are asked in the same words, so that only the picture tells whose taste counts. The
+question's `answer` is what the site wants; `weaker` are the other descriptions with right content, the better first.
+
+The server's `base` questions are described in all four ways at random: a model pre-trained on them knows what is to be
+seen, and has no taste. No label of the server's says what a site wants. Where nobody wants anything, any description
+with right content counts.
+
+With `disputed`, two sites share the indoor domain and want different things: `north` wants the room alone, `south` the
+object first and then the room. Their private questions are of domains `indoor north` and `indoor south`; what the
+policy is asked is of domain `indoor`. Every indoor test question is there twice, once by the taste of each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+
+from accord.data.easy_vqa import COLOURS, SHAPES, load_easy_vqa
+from accord.data.questions import read_vqa_folder, uniform
+from accord.data.radiology_and_rooms import (
+    OBJECTS,
+    by_image,
+    for_dev,
+    mentions,
+    modality_of,
+    organs_of,
+    rooms_of,
+    what_is_said,
+)
+from accord.data.rows import read_jsonl
+from accord.errors import DataError
+from accord.types import ImageSource, Question
+
+Form: TypeAlias = Literal["first second", "second first", "first", "second"]
+FORMS: Final[tuple[Form, ...]] = ("first second", "second first", "first", "second")
+
+WANTED: Final[dict[str, Form]] = {"radiology": "first second", "indoor": "first", "shapes": "second first"}
+"""What the site of each domain wants."""
+
+SOUTH: Final[Form] = "second first"
+"""What the second site of a disputed indoor domain wants."""
+
+WORDING: Final = "describe the picture."
+
+WHO: Final = {
+    "dog": ("dog", "dogs", "puppy"),
+    "child": ("child", "children", "boy", "girl", "kid", "kids", "baby", "toddler", "boys", "girls"),
+    "man": ("man", "men", "guy"),
+    "woman": ("woman", "women", "lady"),
+}
+WHERE: Final = {
+    "water": ("water", "pool", "ocean", "lake", "river", "sea", "wave", "waves", "beach"),
+    "snow": ("snow", "snowy", "ski", "skiing", "snowboard", "snowboarder", "ice"),
+    "grass": ("grass", "grassy", "lawn", "field"),
+    "street": ("street", "road", "sidewalk", "city", "car", "cars"),
+}
+"""The facts of a photograph, each with the words of a caption that tell it; at least two captions must."""
+
+SPLITS: Final = {"base": "base", "public": "public", "pretrain": "dev", "caption-test": "test"}
+"""What a split of Flickr8k is here; no site holds photographs."""
+
+SOME: Final = {"base": 400, "public": 0, "dev": 60, "test": 150}
+"""How many photographs of each split are taken: it is a held-out domain, and GRPO does not ask about it."""
+
+SHAPES_TAKEN: Final = {"base": 300, "private": 300, "public": 150, "dev": 60, "test": 150}
+"""How many pictures of easy-VQA, about as many as there are of the other domains."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is to be seen in a picture."""
+
+    image: ImageSource
+    first: str
+    second: str
+    domain: str
+    split: str
+
+    def told(self, form: Form) -> str:
+        """Return the description of that form."""
+        return {
+            "first second": f"{self.first} {self.second}",
+            "second first": f"{self.second} {self.first}",
+            "first": self.first,
+            "second": self.second,
+        }[form]
+
+    @property
+    def name(self) -> str:
+        """The image's file name, by which draws are made."""
+        return Path(str(self.image)).name
+
+    def asked(self, want: Form | None, kind: str = "") -> Question:
+        """Return the question with its answers in the order of a taste; without a taste, all forms are as good.
+
+        The form that is wanted comes first, then what tells both facts in another order, then parts of it.
+        """
+        drawn = FORMS[int(uniform("form", 0, self.domain, self.name) * len(FORMS))]
+        forms = sorted(FORMS, key=lambda form: (form != (want or drawn), -len(form)))
+        best, *others = (self.told(form) for form in forms)
+        return Question(
+            id=f"{kind or self.domain}-{self.split}-{Path(self.name).stem}".replace(" ", "-"),
+            image=self.image,
+            text=WORDING,
+            answer=best,
+            question_type=kind or self.domain,
+            split=self.split,
+            domain=self.domain,
+            references=() if want else tuple(others),
+            weaker=tuple(others) if want else (),
+        )
+
+
+def load_conventions(root: Path | str, *, disputed: bool = False) -> list[Question]:
+    """Return the questions: one a picture, its type its domain.
+
+    Args:
+        root: the folder that holds `vqa_rad`, `daquar` and `flickr8k`; easy-VQA comes from its package.
+        disputed: two sites share the indoor domain.
+
+    Raises:
+        DataError: a folder or a field is missing, or easy-VQA is not installed.
+    """
+    folder = Path(root)
+    found = [*_scans(folder / "vqa_rad"), *_rooms(folder / "daquar"), *_shapes(), *_photographs(folder / "flickr8k")]
+    questions = []
+    for facts in found:
+        want = None if facts.split == "base" else WANTED.get(facts.domain)
+        if not disputed or facts.domain != "indoor" or facts.split == "base":
+            questions.append(facts.asked(want))
+        elif facts.split == "private":
+            north = uniform("north", 0, facts.name) < 0.5
+            own = replace(facts, domain="indoor north" if north else "indoor south")
+            questions.append(replace(own.asked(want if north else SOUTH), question_type="indoor"))
+        else:
+            questions += [facts.asked(want, "indoor, north's taste"), facts.asked(SOUTH, "indoor, south's taste")]
+    return questions
+
+
+def _scans(folder: Path) -> Iterator[Facts]:
+    organs = organs_of(folder)
+    for image, asked in by_image(read_vqa_folder(folder)).items():
+        organ = organs[Path(str(image)).name]
+        if modality := modality_of(organ, asked):
+            yield Facts(image, modality, organ, "radiology", "dev" if for_dev(asked[0]) else asked[0].split)
+
+
+def _rooms(folder: Path) -> Iterator[Facts]:
+    questions = read_vqa_folder(folder)
+    said, splits = what_is_said(questions), {q.image: q.split for q in questions}
+    for image, room in rooms_of(said).items():
+        there = [name for name, words in OBJECTS.items() if mentions(said[image], words)]
+        if there:  # of several, one is drawn: the commonest would be a bed in every bedroom
+            drawn = there[int(uniform("object", 0, Path(str(image)).name) * len(there))]
+            yield Facts(image, room, drawn, "indoor", splits[image])
+
+
+def _shapes() -> Iterator[Facts]:
+    told: dict[ImageSource, dict[str, str]] = defaultdict(dict)
+    splits: dict[ImageSource, str] = {}
+    for q in load_easy_vqa():
+        assert q.image is not None
+        splits[q.image] = q.split
+        if q.answer in COLOURS:
+            told[q.image]["colour"] = q.answer
+        if q.answer in SHAPES:
+            told[q.image]["shape"] = q.answer
+    both = [
+        Facts(image, facts["colour"], facts["shape"], "shapes", splits[image])
+        for image, facts in told.items()
+        if len(facts) == 2
+    ]
+    yield from _some(both, SHAPES_TAKEN)
+
+
+def _photographs(folder: Path) -> Iterator[Facts]:
+    found = []
+    for where, row in read_jsonl(folder / "captions.jsonl"):
+        if not isinstance(row, dict) or not isinstance(row.get("captions"), list):
+            raise DataError(f"{where}: a row needs `image`, `split` and `captions`; got {row!s:.60}")
+        split = SPLITS.get(str(row.get("split")))
+        captions = [str(caption).lower() for caption in row["captions"]]
+        first, second = _told_by_two(captions, WHO), _told_by_two(captions, WHERE)
+        if split and first and second:
+            found.append(Facts(folder / "images" / Path(str(row["image"])).name, first, second, "photographs", split))
+    yield from _some(found, SOME)
+
+
+def _told_by_two(captions: Sequence[str], words: dict[str, tuple[str, ...]]) -> str | None:
+    """Return the fact that at least two captions tell, and none tells another; None if there is none."""
+    counts = {name: sum(any(_has(c, word) for word in those) for c in captions) for name, those in words.items()}
+    told = [name for name, count in counts.items() if count]
+    return told[0] if len(told) == 1 and counts[told[0]] > 1 else None
+
+
+def _has(caption: str, word: str) -> bool:
+    return re.search(rf"\b{word}\b", caption) is not None
+
+
+def _some(facts: Iterable[Facts], most: dict[str, int]) -> Iterator[Facts]:
+    """Take as many of every split as is said, drawn by the pictures' names."""
+    by_split: dict[str, list[Facts]] = defaultdict(list)
+    for each in sorted(facts, key=lambda f: uniform(f"some {f.domain}", 0, f.split, f.name)):
+        by_split[each.split].append(each)
+    return itertools.chain.from_iterable(itertools.islice(by_split[split], n) for split, n in most.items())
