@@ -13,6 +13,7 @@ from accord.pipeline import evaluation
 from accord.pipeline.evaluation import _summary
 from accord.routing.competence import ConfidenceGraph, save_graph
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
+from accord.runs import write_atomic
 
 CHECKPOINT = "accord/idefics3"
 
@@ -62,6 +63,21 @@ def test_a_method_with_sites_and_no_router_says_so(summarise):
     assert summarise("fedgrpo", **sites).router is None
     router = summarise("mor", **sites).router
     assert (router.rounds, router.accuracy) == (RouterConfig().rounds, 0.5)
+
+
+def test_sites_that_only_a_compared_method_needs_are_told(job, summarise):
+    """FedIT needs no reward model, and the compared routing does: the cards are asked for; its router is not the run's.
+
+    The router sent 7 bytes and the alignment 5 to site a: 5 are FedIT's.
+    """
+    for stage, size in (("router", 7), ("align", 5)):
+        write_atomic(job.path / "traffic" / f"{stage}.json", json.dumps([["a", stage, 1, size, 0, 0]]))
+    sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}) for name in "ab"}
+    job.recipe = replace(job.recipe, compare=("routed",))
+    summary = summarise("fedit-fedavg", **sites)
+    assert [site.architecture for site in summary.sites] == ["Llava", "Llava"] and summary.router is None
+    assert summary.bytes == {"a": {"to_site": 5, "from_site": 0}}
+    assert summarise("routed", **sites).bytes == {"a": {"to_site": 12, "from_site": 0}}
 
 
 def test_who_is_good_at_what_is_told_where_it_was_measured(job, summarise):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from accord.evaluation.accuracy import count_correct
 from accord.evaluation.summary import Accuracy, accuracy
+from accord.evaluation.table import CONTROLS
 from accord.federation.engine import Traffic
 from accord.methods import find_method
+from accord.recipe import Recipe
 from accord.runs import commit, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job
@@ -35,10 +37,18 @@ def compare(job: Job, arm: str) -> None:
             name: count_correct(questions, greedy(model, processor, questions, job.recipe))
             for name, questions in (("dev", job.questions["dev"]), ("test", job.evaluated))
         }
-        measured = {**counts, "traffic": sent, "seconds": round(time.monotonic() - began, 1), "commit": commit()}
+        seconds = round(time.monotonic() - began, 1)
+        measured = {**counts, **role_noted(job.recipe, arm), "traffic": sent, "seconds": seconds, "commit": commit()}
         write_atomic(arm_file(job.path, arm), json.dumps(measured, indent=2) + "\n")
     # Not before the stage is done: killed in between, it would have every step to do again.
     shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)
+
+
+def role_noted(recipe: Recipe, arm: str) -> dict[str, str]:
+    """Return the method's place in a table as its file notes it; nothing for what is no method, a bench's controls."""
+    if arm in CONTROLS:
+        return {}
+    return {"role": find_method(arm, [site.name for site in recipe.sites]).role}
 
 
 def arm_file(run: Path, arm: str) -> Path:

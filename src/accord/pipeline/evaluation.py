@@ -31,7 +31,7 @@ from accord.evaluation.summary import (
 )
 from accord.federation.engine import Traffic
 from accord.federation.messages import Absence, Card, CardRequest, check_card
-from accord.methods import find_method
+from accord.methods import find_method, needed
 from accord.methods.method import Method
 from accord.models.generate import answer
 from accord.models.load import load_model, parameter_count, tokenizer_of
@@ -103,10 +103,11 @@ def _summary(
     by_type: dict[str, list[Tensor]] = defaultdict(list)
     for q, row in zip(job.evaluated, [] if weights is None else weights, strict=weights is not None):
         by_type[q.question_type].append(row)
-    cards = _cards(job, names) if "sites" in method.needs else {}
+    trained = "sites" in needed(recipe, [recipe.method, *recipe.compare])
+    cards = _cards(job, names) if trained else {}
     sites, constructed = [], False
     for config in recipe.sites:
-        card = cards.get(config.name, ABSENT if "sites" in method.needs else NO_MODEL)
+        card = cards.get(config.name, ABSENT if trained else NO_MODEL)
         constructed = constructed or card.constructed
         macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else None
         sites.append(
@@ -122,7 +123,8 @@ def _summary(
         )
     manifest = json.loads((job.path / "manifest.json").read_text())
     policy, _ = job.policy
-    load_all_traffic(job)
+    # A router that was trained for compared methods alone is in their bytes.
+    load_all_traffic(job, but=() if "router" in method.needs else ("router",))
     evaluation = EvaluationSummary(
         base=measured["base"],
         aligned=measured["aligned"],
