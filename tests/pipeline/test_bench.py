@@ -105,6 +105,20 @@ def test_every_cell_is_measured_once(recipe, tmp_path, did):
     assert not (folder / "failed.txt").exists()
 
 
+def test_the_controls_are_measured_question_by_question(recipe, tmp_path, did):
+    """One test question a type, about a picture each; the base is asked again with the pictures swapped."""
+    bench(grid(recipe, tmp_path, seeds=1))
+    folder = tmp_path / "bench" / "small" / "0"
+    base, alone = (json.loads(arm_file(folder, row).read_text()) for row in ("base", "question-only"))
+    assert base["outcomes"] == {"colour": [0], "number": [0]} and base["shuffled"] == {
+        "colour": [0, 1],
+        "number": [0, 1],
+    }
+    assert alone["outcomes"] == {"colour": [1], "number": [1]} and "shuffled" not in alone
+    asked = json.loads((folder / "compare" / "questions.json").read_text())
+    assert asked == {"colour": [["squares-6", 0]], "number": [["squares-7", 1]]}
+
+
 def test_whatever_is_dealt_is_held(recipe, tmp_path, did):
     """The one site's drawn mixture is all one type, but it is dealt all there is: no type is held out."""
     table = tomllib.loads(recipe.read_text())

@@ -113,3 +113,21 @@ def test_a_card_that_must_not_be_shown(summarise):
     with pytest.warns(DataWarning, match="did not describe itself"):
         summary = summarise(a=lambda request: bad, b=lambda request: bad)
     assert {site.architecture for site in summary.sites} == {"unknown, the site was away"}
+
+
+def test_any_checkpoint_is_measured_clustered_by_image(square, monkeypatch, tmp_path):
+    """A policy that says red, asked twice about each of two pictures: both answers right, and one.
+
+    The moves (y - 3/4) / 4 are 2/16 and -2/16 by image, SE² = 2 · 2/64 = 1/16: .75 ± 1.96/4, cut to 26.0 to 100 %.
+    """
+    rows = [{"id": str(n), "image": f"{n // 2}.png", "answer": "blue" if n == 3 else "red"} for n in range(4)]
+    for n, colour in enumerate(("red", "blue")):
+        (tmp_path / f"{n}.png").write_bytes(square(colour, (32, 32 + n)))
+    lines = [json.dumps({**row, "question": "colour?", "question_type": "colour", "split": "test"}) for row in rows]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(evaluation, "load_model", lambda checkpoint: (None, None))
+    monkeypatch.setattr(evaluation, "tokenizer_of", lambda processor: lambda text: {"input_ids": [0]})
+    monkeypatch.setattr(evaluation, "answer", lambda model, processor, asked, **_: [["red"] for _ in asked])
+    text = evaluation.evaluate_checkpoint("any", str(tmp_path), "test", limit=0, quiet=True)
+    assert "| macro | 4 | 75.0% (26.0% to 100.0%) | 75.0% |" in text
+    assert text.endswith("by text where there is no image: 4 questions in 2 clusters.")

@@ -31,19 +31,18 @@ from typing import cast
 import torch
 
 from accord.errors import AccordError, RecipeError, RunError
-from accord.evaluation.accuracy import count_correct, question_only
+from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
 from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, write_table
-from accord.pipeline.comparison import arm_file, compare, role_noted
+from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
 from accord.stages.routing import train_router, train_sites
-from accord.types import Question
 
 
 @dataclass(frozen=True)
@@ -202,19 +201,16 @@ def measure_question_only(job: Job) -> None:
     base = job.questions.get("base", [])
     known = {"dev": base, "test": [*base, *job.questions["dev"]]}
     with job.doing("compare question-only", needs=()):
-        _note(job, "question-only", lambda asked, split: question_only(known[split], asked))
+        _note(job, "question-only", lambda asked, split: question_only(known[split], asked), looks=False)
 
 
-def _note(job: Job, row: str, answers: Callable[[Sequence[Question], str], list[str]]) -> None:
+def _note(job: Job, row: str, ask: Ask, *, looks: bool = True) -> None:
     began = time.monotonic()
-    measured: dict[str, object] = {
-        split: count_correct(asked, answers(asked, split))
-        for split, asked in (("dev", job.questions["dev"]), ("test", job.evaluated))
-    }
+    measured = measure(job, ask)
     dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
     in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
     measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), "in_domain": in_domain}
-    write_atomic(arm_file(job.path, row), json.dumps(measured, indent=2) + "\n")
+    write_arm(job, row, {**measured, **(with_other_images(job, ask) if looks else {})})
 
 
 class _Progress:
