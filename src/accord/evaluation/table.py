@@ -39,6 +39,7 @@ class Cell:
     bytes_from_sites: int = 0
     seconds: float = 0.0
     failed: str = ""  # why
+    role: str = "competes"  # its place in a table, as a method says it of itself
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,19 +31,18 @@ from typing import cast
 import torch
 
 from accord.errors import AccordError, RecipeError, RunError
-from accord.evaluation.accuracy import count_correct, question_only
+from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
 from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, write_table
-from accord.pipeline.comparison import arm_file, compare
+from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
 from accord.stages.routing import train_router, train_sites
-from accord.types import Question
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,10 @@ def bench(
 def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], object] = lambda: None) -> None:
     """Measure the cells of one seed that are not measured; sites and router are trained if a method needs them."""
     with _open(seed, bars=bars) as job:
-        waiting = [method for method in seed.methods if not job.run.done(f"compare {method}")]
-        needs = needed(job.recipe, waiting)
-        trained = _attempt(job, waiting, partial(train_judges, needs=needs))
+        failed = _train_judges(job, seed.methods)
         # Only now, for a site or router that was trained has undone the comparisons that stand on it.
         measures = {"base": measure_base, "question-only": measure_question_only}
-        measures |= {method: partial(compare, arm=method) for method in seed.methods if trained}
+        measures |= {method: partial(compare, arm=method) for method in seed.methods if method not in failed}
         for row, measure in measures.items():
             if not job.run.done(f"compare {row}"):
                 _attempt(job, [row], measure)
@@ -151,34 +148,45 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
 
 
 def _same(stored: Path, recipe: Recipe) -> bool:
-    """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default."""
+    """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default.
+
+    Its `method` may be another: no cell is aligned by it.
+    """
     try:
         kept = load_recipe(stored)
-        tables = method_tables([*kept.uses, *recipe.uses])
+        tables = method_tables([kept.method, recipe.method, *kept.uses, *recipe.uses])
         alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
-        return alike and replace(kept, tables={}, uses=()) == replace(recipe, tables={}, uses=())
+        return alike and replace(kept, tables={}, uses=(), method=recipe.method) == replace(recipe, tables={}, uses=())
     except RecipeError:
         return False
 
 
+def _train_judges(job: Job, methods: Sequence[str]) -> set[str]:
+    """Train what waiting methods need and is not trained: sites first, then the router; return whom a failure stops."""
+    stopped: set[str] = set()
+    for need, train in (("sites", train_sites), ("router", _train_router_once)):
+        rows = [row for row in methods if row not in stopped and need in needed(job.recipe, [row])]
+        if not all(job.run.done(f"compare {row}") for row in rows) and not _attempt(job, rows, train):
+            stopped |= set(rows)
+    return stopped
+
+
+def _train_router_once(job: Job) -> None:
+    if not job.run.done("router"):
+        train_router(job)
+
+
 def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> bool:
-    """Do a stage that these rows need; return whether it succeeded, and note why not."""
+    """Do a stage that these rows need; return whether it succeeded, and note why not for those not measured."""
     try:
         stage(job)
     except AccordError as error:
         for row in rows:
-            noted = {"method": row, "error": str(error)}
-            write_atomic(failure_file(job.path, row), json.dumps(noted) + "\n")
+            if not job.run.done(f"compare {row}"):
+                noted = {"method": row, "error": str(error), **role_noted(job.recipe, row)}
+                write_atomic(failure_file(job.path, row), json.dumps(noted) + "\n")
         return False
     return True
-
-
-def train_judges(job: Job, *, needs: Collection[str]) -> None:
-    """Train what these methods need and is not trained: sites first, then the router."""
-    if "sites" in needs:
-        train_sites(job)
-    if "router" in needs and not job.run.done("router"):
-        train_router(job)
 
 
 def measure_base(job: Job) -> None:
@@ -193,19 +201,16 @@ def measure_question_only(job: Job) -> None:
     base = job.questions.get("base", [])
     known = {"dev": base, "test": [*base, *job.questions["dev"]]}
     with job.doing("compare question-only", needs=()):
-        _note(job, "question-only", lambda asked, split: question_only(known[split], asked))
+        _note(job, "question-only", lambda asked, split: question_only(known[split], asked), looks=False)
 
 
-def _note(job: Job, row: str, answers: Callable[[Sequence[Question], str], list[str]]) -> None:
+def _note(job: Job, row: str, ask: Ask, *, looks: bool = True) -> None:
     began = time.monotonic()
-    measured: dict[str, object] = {
-        split: count_correct(asked, answers(asked, split))
-        for split, asked in (("dev", job.questions["dev"]), ("test", job.evaluated))
-    }
+    measured = measure(job, ask)
     dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
     in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
     measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), "in_domain": in_domain}
-    write_atomic(arm_file(job.path, row), json.dumps(measured, indent=2) + "\n")
+    write_arm(job, row, {**measured, **(with_other_images(job, ask) if looks else {})})
 
 
 class _Progress:
@@ -245,11 +250,19 @@ class _Progress:
         for seed in self.grid:
             rows = [row for row in seed.rows if (seed.folder, row) not in self.told]
             unfinished += bool(rows)
-            before = [*(f"site {site.name}" for site in seed.recipe.sites), "router"] if rows else []
-            done = stages_done(seed.folder)
-            for stage in [*(stage for stage in before if stage not in done), *(f"compare {row}" for row in rows)]:
+            for stage in [*_judges_waiting(seed, rows), *(f"compare {row}" for row in rows)]:
                 total += fmean(known.get((seed.recipe.name, stage)) or usual or [0.0])
         return total / max(1, min(self.jobs, unfinished)) if usual else 0.0
+
+
+def _judges_waiting(seed: SeedRun, rows: Sequence[str]) -> list[str]:
+    """Return the stages of sites and router that are still to come, for the sake of these rows."""
+    needs = needed(seed.recipe, [row for row in rows if row not in CONTROLS])
+    done = stages_done(seed.folder)
+    sites = [f"site {site.name}" for site in seed.recipe.sites if "sites" in needs]
+    waiting = [stage for stage in sites if stage not in done]
+    again = bool(waiting) or "router" not in done  # a site undoes the router
+    return [*waiting, "router"] if "router" in needs and again else waiting
 
 
 def _result(cell: Cell) -> str:

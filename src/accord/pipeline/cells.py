@@ -11,6 +11,7 @@ Nothing is kept besides: a table covers all that its folders hold, whichever pro
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,19 +43,21 @@ def cells_of(folder: Path) -> list[Cell]:
         measured = _read(arm_file(folder, method))
         correct = {name: (right, n) for name, (right, n) in measured["test"].items()}
         down, up = (sum(row[k] for row in measured["traffic"]) for k in (3, 4))
-        cells.append(Cell(method, seed, correct, down, up, measured["seconds"]))
+        role = _role(method, measured)
+        cells.append(Cell(method, seed, correct, down, up, measured["seconds"], role=role))
     measured_already = {cell.method for cell in cells}
     for file in sorted((folder / "compare").glob("*.failed")):
         failure = _read(file)
         if failure["method"] not in measured_already:
-            cells.append(Cell(failure["method"], seed, failed=failure["error"]))
+            role = _role(failure["method"], failure)
+            cells.append(Cell(failure["method"], seed, failed=failure["error"], role=role))
     return cells
 
 
 def write_table(folder: Path) -> str:
     """Write the table of a recipe's folder as Markdown, CSV and SVG, and its failures; return the Markdown."""
     cells = read_cells(folder)
-    roles = {cell.method: role for cell in cells if (role := _role(cell.method)) != "competes"}
+    roles = {cell.method: cell.role for cell in cells if cell.role != "competes"}
     made = table(cells, _in_domain(folder), roles)
     text = f"## {folder.name}\n\n{to_markdown(made)}"
     write_atomic(folder / "table.csv", to_csv(made))
@@ -69,9 +72,9 @@ def write_table(folder: Path) -> str:
     return text
 
 
-def _role(method: str) -> str:
-    """Return a method's place in a table; one that is not of Accord's own competes."""
-    return METHODS[method].role if method in METHODS else "competes"
+def _role(method: str, noted: Mapping[str, Any]) -> str:
+    """Return a method's place in a table: as Accord knows it, else as its file notes it; older files note none."""
+    return METHODS[method].role if method in METHODS else str(noted.get("role", "competes"))
 
 
 def _in_domain(folder: Path) -> list[str]:
