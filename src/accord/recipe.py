@@ -12,6 +12,7 @@ from typing import Literal
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
+from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
@@ -33,7 +34,9 @@ MAX_SEED = 4_294_966
 class Source:
     """Where questions come from."""
 
-    kind: Literal["easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "folder", "huggingface"] = "easy-vqa"
+    kind: Literal[
+        "easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "captions", "folder", "huggingface"
+    ] = "easy-vqa"
     path: str = ""  # of the folder, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
@@ -88,6 +91,7 @@ class SiteConfig:
     fraction: float = 1.0
     flipped: float = 0.0  # share of its questions where a wrong answer is preferred to all others: careless annotators
     preferences: str = ""  # JSONL or data set of the site's own pairs; empty: construct them from its questions
+    judgements: Judgements | None = None  # of captions: people's, of photographs of its types; beside its questions
     finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
@@ -97,6 +101,10 @@ class SiteConfig:
     def __post_init__(self) -> None:
         """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""
         _ = self.share
+        if self.judgements and self.preferences:
+            raise RecipeError(
+                f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
+            )
         for name, share in (("flipped", self.flipped), ("owns", self.owns)):
             if not 0 <= share <= 1:
                 raise RecipeError(f"{name} must be in [0, 1], got {share}; correct it")
@@ -109,7 +117,7 @@ class SiteConfig:
     @property
     def needs_questions(self) -> bool:
         """Whether it is dealt private questions: to construct its pairs from, or to fine-tune its backbone on."""
-        return not self.preferences or self.finetune is not None
+        return not (self.preferences or self.judgements) or self.finetune is not None
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,7 @@ class Evaluation:
 
     questions: int = 0  # test questions, 0 for all
     gallery: int = 24  # questions shown with images
+    judge: str = ""  # of captions: folder of a reward model that no site has, which judges the policy in the end
 
     def __post_init__(self) -> None:
         """Refuse negative counts."""
@@ -195,6 +204,11 @@ class Recipe:
     tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
 
     @property
+    def captions(self) -> str:
+        """The folder of photographs whose descriptions are judged; empty where questions have right answers."""
+        return next((source.path for source in self.questions if source.kind == "captions"), "")
+
+    @property
     def encoder_checkpoint(self) -> str:
         """What routers and gates read: the encoder that is named, or else the policy."""
         return self.encoder.checkpoint or self.policy.checkpoint
@@ -203,6 +217,13 @@ class Recipe:
         """Refuse names that collide, and numbers out of range."""
         if not 0 <= self.seed <= MAX_SEED:
             raise RecipeError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}; choose another seed")
+        if self.captions and len(self.questions) > 1:
+            raise RecipeError(
+                f"captions are measured by a judge and answers by their text, got {len(self.questions)} sources of "
+                "questions and captions among them; keep one [[questions]] table"
+            )
+        if not self.captions and any(site.judgements for site in self.sites):
+            raise RecipeError('judgements are of captions; add [[questions]] with kind = "captions", or leave them out')
         if self.threads < 0:
             raise RecipeError(f"threads must be 0 (torch's default) or more, got {self.threads}; correct threads")
         names = [site.name for site in self.sites]

@@ -14,6 +14,7 @@ from accord.evaluation.summary import Accuracy, accuracy, accuracy_by_image
 from accord.evaluation.table import CONTROLS
 from accord.federation.engine import Traffic
 from accord.methods import find_method
+from accord.pipeline.captions import measure_captions, measure_shuffled, write_captions
 from accord.recipe import Recipe
 from accord.runs import commit, write_atomic
 from accord.stages.alignment import greedy
@@ -44,6 +45,9 @@ def compare(job: Job, arm: str) -> None:
             return greedy(model, processor, questions, job.recipe)
 
         measured = measure(job, ask)
+        if job.recipe.captions:
+            said = ask(job.evaluated, "test")
+            write_captions(job, arm_file(job.path, arm).with_suffix(".md"), said)
         noted = {"traffic": sent, "seconds": round(time.monotonic() - began, 1), "commit": commit()}
         write_arm(job, arm, {**measured, **with_other_images(job, ask), **role_noted(job.recipe, arm), **noted})
     # Not before the stage is done: killed in between, it would have every step to do again.
@@ -52,6 +56,8 @@ def compare(job: Job, arm: str) -> None:
 
 def measure(job: Job, ask: Ask) -> dict[str, object]:
     """Return what a policy answers right: counts on dev and test by type, and the outcome of every test question."""
+    if job.recipe.captions:
+        return measure_captions(job, {"dev": ask(job.questions["dev"], "dev"), "test": ask(job.evaluated, "test")})
     outcomes = outcomes_by_type(job.evaluated, ask(job.evaluated, "test"))
     return {
         "dev": count_correct(job.questions["dev"], ask(job.questions["dev"], "dev")),
@@ -69,7 +75,8 @@ def with_other_images(job: Job, ask: Ask) -> dict[str, object]:
     if all(q.image is None for q in job.evaluated):
         return {}
     other = shuffle_images(job.evaluated, seed=job.recipe.seed)
-    return {"shuffled": count_correct(other, ask(other, "test"))}
+    said = ask(other, "test")
+    return {"shuffled": measure_shuffled(job, said) if job.recipe.captions else count_correct(other, said)}
 
 
 def write_arm(job: Job, arm: str, measured: Mapping[str, object]) -> None:
