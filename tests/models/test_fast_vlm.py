@@ -13,7 +13,7 @@ from accord.models.convert import convert_tower
 from accord.models.fast_vlm import FastVlmSettings, build_fast_vlm
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
-from accord.models.inputs import encode_prompts
+from accord.models.inputs import build_batch, encode_prompts, model_inputs, shared_inputs
 from accord.models.load import LoraSettings, load_model, save_model, seeded_adapter
 from accord.models.pretrain import PretrainConfig, pretrain_families
 from accord.models.tiny import train_tokenizer
@@ -80,6 +80,26 @@ def test_pixels_are_scaled_as_in_the_towers_training(tokenizer, square):
     pixels = processor.image_processor([load_image(square("red"))], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 64, 64)
     assert pixels[0, :, 5, 5].tolist() == pytest.approx([1.0, -127 / 128, -127 / 128])
+
+
+@pytest.mark.parametrize("settings", [LLAMA, QWEN2], ids=lambda settings: settings.text)
+def test_candidates_that_share_an_image_have_the_logits_of_single_rows(settings, tokenizer, square):
+    """Three candidates over two images: each image is encoded once, and once more where the prompt is shared too."""
+    model, processor = build_fast_vlm(settings, tokenizer, seed=0)
+    model.eval()
+    images = [load_image(square(colour)) for colour in ("red", "blue")]
+    prompt = vqa_prompt("what colour is it?")
+    batch = build_batch(processor, [prompt] * 2, images, [["red", "blue"], ["blue"]])
+    shared, where = shared_inputs(model, batch)
+    with torch.no_grad():
+        logits = model(**model_inputs(model, batch)).logits
+        packed = model(**shared).logits.flatten(0, 1)[where]
+        for n, (image, candidate) in enumerate([(0, "red"), (0, "blue"), (1, "blue")]):
+            row = build_batch(processor, [prompt], [images[image]], [[candidate]])
+            alone = model(**model_inputs(model, row)).logits[0]
+            torch.testing.assert_close(logits[n, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+            answered = batch.labels[n] != -100
+            torch.testing.assert_close(packed[n, answered], logits[n, answered], atol=1e-5, rtol=1e-5)
 
 
 def test_training_leaves_the_tower_as_it_is(tokenizer, ask, inputs, tmp_path):
