@@ -221,6 +221,9 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return inputs | {name: tensor[index] for name, tensor in batch.image_inputs.items()}
     encoded = cast(_EncodesImages, model).get_image_features(**batch.image_inputs, return_dict=True)
-    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D]
-    encoded.pooler_output = [features[p] for p in index.tolist()]  # type: ignore[attr-defined]
+    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D], or one [P, tokens, D]
+    rows = index.tolist()
+    encoded.pooler_output = (  # type: ignore[attr-defined]
+        features[rows] if isinstance(features, Tensor) else [features[p] for p in rows]
+    )
     return inputs | per_row | {"mm_encoder_outputs": {"image": encoded}}
