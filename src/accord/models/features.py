@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class FeatureCache:
         self.config = config
         self._entries: OrderedDict[str, Features] = OrderedDict()  # the least recently used first
         self._bytes = 0
+        self._lock = Lock()  # sites score beside the policy
         self.hits, self.misses = 0, 0
 
     def __len__(self) -> int:
@@ -48,32 +50,36 @@ class FeatureCache:
 
     def configure(self, config: FeatureConfig) -> None:
         """Take other limits; what exceeds them goes."""
-        self.config = config
-        self._shrink()
+        with self._lock:
+            self.config = config
+            self._shrink()
 
     def clear(self) -> None:
         """Forget everything, the counts too."""
-        self._entries.clear()
-        self._bytes, self.hits, self.misses = 0, 0, 0
+        with self._lock:
+            self._entries.clear()
+            self._bytes, self.hits, self.misses = 0, 0, 0
 
     def get(self, key: str) -> Features | None:
         """Return the features under `key`, None if there are none."""
-        found = self._entries.get(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self._entries.move_to_end(key)
-        self.hits += 1
-        return found
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self._entries.move_to_end(key)
+            self.hits += 1
+            return found
 
     def put(self, key: str, features: Features) -> None:
         """Keep `features`, which nobody may change any more, if there is room for them at all."""
         size = _size(features)
-        if key in self._entries or size > self.config.memory:
-            return
-        self._entries[key] = features
-        self._bytes += size
-        self._shrink()
+        with self._lock:
+            if key in self._entries or size > self.config.memory:
+                return
+            self._entries[key] = features
+            self._bytes += size
+            self._shrink()
 
     def _shrink(self) -> None:
         while self._bytes > self.config.memory:
