@@ -18,6 +18,7 @@ from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.messages import ScoreRange
+from accord.models.features import FeatureConfig
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.models.pretrain import PretrainConfig
@@ -200,6 +201,7 @@ class Recipe:
     alignment: AlignmentConfig = AlignmentConfig()
     pretrain: PretrainConfig = PretrainConfig()  # only for `accord pretrain --recipe`
     evaluation: Evaluation = Evaluation()
+    features: FeatureConfig = FeatureConfig()
     # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them.
     tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
 
