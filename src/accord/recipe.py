@@ -188,6 +188,7 @@ class Recipe:
     method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
     compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
     uses: tuple[str, ...] = ()  # methods of other packages that have tables here and are named in no `compare`
+    tried: dict[str, int] = field(default_factory=dict)  # settings that were tried on dev, by method: a bench shows it
     disjoint_images: bool = True  # no image is at two sites
     dealing: Dealing | None = None  # draws the sites' mixtures of types, in place of their own domains and types
     questions: tuple[Source, ...] = (Source(),)
@@ -228,6 +229,11 @@ class Recipe:
             raise RecipeError('judgements are of captions; add [[questions]] with kind = "captions", or leave them out')
         if self.threads < 0:
             raise RecipeError(f"threads must be 0 (torch's default) or more, got {self.threads}; correct threads")
+        for name, count in self.tried.items():
+            if count < 1:
+                raise RecipeError(
+                    f"[tried] {name!r} must be at least 1, the setting that is used, got {count}; correct it"
+                )
         names = [site.name for site in self.sites]
         if not names:
             raise RecipeError("a recipe needs at least one [[sites]] table, got none")

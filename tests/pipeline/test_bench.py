@@ -98,6 +98,8 @@ def test_every_cell_is_measured_once(recipe, tmp_path, did):
     with (folder / "table.csv").open(newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert [*rows] == ["base", "question-only", "routed", "average"]
+    assert float(rows["base"]["shuffled: mean"]) == 0 and rows["question-only"]["shuffled: mean"] == ""
+    assert float(rows["base"]["overall: half width over images"]) == 0  # two pictures, both wrong
     means = ("in-domain: mean", "held-out: mean", "overall: mean", "to sites (MB): mean", "from sites (MB): mean")
     assert [float(rows["routed"][name]) for name in means] == pytest.approx([0.85, 0.65, 0.75, 2.0, 0.001])
     assert [float(rows["base"][name]) for name in means[:3]] == [0, 0, 0]
@@ -117,6 +119,39 @@ def test_the_controls_are_measured_question_by_question(recipe, tmp_path, did):
     assert alone["outcomes"] == {"colour": [1], "number": [1]} and "shuffled" not in alone
     asked = json.loads((folder / "compare" / "questions.json").read_text())
     assert asked == {"colour": [["squares-6", 0]], "number": [["squares-7", 1]]}
+
+
+def test_how_many_settings_were_tried_is_shown(recipe, tmp_path, did):
+    """As the recipe says now: what is measured stays when that changes, and the column comes and goes."""
+    before = bench(grid(recipe, tmp_path, seeds=1))
+    table = tomllib.loads(recipe.read_text())
+    recipe.write_text(tomli_w.dumps({**table, "tried": {"routed": 4}}))
+    did.clear()
+    text = bench(grid(recipe, tmp_path, seeds=1))
+    assert did == [] and "| routed | 1 | 4 |" in text and "| average | 1 | – |" in text
+    assert json.loads((tmp_path / "bench" / "small" / "tried.json").read_text()) == {"routed": 4}
+    recipe.write_text(tomli_w.dumps(table))
+    assert bench(grid(recipe, tmp_path, seeds=1)) == before
+    for tried, said in (({"routed": 0}, "must be at least 1"), ({"ruted": 1}, "did you mean routed")):
+        recipe.write_text(tomli_w.dumps({**table, "tried": tried}))
+        with pytest.raises(RecipeError, match=said):
+            grid(recipe, tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_read(recipe, tmp_path, did):
+    """It has counts alone: the table is as it was, without the columns that they cannot give."""
+    bench(grid(recipe, tmp_path))
+    folder = tmp_path / "bench" / "small"
+    for seed in "01":
+        (folder / seed / "compare" / "questions.json").unlink()
+        for row in ("base", "question-only"):
+            measured = json.loads(arm_file(folder / seed, row).read_text())
+            old = {key: measured[key] for key in ("dev", "test", "traffic", "seconds", "in_domain")}
+            arm_file(folder / seed, row).write_text(json.dumps(old, indent=2))
+    text = cells.write_table(folder)
+    assert "| base | 2 | 0.0 ± 0.0 |" in text and "shuffled" not in text and "clustered" not in text
+    (base, *_) = read_cells(folder)
+    assert (base.shuffled, base.outcomes, base.asked, base.role) == ({}, {}, {}, "competes")
 
 
 def test_whatever_is_dealt_is_held(recipe, tmp_path, did):
@@ -166,7 +201,7 @@ def test_only_what_a_method_needs_is_trained(recipe, tmp_path, did, methods, tra
 
 def test_what_does_not_compete_is_told_apart(recipe, tmp_path, did):
     """Ground truth and pooled pairs are above routed, which is best all the same, of those that compete."""
-    text = bench(grid(recipe, tmp_path, methods=["pooled", "routed", "ground-truth"]))
+    text = bench(grid(recipe, tmp_path, seeds=3, methods=["pooled", "routed", "average", "ground-truth"]))
     assert text.endswith("Not competing: base, question-only, pooled, ground-truth.\n")
     (routed,) = (line for line in text.splitlines() if line.startswith("| routed |"))
     assert "**" in routed and not [line for line in text.splitlines() if line.startswith("| pooled |") and "**" in line]

@@ -1,7 +1,7 @@
 """Run a grid of methods x seeds, go on where it stopped, and keep its table up to date.
 
     <out>/<recipe>/
-      table.md, table.csv, table.svg   mean over seeds, 95 % intervals, n (`accord.evaluation.table`)
+      table.md, table.csv, table.svg   mean over seeds, 95 % intervals, tests (`accord.evaluation.table`)
       failed.txt                       the cells that failed, and why
       <seed>.log                       what a process of its own said (`jobs`)
       <seed>/                          a run folder (`accord.runs`): sites, router, and compare/<method>.json
@@ -9,7 +9,8 @@
 A cell is one method with one seed: `accord.pipeline.comparison.compare` on the sites and the router of that seed, which
 are trained once for all methods. The folder's recipe has no `compare`, so that a method added later finds them. Beside
 the methods each seed has two controls, the base and answers from the question alone. Everything that the table says is
-read from the folders, so it covers all that they hold, whichever process measured it.
+read from the folders, so it covers all that they hold, whichever process measured it; how many settings of a method
+were tried on dev, the recipe's table `[tried]` says.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +37,7 @@ from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
 from accord.models.features import FEATURES
 from accord.models.load import load_model
-from accord.pipeline.cells import cells_of, failure_file, write_table
+from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, load_recipe, method_tables
@@ -51,9 +52,10 @@ class SeedRun:
     """One seed of one recipe: the cells that share sites and router."""
 
     file: Path  # of the recipe
-    recipe: Recipe  # with this seed, and without `compare`
+    recipe: Recipe  # with this seed, and without `compare` and `tried`
     folder: Path
     methods: tuple[str, ...]
+    tried: Mapping[str, int] = field(default_factory=dict)  # settings of a method, as the recipe's [tried] says
 
     @property
     def log(self) -> Path:
@@ -83,9 +85,10 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
             raise RecipeError(f"two recipes are called {recipe.name!r} and would share a folder; rename one")
         for seed in seeds:
             foreign = [name for name in recipe.compare if ":" in name and find_method(name, ()).tables]
-            own = replace(recipe, seed=seed, compare=(), uses=tuple(dict.fromkeys([*recipe.uses, *foreign])))
+            uses = tuple(dict.fromkeys([*recipe.uses, *foreign]))
+            own = replace(recipe, seed=seed, compare=(), tried={}, uses=uses)
             chosen = tuple(dict.fromkeys(recipe.compare))
-            grid.append(SeedRun(file, own, out / recipe.name / str(seed), chosen))
+            grid.append(SeedRun(file, own, out / recipe.name / str(seed), chosen, recipe.tried))
     return grid
 
 
@@ -108,6 +111,11 @@ def bench(
     for seed in grid:
         for method in seed.rows:
             failure_file(seed.folder, method).unlink(missing_ok=True)
+        file = tried_file(seed.folder.parent)
+        if seed.tried:
+            write_atomic(file, json.dumps(seed.tried, indent=2) + "\n")
+        else:
+            file.unlink(missing_ok=True)
     progress = _Progress(grid, jobs, tell)
     # A process takes seconds to start: what is finished is only looked at, and that here.
     apart = [seed for seed in grid if jobs > 1 and _waiting(seed)]
@@ -225,9 +233,8 @@ class _Progress:
     def update(self) -> None:
         """Look for new cells."""
         for seed in self.grid:
-            fresh = [
-                c for c in cells_of(seed.folder) if c.method in seed.rows and (seed.folder, c.method) not in self.told
-            ]
+            told = {row for folder, row in self.told if folder == seed.folder}
+            fresh = [cell for cell in cells_of(seed.folder, but=told) if cell.method in seed.rows]
             if fresh:
                 write_table(seed.folder.parent)
             for cell in fresh:
