@@ -10,12 +10,23 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; read when the hub's client is imported
 
 import pytest
+import torch
 from PIL import Image
-from transformers import PreTrainedModel, ProcessorMixin
+from torch import nn
+from transformers import (
+    EfficientNetConfig,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlamaConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from accord.data.easy_vqa import load_easy_vqa
 from accord.models.load import load_model, save_model
-from accord.models.tiny import FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
+from accord.models.tiny import CHAT_TEMPLATE, FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
 from accord.recipe import Recipe, SiteConfig
 from accord.runs import Run
 from accord.stages.job import Job
@@ -108,6 +119,56 @@ def texts_only(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig
     """An untrained checkpoint of a text-only model."""
     model, tokenizer = build_tiny("text-qwen2", train_tokenizer(TEXTS, vocab_size=300), tiny_config, seed=0)
     return save_model(model, tokenizer, tmp_path_factory.mktemp("texts") / "text-qwen2")
+
+
+@pytest.fixture(scope="session")
+def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An untrained checkpoint with a frozen convolutional tower: EfficientNet, FastVLM's projector, Llama."""
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    torch.manual_seed(0)
+    vision = EfficientNetConfig(
+        image_size=64,
+        in_channels=[32, 8, 16],
+        out_channels=[8, 16, 16],
+        kernel_sizes=[3, 3, 3],
+        strides=[2, 2, 2],
+        num_block_repeats=[1, 1, 1],
+        expand_ratios=[1, 2, 2],
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
+        hidden_size=1280,  # the width of the top convolution, which no setting changes
+        depthwise_padding=[],
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = FastVlmConfig(vision_config=vision, text_config=text, image_token_id=image, tie_word_embeddings=False)
+    model = FastVlmForConditionalGeneration(config)
+    for module in model.modules():  # statistics that a training has left
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.01, 0.1)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    processor = LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": 64, "width": 64}),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return save_model(model, processor, tmp_path_factory.mktemp("towers") / "efficientnet")
 
 
 def square(colour: str, size: tuple[int, int] = (32, 32)) -> bytes:

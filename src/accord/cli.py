@@ -136,12 +136,15 @@ def _prepare() -> None:
 
 
 def _settle(recipe: Recipe) -> None:
-    """Silence transformers, and give torch as many threads as the recipe says."""
+    """Silence transformers, and take as many threads and as much memory for features as the recipe says."""
     import torch
+
+    from accord.models.features import FEATURES
 
     _hush()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    FEATURES.configure(recipe.features)
 
 
 def _hush() -> None:

@@ -12,11 +12,13 @@ from typing import Literal
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
+from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.messages import ScoreRange
+from accord.models.features import FeatureConfig
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.models.pretrain import PretrainConfig
@@ -33,7 +35,9 @@ MAX_SEED = 4_294_966
 class Source:
     """Where questions come from."""
 
-    kind: Literal["easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "folder", "huggingface"] = "easy-vqa"
+    kind: Literal[
+        "easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "captions", "folder", "huggingface"
+    ] = "easy-vqa"
     path: str = ""  # of the folder, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
@@ -88,6 +92,7 @@ class SiteConfig:
     fraction: float = 1.0
     flipped: float = 0.0  # share of its questions where a wrong answer is preferred to all others: careless annotators
     preferences: str = ""  # JSONL or data set of the site's own pairs; empty: construct them from its questions
+    judgements: Judgements | None = None  # of captions: people's, of photographs of its types; beside its questions
     finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
@@ -97,6 +102,10 @@ class SiteConfig:
     def __post_init__(self) -> None:
         """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""
         _ = self.share
+        if self.judgements and self.preferences:
+            raise RecipeError(
+                f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
+            )
         for name, share in (("flipped", self.flipped), ("owns", self.owns)):
             if not 0 <= share <= 1:
                 raise RecipeError(f"{name} must be in [0, 1], got {share}; correct it")
@@ -109,7 +118,7 @@ class SiteConfig:
     @property
     def needs_questions(self) -> bool:
         """Whether it is dealt private questions: to construct its pairs from, or to fine-tune its backbone on."""
-        return not self.preferences or self.finetune is not None
+        return not (self.preferences or self.judgements) or self.finetune is not None
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,7 @@ class Evaluation:
 
     questions: int = 0  # test questions, 0 for all
     gallery: int = 24  # questions shown with images
+    judge: str = ""  # of captions: folder of a reward model that no site has, which judges the policy in the end
 
     def __post_init__(self) -> None:
         """Refuse negative counts."""
@@ -178,6 +188,7 @@ class Recipe:
     method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
     compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
     uses: tuple[str, ...] = ()  # methods of other packages that have tables here and are named in no `compare`
+    tried: dict[str, int] = field(default_factory=dict)  # settings that were tried on dev, by method: a bench shows it
     disjoint_images: bool = True  # no image is at two sites
     dealing: Dealing | None = None  # draws the sites' mixtures of types, in place of their own domains and types
     questions: tuple[Source, ...] = (Source(),)
@@ -191,8 +202,14 @@ class Recipe:
     alignment: AlignmentConfig = AlignmentConfig()
     pretrain: PretrainConfig = PretrainConfig()  # only for `accord pretrain --recipe`
     evaluation: Evaluation = Evaluation()
+    features: FeatureConfig = FeatureConfig()
     # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them.
     tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
+
+    @property
+    def captions(self) -> str:
+        """The folder of photographs whose descriptions are judged; empty where questions have right answers."""
+        return next((source.path for source in self.questions if source.kind == "captions"), "")
 
     @property
     def encoder_checkpoint(self) -> str:
@@ -203,8 +220,20 @@ class Recipe:
         """Refuse names that collide, and numbers out of range."""
         if not 0 <= self.seed <= MAX_SEED:
             raise RecipeError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}; choose another seed")
+        if self.captions and len(self.questions) > 1:
+            raise RecipeError(
+                f"captions are measured by a judge and answers by their text, got {len(self.questions)} sources of "
+                "questions and captions among them; keep one [[questions]] table"
+            )
+        if not self.captions and any(site.judgements for site in self.sites):
+            raise RecipeError('judgements are of captions; add [[questions]] with kind = "captions", or leave them out')
         if self.threads < 0:
             raise RecipeError(f"threads must be 0 (torch's default) or more, got {self.threads}; correct threads")
+        for name, count in self.tried.items():
+            if count < 1:
+                raise RecipeError(
+                    f"[tried] {name!r} must be at least 1, the setting that is used, got {count}; correct it"
+                )
         names = [site.name for site in self.sites]
         if not names:
             raise RecipeError("a recipe needs at least one [[sites]] table, got none")

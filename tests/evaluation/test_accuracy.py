@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 
+from accord.data.questions import image_identity
 from accord.data.sampling import sample_questions
-from accord.evaluation.accuracy import count_correct, question_only, shuffle_images
+from accord.evaluation.accuracy import count_correct, images_by_type, outcomes_by_type, question_only, shuffle_images
 from accord.types import Question
 
 
@@ -19,6 +20,20 @@ def test_count_correct_by_hand():
     assert count_correct([], []) == {}
     with pytest.raises(ValueError):
         count_correct(questions, ["red"])
+
+
+def test_outcomes_and_images_are_in_the_order_of_the_questions():
+    """Types in alphabetical order; image 0 is asked about twice, in both types; a text is its own cluster."""
+    questions = [
+        q(0, answer="two", kind="number"),
+        q(1),
+        replace(q(0), id="again"),
+        replace(q(2), image=None, text="2 + 2"),
+    ]
+    outcomes = outcomes_by_type(questions, ["two", "blue", "red", "red"])
+    assert list(outcomes.items()) == [("colour", [0, 1, 1]), ("number", [1])]
+    images = images_by_type(questions, image_identity())
+    assert list(images.items()) == [("colour", [1, 0, 2]), ("number", [0])]
 
 
 def test_question_only_by_hand():

@@ -20,8 +20,10 @@ from accord.evaluation.summary import (
     Summary,
     TrafficRow,
     accuracy,
+    accuracy_by_image,
     competence_summary,
     headline,
+    macro_variance,
     read_summary,
     summary_schema,
     wilson_interval,
@@ -67,6 +69,61 @@ def test_macro_interval_stays_within_its_range() -> None:
 def test_impossible_counts_are_refused(counts: dict[str, tuple[int, int]], named: str) -> None:
     with pytest.raises(DataError, match=named):
         accuracy(counts)
+
+
+def test_an_image_each_leaves_the_types_intervals_as_they_are() -> None:
+    """p = 1/4 of 4 and 1/2 of 2; the effective numbers are 4 and 2, and Wilson's intervals those of 1/4 and 1/2.
+
+    The macro mean: the moves (y - p) / (n · 2) are (3, -1, -1, -1) / 32 and (4, -4) / 32; their squares sum to
+    44 / 1024, and SE² = 6/5 · 44 / 1024 = .0515625.
+    """
+    result = accuracy_by_image({"a": [1, 0, 0, 0], "b": [1, 0]}, {"a": [0, 1, 2, 3], "b": [4, 5]})
+    plain = accuracy({"a": (1, 4), "b": (1, 2)})
+    for name, n in (("a", 4), ("b", 2)):
+        of_type = result.by_type[name]
+        assert of_type.effective_n == pytest.approx(n)
+        assert (of_type.low, of_type.high) == pytest.approx((plain.by_type[name].low, plain.by_type[name].high))
+    assert (result.n, result.images, result.macro) == (6, 6, plain.macro)
+    assert result.macro_error == pytest.approx(math.sqrt(0.0515625))
+    assert macro_variance(result) == pytest.approx(0.0515625)
+
+
+def test_questions_about_one_image_count_less() -> None:
+    """Of each of 5 images both questions are right, or both wrong, 2 images right: as if 4.44 questions were asked.
+
+    SE² = 5/4 · (2 (2 · .6)² + 3 (2 · .4)²) / 10² = 5/4 · 4.8 / 100 = .06, alone .24 / 9, n_eff = 10 · .02667 / .06.
+    """
+    images = {"a": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]}
+    result = accuracy_by_image({"a": [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]}, images)
+    number = 10 * 0.24 / 9 / 0.06
+    assert result.by_type["a"].effective_n == pytest.approx(number) == pytest.approx(40 / 9)
+    assert (result.by_type["a"].low, result.by_type["a"].high) == pytest.approx(wilson_interval(0.4 * number, number))
+    assert result.macro_high - result.macro == pytest.approx(1.959964 * math.sqrt(0.06), abs=1e-6)
+    assert result.images == 5 and result.by_type["a"].n == 10 and result.by_type["a"].correct == 4
+
+
+def test_a_single_image_says_nothing_of_others() -> None:
+    result = accuracy_by_image({"a": [1, 0]}, {"a": [7, 7]})
+    assert (result.macro_low, result.macro_high) == (0, 1) and result.by_type["a"].effective_n == 1
+    with pytest.raises(DataError, match="'a' has 2 outcomes and 1 images"):
+        accuracy_by_image({"a": [1, 0]}, {"a": [7]})
+
+
+def test_a_clustered_accuracy_is_read_back_and_an_older_one_has_none(
+    tmp_path: Path, make_summary: Callable[..., Summary]
+) -> None:
+    path = tmp_path / "summary.json"
+    full = make_summary()
+    aligned = accuracy_by_image({"colour": [1, 0, 0]}, {"colour": [0, 0, 1]})
+    write_summary(path, make_summary(evaluation=dataclasses.replace(full.evaluation, aligned=aligned)))
+    assert read_summary(path).evaluation.aligned == aligned
+    record = json.loads(path.read_text())
+    for name in ("images", "macro_error"):
+        del record["evaluation"]["base"][name]
+    for of_type in record["evaluation"]["base"]["by_type"].values():
+        del of_type["effective_n"]
+    path.write_text(json.dumps(record))
+    assert read_summary(path).evaluation.base == full.evaluation.base
 
 
 def test_a_summary_is_read_back_as_written(tmp_path: Path, make_summary: Callable[..., Summary]) -> None:
@@ -213,10 +270,15 @@ def test_the_committed_schema_is_current() -> None:
 def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[..., Summary]) -> None:
     schema = json.loads(summary_schema())
     definitions = schema["$defs"]
-    optional = {"competence", "method"}  # older files have no such field
-    assert set(definitions["Summary"]["required"]) == {f.name for f in dataclasses.fields(make_summary())} - optional
+    optional = {  # older files have no such field
+        "Summary": {"competence", "method"},
+        "Accuracy": {"images", "macro_error"},
+        "TypeAccuracy": {"effective_n"},
+    }
+    named = {f.name for f in dataclasses.fields(make_summary())}
+    assert set(definitions["Summary"]["required"]) == named - optional["Summary"]
     assert all(
-        set(record["required"]) | (optional if name == "Summary" else set()) == set(record["properties"])
+        set(record["required"]) | optional.get(name, set()) == set(record["properties"])
         for name, record in definitions.items()
     )
     assert {name for name in re.findall(r'"#/\$defs/(\w+)"', summary_schema())} == set(definitions)

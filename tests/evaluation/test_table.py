@@ -4,10 +4,11 @@ import csv
 import io
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 
-from accord.evaluation.intervals import half_width, is_near, t_quantile
+from accord.evaluation.intervals import half_width, holm, paired_p, t_probability, t_quantile
 from accord.evaluation.table import Cell, macro, table, to_csv, to_figure, to_markdown
 
 
@@ -59,45 +60,72 @@ def test_without_held_out_types_there_is_no_column_for_them():
 
 
 @pytest.mark.parametrize(
-    ("best", "other", "near"),
+    ("t", "df", "p"), [(1.0, 1, 0.5), (1.0, 2, 0.4226497), (2.7764, 4, 0.05), (2.3534, 3, 0.1), (4.6041, 4, 0.01)]
+)
+def test_student_probabilities(t, df, p):
+    """df 1: 1 - 2/π · atan 1 = 1/2; df 2: 1 - t/√(t² + 2) = 1 - 1/√3; the others from the printed table."""
+    assert 1 - t_probability(t, df) == pytest.approx(p, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "p"),
     [
-        ([0.5, 0.6, 0.7], [0.4, 0.5, 0.6], False),  # d = .1 each time: mean .1 > 0, however wide the values are
-        ([0.5, 0.6, 0.7], [0.6, 0.5, 0.6], True),  # d = -.1, .1, .1: mean 1/30, s = .1155, error .0667
-        ([0.5, 0.6, 0.7], [0.4, 0.6, 0.6], False),  # d = .1, 0, .1: mean .0667, s = .0577, error .0333
-        ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], True),
-        ([0.5], [0.5], True),
-        ([0.5], [0.49], False),  # one seed has no error
+        ([0.5, 0.7, 0.9], [0.4, 0.5, 0.6], 1 - math.sqrt(6 / 7)),  # d = .1 .2 .3: t = 2√3, df 2: t/√(t² + 2) = √(12/14)
+        ([0.4, 0.5, 0.6], [0.5, 0.7, 0.9], 1 - math.sqrt(6 / 7)),  # two-sided
+        ([0.5, 0.6, 0.7], [0.6, 0.6, 0.6], 1.0),  # d = -.1 0 .1
+        ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], 1.0),
+        ([0.75, 0.5, 0.25], [0.5, 0.25, 0.0], 0.0),  # the same difference each time, beyond all doubt of the test's
+        ([0.5, 0.6], [0.4, 0.4], None),
     ],
 )
-def test_near_is_within_one_paired_standard_error(best, other, near):
-    assert is_near(dict(enumerate(best)), dict(enumerate(other))) is near
+def test_the_paired_test(one, other, p):
+    found = paired_p(dict(enumerate(one)), dict(enumerate(other)))
+    assert found is None if p is None else found == pytest.approx(p, abs=1e-9)
 
 
-@pytest.mark.parametrize(("behind", "near"), [(0.14, True), (0.15, False)])
-def test_without_seeds_in_common_both_errors_count(behind, near):
-    """Each .7 and .5, less `behind`: variances .02, so the error is √(.02/2 + .02/2) = .1414."""
-    assert is_near({0: 0.7, 1: 0.5}, {2: 0.7 - behind, 3: 0.5 - behind}) is near
+def test_the_paired_test_takes_the_seeds_that_both_have():
+    assert paired_p({0: 0.5, 1: 0.7, 2: 0.9, 7: 0.0}, {2: 0.6, 1: 0.5, 0: 0.4, 8: 1.0}) == pytest.approx(
+        1 - math.sqrt(6 / 7)
+    )
+    assert paired_p({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.5, 2: 0.6, 3: 0.7}) is None
 
 
-def test_marks():
-    """d(average) = -.1, .1, .1 is near; median is .1 behind each time; what has a role is above and unmarked."""
-    made = table(
+def test_holm():
+    """.01 · 3 = .03; .04 · 2 = .08; .03 comes before it: .03 · 2 = .06, and .04 is no less: max(.06, .04 · 1)."""
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1, "b": 1} and holm({}) == {}
+
+
+ROLES = {"ground-truth": "ceiling", "pooled": "bound", "server-alone": "control", "random": "chance"}
+
+
+def marked():
+    """Routed is 5, 6, 7; average as good but for one seed; median .4 .41 .39 behind; the rest has a role."""
+    return table(
         [
             *cells("ground-truth", colour=[9, 9, 9]),
             *cells("routed", colour=[5, 6, 7]),
             *cells("average", colour=[6, 5, 6]),
-            *cells("median", colour=[4, 5, 6]),
+            *cells("median", colour=[1, 2.1, 2.9]),
             *cells("base", colour=[8, 8, 8]),
             *cells("pooled", colour=[9, 9, 9]),
-            *cells("server-alone", colour=[8, 8, 8]),
+            *cells("server-alone", colour=[4, 5.1, 5.9]),
             *cells("random", colour=[8, 8, 8]),
         ],
         {"colour"},
-        {"ground-truth": "ceiling", "pooled": "bound", "server-alone": "control", "random": "chance"},
+        ROLES,
     )
+
+
+def test_marks():
+    """Three pairs. Routed - average: -.1 .1 .1, t = .5, p = 1 - .5/√2.25 = 2/3, the largest of three and unchanged.
+
+    Routed - median: .4 .39 .41, mean .4, s = .01, t = 40 √3, p = 1 - √(4800/4802) = .000208, times 3.
+    """
+    made = marked()
     marks = {row.method: row.values[0].mark for row in made.rows}
-    unmarked = dict.fromkeys(["base", "ground-truth", "pooled", "server-alone", "random", "median"], "")
-    assert marks == {**unmarked, "routed": "best", "average": "near"}
+    unmarked = dict.fromkeys(["base", "ground-truth", "pooled", "server-alone", "random"], "")
+    assert marks == {**unmarked, "routed": "best", "average": "level", "median": "below"}
     assert {row.method for row in made.rows if row.competes} == {"routed", "average", "median"}
     assert made.rows[0].method == "base"
     assert {column.name for column, value in zip(made.columns, made.rows[2].values, strict=True) if value.mark} == {
@@ -105,6 +133,39 @@ def test_marks():
         "overall",
         "colour",
     }
+    level, below = (estimates(made, name)["overall"].with_best for name in ("average", "median"))
+    assert (level.difference, level.p, level.adjusted) == pytest.approx((-1 / 30, 2 / 3, 2 / 3))
+    p = 1 - math.sqrt(4800 / 4802)
+    assert (below.difference, below.p, below.adjusted) == pytest.approx((-0.4, p, 3 * p), abs=1e-9)
+    assert estimates(made, "routed")["overall"].with_best is None
+
+
+def test_competing_methods_are_tested_against_the_server_alone():
+    """Routed is .1 .09 .11 above it, t = 10 √3, p = 1 - √(300/302) = .0033 times 3; the median .3 below."""
+    made = marked()
+    assert made.control == "server-alone"
+    above, below = (estimates(made, name)["overall"].with_control for name in ("routed", "median"))
+    p = 1 - math.sqrt(300 / 302)
+    assert (above.difference, above.p) == pytest.approx((0.1, p), abs=1e-9) and above.significant
+    assert below.difference == pytest.approx(-0.3) and below.significant
+    lines = {line.split(" | ")[0][2:]: line for line in to_markdown(made).splitlines() if line.startswith("| ")}
+    assert lines["routed"].startswith("| routed | 3 | **60.0 ± 24.8** ‡ |")
+    assert lines["average"].startswith("| average | 3 | **56.7 ± 14.3** |")
+    assert lines["median"].startswith("| median | 3 | 20.0 ± 23.7 † |")
+    assert "†" not in lines["server-alone"] + lines["pooled"] and "**" not in lines["server-alone"]
+    header, *rows = csv.reader(io.StringIO(to_csv(made)))
+    found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert float(found["routed"]["overall: p against server-alone"]) == pytest.approx(p, abs=1e-9)
+    assert float(found["average"]["overall: adjusted p against the best"]) == pytest.approx(2 / 3)
+    assert found["routed"]["overall: p against the best"] == found["pooled"]["overall: p against server-alone"] == ""
+
+
+def test_two_seeds_are_not_tested():
+    """Nothing is bold, however far apart; nor of a single method, which has nothing to be better than."""
+    made = table([*cells("routed", colour=[8, 9]), *cells("average", colour=[1, 1])], {"colour"})
+    assert {value.mark for row in made.rows for value in row.values} == {""}
+    assert "Nothing is tested, and nothing bold" in to_markdown(made) and "**" not in to_markdown(made)
+    assert "**" not in to_markdown(table(cells("routed", colour=[8, 9, 9]), {"colour"}))
 
 
 def test_share_of_the_ground_truths_gain():
@@ -117,8 +178,89 @@ def test_share_of_the_ground_truths_gain():
     assert estimates(made, "base")[share] is estimates(made, "ground-truth")[share] is None
     lost = table([*base, *cells("ground-truth", colour=[6, 2]), *cells("routed", colour=[4, 3])], {"colour"}, roles)
     assert share not in estimates(lost, "routed")
+    alone = cells("question-only", colour=[4, 4])  # (.4 - .2) / .4 and (.4 - .2) / .5
+    made = table([*base, *alone, *bound, *cells("routed", colour=[4, 3])], {"colour"}, roles)
+    assert estimates(made, "question-only")[share].mean == pytest.approx(0.45)
     unknown = table([*base, *bound, *cells("routed", colour=[4, 3])], {"colour"})  # which one is the ceiling
     assert share not in estimates(unknown, "routed")
+
+
+def test_share_of_the_lead_over_the_question_alone():
+    """Ground truth .6, .7 and question-only .4, .5: (.5 - .4) / .2 = .5 and (.4 - .5) / .2 = -.5; the base -1, -1.5."""
+    share = "share of the ground truth's lead over the question alone"
+    roles = {"ground-truth": "ceiling"}
+    rows = [*cells("base", colour=[2, 2]), *cells("ground-truth", colour=[6, 7]), *cells("routed", colour=[5, 4])]
+    made = table([*rows, *cells("question-only", colour=[4, 5])], {"colour"}, roles)
+    assert (estimates(made, "routed")[share].mean, estimates(made, "routed")[share].n) == (pytest.approx(0), 2)
+    assert estimates(made, "base")[share].mean == pytest.approx(-1.25)
+    assert estimates(made, "question-only")[share] is estimates(made, "ground-truth")[share] is None
+    assert estimates(made, "routed")[share].mark == ""
+    note = to_markdown(made).splitlines()[-1]
+    assert "Share of the lead: (method - question-only) / (ground truth - question-only)" in note
+    even = table([*rows, *cells("question-only", colour=[4, 7])], {"colour"}, roles)  # .7 - .7 is not positive
+    assert share not in estimates(even, "routed") and "Share of the lead" not in to_markdown(even)
+    assert share not in estimates(table(rows, {"colour"}, roles), "routed")
+
+
+def test_shuffled_images_have_a_column():
+    """Colour 2 and 4 of 10, count 1 and 1: .15 and .25, mean .2. Whoever was not asked so has none."""
+    rows = [
+        replace(cell, shuffled={"colour": (right, 10), "count": (1, 10)})
+        for cell, right in zip(cells("routed", colour=[5, 6], count=[5, 6]), (2, 4), strict=True)
+    ]
+    made = table([*rows, *cells("average", colour=[5, 5], count=[5, 5])], {"colour"})
+    assert [column.name for column in made.columns][:4] == ["in-domain", "held-out", "overall", "shuffled"]
+    assert estimates(made, "routed")["shuffled"].mean == pytest.approx(0.2)
+    assert estimates(made, "average")["shuffled"] is None and "another image" in to_markdown(made)
+    assert "another image" not in to_markdown(table(cells("average", colour=[5]), {"colour"}))
+
+
+def test_the_interval_over_images():
+    """Two seeds. Question by question 1, ½, ½, 0, of which the middle two are about one image: moves .5 0 -.5, over 4.
+
+    SE² = 3/2 · (1/64 + 1/64) = 3/64. Another seed that was asked something else leaves it out.
+    """
+    asked = {"colour": [["1", 0], ["2", 1], ["3", 1], ["4", 2]]}
+    outcomes = [[1, 1, 0, 0], [1, 0, 1, 0]]
+    rows = [
+        Cell("routed", s, {"colour": (2, 4)}, outcomes={"colour": found}, asked=asked)
+        for s, found in enumerate(outcomes)
+    ]
+    half = 1.959964 * math.sqrt(3 / 64)
+    made = table(rows, {"colour"})
+    assert estimates(made, "routed")["overall"].half_over_images == pytest.approx(half, abs=1e-6)
+    assert estimates(made, "routed")["time"].half_over_images is None
+    (row,) = csv.DictReader(io.StringIO(to_csv(made)))
+    assert float(row["colour: half width over images"]) == pytest.approx(half, abs=1e-6)
+    assert "clustered by image" in to_markdown(made)
+    other = replace(rows[1], asked={"colour": [["1", 0], ["2", 1], ["3", 1], ["5", 2]]})
+    for second in (other, replace(rows[1], outcomes={}), replace(rows[1], outcomes={"colour": [1]})):
+        assert estimates(table([rows[0], second], {"colour"}), "routed")["overall"].half_over_images is None
+
+
+def test_scores_need_not_be_counts():
+    """Means of 1.5 / 2 and 1.8 / 2; items of .7 and .95 over seeds move by ±.125 / 2: SE² = 2 · 2 · .0625² = .125²."""
+    asked = {"score": [["1", 0], ["2", 1]]}
+    rows = [
+        Cell("routed", s, {"score": (total, 2)}, outcomes={"score": items}, asked=asked)
+        for s, (total, items) in enumerate([(1.5, [0.5, 1.0]), (1.8, [0.9, 0.9])])
+    ]
+    found = estimates(table(rows, {"score"}), "routed")["overall"]
+    assert found.mean == pytest.approx(0.825)
+    assert found.half_over_images == pytest.approx(1.959964 * 0.125, abs=1e-6)
+
+
+def test_settings_tried_are_told():
+    made = table([*cells("routed", colour=[5]), *cells("average", colour=[5])], {"colour"}, None, {"routed": 4, "x": 2})
+    header, _, routed, average = to_markdown(made).splitlines()[:4]
+    assert header.startswith("| method | seeds | settings tried | in-domain, % |")
+    assert routed.startswith("| routed | 1 | 4 | 50.0 |") and average.startswith("| average | 1 | – | 50.0 |")
+    assert [row[:4] for row in csv.reader(io.StringIO(to_csv(made)))] == [
+        ["method", "seeds", "failed", "settings tried"],
+        ["routed", "1", "0", "4"],
+        ["average", "1", "0", ""],
+    ]
+    assert "settings tried" not in to_csv(table(cells("routed", colour=[5]), {"colour"}))
 
 
 def test_who_does_not_compete_is_named():
@@ -143,7 +285,7 @@ def test_a_failed_seed_is_left_out_and_counted():
     assert (routed.n, routed.failed, routed.values[0].mean) == (2, 1, pytest.approx(0.5))
     assert (median.n, median.failed, set(median.values)) == (0, 3, {None})
     lines = to_markdown(made).splitlines()
-    assert lines[2].startswith("| routed | 2 (1 failed) | **50.0 ± 127.1** |")  # s/√2 = .1, t = 12.706
+    assert lines[2].startswith("| routed | 2 (1 failed) | 50.0 ± 127.1 |")  # s/√2 = .1, t = 12.706
     assert lines[3] == "| median | 0 (3 failed) |" + " failed |" * 6
 
 
@@ -171,9 +313,9 @@ def test_whatever_the_names_are_the_outputs_can_be_read():
         11
     }  # ten cells: two, three means, two types, three costs
     header, base, other = csv.reader(io.StringIO(to_csv(made)))
-    assert len(header) == len(base) == len(other) == 3 + 4 * len(made.columns)
+    assert len(header) == len(base) == len(other) == 3 + 4 * len(made.columns) + 3 * 5  # five accuracies are compared
     assert dict(zip(header[3:7], base[3:7], strict=True))["in-domain: mean"] == "0.6"
-    assert (other[0], other[6]) == (HOSTILE, "best")
+    assert (other[0], other[6]) == (HOSTILE, "")
     root = ElementTree.fromstring(to_figure(made))
     assert root.tag.endswith("svg") and "<script" not in to_figure(made)
     assert to_figure(made) == to_figure(made)
@@ -190,12 +332,17 @@ def test_the_figure_shows_best_first_and_two_panels():
 
 
 def test_one_lucky_seed_does_not_win():
-    """A method with one seed of two is unmarked, however high."""
+    """A method with three seeds of four is unmarked, however high. Else d = .1 .2 .2 .2: t = 7, p = .006."""
     made = table(
-        [*cells("lucky", colour=[9]), *cells("routed", colour=[5, 6]), *cells("average", colour=[4, 4])], {"colour"}
+        [
+            *cells("lucky", colour=[9, 9, 9]),
+            *cells("routed", colour=[5, 6, 6, 6]),
+            *cells("average", colour=[4, 4, 4, 4]),
+        ],
+        {"colour"},
     )
     marks = {row.method: row.values[0].mark for row in made.rows}
-    assert marks == {"lucky": "", "routed": "best", "average": ""}
+    assert marks == {"lucky": "", "routed": "best", "average": "below"}
 
 
 def test_nothing_measured():

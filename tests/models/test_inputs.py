@@ -133,6 +133,44 @@ def test_the_completion_is_what_the_template_adds_to_the_prompt(vlm):
     assert completion_text(processor, PROMPTS[0], "red") == "red</s>"
 
 
+def test_a_template_is_rendered_once_for_the_same_words(vlm, monkeypatch):
+    """Two prompts, four answers each: 2 + 8 renderings the first time, none the second; a new template renders anew."""
+    _, processor = vlm
+    stock, calls = type(processor).apply_chat_template, []
+
+    def counting(self, turns, **how):
+        calls.append(turns)
+        return stock(self, turns, **how)
+
+    monkeypatch.setattr(type(processor), "apply_chat_template", counting)
+    images = [Image.new("RGB", (32, 32))] * 2
+    asked = processor, PROMPTS[:2], images, [["red", "blue", "yes", "no"]] * 2
+    first = build_batch(*asked)
+    assert len(calls) == 10
+    again = build_batch(*asked)
+    assert len(calls) == 10
+    assert torch.equal(first.input_ids, again.input_ids)
+    before = prompt_text(processor, PROMPTS[0])
+    processor.chat_template += "!"
+    assert prompt_text(processor, PROMPTS[0]) == before + "!"
+
+
+def test_a_template_that_tells_the_time_is_rendered_every_time(vlm, monkeypatch):
+    _, processor = vlm
+    processor.chat_template = "{{ strftime_now('%Y') }} " + processor.chat_template
+    told = iter(["1999", "2000"])
+    monkeypatch.setattr(type(processor), "apply_chat_template", lambda *_, **__: next(told))
+    assert [prompt_text(processor, PROMPTS[0]) for _ in range(2)] == ["1999", "2000"]
+
+
+def test_a_prompt_that_holds_its_picture_is_rendered_as_it_comes(vlm):
+    """TRL puts the pictures into the prompts; they would stay in memory."""
+    _, processor = vlm
+    bare = PROMPTS[0]
+    held = [{**bare[0], "content": [{"type": "image", "image": Image.new("RGB", (8, 8))}, *bare[0]["content"][1:]]}]
+    assert prompt_text(processor, held) == prompt_text(processor, bare)
+
+
 def test_a_template_that_rewrites_the_prompt_gets_the_end_token(llava):
     """Qwen3's template, for one, opens the answer with an empty thought that a finished turn does not show."""
     _, processor = load_model(llava)

@@ -98,11 +98,60 @@ def test_every_cell_is_measured_once(recipe, tmp_path, did):
     with (folder / "table.csv").open(newline="") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
     assert [*rows] == ["base", "question-only", "routed", "average"]
+    assert float(rows["base"]["shuffled: mean"]) == 0 and rows["question-only"]["shuffled: mean"] == ""
+    assert float(rows["base"]["overall: half width over images"]) == 0  # two pictures, both wrong
     means = ("in-domain: mean", "held-out: mean", "overall: mean", "to sites (MB): mean", "from sites (MB): mean")
     assert [float(rows["routed"][name]) for name in means] == pytest.approx([0.85, 0.65, 0.75, 2.0, 0.001])
     assert [float(rows["base"][name]) for name in means[:3]] == [0, 0, 0]
     assert [float(rows["question-only"][name]) for name in means[:3]] == [1, 1, 1]
     assert not (folder / "failed.txt").exists()
+
+
+def test_the_controls_are_measured_question_by_question(recipe, tmp_path, did):
+    """One test question a type, about a picture each; the base is asked again with the pictures swapped."""
+    bench(grid(recipe, tmp_path, seeds=1))
+    folder = tmp_path / "bench" / "small" / "0"
+    base, alone = (json.loads(arm_file(folder, row).read_text()) for row in ("base", "question-only"))
+    assert base["outcomes"] == {"colour": [0], "number": [0]} and base["shuffled"] == {
+        "colour": [0, 1],
+        "number": [0, 1],
+    }
+    assert alone["outcomes"] == {"colour": [1], "number": [1]} and "shuffled" not in alone
+    asked = json.loads((folder / "compare" / "questions.json").read_text())
+    assert asked == {"colour": [["squares-6", 0]], "number": [["squares-7", 1]]}
+
+
+def test_how_many_settings_were_tried_is_shown(recipe, tmp_path, did):
+    """As the recipe says now: what is measured stays when that changes, and the column comes and goes."""
+    before = bench(grid(recipe, tmp_path, seeds=1))
+    table = tomllib.loads(recipe.read_text())
+    recipe.write_text(tomli_w.dumps({**table, "tried": {"routed": 4}}))
+    did.clear()
+    text = bench(grid(recipe, tmp_path, seeds=1))
+    assert did == [] and "| routed | 1 | 4 |" in text and "| average | 1 | – |" in text
+    assert json.loads((tmp_path / "bench" / "small" / "tried.json").read_text()) == {"routed": 4}
+    recipe.write_text(tomli_w.dumps(table))
+    assert bench(grid(recipe, tmp_path, seeds=1)) == before
+    for tried, said in (({"routed": 0}, "must be at least 1"), ({"ruted": 1}, "did you mean routed")):
+        recipe.write_text(tomli_w.dumps({**table, "tried": tried}))
+        with pytest.raises(RecipeError, match=said):
+            grid(recipe, tmp_path)
+
+
+def test_a_folder_of_an_older_version_is_read(recipe, tmp_path, did):
+    """It has counts alone: the table is as it was, without the columns that they cannot give."""
+    bench(grid(recipe, tmp_path))
+    folder = tmp_path / "bench" / "small"
+    for seed in "01":
+        (folder / seed / "compare" / "questions.json").unlink()
+        for row in ("base", "question-only"):
+            measured = json.loads(arm_file(folder / seed, row).read_text())
+            old = {key: measured[key] for key in ("dev", "test", "traffic", "seconds", "in_domain")}
+            arm_file(folder / seed, row).write_text(json.dumps(old, indent=2))
+    text = cells.write_table(folder)
+    assert "| base | 2 | 0.0 ± 0.0 |" in text and "shuffled" not in text and "clustered" not in text
+    (base, *_) = read_cells(folder)
+    assert (base.shuffled, base.outcomes, base.asked, base.role) == ({}, {}, {}, "competes")
 
 
 def test_whatever_is_dealt_is_held(recipe, tmp_path, did):
@@ -152,7 +201,7 @@ def test_only_what_a_method_needs_is_trained(recipe, tmp_path, did, methods, tra
 
 def test_what_does_not_compete_is_told_apart(recipe, tmp_path, did):
     """Ground truth and pooled pairs are above routed, which is best all the same, of those that compete."""
-    text = bench(grid(recipe, tmp_path, methods=["pooled", "routed", "ground-truth"]))
+    text = bench(grid(recipe, tmp_path, seeds=3, methods=["pooled", "routed", "average", "ground-truth"]))
     assert text.endswith("Not competing: base, question-only, pooled, ground-truth.\n")
     (routed,) = (line for line in text.splitlines() if line.startswith("| routed |"))
     assert "**" in routed and not [line for line in text.splitlines() if line.startswith("| pooled |") and "**" in line]
@@ -187,6 +236,47 @@ def test_a_site_that_fails_fails_the_methods_of_its_seed(recipe, tmp_path, did):
     assert all(f"| {name} | 2 |" in text for name in ("base", "question-only", "routed", "average"))
 
 
+def test_a_router_that_fails_fails_the_methods_that_need_it(recipe, tmp_path, did):
+    """The mean of all sites needs no router, and the ground truth nothing; the sites are not to blame."""
+    did.broken = ["router"]
+    text = bench(grid(recipe, tmp_path, seeds=1, methods=["routed", "average", "ground-truth"]))
+    assert did == [(0, stage) for stage in ("site a", "compare average", "compare ground-truth")]
+    note = tmp_path / "bench" / "small" / "failed.txt"
+    assert note.read_text() == "seed 0 routed: router has no room\n" and "| routed | 0 (1 failed) |" in text
+
+
+def test_a_site_that_fails_leaves_the_ceiling(recipe, tmp_path, did):
+    did.broken = ["site a"]
+    bench(grid(recipe, tmp_path, seeds=1, methods=["average", "ground-truth"]))
+    assert did == [(0, "compare ground-truth")]
+    assert (tmp_path / "bench" / "small" / "failed.txt").read_text() == "seed 0 average: site a has no room\n"
+
+
+def test_only_stages_that_will_come_count_as_time_left(recipe, tmp_path, did):
+    """Of a grid of two rows no site was trained: the mean of all sites needs it, the router nobody; no row, nothing."""
+    (seed,) = grid(recipe, tmp_path, seeds=1, methods=["average", "ground-truth"])
+    assert module._judges_waiting(seed, ["base", "average"]) == ["site a"]
+    assert module._judges_waiting(seed, ["base", "ground-truth"]) == module._judges_waiting(seed, []) == []
+    (other,) = grid(recipe, tmp_path, seeds=1)
+    assert module._judges_waiting(other, ["routed"]) == ["site a", "router"]
+    bench([other])
+    assert module._judges_waiting(other, ["routed"]) == []
+
+
+def test_a_method_of_another_package_says_what_it_is(recipe, tmp_path, did):
+    """Its file notes that it is a bound; an older file notes nothing, and its method competes."""
+    bench(grid(recipe, tmp_path, seeds=1))
+    folder = tmp_path / "bench" / "small"
+    file = arm_file(folder / "0", "average")
+    stages = folder / "0" / "stages.json"
+    stages.write_text(stages.read_text().replace("compare average", "compare own:MINE"))
+    noted = {**json.loads(file.read_text()), "role": "bound"}
+    arm_file(folder / "0", "own:MINE").write_text(json.dumps(noted))
+    assert cells.write_table(folder).endswith("Not competing: base, question-only, own:MINE.\n")
+    arm_file(folder / "0", "own:MINE").write_text(file.read_text())
+    assert cells.write_table(folder).endswith("Not competing: base, question-only.\n")
+
+
 def test_where_it_was_stopped_it_goes_on(recipe, tmp_path, did, monkeypatch):
     """Ctrl-C in the second method of the first seed."""
     method = module.compare
@@ -211,6 +301,10 @@ def test_another_recipe_is_refused_and_a_new_default_is_not(recipe, tmp_path, di
     assert "compare = []\n" in stored.read_text()
     stored.write_text(stored.read_text().replace("compare = []\n", ""))  # as if this version had added the setting
     bench(grid(recipe, tmp_path, seeds=1))
+    did.clear()
+    recipe.write_text('method = "average"\n' + recipe.read_text())  # no cell is aligned by it
+    bench(grid(recipe, tmp_path, seeds=1))
+    assert did == []
     recipe.write_text("threads = 1\n" + recipe.read_text())
     with pytest.raises(RunError, match="threads was 0 and is now 1"):
         bench(grid(recipe, tmp_path, seeds=1))

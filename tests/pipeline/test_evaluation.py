@@ -13,6 +13,7 @@ from accord.pipeline import evaluation
 from accord.pipeline.evaluation import _summary
 from accord.routing.competence import ConfidenceGraph, save_graph
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
+from accord.runs import write_atomic
 
 CHECKPOINT = "accord/idefics3"
 
@@ -64,6 +65,21 @@ def test_a_method_with_sites_and_no_router_says_so(summarise):
     assert (router.rounds, router.accuracy) == (RouterConfig().rounds, 0.5)
 
 
+def test_sites_that_only_a_compared_method_needs_are_told(job, summarise):
+    """FedIT needs no reward model, and the compared routing does: the cards are asked for; its router is not the run's.
+
+    The router sent 7 bytes and the alignment 5 to site a: 5 are FedIT's.
+    """
+    for stage, size in (("router", 7), ("align", 5)):
+        write_atomic(job.path / "traffic" / f"{stage}.json", json.dumps([["a", stage, 1, size, 0, 0]]))
+    sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}) for name in "ab"}
+    job.recipe = replace(job.recipe, compare=("routed",))
+    summary = summarise("fedit-fedavg", **sites)
+    assert [site.architecture for site in summary.sites] == ["Llava", "Llava"] and summary.router is None
+    assert summary.bytes == {"a": {"to_site": 5, "from_site": 0}}
+    assert summarise("routed", **sites).bytes == {"a": {"to_site": 12, "from_site": 0}}
+
+
 def test_who_is_good_at_what_is_told_where_it_was_measured(job, summarise):
     """A run by another method, which compared FedGRPO: of two questions site a has one right, and b did not answer."""
     sites = {name: lambda request: Card(request.id, "Llava", 9, 5, 20, False, {}) for name in "ab"}
@@ -97,3 +113,21 @@ def test_a_card_that_must_not_be_shown(summarise):
     with pytest.warns(DataWarning, match="did not describe itself"):
         summary = summarise(a=lambda request: bad, b=lambda request: bad)
     assert {site.architecture for site in summary.sites} == {"unknown, the site was away"}
+
+
+def test_any_checkpoint_is_measured_clustered_by_image(square, monkeypatch, tmp_path):
+    """A policy that says red, asked twice about each of two pictures: both answers right, and one.
+
+    The moves (y - 3/4) / 4 are 2/16 and -2/16 by image, SE² = 2 · 2/64 = 1/16: .75 ± 1.96/4, cut to 26.0 to 100 %.
+    """
+    rows = [{"id": str(n), "image": f"{n // 2}.png", "answer": "blue" if n == 3 else "red"} for n in range(4)]
+    for n, colour in enumerate(("red", "blue")):
+        (tmp_path / f"{n}.png").write_bytes(square(colour, (32, 32 + n)))
+    lines = [json.dumps({**row, "question": "colour?", "question_type": "colour", "split": "test"}) for row in rows]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(evaluation, "load_model", lambda checkpoint: (None, None))
+    monkeypatch.setattr(evaluation, "tokenizer_of", lambda processor: lambda text: {"input_ids": [0]})
+    monkeypatch.setattr(evaluation, "answer", lambda model, processor, asked, **_: [["red"] for _ in asked])
+    text = evaluation.evaluate_checkpoint("any", str(tmp_path), "test", limit=0, quiet=True)
+    assert "| macro | 4 | 75.0% (26.0% to 100.0%) | 75.0% |" in text
+    assert text.endswith("by text where there is no image: 4 questions in 2 clusters.")

@@ -1,8 +1,11 @@
+import io
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from pytest import approx
 
 from accord.data.images import load_image
@@ -16,12 +19,22 @@ from accord.rewards.train import (
     RewardConfig,
     bradley_terry,
     group_pairs,
+    keep_back,
     measure_standardisation,
     rank,
+    rank_pairs,
     train_reward_model,
 )
 
 QUICK = RewardConfig(steps=4, prompts_per_batch=2, learning_rate=1e-2, evaluate_every=1, patience=0)
+
+
+def shade(number, colour):
+    """Return a square in one of many shades of red or blue, as a PNG."""
+    level = 255 - 10 * number
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (level, 0, 0) if colour == "red" else (0, 0, level)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class Scores:
@@ -122,6 +135,82 @@ def test_ranking_by_hand(ask):
 def test_a_model_without_finite_scores_ranks_nothing_on_top(ask):
     model = Scores({"red": math.nan, "blue": math.nan})
     assert rank(model, [ask(0)], ["red", "blue"]).macro == 0.0
+
+
+def test_pair_accuracy_by_hand(prefer):
+    """Scores red 3, blue 2, green 2, yellow 1. Colour: red over blue yes, blue over green a tie and so no: 1/2.
+
+    Other: yellow over red no. Question 0's two pairs have three answers between them, each scored once.
+    """
+    model = Scores({"red": 3.0, "blue": 2.0, "green": 2.0, "yellow": 1.0})
+    pairs = [prefer(0, "red", "blue"), prefer(0, "blue", "green"), prefer(1, "yellow", "red", question_type="other")]
+    assert dict(rank_pairs(model, pairs).by_type) == {"colour": 0.5, "other": 0.0}
+    assert model.asked == [[["red", "blue", "green"], ["yellow", "red"]]]
+
+
+def test_pairs_are_kept_back_by_image(prefer, tmp_path):
+    """Of four images a quarter is one; the red square is one image as bytes and as a file that holds them."""
+    red = prefer(0).images[0]
+    (tmp_path / "red.png").write_bytes(red)
+    pairs = [prefer(n, colour, "teal") for n in range(3) for colour in ("red", "blue", "green", "yellow")]
+    pairs.append(prefer(9, images=(tmp_path / "red.png",)))
+    kept_images = set()
+    for seed in range(20):
+        rest, kept = keep_back(pairs, 0.25, random.Random(seed))
+        (image,) = {pair.chosen for pair in kept}
+        kept_images.add(image)
+        assert kept == [pair for pair in pairs if pair.chosen == image]
+        assert rest == [pair for pair in pairs if pair.chosen != image]
+    assert kept_images == {"red", "blue", "green", "yellow"}
+    assert keep_back(pairs, 0.25, random.Random(3)) == keep_back(pairs, 0.25, random.Random(3))
+
+
+def test_some_images_are_kept_back_and_some_are_not(prefer):
+    pairs = [prefer(0, "red"), prefer(1, "blue", "red")]
+    for share in (0.01, 0.99):
+        assert [len(part) for part in keep_back(pairs, share, random.Random(0))] == [1, 1]
+    with pytest.raises(DataError, match=r"all 2 pairs are about one image.* choose"):
+        keep_back([prefer(0), prefer(1)], 0.5, random.Random(0))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, math.nan])
+def test_a_share_that_keeps_back_none_or_all_is_refused(share):
+    with pytest.raises(RecipeError, match=f"kept_back must be between 0 and 1, got {share}"):
+        RewardConfig(kept_back=share)
+
+
+def test_pairs_kept_back_choose_the_weights_and_train_nothing(train, pairs, monkeypatch):
+    """Two images: red in two pairs, blue in one. The image kept back is in no training batch and in every ranking."""
+    ranked, trained = [], []
+    monkeypatch.setattr(module, "rank", lambda *_: pytest.fail("no question is ranked"))
+    monkeypatch.setattr(
+        module, "rank_pairs", lambda _, kept: ranked.append(kept) or Ranking({"colour": 1 / len(ranked)})
+    )
+    standardise = measure_standardisation
+    monkeypatch.setattr(
+        module, "measure_standardisation", lambda model, groups: trained.extend(groups) or standardise(model, groups)
+    )
+    _, best, records = train(replace(QUICK, choose="pairs", kept_back=0.5))
+    assert best.macro == 1.0 == records[0]["ranking_macro"]
+    kept = ranked[0]
+    assert sorted(p.question_id for p in [*kept, *(g.chosen for g in trained)]) == ["q0", "q1", "q2"]
+    assert not {p.chosen for p in kept} & {g.chosen.chosen for g in trained}
+
+
+def test_judgements_alone_are_learnt(prefer, llava, tmp_path):
+    """Ten shades of red and ten of blue, each with its own colour preferred: pairs on shades kept back become right."""
+    torch.manual_seed(0)
+    model = RewardModel.from_checkpoint(llava)
+    pairs = [
+        prefer(n, *answers, images=(shade(n, answers[0]),))
+        for n in range(10)
+        for answers in (("red", "blue"), ("blue", "red"))
+    ]
+    config = RewardConfig(
+        steps=100, prompts_per_batch=4, learning_rate=5e-3, evaluate_every=5, patience=0, choose="pairs"
+    )
+    best = train_reward_model(model, pairs, [], [], config, seed=0, out=tmp_path)
+    assert best.macro == 1.0
 
 
 def test_no_ranking_has_the_macro_mean_0():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import math
 import random
 import warnings
@@ -34,6 +35,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
@@ -293,6 +295,32 @@ def is_reference(encoder: Encoder, model: PreTrainedModel) -> bool:
     return same
 
 
+def _attention(model: PreTrainedModel) -> dict[str, str]:
+    """Return how each part of `model` attends, as `from_pretrained` takes it.
+
+    TRL asks for the language model's way in every part of the reference, and a convolutional tower knows none.
+    """
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    return {"": model.config._attn_implementation} | {
+        name: part._attn_implementation for name, part in parts.items() if part is not None
+    }
+
+
+@contextmanager
+def _unheeded_left_out() -> Iterator[None]:
+    """Leave out TRL's warning that `model_init_kwargs` go unheeded: the reference is made by them."""
+
+    def heeded(record: logging.LogRecord) -> bool:
+        return "`model_init_kwargs` will be ignored" not in record.getMessage()
+
+    logger = logging.getLogger(GRPOTrainer.__module__)
+    logger.addFilter(heeded)
+    try:
+        yield
+    finally:
+        logger.removeFilter(heeded)
+
+
 def align(
     model: PreTrainedModel,
     processor: Processor,
@@ -337,13 +365,15 @@ def align(
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
     if encoder is not None and not is_reference(encoder, model):
         encoder = None
-    with adapter_errors(config.lora) if config.lora else nullcontext():
+    arguments = grpo_config(config, seed=seed, out=out)
+    arguments.model_init_kwargs = {"attn_implementation": _attention(model)}
+    with adapter_errors(config.lora) if config.lora else nullcontext(), _unheeded_left_out():
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,
             encoder=encoder,
             model=model,
             reward_funcs=finite(reward),
-            args=grpo_config(config, seed=seed, out=out),
+            args=arguments,
             train_dataset=data,
             processing_class=processor,
             callbacks=extra,

@@ -76,7 +76,7 @@ class Negatives:
         # At most 2n candidates of a pool can be barred (the reference, and what other sources gave), so 2n + 1 do.
         queues = [generator.sample(pool, min(len(pool), 2 * n + 1)) for pool in pools]
         shares = astuple(self._mix)
-        barred = {normalise_answer(question.answer)}
+        barred = {normalise_answer(text) for text in (question.answer, *question.references)}
         drawn: list[str] = []
         while len(drawn) < n:
             open_sources = [i for i, queue in enumerate(queues) if queue and shares[i] > 0]

@@ -51,13 +51,15 @@ def macro_direction(before: Accuracy, after: Accuracy) -> int:
 def type_direction(before: TypeAccuracy, after: TypeAccuracy) -> int:
     """Return 1, -1 or 0 as `macro_direction` does, for one type; its variance is p(1-p)/(n+2) with p = (k+1)/(n+2).
 
-    The two answers added to each sample (Agresti and Caffo 2000, https://doi.org/10.1080/00031305.2000.10474560)
-    keep the variance above zero when all answers are right or all are wrong.
+    n is the effective number of questions where their images are known, and k the right ones among as many. The two
+    answers added to each sample (Agresti and Caffo 2000, https://doi.org/10.1080/00031305.2000.10474560) keep the
+    variance above zero when all answers are right or all are wrong.
     """
     variance = 0.0
     for result in (before, after):
-        p = (result.correct + 1) / (result.n + 2)
-        variance += p * (1 - p) / (result.n + 2)
+        n = result.n if result.effective_n is None else result.effective_n
+        p = (result.accuracy * n + 1) / (n + 2)
+        variance += p * (1 - p) / (n + 2)
     return _sign(after.accuracy - before.accuracy, Z_95 * math.sqrt(variance))
 
 

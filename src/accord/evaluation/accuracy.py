@@ -9,20 +9,40 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from accord.data.questions import normalise_answer
-from accord.types import Question
+from accord.types import Question, Subject
+
+
+def outcomes_by_type(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[int]]:
+    """Return `{question type: 1 or 0 for each of its questions, in their order}`: exact match with any reference."""
+    outcomes: dict[str, list[int]] = defaultdict(list)
+    for question, given in zip(questions, answers, strict=True):
+        outcomes[question.question_type].append(int(normalise_answer(given) in right_answers(question)))
+    return dict(sorted(outcomes.items()))
 
 
 def count_correct(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return `{question type: (right answers, questions)}` by exact match of normalised text with any reference."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for question, given in zip(questions, answers, strict=True):
-        counts[question.question_type][0] += normalise_answer(given) in right_answers(question)
-        counts[question.question_type][1] += 1
-    return {name: (right, total) for name, (right, total) in sorted(counts.items())}
+    """Return `{question type: (right answers, questions)}` by exact match of normalised text."""
+    return {name: (sum(found), len(found)) for name, found in outcomes_by_type(questions, answers).items()}
+
+
+def images_by_type(questions: Sequence[Question], identify: Callable[[Subject], str]) -> dict[str, list[int]]:
+    """Return `{question type: the number of the image of each of its questions, in their order}`.
+
+    Images are numbered as they come; questions without one share a number where they share their text.
+
+    Args:
+        questions: what is asked.
+        identify: what tells images apart, as `accord.data.questions.image_identity` returns it.
+    """
+    numbers: dict[str, int] = {}
+    images: dict[str, list[int]] = defaultdict(list)
+    for q in questions:
+        images[q.question_type].append(numbers.setdefault(identify(q.subject), len(numbers)))
+    return dict(sorted(images.items()))
 
 
 def right_answers(question: Question) -> set[str]:

@@ -1,26 +1,34 @@
-"""Say how far a mean over seeds can be trusted, and whether one method is near another.
+"""Say how far a mean over seeds can be trusted, and whether two methods differ by more than their seeds do.
 
 With x_1..x_n the values of one method, one a seed, and s their sample standard deviation,
 
     mean ± t_{0.975, n-1} s / √n
 
 (Student 1908, "The probable error of a mean", Biometrika 6:1, https://doi.org/10.1093/biomet/6.1.1). The interval is
-over training seeds; that of `accord.evaluation.summary` is over the draw of the test questions.
+over training seeds; those of `accord.evaluation.summary` are over the draw of the test questions.
 
-A method is *near* the best if, over the seeds that both have,
+Two methods are compared by the paired t-test over the n seeds that both have, at least three,
 
-    d_s = x_s(best) - x_s(other),    mean(d) <= sd(d) / √n
+    d_s = x_s(one) - x_s(other),    t = mean(d) √n / sd(d),    p = P(|T_{n-1}| >= |t|)
 
-one standard error of the paired difference: seeds share their sites' data and the router's start, which cancels in d.
-With fewer than two seeds in common the standard error is √(s²/n + s²/n) of the two methods by themselves, and with
-fewer than two seeds of either only an equal is near.
+two-sided: seeds share their sites' data and the router's start, which cancels in d. Several tests at once are corrected
+by Holm's step-down procedure (Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian
+Journal of Statistics 6:65): of m p-values in rising order, the i-th becomes max_{j<=i} min(1, (m - j + 1) p_(j)). Then
+the chance that any true null hypothesis of the family is rejected at level α is α at most, however the tests depend on
+one another.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Final, TypeVar
+
+LEAST_SEEDS: Final = 3
+"""In common, for a test: two seeds leave one degree of freedom, and a difference that is the same twice by chance."""
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -29,40 +37,49 @@ def half_width(values: Sequence[float]) -> float | None:
     return t_quantile(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
-def is_near(best: Mapping[int, float], other: Mapping[int, float]) -> bool:
-    """Return whether `other` is within one standard error of `best`, both by seed (rule above)."""
-    differences = [best[seed] - other[seed] for seed in best if seed in other]
-    if len(differences) > 1:
-        behind = statistics.fmean(differences)
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-    else:
-        behind = statistics.fmean(best.values()) - statistics.fmean(other.values())
-        samples = [list(best.values()), list(other.values())]
-        known = all(len(sample) > 1 for sample in samples)
-        error = math.sqrt(sum(statistics.variance(s) / len(s) for s in samples)) if known else 0.0
-    return behind <= error + 1e-12  # equal accuracies may differ in the last bit
+def paired_p(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
+    """Return the two-sided p of the paired t-test over the seeds that both have; None for fewer than three of them."""
+    differences = [one[seed] - other[seed] for seed in one if seed in other]
+    n = len(differences)
+    if n < LEAST_SEEDS:
+        return None
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    if abs(mean) < 1e-12:  # equal accuracies may differ in the last bit
+        return 1.0
+    return max(0.0, 1 - t_probability(abs(mean) * math.sqrt(n) / spread, n - 1)) if spread else 0.0
+
+
+def holm(p: Mapping[Key, float]) -> dict[Key, float]:
+    """Return the adjusted p-values of one family of tests: those below α are significant at α for all together."""
+    adjusted: dict[Key, float] = {}
+    largest = 0.0
+    for place, key in enumerate(sorted(p, key=lambda key: p[key])):
+        largest = max(largest, min(1.0, (len(p) - place) * p[key]))
+        adjusted[key] = largest
+    return adjusted
 
 
 def t_quantile(df: int) -> float:
-    """Return t with P(|T| <= t) = 0.95 for Student's t of `df` degrees of freedom: 4.303 for 2, 1.960 for many.
-
-    By bisection of the finite series for whole `df` (Abramowitz and Stegun 1964, *Handbook of Mathematical Functions*,
-    26.7.3 and 26.7.4): with tan θ = t/√df the probability is sin θ (1 + ½ cos²θ + (1·3)/(2·4) cos⁴θ + …) for even df,
-    and 2/π (θ + sin θ (cos θ + ⅔ cos³θ + …)) for odd, up to the power df - 2.
-    """
-
-    def probability(t: float) -> float:
-        theta = math.atan(t / math.sqrt(df))
-        odd = df % 2
-        term = math.cos(theta) if odd else 1.0
-        total = 0.0
-        for power in range(odd, df - 1, 2):
-            total += term
-            term *= (power + 1) / (power + 2) * math.cos(theta) ** 2
-        return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total
-
+    """Return t with P(|T| <= t) = 0.95 for Student's t of `df` degrees of freedom: 4.303 for 2, 1.960 for many."""
     low, high = 1.9, 12.8  # the limit for many degrees is 1.960, the value for one is 12.706
     while high - low > 1e-9:
         middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if t_probability(middle, df) < 0.95 else (low, middle)
     return (low + high) / 2
+
+
+def t_probability(t: float, df: int) -> float:
+    """Return P(|T| <= t) for Student's t of `df` degrees of freedom, t >= 0.
+
+    By the finite series for whole `df` (Abramowitz and Stegun 1964, *Handbook of Mathematical Functions*, 26.7.3 and
+    26.7.4): with tan θ = t/√df the probability is sin θ (1 + ½ cos²θ + (1·3)/(2·4) cos⁴θ + …) for even df, and
+    2/π (θ + sin θ (cos θ + ⅔ cos³θ + …)) for odd, up to the power df - 2.
+    """
+    theta = math.atan(t / math.sqrt(df))
+    odd = df % 2
+    term = math.cos(theta) if odd else 1.0
+    total = 0.0
+    for power in range(odd, df - 1, 2):
+        total += term
+        term *= (power + 1) / (power + 2) * math.cos(theta) ** 2
+    return (theta + math.sin(theta) * total) * 2 / math.pi if odd else math.sin(theta) * total

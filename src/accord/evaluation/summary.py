@@ -10,21 +10,26 @@ The macro mean over T types is a mean of independent strata with equal weights, 
 Σ_t p_t(1-p_t)/n_t / T² (Cochran 1977, *Sampling Techniques*, ch. 5, without the finite-population term), and its
 interval mean ± z √variance.
 
-Both intervals cover the draw of the test questions alone. They say nothing of another training seed: run several seeds
-and compare them with `accord.evaluation.report.compare_runs`.
+Both take every question for one of its own. Where several are about one image they are clustered by image instead
+(`accuracy_by_image`): Wilson's with the effective number of questions, the macro mean's with the cluster-robust
+standard error (`accord.evaluation.clusters`, Miller 2024, https://arxiv.org/abs/2411.00640).
+
+All cover the draw of the test questions alone. They say nothing of another training seed: run several seeds and compare
+them with `accord.evaluation.report.compare_runs`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
 from accord.errors import DataError, RunError
+from accord.evaluation.clusters import clustered_error, effective_number
 from accord.runs import write_atomic
 
 Z_95 = 1.959963984540054
@@ -39,13 +44,14 @@ NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 
 @dataclass(frozen=True, slots=True)
 class TypeAccuracy:
-    """Accuracy on one question type with its 95 % Wilson interval, all in 0..1."""
+    """Accuracy on one question type with its 95 % Wilson interval, in 0..1, and its numbers of questions."""
 
     accuracy: Share
     n: Positive
     correct: Count
     low: Share
     high: Share
+    effective_n: NonNegative | None = None  # questions in effect, by image; None where the images are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,8 @@ class Accuracy:
     macro_high: Share
     overall: Share
     by_type: Annotated[Mapping[str, TypeAccuracy], msgspec.Meta(min_length=1)]
+    images: Positive | None = None  # that the questions are about; None where they are not known
+    macro_error: NonNegative | None = None  # standard error of `macro`, clustered by image; None likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,8 +235,11 @@ def competence_summary(
     )
 
 
-def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of `correct` out of `n`, within [0, 1] (Wilson 1927; equation above)."""
+def wilson_interval(correct: float, n: float) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of `correct` out of `n`, within [0, 1] (Wilson 1927; equation above).
+
+    Both may be effective numbers, which are no whole ones.
+    """
     p, z2 = correct / n, Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
@@ -237,10 +248,14 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def macro_variance(result: Accuracy) -> float:
-    """Return the sampling variance of the macro mean, Σ_t p_t(1-p_t)/n_t / T² (Cochran 1977, ch. 5).
+    """Return the sampling variance of the macro mean: clustered by image where the images are known, else as below.
+
+    Σ_t p_t(1-p_t)/n_t / T² (Cochran 1977, ch. 5).
 
     Differs: a type answered all right or all wrong adds nothing, so with few questions the interval is too narrow.
     """
+    if result.macro_error is not None:
+        return result.macro_error**2
     types = result.by_type.values()
     return sum(t.accuracy * (1 - t.accuracy) / t.n for t in types) / len(types) ** 2
 
@@ -267,6 +282,40 @@ def accuracy(correct: Mapping[str, tuple[int, int]]) -> Accuracy:
     overall = sum(t.correct for t in by_type.values()) / total
     half = Z_95 * math.sqrt(macro_variance(Accuracy(total, macro, 0.0, 1.0, overall, by_type)))
     return Accuracy(total, macro, max(0.0, macro - half), min(1.0, macro + half), overall, by_type)
+
+
+def accuracy_by_image(outcomes: Mapping[str, Sequence[int]], images: Mapping[str, Sequence[int]]) -> Accuracy:
+    """Return accuracies with 95 % intervals that know which questions are about one image.
+
+    Args:
+        outcomes: by question type, 1 for each right answer and 0 for each wrong one, `[n_t]`.
+        images: by question type, which image each question is about, `[n_t]`.
+
+    Raises:
+        DataError: as `accuracy`; or a type's outcomes are not as many as its images.
+    """
+    for name, found in outcomes.items():
+        if len(found) != len(images.get(name, ())):
+            raise DataError(
+                f"question type {name!r} has {len(found)} outcomes and {len(images.get(name, ()))} images; give as many"
+            )
+    plain = accuracy({name: (sum(found), len(found)) for name, found in outcomes.items()})
+    by_type = {}
+    for name, of_type in plain.by_type.items():
+        number = effective_number(outcomes[name], images[name])
+        low, high = wilson_interval(of_type.accuracy * number, number)
+        by_type[name] = replace(of_type, low=low, high=high, effective_n=number)
+    error = clustered_error(outcomes, images)
+    if error is None:
+        error = 0.5  # the largest standard deviation of a share: one image says nothing of others
+    return replace(
+        plain,
+        macro_low=max(0.0, plain.macro - Z_95 * error),
+        macro_high=min(1.0, plain.macro + Z_95 * error),
+        by_type=by_type,
+        images=len({image for name in outcomes for image in images[name]}),
+        macro_error=error,
+    )
 
 
 def write_summary(path: Path, summary: Summary) -> None:

@@ -1,8 +1,21 @@
-"""Compare methods over seeds: mean, 95 % t-interval and n of each accuracy, and what is not distinguishable from best.
+"""Compare methods over seeds: mean, 95 % t-interval and n of each accuracy, and which differences are significant.
 
-Intervals and the rule of what is near the best are those of `accord.evaluation.intervals`. *Best* is the competing
-method with the highest mean; controls, chance and bounds do not compete. A method says itself what it is
-(`accord.methods`), and the caller of `table` passes it on.
+Intervals and tests are those of `accord.evaluation.intervals`. *Best* is the competing method with the highest mean;
+controls, chance and bounds do not compete. A method says itself what it is (`accord.methods`), and the caller of
+`table` passes it on. In each column of accuracies two families of paired t-tests over seeds are corrected by Holm's
+procedure and read at 5 %:
+
+- all pairs of competing methods. The best is chosen by the same data: with a correction for its own comparisons alone,
+  13 % of simulated tables of 14 equal methods and five seeds show a difference, with that for all pairs 5 %.
+- every competing method with the control that is trained without any site, where it was run.
+
+Shares of the bound are, of the overall accuracies x of a method, b of the base, q of answers from the question alone
+and u of the ceiling, the reference answers as reward, seed by seed,
+
+    (x - b) / (u - b)    and    (x - q) / (u - q)
+
+The second counts nothing as gained that the wording of the questions gives away. A share is left out unless its
+denominator is positive with every seed: to leave out single seeds would choose among them.
 """
 
 from __future__ import annotations
@@ -11,21 +24,29 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from typing import Final, Literal, TypeAlias
 
 import matplotlib
+import numpy as np
 
+from accord.evaluation.clusters import clustered_error
 from accord.evaluation.figures import AFTER, BEFORE, INK, STYLE, WIDE, canvas, percent, short, svg
-from accord.evaluation.intervals import half_width, is_near
+from accord.evaluation.intervals import half_width, holm, paired_p
 from accord.evaluation.markdown import escaped, markdown_table
+from accord.evaluation.summary import Z_95
 
 CONTROLS = ("base", "question-only")
 """What no method has touched, and every table has: the untrained policy, and answers without the image."""
 
+LEVEL: Final = 0.05
+"""Below which a p-value, adjusted for its column, is significant."""
+
 Unit: TypeAlias = Literal["%", "MB", "s"]
-Mark: TypeAlias = Literal["best", "near", ""]
+Mark: TypeAlias = Literal["best", "level", "below", ""]
+"""The highest mean of the competing, not significantly below it, significantly below it; nothing where no test was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +55,15 @@ class Cell:
 
     method: str
     seed: int
-    correct: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # right answers and test questions by type
+    correct: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # right answers and test questions by type
     bytes_to_sites: int = 0
     bytes_from_sites: int = 0
     seconds: float = 0.0
     failed: str = ""  # why
+    role: str = "competes"  # its place in a table, as a method says it of itself
+    shuffled: Mapping[str, tuple[float, int]] = field(default_factory=dict)  # as `correct`, with other images
+    outcomes: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by type, of each test question
+    asked: Mapping[str, Sequence[tuple[str, int]]] = field(default_factory=dict)  # their ids and images' numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +72,38 @@ class Column:
 
     name: str
     unit: Unit = "%"
+    compared: bool = False  # the methods, by tests
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A paired t-test over seeds with another method: the mean difference from it, p, and p adjusted for the column."""
+
+    difference: float
+    p: float
+    adjusted: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the two differ at 5 %, all tests of the column together."""
+        return self.adjusted < LEVEL
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over `n` seeds and half its 95 % interval, None for a single seed."""
+    """A mean over `n` seeds and half its 95 % interval, None for a single seed; how it compares; and over images.
+
+    `half_over_images` is half the 95 % interval of the mean of these very policies over the draw of test questions,
+    clustered by image; None where images are not known, or the seeds were asked different questions.
+    """
 
     mean: float
     half: float | None
     n: int
     mark: Mark = ""
+    with_best: Comparison | None = None
+    with_control: Comparison | None = None
+    half_over_images: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,71 +115,110 @@ class Row:
     failed: int
     values: tuple[Estimate | None, ...]
     competes: bool = True  # it is neither control, nor chance, nor bound
+    tried: int | None = None  # settings, on dev; None where nobody has said
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Methods by what was measured, controls first."""
+    """Methods by what was measured, controls first; `control`: what competing methods are tested against, if any."""
 
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+    control: str = ""
 
 
-IN_DOMAIN, HELD_OUT, OVERALL, GAIN = "in-domain", "held-out", "overall", "share of the ground truth's gain"
+IN_DOMAIN, HELD_OUT, OVERALL, SHUFFLED = "in-domain", "held-out", "overall", "shuffled"
+GAIN, BEYOND = "share of the ground truth's gain", "share of the ground truth's lead over the question alone"
+CEILING = "ceiling"  # a role
 
 _BySeed: TypeAlias = dict[int, float]
 
 
-def table(cells: Sequence[Cell], in_domain: Collection[str], roles: Mapping[str, str] | None = None) -> Table:
+def table(
+    cells: Sequence[Cell],
+    in_domain: Collection[str],
+    roles: Mapping[str, str] | None = None,
+    tried: Mapping[str, int] | None = None,
+) -> Table:
     """Estimate every column of every method.
 
     Columns: the mean over the types that a site holds, over those that none holds (left out if there are none) and
-    over all types; each type; bytes and seconds. Where the method that is the ceiling was run and gained on the base
-    with every seed, also (method - base) / (ceiling - base) of the mean over all types, seed by seed.
+    over all types; the last with other images, where that was measured; each type; the shares of the bound, where the
+    method that is the ceiling was run (above); bytes and seconds.
 
     Args:
         cells: at most one a method and seed; methods keep their order behind the controls.
         in_domain: the question types that a site holds.
         roles: of methods that do not compete, by name: "control", "chance", "bound", "ceiling".
+        tried: how many settings of a method were tried on dev, by name, as far as that is known.
     """
     roles = {**(roles or {}), **dict.fromkeys(CONTROLS, "control")}
     types = sorted({name for cell in cells for name in cell.correct})
-    held_out = [name for name in types if name not in in_domain]
-    measures: list[tuple[Column, Callable[[Cell], float | None]]] = []
-
-    def over(name: str, chosen: Sequence[str]) -> None:
-        measures.append((Column(name), lambda cell: macro(cell, chosen)))
-
-    if types:
-        if len(held_out) < len(types):
-            over(IN_DOMAIN, [name for name in types if name in in_domain])
-        if held_out:
-            over(HELD_OUT, held_out)
-        over(OVERALL, types)
-        for name in types:
-            over(name, [name])
-        if gains := _gains(cells, types, roles):
-            measures.append((Column(GAIN), lambda cell: gains.get((cell.method, cell.seed))))
-        measures.append((Column("to sites", "MB"), lambda cell: cell.bytes_to_sites / 1e6))
-        measures.append((Column("from sites", "MB"), lambda cell: cell.bytes_from_sites / 1e6))
-        measures.append((Column("time", "s"), lambda cell: cell.seconds))
-    methods = dict.fromkeys([*CONTROLS, *(cell.method for cell in cells)])
-    columns = []
-    for column, measure in measures:
+    methods = {
+        name: own
+        for name in dict.fromkeys([*CONTROLS, *(cell.method for cell in cells)])
+        if (own := [cell for cell in cells if cell.method == name])
+    }
+    control = next((name for name in methods if roles.get(name) == "control" and name not in CONTROLS), "")
+    asked = {name: _mean_outcomes([cell for cell in own if not cell.failed]) for name, own in methods.items()}
+    columns, estimates = [], []
+    for column, measure, chosen in _measures(cells, types, in_domain, roles):
         values: dict[str, _BySeed] = {name: {} for name in methods}
         for cell in cells:
             if not cell.failed and (value := measure(cell)) is not None:
                 values[cell.method][cell.seed] = value
-        columns.append(_estimates(values, roles, marked=column.unit == "%" and column.name != GAIN))
+        found = {
+            name: Estimate(statistics.fmean(own.values()), half_width(list(own.values())), len(own))
+            for name, own in values.items()
+            if own
+        }
+        if column.compared:
+            found = _tested(found, values, roles, control)
+            found = {name: replace(e, half_over_images=_over_images(asked[name], chosen)) for name, e in found.items()}
+        columns.append(column)
+        estimates.append(found)
     rows = []
-    for name in methods:
-        own = [cell for cell in cells if cell.method == name]
+    for name, own in methods.items():
         failed = sum(bool(cell.failed) for cell in own)
-        if own:
-            rows.append(
-                Row(name, len(own) - failed, failed, tuple(column.get(name) for column in columns), name not in roles)
-            )
-    return Table(tuple(column for column, _ in measures), tuple(rows))
+        values_of = tuple(found.get(name) for found in estimates)
+        competes, settings = name not in roles, (tried or {}).get(name)
+        rows.append(Row(name, len(own) - failed, failed, values_of, competes, settings))
+    return Table(tuple(columns), tuple(rows), control)
+
+
+_Measure: TypeAlias = tuple[Column, Callable[[Cell], float | None], Sequence[str]]
+
+
+def _measures(
+    cells: Sequence[Cell], types: Sequence[str], in_domain: Collection[str], roles: Mapping[str, str]
+) -> list[_Measure]:
+    """Return the columns in order, each with its value of a cell and the types that it is a mean over."""
+    if not types:
+        return []
+    held, held_out = ([name for name in types if (name in in_domain) is held] for held in (True, False))
+    means = {**({IN_DOMAIN: held} if held else {}), **({HELD_OUT: held_out} if held_out else {}), OVERALL: types}
+    accuracies: list[tuple[str, Sequence[str]]] = [*means.items(), *((name, [name]) for name in types)]
+    measures: list[_Measure] = [(Column(name, compared=True), _macro_of(chosen), chosen) for name, chosen in accuracies]
+    if any(cell.shuffled for cell in cells):
+        shuffled: _Measure = (Column(SHUFFLED), lambda cell: macro(replace(cell, correct=cell.shuffled), types), ())
+        measures.insert(len(means), shuffled)
+    overall = {(cell.method, cell.seed): value for cell in cells if (value := macro(cell, types)) is not None}
+    ceiling = next((name for name, role in roles.items() if role == CEILING), "")
+    for name, floor in ((GAIN, "base"), (BEYOND, "question-only")):
+        if shares := _shares(overall, floor, ceiling):
+            measures.append((Column(name), _looked_up(shares), ()))
+    measures.append((Column("to sites", "MB"), lambda cell: cell.bytes_to_sites / 1e6, ()))
+    measures.append((Column("from sites", "MB"), lambda cell: cell.bytes_from_sites / 1e6, ()))
+    measures.append((Column("time", "s"), lambda cell: cell.seconds, ()))
+    return measures
+
+
+def _macro_of(types: Sequence[str]) -> Callable[[Cell], float | None]:
+    return lambda cell: macro(cell, types)
+
+
+def _looked_up(known: Mapping[tuple[str, int], float]) -> Callable[[Cell], float | None]:
+    return lambda cell: known.get((cell.method, cell.seed))
 
 
 def macro(cell: Cell, types: Collection[str]) -> float | None:
@@ -141,73 +227,172 @@ def macro(cell: Cell, types: Collection[str]) -> float | None:
     return math.fsum(shares) / len(shares) if shares else None
 
 
-def _gains(cells: Sequence[Cell], types: Sequence[str], roles: Mapping[str, str]) -> dict[tuple[str, int], float]:
-    """Return each method's gain over the base as a share of the ground truth's; none if that gained nothing once."""
-    overall = {(cell.method, cell.seed): value for cell in cells if (value := macro(cell, types)) is not None}
-    ceiling = next((name for name, role in roles.items() if role == "ceiling"), "")
-    seeds = [seed for method, seed in overall if method == ceiling and ("base", seed) in overall]
-    base = {seed: overall["base", seed] for seed in seeds}
-    bound = {seed: overall[ceiling, seed] - base[seed] for seed in seeds}
-    if any(gain <= 0 for gain in bound.values()):
+def _shares(overall: Mapping[tuple[str, int], float], floor: str, ceiling: str) -> dict[tuple[str, int], float]:
+    """Return (x - floor) / (ceiling - floor) by method and seed; none if the denominator is not positive once."""
+    lows = {seed: overall[floor, seed] for method, seed in overall if method == ceiling and (floor, seed) in overall}
+    leads = {seed: overall[ceiling, seed] - low for seed, low in lows.items()}
+    if any(lead <= 0 for lead in leads.values()):
         return {}
     return {
-        (method, seed): (value - base[seed]) / bound[seed]
+        (method, seed): (value - lows[seed]) / leads[seed]
         for (method, seed), value in overall.items()
-        if seed in bound and method not in (*CONTROLS, ceiling)
+        if seed in leads and method not in (floor, ceiling)
     }
 
 
-def _estimates(values: Mapping[str, _BySeed], roles: Mapping[str, str], *, marked: bool) -> dict[str, Estimate]:
-    """Estimate one column, and mark the best of it and those near."""
-    means = {name: statistics.fmean(found.values()) for name, found in values.items() if found}
-    most = max((len(found) for found in values.values()), default=0)
+def _tested(
+    found: Mapping[str, Estimate], values: Mapping[str, _BySeed], roles: Mapping[str, str], control: str
+) -> dict[str, Estimate]:
+    """Add to one column's estimates the tests of the competing methods, with the best and with the control."""
+    most = max((len(own) for own in values.values()), default=0)
     competing = [  # over equally many seeds: one lucky seed must not win
-        name for name in means if marked and name not in roles and len(values[name]) == most
+        name for name in found if name not in roles and len(values[name]) == most
     ]
-    best = max(competing, key=lambda name: means[name], default=None)
-
-    def mark(name: str) -> Mark:
-        if best is None or name not in competing:
-            return ""
-        return "best" if name == best else "near" if is_near(values[best], values[name]) else ""
-
-    return {
-        name: Estimate(mean, half_width(list(values[name].values())), len(values[name]), mark(name))
-        for name, mean in means.items()
+    if not competing:
+        return dict(found)
+    best = max(competing, key=lambda name: found[name].mean)
+    others = [name for name in competing if name != best]
+    with_best = {
+        one: test for (one, other), test in _tests(combinations([*others, best], 2), values).items() if other == best
     }
+    pairs = _tests(((name, control) for name in competing if control), values)
+    with_control = {name: test for (name, _), test in pairs.items()}
+    tested = dict(found)
+    for name in competing:
+        mark: Mark = ""
+        if name == best:
+            mark = "best" if with_best else ""
+        elif name in with_best:
+            test = with_best[name]
+            mark = "below" if test.significant and test.difference < 0 else "level"
+        tested[name] = replace(
+            found[name], mark=mark, with_best=with_best.get(name), with_control=with_control.get(name)
+        )
+    return tested
+
+
+def _tests(pairs: Iterable[tuple[str, str]], values: Mapping[str, _BySeed]) -> dict[tuple[str, str], Comparison]:
+    """Test one family of pairs, as far as they have enough seeds in common; `difference`: first less second."""
+    p = {(a, b): found for a, b in pairs if (found := paired_p(values[a], values[b])) is not None}
+    adjusted = holm(p)
+    return {
+        (a, b): Comparison(
+            statistics.fmean(values[a][seed] - values[b][seed] for seed in values[a] if seed in values[b]),
+            p[a, b],
+            adjusted[a, b],
+        )
+        for a, b in p
+    }
+
+
+_Asked: TypeAlias = tuple[dict[str, list[float]], dict[str, list[int]]]
+
+
+def _mean_outcomes(cells: Sequence[Cell]) -> _Asked | None:
+    """Return each test question's mean outcome over seeds, and its image; None where seeds were asked differently."""
+    if not cells or not cells[0].asked or any(not cell.outcomes or cell.asked != cells[0].asked for cell in cells):
+        return None
+    images = {name: [image for _, image in rows] for name, rows in cells[0].asked.items()}
+    if any({name: len(rows) for name, rows in images.items()} != _lengths(cell.outcomes) for cell in cells):
+        return None
+    return {name: np.mean([cell.outcomes[name] for cell in cells], axis=0).tolist() for name in images}, images
+
+
+def _lengths(outcomes: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    return {name: len(found) for name, found in outcomes.items()}
+
+
+def _over_images(asked: _Asked | None, types: Sequence[str]) -> float | None:
+    """Return half the 95 % interval over the draw of test questions, clustered by image."""
+    if asked is None:
+        return None
+    outcomes, images = asked
+    error = clustered_error({name: outcomes[name] for name in types if name in outcomes}, images)
+    return None if error is None else Z_95 * error
 
 
 def to_markdown(made: Table) -> str:
-    """Write the table in Markdown, accuracies in percent, with a line that says how to read it."""
+    """Write the table in Markdown, accuracies in percent, with lines that say how to read it."""
     names = [f"{column.name}, {column.unit}" for column in made.columns]
+    told = any(row.tried is not None for row in made.rows)
     rows = []
     for row in made.rows:
         cells = [_shown(value, column.unit) for value, column in zip(row.values, made.columns, strict=True)]
         if not row.n:
             cells = ["failed"] * len(cells)
         seeds = f"{row.n}" if not row.failed else f"{row.n} ({row.failed} failed)"
-        rows.append([escaped(row.method), seeds, *cells])
-    lines = [markdown_table(["method", "seeds", *names], rows)]
-    apart = ", ".join(row.method for row in made.rows if not row.competes)
-    note = (
-        "Mean over seeds ± half its 95 % t-interval. Of each accuracy the best method is **bold**; \\* is within one "
-        "standard error of it, paired over seeds."
-    )
-    return "\n".join([*lines, "", f"{note} Not competing: {apart}." if apart else note]) + "\n"
+        tried = [f"{row.tried}" if row.tried is not None else "–"] if told else []
+        rows.append([escaped(row.method), seeds, *tried, *cells])
+    head = ["method", "seeds", *(["settings tried"] if told else []), *names]
+    return "\n".join([markdown_table(head, rows), "", *_notes(made, told)]) + "\n"
+
+
+def _notes(made: Table, told: bool) -> list[str]:
+    """Say how each mark and column was made, as far as the table has it."""
+    there = {column.name for column in made.columns if not column.compared}
+    values = [value for row in made.rows for value in row.values if value is not None]
+    lines = ["Mean ± half its 95 % t-interval, over training seeds."]
+    if any(value.half_over_images is not None for value in values):
+        lines[0] += " The CSV has beside it that over the draw of test questions, clustered by image."
+    if any(value.with_best for value in values):
+        lines.append(
+            "**Bold** is, of the competing methods, the highest mean of a column and what is not significantly below "
+            "it; † is significantly below it. The test is a two-sided paired t-test over seeds, at 5 % after Holm's "
+            "correction for all pairs of competing methods of the column; no order is claimed between bold values, and "
+            "a method with fewer seeds than others is not tested."
+        )
+    elif any(row.competes for row in made.rows):
+        lines.append(
+            "Nothing is tested, and nothing bold: that takes two competing methods with three seeds in common."
+        )
+    if any(value.with_control for value in values):
+        lines.append(
+            f"‡ is significantly above {escaped(made.control)}, by the same test, corrected for the competing methods."
+        )
+    if SHUFFLED in there:
+        lines.append("Shuffled: overall, where every question is asked with another image of its domain.")
+    overall = "of overall accuracies, seed by seed; left out unless the denominator is positive with every seed"
+    if GAIN in there:
+        lines.append(f"Share of the gain: (method - base) / (ground truth - base), {overall}.")
+    if BEYOND in there:
+        lines.append(
+            f"Share of the lead: (method - question-only) / (ground truth - question-only), {overall}. It counts "
+            "nothing as gained that the wording of the questions gives away."
+        )
+    if told:
+        lines.append("Settings tried: on dev, as the recipe says; – where it says nothing.")
+    apart = ", ".join(escaped(row.method) for row in made.rows if not row.competes)
+    return [" ".join([*lines, f"Not competing: {apart}."] if apart else lines)]
 
 
 def to_csv(made: Table) -> str:
-    """Write the table as CSV: `mean`, `half width`, `n` and `mark` of every column; shares in 0..1, MB and seconds."""
+    """Write the table as CSV; shares in 0..1, MB and seconds.
+
+    Of every column `mean`, `half width`, `n` and `mark` ("best", "level", "below"). Of every accuracy also the half
+    width over images, and p and adjusted p against the best and, where it was run, against the control.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    names = [c.name if c.unit == "%" else f"{c.name} ({c.unit})" for c in made.columns]
-    parts = ("mean", "half width", "n", "mark")
-    writer.writerow(["method", "seeds", "failed", *(f"{name}: {part}" for name in names for part in parts)])
+    others = ["the best", *([made.control] if made.control else [])]
+    told = any(row.tried is not None for row in made.rows)
+    head = ["method", "seeds", "failed", *(["settings tried"] if told else [])]
+    for column in made.columns:
+        parts = ["mean", "half width", "n", "mark"]
+        if column.compared:
+            parts += ["half width over images"]
+            parts += [f"{p} against {other}" for other in others for p in ("p", "adjusted p")]
+        name = column.name if column.unit == "%" else f"{column.name} ({column.unit})"
+        head += [f"{name}: {part}" for part in parts]
+    writer.writerow(head)
     for row in made.rows:
-        numbers: list[object] = []
-        for value in row.values:
+        numbers: list[object] = [row.method, row.n, row.failed, *([row.tried] if told else [])]
+        for column, value in zip(made.columns, row.values, strict=True):
             numbers += [value.mean, value.half, value.n, value.mark] if value else [None, None, 0, ""]
-        writer.writerow([row.method, row.n, row.failed, *numbers])
+            if column.compared:
+                numbers.append(value and value.half_over_images)
+                for test in (value and value.with_best, value and value.with_control)[: len(others)]:
+                    numbers += [test.p, test.adjusted] if test else [None, None]
+        writer.writerow(numbers)
     return stream.getvalue()
 
 
@@ -260,7 +445,10 @@ def _shown(value: Estimate | None, unit: Unit) -> str:
     text = f"{scale * value.mean:.{digits}f}"
     if value.half is not None:
         text += f" ± {scale * value.half:.{digits}f}"
-    return {"best": f"**{text}**", "near": f"{text} \\*", "": text}[value.mark]
+    if value.mark in ("best", "level"):
+        text = f"**{text}**"
+    above = value.with_control is not None and value.with_control.significant and value.with_control.difference > 0
+    return text + " †" * (value.mark == "below") + " ‡" * above
 
 
 def _digits(size: float) -> int:

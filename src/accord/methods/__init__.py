@@ -93,7 +93,7 @@ def check_names(recipe: Recipe) -> Recipe:
     Raises:
         RecipeError: there is no such method.
     """
-    for name in (recipe.method, *recipe.compare):
+    for name in (recipe.method, *recipe.compare, *recipe.tried):
         find_method(name, [site.name for site in recipe.sites])
     return recipe
 

@@ -13,9 +13,11 @@ Families that do not take `mm_encoder_outputs` get their pixel values repeated i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from functools import lru_cache
+from itertools import islice
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from PIL.Image import Image
@@ -27,6 +29,9 @@ from accord.models.attention import can_share
 from accord.models.load import Processor, tokenizer_of
 from accord.models.prefix import pack, prefix_positions
 from accord.types import Message, Prompt, texts_of
+
+_Words: TypeAlias = tuple[tuple[tuple[str, str | tuple[tuple[tuple[str, str], ...], ...]], ...], ...]
+"""Turns, their entries, a content's blocks, and theirs."""
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 _PER_IMAGE_KEYS = ("image_grid_thw", "image_sizes")  # read by the language side too: position ids, feature splitting
@@ -66,18 +71,56 @@ class Batch:
 
 def prompt_text(processor: Processor, prompt: Prompt) -> str:
     """Render a conversation up to where the assistant's answer begins."""
-    turns = _turns(processor, prompt)
-    return cast(str, processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return _rendered(processor, prompt, opens=True)
 
 
 def completion_text(processor: Processor, prompt: Prompt, completion: str) -> str:
     """Render the assistant's turn alone, its end token included, as the chat template would after `prompt`."""
     opening = prompt_text(processor, prompt)
     turn: Message = {"role": "assistant", "content": [{"type": "text", "text": completion}]}
-    whole = cast(str, processor.apply_chat_template(_turns(processor, [*prompt, turn]), tokenize=False))
+    whole = _rendered(processor, [*prompt, turn], opens=False)
     if whole.startswith(opening):
         return whole[len(opening) :]
     return completion + cast(str, tokenizer_of(processor).eos_token)
+
+
+def _rendered(processor: Processor, prompt: Prompt, *, opens: bool) -> str:
+    """Apply the chat template: once to the same words, since every candidate comes with its prompt, step after step."""
+    turns = _turns(processor, prompt)
+    template = processor.chat_template
+    words = _hashable(turns)
+    if words is None or not isinstance(template, str) or "strftime_now" in template:  # it may tell the time
+        return cast(str, processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=opens))
+    tokenizer = tokenizer_of(processor)
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    return _render_once(processor, (template, *special), words, opens)
+
+
+@lru_cache(maxsize=2**14)
+def _render_once(processor: Processor, _: tuple[str | None, ...], words: _Words, opens: bool) -> str:
+    turns = [
+        {key: value if isinstance(value, str) else [dict(block) for block in value] for key, value in turn}
+        for turn in words
+    ]
+    given = cast(list[dict[str, str]], turns)
+    return cast(str, processor.apply_chat_template(given, tokenize=False, add_generation_prompt=opens))
+
+
+def _hashable(turns: Sequence[Mapping[str, object]]) -> _Words | None:
+    """Return a conversation as tuples; None if there is more to it than words, such as a picture."""
+    words = []
+    for turn in turns:
+        entries: list[tuple[str, str | tuple[tuple[tuple[str, str], ...], ...]]] = []
+        for key, value in turn.items():
+            if isinstance(value, str):
+                entries.append((key, value))
+                continue
+            blocks = [tuple(block.items()) for block in cast(Sequence[Mapping[str, str]], value)]
+            if not all(isinstance(text, str) for block in blocks for _, text in block):
+                return None
+            entries.append((key, tuple(blocks)))
+        words.append(tuple(entries))
+    return tuple(words)
 
 
 def _turns(processor: Processor, prompt: Prompt) -> list[dict[str, str]]:
@@ -128,16 +171,21 @@ def build_batch(
     completions = [completions[p] for p in asked]
     encoded = encode_prompts(processor, prompts, images)
     tokenizer = tokenizer_of(processor)
+    endings = [
+        completion_text(processor, prompt, completion)
+        for prompt, those in zip(prompts, completions, strict=True)
+        for completion in those
+    ]
+    tokens = iter(tokenizer(endings, add_special_tokens=False)["input_ids"])
     rows: list[list[int]] = []
     starts: list[int] = []
     types: list[list[int]] = []
     index: list[int] = []
-    for p, prompt in enumerate(prompts):
+    for p, those in enumerate(completions):
         keep = encoded["attention_mask"][p].bool()
         prefix = encoded["input_ids"][p][keep].tolist()
         prefix_types = encoded["mm_token_type_ids"][p][keep].tolist() if "mm_token_type_ids" in encoded else None
-        endings = [completion_text(processor, prompt, completion) for completion in completions[p]]
-        for ids in tokenizer(endings, add_special_tokens=False)["input_ids"]:
+        for ids in islice(tokens, len(those)):
             rows.append(prefix + ids)
             starts.append(len(prefix))
             index.append(p)
@@ -221,6 +269,9 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return inputs | {name: tensor[index] for name, tensor in batch.image_inputs.items()}
     encoded = cast(_EncodesImages, model).get_image_features(**batch.image_inputs, return_dict=True)
-    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D]
-    encoded.pooler_output = [features[p] for p in index.tolist()]  # type: ignore[attr-defined]
+    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D], or one [P, tokens, D]
+    rows = index.tolist()
+    encoded.pooler_output = (  # type: ignore[attr-defined]
+        features[rows] if isinstance(features, Tensor) else [features[p] for p in rows]
+    )
     return inputs | per_row | {"mm_encoder_outputs": {"image": encoded}}

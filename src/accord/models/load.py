@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from accord.errors import CheckpointError, RecipeError, check_least
+from accord.models.tower import pin
 from accord.runs import replace_folder
 
 SHIPPED = Path(__file__).parent / "checkpoints"
@@ -96,7 +97,9 @@ def load_model(
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model that answers questions, about images or without any, onto `device()`, and its processor.
 
-    Code from the checkpoint is never run.
+    Code from the checkpoint is never run. The vision tower is frozen, and stays in evaluation mode through any
+    `model.train()`, unless the checkpoint's config.json says `"freeze_vision": false`, as those of models whose tower
+    is trained with the rest do (`accord.models.tower`). What is saved from the model says the same.
 
     Args:
         checkpoint: what `locate` finds.
@@ -147,6 +150,8 @@ def load_model(
     if model.generation_config is not None and not model.generation_config.suppress_tokens:
         model.generation_config.suppress_tokens = placeholder_tokens(model) or None
     model.to(device())  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
+    if getattr(model.config, "freeze_vision", True):
+        pin(model)
     return model, processor
 
 

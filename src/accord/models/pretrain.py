@@ -10,6 +10,9 @@ questions' `base` split alone (of easy-VQA images that no site holds, no prompt 
    and often wrongly: that is the room which preferences can fill.
 
 A text-only model has no tower to warm up; it is tuned for a short while, to the same end.
+
+A recipe may ask for models with a pretrained tower instead (`[[pretrain.fast_vlm]]`): `accord.models.fast_vlm` builds
+them. That tower sees already and stays frozen, so that step 1 is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -25,12 +29,13 @@ from typing import Final, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from accord.data.images import load_image
 from accord.data.questions import uniform
 from accord.errors import RecipeError, check_least
+from accord.models.fast_vlm import FastVlmSettings, build_fast_vlm
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.load import Processor, save_model
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
@@ -55,11 +60,15 @@ class PretrainConfig:
     vocabulary: int = 512  # tokens
     instruction: FineTuneConfig = FineTuneConfig(steps=100, batch_size=64, learning_rate=2e-3)
     seed: int = 0
+    fast_vlm: tuple[FastVlmSettings, ...] = ()  # these, with pretrained towers, in place of the tiny families
 
     def __post_init__(self) -> None:
-        """Refuse counts that leave nothing to train."""
+        """Refuse counts that leave nothing to train, and two checkpoints of one name."""
         check_least(self, vision_steps=1)
         check_least(self, instruction_images=0, vocabulary=1)
+        names = [each.name for each in self.fast_vlm]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise RecipeError(f"two tables of pretrain.fast_vlm have the name {twice[0]!r}; name each differently")
 
 
 def pretrain(
@@ -67,24 +76,57 @@ def pretrain(
 ) -> tuple[PreTrainedModel, Processor]:
     """Build, warm up and tune one small model on `questions`; one seed gives one result on one machine."""
     set_seed(config.seed)
-    tokenizer = train_tokenizer([text for q in questions for text in (q.text, q.answer)], config.vocabulary)
-    model, processor = build_tiny(family, tokenizer, config.tiny, seed=config.seed)
+    model, processor = build_tiny(family, _tokenizer(questions, config), config.tiny, seed=config.seed)
     _warm_up(model, processor, questions, config, description=f"{family}: vision", quiet=quiet)
+    _instruct(family, model, processor, questions, config.instruction, config, quiet=quiet)
+    return model.eval(), processor
+
+
+def pretrain_fast_vlm(
+    settings: FastVlmSettings, questions: Sequence[Question], config: PretrainConfig, *, quiet: bool = False
+) -> tuple[PreTrainedModel, Processor]:
+    """Build one model with a pretrained tower, and tune its projector and language model on `questions`.
+
+    Raises:
+        CheckpointError: the tower's package is not installed, or its file is not the known release.
+    """
+    set_seed(config.seed)
+    model, processor = build_fast_vlm(settings, _tokenizer(questions, config), seed=config.seed)
+    instruction = settings.instruction or config.instruction
+    _instruct(settings.name, model, processor, questions, instruction, config, quiet=quiet)
+    return model.eval(), processor
+
+
+def _tokenizer(questions: Sequence[Question], config: PretrainConfig) -> PreTrainedTokenizerFast:
+    """Train the tokenizer; it is the same for every model of the same questions."""
+    return train_tokenizer([text for q in questions for text in (q.text, q.answer)], config.vocabulary)
+
+
+def _instruct(
+    name: str,
+    model: PreTrainedModel,
+    processor: Processor,
+    questions: Sequence[Question],
+    instruction: FineTuneConfig,
+    config: PretrainConfig,
+    *,
+    quiet: bool,
+) -> None:
+    """Tune the model on the questions of each domain's first few images."""
     few = first_of_each_domain(questions, config.instruction_images)
     with (
         tempfile.TemporaryDirectory() as scratch,
-        ProgressBarCallback(f"{family}: instruction", quiet=quiet) as bar,
+        ProgressBarCallback(f"{name}: instruction", quiet=quiet) as bar,
     ):
         finetune(
             model,
             processor,
             [q for q in questions if (q.domain, str(q.subject)) in few],
-            config.instruction,
+            instruction,
             seed=config.seed,
             out=Path(scratch),
             callbacks=[bar],
         )
-    return model.eval(), processor
 
 
 def first_of_each_domain(questions: Sequence[Question], count: int) -> set[tuple[str, str]]:
@@ -171,16 +213,24 @@ def pretrain_families(
 ) -> list[Path]:
     """Make the checkpoints of `families`, by default of all that fit `questions`, under `out`; return their folders.
 
+    With `config.fast_vlm` these are its models, by their names.
+
     Raises:
         RecipeError: an unknown family.
+        CheckpointError: as `pretrain_fast_vlm`.
     """
-    fitting = FAMILIES if any(q.image is not None for q in questions) else TEXT_FAMILIES
-    if unknown := [name for name in families if name not in fitting]:
-        raise RecipeError(f"there is no family {unknown[0]!r} for these questions; use one of {', '.join(fitting)}")
-    made = []
-    for name in fitting:
-        if families and name not in families:
-            continue
-        model, processor = pretrain(name, questions, config, quiet=quiet)
-        made.append(Path(save_model(model, processor, out / name)))
-    return made
+    with_images = any(q.image is not None for q in questions)
+    make: dict[str, Callable[[], tuple[PreTrainedModel, Processor]]]
+    if config.fast_vlm:
+        if not with_images:
+            raise RecipeError(
+                "the recipe wants models with a vision tower ([[pretrain.fast_vlm]]), and its base "
+                "questions have no image; remove these tables"
+            )
+        make = {each.name: partial(pretrain_fast_vlm, each, questions, config, quiet=quiet) for each in config.fast_vlm}
+    else:
+        fitting = FAMILIES if with_images else TEXT_FAMILIES
+        make = {family: partial(pretrain, family, questions, config, quiet=quiet) for family in fitting}
+    if unknown := [name for name in families if name not in make]:
+        raise RecipeError(f"there is no family {unknown[0]!r} for these questions; use one of {', '.join(make)}")
+    return [Path(save_model(*made(), out / name)) for name, made in make.items() if not families or name in families]

@@ -44,6 +44,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from accord.models.load import Processor
+from accord.models.tower import vision_tower
 
 Family: TypeAlias = Literal["llava-clip-llama", "llava-siglip-qwen2", "idefics3", "text-qwen2", "text-llama"]
 FAMILIES: tuple[Family, ...] = ("llava-clip-llama", "llava-siglip-qwen2", "idefics3")
@@ -118,7 +119,8 @@ def build_tiny(
         return _text(tokenizer, config, family)
 
 
-def _text_sizes(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> dict[str, Any]:
+def text_sizes(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> dict[str, Any]:
+    """Return what the configurations of Llama and Qwen2 want for a language model of these sizes."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden_size,
@@ -157,12 +159,12 @@ def _image_sizes(config: TinyConfig) -> dict[str, Any]:
 def _llava(
     tokenizer: PreTrainedTokenizerFast, config: TinyConfig, vision: str, text: str
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    text_sizes, vision_sizes = _text_sizes(tokenizer, config), _vision_sizes(config)
+    words, vision_sizes = text_sizes(tokenizer, config), _vision_sizes(config)
     clip = vision == "clip"
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=CLIPVisionConfig(**vision_sizes) if clip else SiglipVisionConfig(**vision_sizes),
-            text_config=LlamaConfig(**text_sizes) if text == "llama" else Qwen2Config(**text_sizes),
+            text_config=LlamaConfig(**words) if text == "llama" else Qwen2Config(**words),
             image_token_index=_image_token(tokenizer),
             image_seq_length=(config.image_size // config.patch_size) ** 2,
             vision_feature_layer=-1,
@@ -179,7 +181,7 @@ def _llava(
         num_additional_image_tokens=1 if clip else 0,
         chat_template=CHAT_TEMPLATE,
     )
-    return _ready(model, tokenizer), processor
+    return ready(model, tokenizer), processor
 
 
 def _idefics3(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -189,7 +191,7 @@ def _idefics3(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> tuple[P
     model = Idefics3ForConditionalGeneration(
         Idefics3Config(
             vision_config=vision,
-            text_config=LlamaConfig(**_text_sizes(tokenizer, config)),
+            text_config=LlamaConfig(**text_sizes(tokenizer, config)),
             image_token_id=_image_token(tokenizer),
             scale_factor=scale,
             pad_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]  # read from **kwargs
@@ -208,21 +210,22 @@ def _idefics3(tokenizer: PreTrainedTokenizerFast, config: TinyConfig) -> tuple[P
         image_seq_len=(config.image_size // config.patch_size) ** 2,
         chat_template=CHAT_TEMPLATE,
     )
-    return _ready(model, tokenizer), processor
+    return ready(model, tokenizer), processor
 
 
 def _text(
     tokenizer: PreTrainedTokenizerFast, config: TinyConfig, family: Family
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    sizes = _text_sizes(tokenizer, config)
+    sizes = text_sizes(tokenizer, config)
     llama = family == "text-llama"
     model = LlamaForCausalLM(LlamaConfig(**sizes)) if llama else Qwen2ForCausalLM(Qwen2Config(**sizes))
     own = copy.deepcopy(tokenizer)
     own.chat_template = CHAT_TEMPLATE
-    return _ready(model, tokenizer), own
+    return ready(model, tokenizer), own
 
 
-def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Tell `model` the tokenizer's special tokens, and return it."""
     ids: Mapping[str, int] = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -231,4 +234,6 @@ def _ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTra
     for name, value in ids.items():
         setattr(model.config, name, value)
         setattr(model.generation_config, name, value)
+    if vision_tower(model) is not None:  # drawn at random, it must learn with the rest: `load_model` reads this
+        model.config.freeze_vision = False
     return model

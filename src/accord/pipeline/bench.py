@@ -1,7 +1,7 @@
 """Run a grid of methods x seeds, go on where it stopped, and keep its table up to date.
 
     <out>/<recipe>/
-      table.md, table.csv, table.svg   mean over seeds, 95 % intervals, n (`accord.evaluation.table`)
+      table.md, table.csv, table.svg   mean over seeds, 95 % intervals, tests (`accord.evaluation.table`)
       failed.txt                       the cells that failed, and why
       <seed>.log                       what a process of its own said (`jobs`)
       <seed>/                          a run folder (`accord.runs`): sites, router, and compare/<method>.json
@@ -9,7 +9,8 @@
 A cell is one method with one seed: `accord.pipeline.comparison.compare` on the sites and the router of that seed, which
 are trained once for all methods. The folder's recipe has no `compare`, so that a method added later finds them. Beside
 the methods each seed has two controls, the base and answers from the question alone. Everything that the table says is
-read from the folders, so it covers all that they hold, whichever process measured it.
+read from the folders, so it covers all that they hold, whichever process measured it; how many settings of a method
+were tried on dev, the recipe's table `[tried]` says.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -31,19 +32,19 @@ from typing import cast
 import torch
 
 from accord.errors import AccordError, RecipeError, RunError
-from accord.evaluation.accuracy import count_correct, question_only
+from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
+from accord.models.features import FEATURES
 from accord.models.load import load_model
-from accord.pipeline.cells import cells_of, failure_file, write_table
-from accord.pipeline.comparison import arm_file, compare
+from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
+from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
 from accord.stages.routing import train_router, train_sites
-from accord.types import Question
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class SeedRun:
     """One seed of one recipe: the cells that share sites and router."""
 
     file: Path  # of the recipe
-    recipe: Recipe  # with this seed, and without `compare`
+    recipe: Recipe  # with this seed, and without `compare` and `tried`
     folder: Path
     methods: tuple[str, ...]
+    tried: Mapping[str, int] = field(default_factory=dict)  # settings of a method, as the recipe's [tried] says
 
     @property
     def log(self) -> Path:
@@ -83,9 +85,10 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
             raise RecipeError(f"two recipes are called {recipe.name!r} and would share a folder; rename one")
         for seed in seeds:
             foreign = [name for name in recipe.compare if ":" in name and find_method(name, ()).tables]
-            own = replace(recipe, seed=seed, compare=(), uses=tuple(dict.fromkeys([*recipe.uses, *foreign])))
+            uses = tuple(dict.fromkeys([*recipe.uses, *foreign]))
+            own = replace(recipe, seed=seed, compare=(), tried={}, uses=uses)
             chosen = tuple(dict.fromkeys(recipe.compare))
-            grid.append(SeedRun(file, own, out / recipe.name / str(seed), chosen))
+            grid.append(SeedRun(file, own, out / recipe.name / str(seed), chosen, recipe.tried))
     return grid
 
 
@@ -108,6 +111,11 @@ def bench(
     for seed in grid:
         for method in seed.rows:
             failure_file(seed.folder, method).unlink(missing_ok=True)
+        file = tried_file(seed.folder.parent)
+        if seed.tried:
+            write_atomic(file, json.dumps(seed.tried, indent=2) + "\n")
+        else:
+            file.unlink(missing_ok=True)
     progress = _Progress(grid, jobs, tell)
     # A process takes seconds to start: what is finished is only looked at, and that here.
     apart = [seed for seed in grid if jobs > 1 and _waiting(seed)]
@@ -122,12 +130,10 @@ def bench(
 def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], object] = lambda: None) -> None:
     """Measure the cells of one seed that are not measured; sites and router are trained if a method needs them."""
     with _open(seed, bars=bars) as job:
-        waiting = [method for method in seed.methods if not job.run.done(f"compare {method}")]
-        needs = needed(job.recipe, waiting)
-        trained = _attempt(job, waiting, partial(train_judges, needs=needs))
+        failed = _train_judges(job, seed.methods)
         # Only now, for a site or router that was trained has undone the comparisons that stand on it.
         measures = {"base": measure_base, "question-only": measure_question_only}
-        measures |= {method: partial(compare, arm=method) for method in seed.methods if trained}
+        measures |= {method: partial(compare, arm=method) for method in seed.methods if method not in failed}
         for row, measure in measures.items():
             if not job.run.done(f"compare {row}"):
                 _attempt(job, [row], measure)
@@ -146,39 +152,51 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
         run = Run.create(seed.folder, text, seed=seed.recipe.seed)
     if seed.recipe.threads:
         torch.set_num_threads(seed.recipe.threads)
+    FEATURES.configure(seed.recipe.features)
     with open_job(seed.recipe, run, quiet=not bars) as job:
         yield job
 
 
 def _same(stored: Path, recipe: Recipe) -> bool:
-    """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default."""
+    """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default.
+
+    Its `method` may be another: no cell is aligned by it.
+    """
     try:
         kept = load_recipe(stored)
-        tables = method_tables([*kept.uses, *recipe.uses])
+        tables = method_tables([kept.method, recipe.method, *kept.uses, *recipe.uses])
         alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
-        return alike and replace(kept, tables={}, uses=()) == replace(recipe, tables={}, uses=())
+        return alike and replace(kept, tables={}, uses=(), method=recipe.method) == replace(recipe, tables={}, uses=())
     except RecipeError:
         return False
 
 
+def _train_judges(job: Job, methods: Sequence[str]) -> set[str]:
+    """Train what waiting methods need and is not trained: sites first, then the router; return whom a failure stops."""
+    stopped: set[str] = set()
+    for need, train in (("sites", train_sites), ("router", _train_router_once)):
+        rows = [row for row in methods if row not in stopped and need in needed(job.recipe, [row])]
+        if not all(job.run.done(f"compare {row}") for row in rows) and not _attempt(job, rows, train):
+            stopped |= set(rows)
+    return stopped
+
+
+def _train_router_once(job: Job) -> None:
+    if not job.run.done("router"):
+        train_router(job)
+
+
 def _attempt(job: Job, rows: Sequence[str], stage: Callable[[Job], None]) -> bool:
-    """Do a stage that these rows need; return whether it succeeded, and note why not."""
+    """Do a stage that these rows need; return whether it succeeded, and note why not for those not measured."""
     try:
         stage(job)
     except AccordError as error:
         for row in rows:
-            noted = {"method": row, "error": str(error)}
-            write_atomic(failure_file(job.path, row), json.dumps(noted) + "\n")
+            if not job.run.done(f"compare {row}"):
+                noted = {"method": row, "error": str(error), **role_noted(job.recipe, row)}
+                write_atomic(failure_file(job.path, row), json.dumps(noted) + "\n")
         return False
     return True
-
-
-def train_judges(job: Job, *, needs: Collection[str]) -> None:
-    """Train what these methods need and is not trained: sites first, then the router."""
-    if "sites" in needs:
-        train_sites(job)
-    if "router" in needs and not job.run.done("router"):
-        train_router(job)
 
 
 def measure_base(job: Job) -> None:
@@ -193,19 +211,16 @@ def measure_question_only(job: Job) -> None:
     base = job.questions.get("base", [])
     known = {"dev": base, "test": [*base, *job.questions["dev"]]}
     with job.doing("compare question-only", needs=()):
-        _note(job, "question-only", lambda asked, split: question_only(known[split], asked))
+        _note(job, "question-only", lambda asked, split: question_only(known[split], asked), looks=False)
 
 
-def _note(job: Job, row: str, answers: Callable[[Sequence[Question], str], list[str]]) -> None:
+def _note(job: Job, row: str, ask: Ask, *, looks: bool = True) -> None:
     began = time.monotonic()
-    measured: dict[str, object] = {
-        split: count_correct(asked, answers(asked, split))
-        for split, asked in (("dev", job.questions["dev"]), ("test", job.evaluated))
-    }
+    measured = measure(job, ask)
     dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
     in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
     measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), "in_domain": in_domain}
-    write_atomic(arm_file(job.path, row), json.dumps(measured, indent=2) + "\n")
+    write_arm(job, row, {**measured, **(with_other_images(job, ask) if looks else {})})
 
 
 class _Progress:
@@ -218,9 +233,8 @@ class _Progress:
     def update(self) -> None:
         """Look for new cells."""
         for seed in self.grid:
-            fresh = [
-                c for c in cells_of(seed.folder) if c.method in seed.rows and (seed.folder, c.method) not in self.told
-            ]
+            told = {row for folder, row in self.told if folder == seed.folder}
+            fresh = [cell for cell in cells_of(seed.folder, but=told) if cell.method in seed.rows]
             if fresh:
                 write_table(seed.folder.parent)
             for cell in fresh:
@@ -245,11 +259,19 @@ class _Progress:
         for seed in self.grid:
             rows = [row for row in seed.rows if (seed.folder, row) not in self.told]
             unfinished += bool(rows)
-            before = [*(f"site {site.name}" for site in seed.recipe.sites), "router"] if rows else []
-            done = stages_done(seed.folder)
-            for stage in [*(stage for stage in before if stage not in done), *(f"compare {row}" for row in rows)]:
+            for stage in [*_judges_waiting(seed, rows), *(f"compare {row}" for row in rows)]:
                 total += fmean(known.get((seed.recipe.name, stage)) or usual or [0.0])
         return total / max(1, min(self.jobs, unfinished)) if usual else 0.0
+
+
+def _judges_waiting(seed: SeedRun, rows: Sequence[str]) -> list[str]:
+    """Return the stages of sites and router that are still to come, for the sake of these rows."""
+    needs = needed(seed.recipe, [row for row in rows if row not in CONTROLS])
+    done = stages_done(seed.folder)
+    sites = [f"site {site.name}" for site in seed.recipe.sites if "sites" in needs]
+    waiting = [stage for stage in sites if stage not in done]
+    again = bool(waiting) or "router" not in done  # a site undoes the router
+    return [*waiting, "router"] if "router" in needs and again else waiting
 
 
 def _result(cell: Cell) -> str:

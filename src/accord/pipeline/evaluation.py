@@ -11,9 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from accord.data.questions import image_identity
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, DataWarning, ReplyError
-from accord.evaluation.accuracy import count_correct, question_only, shuffle_images
+from accord.evaluation.accuracy import images_by_type, outcomes_by_type, question_only, shuffle_images
 from accord.evaluation.gallery import write_gallery
 from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import (
@@ -25,13 +26,13 @@ from accord.evaluation.summary import (
     SiteSummary,
     Summary,
     TrafficRow,
-    accuracy,
+    accuracy_by_image,
     headline,
     write_summary,
 )
 from accord.federation.engine import Traffic
 from accord.federation.messages import Absence, Card, CardRequest, check_card
-from accord.methods import find_method
+from accord.methods import find_method, needed
 from accord.methods.method import Method
 from accord.models.generate import answer
 from accord.models.load import load_model, parameter_count, tokenizer_of
@@ -76,7 +77,10 @@ def evaluate(job: Job) -> None:
                 answers[name] = [texts[0] for texts in given]
         known = [*job.questions.get("base", []), *job.questions["dev"]]
         answers["question_only"] = question_only(known, questions)
-        measured = {name: accuracy(count_correct(questions, given)) for name, given in answers.items()}
+        images = images_by_type(questions, job.identify)  # those that shared an image share the one of the control
+        measured = {
+            name: accuracy_by_image(outcomes_by_type(questions, given), images) for name, given in answers.items()
+        }
         for name, result in measured.items():
             by_type = {kind: value.accuracy for kind, value in result.by_type.items()}
             job.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
@@ -103,10 +107,11 @@ def _summary(
     by_type: dict[str, list[Tensor]] = defaultdict(list)
     for q, row in zip(job.evaluated, [] if weights is None else weights, strict=weights is not None):
         by_type[q.question_type].append(row)
-    cards = _cards(job, names) if "sites" in method.needs else {}
+    trained = "sites" in needed(recipe, [recipe.method, *recipe.compare])
+    cards = _cards(job, names) if trained else {}
     sites, constructed = [], False
     for config in recipe.sites:
-        card = cards.get(config.name, ABSENT if "sites" in method.needs else NO_MODEL)
+        card = cards.get(config.name, ABSENT if trained else NO_MODEL)
         constructed = constructed or card.constructed
         macro = sum(card.ranking.values()) / len(card.ranking) if card.ranking else None
         sites.append(
@@ -122,7 +127,8 @@ def _summary(
         )
     manifest = json.loads((job.path / "manifest.json").read_text())
     policy, _ = job.policy
-    load_all_traffic(job)
+    # A router that was trained for compared methods alone is in their bytes.
+    load_all_traffic(job, but=() if "router" in method.needs else ("router",))
     evaluation = EvaluationSummary(
         base=measured["base"],
         aligned=measured["aligned"],
@@ -204,11 +210,12 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
         raise DataError(f"{data} has no question of split {split!r}; it has {', '.join(splits)}")
     model, processor = load_model(checkpoint)
     longest = max(len(tokenizer_of(processor)(q.answer)["input_ids"]) for q in everything) + 1
+    images = images_by_type(questions, image_identity())
     columns: dict[str, Accuracy] = {}
     with stage_bar("evaluation", 2 * len(questions), quiet=quiet) as advance:
         for name, asked in (("accuracy", questions), ("shuffled image", shuffle_images(questions, seed=0))):
             given = answer(model, processor, asked, max_new_tokens=longest, on_batch=lambda n: advance(n))
-            columns[name] = accuracy(count_correct(questions, [texts[0] for texts in given]))
+            columns[name] = accuracy_by_image(outcomes_by_type(questions, [texts[0] for texts in given]), images)
     seen, blind = columns["accuracy"], columns["shuffled image"]
     rows = []
     for name, value in seen.by_type.items():
@@ -216,4 +223,9 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
         rows.append([escaped(name), f"{value.n}", interval, f"{blind.by_type[name].accuracy:.1%}"])
     macro = f"{seen.macro:.1%} ({seen.macro_low:.1%} to {seen.macro_high:.1%})"
     rows.append(["macro", f"{seen.n}", macro, f"{blind.macro:.1%}"])
-    return markdown_table(["question type", "n", "accuracy (95 % interval)", "shuffled image"], rows)
+    shown = markdown_table(["question type", "n", "accuracy (95 % interval)", "shuffled image"], rows)
+    note = (
+        "The intervals are over the draw of test questions, clustered by image, or by text where there is no image: "
+        f"{seen.n} questions in {seen.images} clusters."
+    )
+    return f"{shown}\n\n{note}"

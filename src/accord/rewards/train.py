@@ -8,7 +8,8 @@ with one image encoding.
 
 Training stops at the best *whole-vocabulary ranking* on the site's held-out questions: is the right answer on top of
 all the answers that a policy could give? Pair accuracy misleads: reward models with 80 % of it were hacked by GRPO
-within 300 steps.
+within 300 steps. A site that has judgements and no reference answers has nothing else: it trains on the pairs of some
+of its images and stops where the pairs of the others are ranked best (`choose = "pairs"`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from accord.data.images import load_if_any
+from accord.data.questions import image_identity
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
@@ -48,9 +51,11 @@ class RewardConfig:
     centring: float = 0.01  # c
     symmetries: bool = False  # augment with the symmetries of the square
     evaluate_every: int = 50  # steps between rankings
-    evaluate_on: int = 200  # held-out questions per ranking
+    evaluate_on: int = 200  # held-out questions, or pairs kept back, per ranking
     vocabulary: int = 64  # commonest answers that are ranked against each other
     patience: int = 3  # rankings without a better one before training stops; 0 for never
+    choose: Literal["questions", "pairs"] = "questions"  # what is ranked: held-out answers, or pairs kept back
+    kept_back: float = 0.1  # share of the site's images whose pairs are ranked and not trained on, with "pairs"
     gradient_accumulation: int = 1
     rows_at_once: int = 512  # answers scored in one forward pass, in rankings and for the federation
 
@@ -59,11 +64,13 @@ class RewardConfig:
         check_least(self, steps=1, prompts_per_batch=1, rejected_per_prompt=1, gradient_accumulation=1)
         check_least(self, learning_rate=0, weight_decay=0, warmup=0, centring=0)
         check_least(self, evaluate_every=1, evaluate_on=0, vocabulary=2, patience=0, rows_at_once=1)
+        if not 0 < self.kept_back < 1:
+            raise RecipeError(f"kept_back must be between 0 and 1, got {self.kept_back}; correct it")
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How often the right answer scores highest among all answers that a policy could give."""
+    """How often the right answer scores highest: among all that a policy could give, or of the two of a pair."""
 
     by_type: Mapping[str, float]
 
@@ -117,6 +124,53 @@ def rank(
         for q, s in zip(chunk, scores, strict=True):
             right[q.question_type].append(bool((s[0] > s[1:]).all()))
     return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+
+
+def rank_pairs(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> Ranking:
+    """Return the pair accuracy: how often the chosen answer scores above the rejected one; a tie is wrong.
+
+    Every answer to a question is scored once, however many pairs it is in.
+    """
+    right: dict[str, list[bool]] = defaultdict(list)
+    by_question: dict[str, list[PreferencePair]] = defaultdict(list)
+    for pair in pairs:
+        by_question[pair.question_id].append(pair)
+    asked = list(by_question.values())
+    for start in range(0, len(asked), prompts_at_once):
+        chunk = asked[start : start + prompts_at_once]
+        answers = [list(dict.fromkeys(a for p in group for a in (p.chosen, p.rejected))) for group in chunk]
+        prompts, images = [g[0].prompt for g in chunk], [load_if_any(g[0].image) for g in chunk]
+        for group, given, scores in zip(chunk, answers, model.score(prompts, images, answers), strict=True):
+            score = dict(zip(given, scores.tolist(), strict=True))
+            for pair in group:
+                right[pair.question_type].append(score[pair.chosen] > score[pair.rejected])
+    return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+
+
+def keep_back(
+    pairs: Sequence[PreferencePair], share: float, generator: random.Random
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    """Keep back the pairs of a random share of the images, at least one; return the others and the kept ones.
+
+    Images are the same where their stored bytes are. Pairs without images go by the words of their prompt.
+
+    Raises:
+        DataError: all pairs are about one image.
+    """
+    identify = image_identity()
+    subjects = [identify(pair.subjects[0]) for pair in pairs]
+    distinct = sorted(set(subjects))
+    if len(distinct) < 2:
+        raise DataError(
+            f"all {len(pairs)} pairs are about one image, and some images' pairs are kept back to choose the weights; "
+            'give the site pairs about more images, or take choose = "pairs" out of its reward_model'
+        )
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    kept = set(generator.sample(distinct, count))
+    return (
+        [pair for pair, subject in zip(pairs, subjects, strict=True) if subject not in kept],
+        [pair for pair, subject in zip(pairs, subjects, strict=True) if subject in kept],
+    )
 
 
 class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
@@ -198,12 +252,13 @@ def train_reward_model(
     callbacks: Sequence[TrainerCallback] = (),
     log: Callable[[Mapping[str, object]], None] = lambda _: None,
 ) -> Ranking:
-    """Train `model` in place, restore its best weights, set its standardisation; return the best ranking on `held_out`.
+    """Train `model` in place, restore its best weights, set its standardisation; return the best ranking.
 
     Args:
         model: backbone and head.
         pairs: the site's preference pairs.
-        held_out: questions of the site that no pair was built from; without any, the last weights are kept.
+        held_out: questions of the site that no pair was built from; without any, the last weights are kept. Not read
+            where the weights are chosen by pairs kept back.
         vocabulary: the answers that a policy could give, ranked against each other.
         config: settings.
         seed: of the order, the drawn rejected answers and the augmentation.
@@ -212,7 +267,8 @@ def train_reward_model(
         log: receives one record per ranking.
 
     Raises:
-        DataError: there are no pairs, one has several images, or some of pairs and questions have one and others none.
+        DataError: there are no pairs, one has several images, some of pairs and questions have one and others none, or
+            pairs should be kept back and all are about one image.
         RecipeError: training diverged: the scores are not finite, or all the same.
     """
     if not pairs:
@@ -233,8 +289,17 @@ def train_reward_model(
         )
     model.rows_at_once = config.rows_at_once
     generator = random.Random(seed)
+    kept: Sequence[PreferencePair] = ()
+    if config.choose == "pairs":
+        pairs, kept = keep_back(pairs, config.kept_back, generator)
     groups = group_pairs(pairs)
-    questions = generator.sample(list(held_out), min(config.evaluate_on, len(held_out)))
+    candidates = kept or held_out
+    ranked = generator.sample(range(len(candidates)), min(config.evaluate_on, len(candidates)))
+
+    def ranking() -> Ranking:
+        if kept:
+            return rank_pairs(model, [kept[i] for i in ranked])
+        return rank(model, [held_out[i] for i in ranked], vocabulary)
 
     def collate(items: Sequence[tuple[PairGroup, tuple[str, ...], int]]) -> dict[str, object]:
         batch = build_batch(
@@ -245,7 +310,7 @@ def train_reward_model(
         )
         return {"batch": batch, "sizes": [1 + len(rejected) for _, rejected, _ in items]}
 
-    keep = _KeepBest(model, config, lambda: rank(model, questions, vocabulary), log)
+    keep = _KeepBest(model, config, ranking, log)
     trainer = _BradleyTerryTrainer(
         model=model,
         args=trainer_arguments(
@@ -260,7 +325,7 @@ def train_reward_model(
         ),
         train_dataset=_Drawn(groups, config, generator),
         data_collator=collate,
-        callbacks=[*callbacks, *([keep] if questions else [])],
+        callbacks=[*callbacks, *([keep] if ranked else [])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.centring = config.centring

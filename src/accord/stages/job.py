@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
 
 from accord.data.arithmetic import load_arithmetic
+from accord.data.captions import Judged, photographs, read_captions, read_judgements
 from accord.data.conventions import load_conventions
 from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
@@ -22,11 +23,12 @@ from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_fol
 from accord.data.radiology_and_rooms import load_radiology_and_rooms
 from accord.data.sampling import sample_questions
 from accord.data.sites import SiteShare, check_disjoint, share_out
-from accord.errors import DataError, RunError
+from accord.errors import DataError, RecipeError, RunError
 from accord.federation.engine import Engine, Traffic
 from accord.models.encoder import Encoder
 from accord.models.load import Processor, load_model
 from accord.recipe import Recipe, SiteConfig, Source
+from accord.rewards.model import RewardModel
 from accord.runs import Run
 from accord.types import PreferencePair, Question, Subject
 
@@ -95,6 +97,8 @@ def read_source(source: Source) -> list[Question]:
         return load_radiology_and_rooms(source.path, labels=source.labels, exposure=source.exposure)
     if source.kind == "conventions":
         return load_conventions(source.path, disputed=source.disputed)
+    if source.kind == "captions":
+        return read_captions(source.path)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
     return read_vqa_dataset(
@@ -119,6 +123,7 @@ class Job:
     engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
+    base_captions: dict[str, list[str]] = field(default_factory=dict)  # by split, once the base was asked
 
     @contextmanager
     def doing(self, stage: str, *, needs: Collection[str] | None = None) -> Iterator[None]:
@@ -213,6 +218,18 @@ class Job:
         return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
 
     @cached_property
+    def judged(self) -> dict[str, list[Judged]]:
+        """Of each site that holds judgements, what people said of the photographs that it was dealt."""
+        rows = read_judgements(self.recipe.captions, split="private")
+        shares = [site.share for site in self.recipe.sites if site.judgements]
+        dealt = share_out(photographs(rows), shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images)
+        found = {}
+        for name, held in dealt.items():
+            mine = {photograph.id for photograph in held}
+            found[name] = [row for row in rows if row.photograph.id in mine]
+        return found
+
+    @cached_property
     def mixtures(self) -> dict[str, dict[tuple[str, str], float]]:
         """Each site's mixture of domains and types, where the recipe has them drawn; empty where it does not."""
         if self.recipe.dealing is None:
@@ -246,6 +263,21 @@ class Job:
     def encoder(self) -> Encoder:
         """The frozen encoder that routers and gates read: the base policy, unless the recipe names another model."""
         return Encoder(*load_model(self.recipe.encoder_checkpoint))
+
+    @cached_property
+    def judge(self) -> RewardModel:
+        """What judges captions in the end: a reward model that no site has.
+
+        Raises:
+            RecipeError: the recipe names none.
+            CheckpointError: it cannot be loaded.
+        """
+        if not self.recipe.evaluation.judge:
+            raise RecipeError(
+                "captions are measured by a judge, and the recipe names none; make one with `accord judge`, and add "
+                'judge = "…" to [evaluation]'
+            )
+        return RewardModel.load(Path(self.recipe.evaluation.judge))
 
     def kept(self, name: str, *, after: Literal["site", "router"]) -> Path:
         """Return where a method keeps what it has made once for all stages of a run.

@@ -15,6 +15,7 @@ import msgspec
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from accord.data.captions import judged_good, judged_pairs
 from accord.data.judged import judge_samples
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
 from accord.data.questions import uniform
@@ -98,16 +99,24 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
     if site.preferences:
         job.pairs[name] = flip(_own_pairs(job, name, Path(site.preferences)), site.flipped, random.Random(seed))
         return job.pairs[name]
+    pairs: list[PreferencePair] = []
     known = [*job.questions.get("base", []), *questions]
-    with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
-        pairs = construct_pairs(
-            job.recipe,
-            lambda: load_model(job.recipe.policy.checkpoint),
-            questions,
-            known,
-            seed=seed,
-            on_batch=lambda n: advance(n),
-        )
+    if site.judgements is not None:
+        rows = job.judged[name]
+        pairs = judged_pairs(rows, site.judgements, random.Random(seed))
+        if site.judgements.constructed:
+            questions = [*judged_good(rows, site.judgements), *questions]
+        known = questions  # judged by people, or its own: without captions of the server's
+    if questions:
+        with stage_bar(f"{name}: what the policy says", len(questions), quiet=job.quiet) as advance:
+            pairs += construct_pairs(
+                job.recipe,
+                lambda: load_model(job.recipe.policy.checkpoint),
+                questions,
+                known,
+                seed=seed,
+                on_batch=lambda n: advance(n),
+            )
     if len(pairs) < MIN_PAIRS:
         raise DataError(
             f"site {name} has {len(pairs)} preference pairs from {len(questions)} questions, at least "
@@ -139,18 +148,19 @@ def construct_pairs(
         on_batch: told the number of questions that were just answered.
     """
     settings = recipe.preferences
-    said: Sequence[Sequence[str]] = [()] * len(questions)
+    asked = list({q.id: q for q in questions}.values())  # several captions of one photograph are one question
+    said: Sequence[Sequence[str]] = [()] * len(asked)
     if settings.policy_samples:
         said = answer(
             *policy(),
-            questions,
+            asked,
             max_new_tokens=recipe.alignment.max_completion_length,
             samples=settings.policy_samples,
             seed=seed,
             batch_size=recipe.alignment.questions_at_once,
             on_batch=on_batch,
         )
-    samples = {q.id: texts for q, texts in zip(questions, said, strict=True)}
+    samples = {q.id: texts for q, texts in zip(asked, said, strict=True)}
     if settings.judged:
         return judge_samples(
             questions, samples, rejected_per_answer=settings.rejected_per_question, generator=random.Random(seed)

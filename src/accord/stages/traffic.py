@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
@@ -83,11 +83,12 @@ def save_traffic(job: Job, stage: str) -> None:
     job.traffic.counts.clear()
 
 
-def load_all_traffic(job: Job) -> None:
-    """Sum the stages' counts."""
+def load_all_traffic(job: Job, *, but: Collection[str] = ()) -> None:
+    """Sum the counts of the stages, `but` for those of these names."""
     total = Traffic()
     for file in sorted((job.path / "traffic").glob("*.json")):
-        add_rows(total, json.loads(file.read_text()))
+        if file.stem not in but:
+            add_rows(total, json.loads(file.read_text()))
     job.traffic = total
 
 

@@ -1,0 +1,137 @@
+"""Build vision-language models whose vision tower is pretrained: FastVLM (Vasu et al. 2025) with an EfficientNet.
+
+    image [3, S, S]  →  frozen tower  →  (S / 32)² features  →  two-layer projector  →  language model
+
+They are ordinary checkpoints: `AutoProcessor` and `AutoModelForImageTextToText` load them. Differs from FastVLM: the
+tower is an EfficientNet-lite, not a FastViTHD, and the language model a small Llama or Qwen2 with random weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, cast
+
+import torch
+from torch import nn
+from transformers import (
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    LlamaConfig,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from accord.errors import RecipeError, check_least
+from accord.models.convert import STRIDE, Tower, convert_tower
+from accord.models.finetune import FineTuneConfig
+from accord.models.load import Processor
+from accord.models.tiny import CHAT_TEMPLATE, IMAGE, TinyConfig, ready, text_sizes
+
+MEAN: Final = 127 / 255
+DEVIATION: Final = 128 / 255
+
+
+@dataclass(frozen=True)
+class FastVlmSettings:
+    """One checkpoint with a pretrained tower. The defaults give 25 image tokens and 0.25 million trained parameters."""
+
+    name: str  # of the checkpoint's folder
+    text: Literal["llama", "qwen2"] = "llama"
+    tower: Tower = "efficientnet-lite0"
+    image_size: int = 160  # pixels a side, a multiple of 32
+    hidden_size: int = 64  # D, of the language model
+    text_layers: int = 2
+    heads: int = 4
+    intermediate_size: int = 192
+    max_positions: int = 512
+    instruction: FineTuneConfig | None = None  # instead of that of [pretrain]
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is no folder's, and sizes that do not fit together."""
+        if not self.name or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise RecipeError(f"name is letters, digits, - and _, since it names a folder; got {self.name!r}")
+        check_least(self, image_size=STRIDE, hidden_size=1, text_layers=1, heads=1, intermediate_size=1)
+        if self.image_size % STRIDE:
+            raise RecipeError(f"image_size must be a multiple of {STRIDE}, got {self.image_size}; correct it")
+        if self.hidden_size % (2 * self.heads):  # a head's width is even, for its rotary positions
+            raise RecipeError(
+                f"hidden_size must be a multiple of twice the heads ({self.heads}), got {self.hidden_size}; correct it"
+            )
+
+    @property
+    def image_tokens(self) -> int:
+        """How many tokens an image becomes."""
+        return (self.image_size // STRIDE) ** 2
+
+
+def build_fast_vlm(
+    settings: FastVlmSettings, tokenizer: PreTrainedTokenizerFast, *, seed: int
+) -> tuple[PreTrainedModel, Processor]:
+    """Build a model with a pretrained, frozen tower; all other weights are random and depend on `seed` alone.
+
+    Raises:
+        CheckpointError: the tower's package is not installed, or its file is not the known release.
+    """
+    sizes = text_sizes(
+        tokenizer,
+        TinyConfig(
+            hidden_size=settings.hidden_size,
+            text_layers=settings.text_layers,
+            heads=settings.heads,
+            intermediate_size=settings.intermediate_size,
+            max_positions=settings.max_positions,
+        ),
+    )
+    text = LlamaConfig(**sizes) if settings.text == "llama" else Qwen2Config(**sizes)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        model = _assemble(settings, text, tokenizer)
+    return ready(model, tokenizer), _processor(settings, tokenizer, CHAT_TEMPLATE)
+
+
+def _assemble(
+    settings: FastVlmSettings, text: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> FastVlmForConditionalGeneration:
+    tower = convert_tower(settings.tower, settings.image_size)
+    config = FastVlmConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids(IMAGE)),
+        image_seq_length=settings.image_tokens,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    model = FastVlmForConditionalGeneration(config)
+    model.model.vision_tower = tower
+    _freeze(tower)
+    return model
+
+
+def _freeze(tower: nn.Module) -> None:
+    """Keep a tower as it is, through any `model.train()`.
+
+    In training mode its BatchNorm would normalise by the batch at hand, and one pass would overwrite its statistics.
+    """
+    tower.requires_grad_(False).eval()
+    tower.train = lambda mode=True: tower  # type: ignore[method-assign]
+
+
+def _processor(settings: FastVlmSettings, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> LlavaProcessor:
+    square = {"height": settings.image_size, "width": settings.image_size}
+    images = SiglipImageProcessorPil(
+        size=square,
+        image_mean=[MEAN] * 3,
+        image_std=[DEVIATION] * 3,
+        do_convert_rgb=True,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=STRIDE,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=chat_template,
+    )
