@@ -38,7 +38,7 @@ from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, write_table
 from accord.pipeline.comparison import arm_file, compare
 from accord.recipe import Recipe
-from accord.recipe_file import dump_recipe, load_recipe, method_tables
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
@@ -74,7 +74,7 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
     """
     grid: list[SeedRun] = []
     for file in files:
-        recipe = load_recipe(file)
+        recipe = import_methods(load_recipe(file))
         if methods:
             recipe = check_names(replace(recipe, compare=tuple(methods)))
         if not recipe.compare:
@@ -153,7 +153,7 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
 def _same(stored: Path, recipe: Recipe) -> bool:
     """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default."""
     try:
-        kept = load_recipe(stored)
+        kept = import_methods(load_recipe(stored))
         tables = method_tables([*kept.uses, *recipe.uses])
         alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
         return alike and replace(kept, tables={}, uses=()) == replace(recipe, tables={}, uses=())
