@@ -1,19 +1,22 @@
 """Recipes are read with the tables of their methods, strictly, and written so that they are read back equal."""
 
 import re
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 import accord.cli
-from accord.errors import RecipeError
+from accord.errors import RecipeError, RunError
+from accord.flare.service import read_site_folder
 from accord.methods import METHODS
 from accord.methods.bounds import Pooled
 from accord.methods.fedgrpo import FedGrpoConfig
 from accord.methods.fedit import FedITConfig
-from accord.recipe_file import dump_recipe, load_recipe, method_tables, recipe_of
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables, recipe_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -102,7 +105,10 @@ def test_a_method_without_its_table_is_read_back_equal():
         ({"compare": [3]}, "compare[0] must be a text, got 3"),
         ({"compare": "routed"}, 'compare must be a list (each a text), got "routed"'),
         ({"compare": 3}, "compare must be a list (each a text), got 3"),
-        ({"method": "no_such_module:METHOD"}, "the method 'no_such_module:METHOD' cannot be imported"),
+        ({"uses": ["nonsense"]}, "uses[0] names a method of another package, as package.module:name, got 'nonsense'"),
+        ({"uses": ["own.package:METHOD", "routed"]}, "uses[1] names a method of another package"),
+        ({"uses": [3]}, "uses[0] must be a text, got 3"),
+        ({"uses": ["own.package:METHOD"], "own": 3}, "own is not a setting"),
         ({"sites": 3}, "sites must be a list (each a table), got 3"),
     ],
 )
@@ -162,3 +168,57 @@ def test_copies_that_are_no_number(tmp_path, copies):
     file.write_text(f'name = "x"\n[[sites]]\nname = "a"\ncheckpoint = "accord/idefics3"\ncopies = {copies}\n')
     with pytest.raises(RecipeError, match="copies of site 'a' must be a whole number of at least 1"):
         load_recipe(file)
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A package whose import leaves a file behind; returns whether that has happened."""
+    (tmp_path / "trap_package.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\nMETHOD = print\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield lambda: (tmp_path / "imported").exists()
+    sys.modules.pop("trap_package", None)
+
+
+NAMED = ({"method": "trap_package:METHOD"}, {"compare": ["trap_package:METHOD"]}, {"uses": ["trap_package:METHOD"]})
+
+
+@pytest.mark.parametrize("named", NAMED, ids=lambda named: next(iter(named)))
+def test_to_read_a_recipe_imports_nothing_that_it_names(trap, named):
+    """Its tables pass unread, and are written as they came; only `import_methods` imports, and then reads strictly."""
+    found = recipe(**named, mine={"floor": 0.5, "deep": {"list": [1, 2]}}, fedit={"mu": 0.5})
+    assert found.tables["mine"] == {"floor": 0.5, "deep": {"list": [1, 2]}}
+    assert found.tables["fedit"] == FedITConfig(mu=0.5) and again(found) == found
+    assert not trap()
+    with pytest.raises(RecipeError, match="mine is not a setting; did you mean"):
+        import_methods(found)
+    assert trap()
+
+
+@pytest.mark.parametrize("named", NAMED, ids=lambda named: next(iter(named)))
+def test_commands_that_run_no_method_import_none(trap, named, tmp_path, monkeypatch):
+    """A recipe from elsewhere at a site: its training, its check, its preferences, and pre-training."""
+    file, seen = tmp_path / "x.toml", []
+    file.write_text(tomli_w.dumps({"name": "x", "sites": SITES, **named, "mine": {"floor": 0.5}}))
+    monkeypatch.setattr("accord.pipeline.train_site", lambda job, name: seen.append(name))
+    monkeypatch.setattr("accord.pipeline.train_router", lambda job: seen.append("router"))
+    monkeypatch.setattr("accord.stages.sites.site_pairs", lambda job, name: [])
+    monkeypatch.setattr("accord.models.pretrain.pretrain_families", lambda *given, **more: [])
+    out = ["--out", str(tmp_path / "run")]
+    for command in (
+        ["site", "train", file, "a", *out],
+        ["router", "train", file, *out],
+        ["preferences", file, "a", tmp_path / "pairs.jsonl"],
+        ["pretrain", tmp_path / "made", "--recipe", file],
+    ):
+        monkeypatch.setattr("sys.argv", ["accord", *map(str, command)])
+        accord.cli.main()
+        assert not trap()
+    assert seen == ["a", "router"]
+    with pytest.raises(RunError, match="has no finished reward model of site a"):  # what check and join read
+        read_site_folder(tmp_path / "run", "a")
+    assert not trap()
+
+
+def test_what_cannot_be_imported_is_told_where_methods_are_run():
+    with pytest.raises(RecipeError, match="the method 'no_such_module:METHOD' cannot be imported"):
+        import_methods(recipe(method="no_such_module:METHOD"))

@@ -163,12 +163,24 @@ def _job(
     seed: int | None,
     quiet: bool,
     alone: str = "",
+    methods: bool = False,
     kits: tuple[Path, Path | None] | None = None,
 ) -> Iterator[Job]:
-    """Open the run of a recipe; with the server's and the operator's kit, of sites that are other organisations'."""
+    """Open the run of a recipe.
+
+    Args:
+        recipe_file: the recipe.
+        out: the run folder.
+        resume: go on with the run there.
+        seed: in place of the recipe's.
+        quiet: show no progress.
+        alone: the one site that works here.
+        methods: whether methods are run; if not, none of another package is imported.
+        kits: the server's and the operator's, where the sites are other organisations'.
+    """
     from dataclasses import replace
 
-    from accord.recipe_file import dump_recipe, load_recipe
+    from accord.recipe_file import dump_recipe, import_methods, load_recipe
     from accord.runs import Run
     from accord.stages.job import open_job
 
@@ -177,7 +189,9 @@ def _job(
         recipe = replace(recipe, seed=seed)
     _settle(recipe)
     folder = out or Path("runs") / recipe.name
-    text = dump_recipe(recipe)
+    text = dump_recipe(recipe)  # the same whether or not methods are imported: one folder is for all commands
+    if methods:
+        recipe = import_methods(recipe)
     run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
     with ExitStack() as stack:
         engine = None
@@ -214,7 +228,7 @@ def _whole(
     from accord.evaluation.trace import read_metrics
     from accord.pipeline import execute
 
-    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, kits=kits) as job:
+    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits) as job:
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
     typer.echo(account.verdict)
@@ -263,20 +277,28 @@ def watch(
 def plan(recipe: RecipeFile) -> None:
     """Show what a recipe would run, with memory and bytes; nothing is downloaded or trained."""
     from accord.plan import describe
-    from accord.recipe_file import load_recipe
+    from accord.recipe_file import import_methods, load_recipe
 
-    typer.echo(describe(load_recipe(recipe)))
+    typer.echo(describe(import_methods(load_recipe(recipe))))
 
 
 def _stage(
-    recipe: Path, out: Path | None, seed: int | None, quiet: bool, stage: Callable[[Job], None], *, alone: str = ""
+    recipe: Path,
+    out: Path | None,
+    seed: int | None,
+    quiet: bool,
+    stage: Callable[[Job], None],
+    *,
+    alone: str = "",
+    methods: bool = False,
 ) -> None:
     """Run one stage in the recipe's run folder, made if it is not there."""
     from accord.recipe_file import load_recipe
     from accord.runs import something_done
 
     folder = out or Path("runs") / load_recipe(recipe).name
-    with _job(recipe, out, resume=something_done(folder), seed=seed, quiet=quiet, alone=alone) as job:
+    resume = something_done(folder)
+    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, alone=alone, methods=methods) as job:
         stage(job)
     typer.echo(f"done: {folder}")
 
@@ -302,7 +324,7 @@ def align_command(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet:
     """Align the policy by the recipe's method; an interrupted GRPO goes on from its newest checkpoint."""
     from accord.pipeline import align_policy
 
-    _stage(recipe, out, seed, quiet, align_policy)
+    _stage(recipe, out, seed, quiet, align_policy, methods=True)
 
 
 @app.command("evaluate")
@@ -319,7 +341,7 @@ def evaluate_command(
     from accord.pipeline.evaluation import evaluate, evaluate_checkpoint
 
     if target.endswith(".toml"):
-        _stage(Path(target), out, seed, quiet, evaluate)
+        _stage(Path(target), out, seed, quiet, evaluate, methods=True)
     elif not data:
         raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
     else:

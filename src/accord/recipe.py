@@ -203,7 +203,8 @@ class Recipe:
     pretrain: PretrainConfig = PretrainConfig()  # only for `accord pretrain --recipe`
     evaluation: Evaluation = Evaluation()
     features: FeatureConfig = FeatureConfig()
-    # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them.
+    # The methods' own tables, by name: the methods define them, and `accord.recipe_file` reads them; those of other
+    # packages' methods are as TOML holds them until `import_methods`.
     tables: Mapping[str, object] = field(default_factory=dict, metadata={TOP_LEVEL: True})
 
     @property

@@ -2,6 +2,10 @@
 
 A method's own table, such as `[fedit]`, stands at the top of the file like any other. Which tables there are, and what
 may be in them, the methods say; a recipe that names a method of another package may have that method's table, too.
+
+To read a recipe imports nothing that it names: one that comes from elsewhere must not run code where no method is run,
+as at a site. Until `import_methods` is called, a method of another package is a name, and its table is as TOML holds
+it.
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from accord.errors import RecipeError
-from accord.methods import METHODS, check_names, find_method
+from accord.methods import METHODS, check_names, find_method, is_foreign
 from accord.methods.method import Table
 from accord.recipe import Recipe
-from accord.toml import build, dump_toml, load_toml
+from accord.toml import build, dump_toml, load_toml, unknown_key
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,7 +28,8 @@ if TYPE_CHECKING:
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe. `base = "other.toml"` in it starts from that recipe's settings: tables are merged, lists replaced.
 
-    A site with `copies = 3` stands for three, called `<name>-1` to `<name>-3`.
+    A site with `copies = 3` stands for three, called `<name>-1` to `<name>-3`. Methods of other packages are not
+    imported; `import_methods` does that.
 
     Raises:
         RecipeError: the file is absent or wrong; the message names the place, the value and the remedy.
@@ -35,26 +40,53 @@ def load_recipe(path: Path | str) -> Recipe:
 def recipe_of(table: Mapping[str, object]) -> Recipe:
     """Make a recipe from a table as TOML holds it, without a `base`.
 
+    Tables at the top that Accord does not know are kept as they are if a method of another package is named, and
+    refused otherwise.
+
     Raises:
         RecipeError: as `load_recipe`.
     """
     sites = table.get("sites")
     if isinstance(sites, list):
         table = {**table, "sites": [copy for site in sites for copy in _copies(site)]}
-    compared = table.get("compare", ())
-    lists = [each for each in (compared, table.get("uses", ())) if isinstance(each, list | tuple)]
-    named = [table.get("method", "routed"), *(name for each in lists for name in each)]
-    kinds = method_tables([name for name in named if isinstance(name, str)])
+    kinds = method_tables([])
+    known = {*kinds, *(field.name for field in fields(Recipe))}
     own = {key: value for key, value in table.items() if key in kinds}
-    recipe = build(Recipe, {key: value for key, value in table.items() if key not in own}, also=[*kinds])
+    others = {key: value for key, value in table.items() if key not in known and isinstance(value, Mapping)}
+    unread = others if _names_foreign(table) else {}
+    rest = {key: value for key, value in table.items() if key not in own and key not in unread}
+    recipe = build(Recipe, rest, also=[*kinds])
+    for n, name in enumerate(recipe.uses):
+        if not is_foreign(name):
+            raise RecipeError(
+                f"uses[{n}] names a method of another package, as package.module:name, got {name!r}; remove or correct "
+                "it: Accord's own methods need no mention"
+            )
+    for name in (recipe.method, *recipe.compare):
+        if not is_foreign(name):
+            find_method(name, [site.name for site in recipe.sites])
     # The settings of its own method are written out, as all others are.
-    main = find_method(recipe.method, [site.name for site in recipe.sites])
-    tables: dict[str, object] = {kind.name: kind.config() for kind in main.tables}
-    for key, value in own.items():
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{key} must be a table, got {value!r}; write it as [{key}]")
-        tables[key] = build(kinds[key].config, value, key)
-    return check_names(replace(recipe, tables=tables))
+    tables = {} if is_foreign(recipe.method) else _defaults(recipe)
+    return replace(recipe, tables={**tables, **{key: _settings(kinds[key], own[key]) for key in own}, **unread})
+
+
+def import_methods(recipe: Recipe) -> Recipe:
+    """Return a recipe with the tables of other packages' methods read, which imports the packages that it names.
+
+    For what runs or plans methods, and for recipes whose packages are trusted as installed programs are.
+
+    Raises:
+        RecipeError: a method cannot be imported, or a table is unknown or wrong.
+    """
+    check_names(recipe)
+    kinds = method_tables([recipe.method, *recipe.compare, *recipe.uses])
+    tables = _defaults(recipe)
+    for key, value in recipe.tables.items():
+        if key not in kinds:
+            known = [field.name for field in fields(Recipe) if field.name != "tables"]
+            raise RecipeError(unknown_key(key, [*known, *kinds]))
+        tables[key] = value if isinstance(value, kinds[key].config) else _settings(kinds[key], value)
+    return replace(recipe, tables=tables)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -65,10 +97,12 @@ def dump_recipe(recipe: Recipe) -> str:
 def method_tables(names: Sequence[str]) -> dict[str, Table[DataclassInstance]]:
     """Return the tables that a recipe may have for its methods: Accord's own, and those of `names` from other packages.
 
+    Those are imported.
+
     Raises:
         RecipeError: a name cannot be imported, or a method's table has a name that means something else.
     """
-    methods = [*METHODS.values(), *(find_method(name, ()) for name in names if ":" in name)]
+    methods = [*METHODS.values(), *(find_method(name, ()) for name in names if is_foreign(name))]
     tables: dict[str, Table[DataclassInstance]] = {}
     for method in methods:
         for table in method.tables:
@@ -76,6 +110,24 @@ def method_tables(names: Sequence[str]) -> dict[str, Table[DataclassInstance]]:
                 raise RecipeError(f"a method's table is called [{table.name}], which means something else; rename it")
             tables[table.name] = table
     return tables
+
+
+def _names_foreign(table: Mapping[str, object]) -> bool:
+    lists = [each for each in (table.get("compare"), table.get("uses")) if isinstance(each, list | tuple)]
+    named = [table.get("method"), *(name for each in lists for name in each)]
+    return any(isinstance(name, str) and is_foreign(name) for name in named)
+
+
+def _defaults(recipe: Recipe) -> dict[str, object]:
+    """Return the tables of the recipe's own method, with their defaults."""
+    method = find_method(recipe.method, [site.name for site in recipe.sites])
+    return {table.name: table.config() for table in method.tables}
+
+
+def _settings(table: Table[DataclassInstance], value: object) -> DataclassInstance:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{table.name} must be a table, got {value!r}; write it as [{table.name}]")
+    return build(table.config, value, table.name)
 
 
 def _copies(site: object) -> list[object]:

@@ -65,7 +65,7 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: S
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init and TOP_LEVEL not in field.metadata}
     for key in table:
         if key not in fields:
-            raise RecipeError(_unknown(key, [*fields, *also], where))
+            raise RecipeError(unknown_key(key, [*fields, *also], where))
     values: dict[str, object] = {}
     for name, field in fields.items():
         place = f"{where}.{name}" if where else name
@@ -158,7 +158,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _unknown(key: str, names: list[str], where: str) -> str:
+def unknown_key(key: str, names: Sequence[str], where: str = "") -> str:
+    """Return what is said of a key that is none of `names`, with the nearest of them; `where` as in `build`."""
     place = f"{where}.{key}" if where else key
     near = difflib.get_close_matches(key.lower().replace("-", "_"), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""

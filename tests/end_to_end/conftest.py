@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 
 from accord.cli import main
-from accord.recipe_file import dump_recipe, load_recipe, recipe_of
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, recipe_of
 from accord.runs import Run
 from accord.stages.job import open_job
 
@@ -121,7 +121,7 @@ def opened():
     @contextmanager
     def go_on(folder):
         file = folder / "recipe.toml"
-        with open_job(load_recipe(file), Run.resume(folder, file.read_text()), quiet=True) as job:
+        with open_job(import_methods(load_recipe(file)), Run.resume(folder, file.read_text()), quiet=True) as job:
             yield job
 
     return go_on

@@ -17,7 +17,7 @@ from accord.pipeline.bench import bench, plan_grid
 from accord.pipeline.cells import read_cells
 from accord.pipeline.comparison import arm_file
 from accord.plan import describe
-from accord.recipe_file import dump_recipe, load_recipe, recipe_of
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, recipe_of
 from accord.runs import stages_done, stages_planned
 from accord.types import vqa_prompt
 
@@ -87,41 +87,45 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def import_of(table):
+    return import_methods(recipe_of(table))
+
+
 def test_its_table_is_read_as_strictly_as_any(package, tiny_recipe):
-    found = recipe_of({**tiny_recipe, "method": NAME, "largest": {"floor": 0.25}})
+    found = import_of({**tiny_recipe, "method": NAME, "largest": {"floor": 0.25}})
     assert found.tables["largest"].floor == 0.25
-    assert recipe_of(tomllib.loads(dump_recipe(found))) == found
-    compared = recipe_of({**tiny_recipe, "compare": [NAME], "largest": {"floor": 0.25}})
+    assert import_of(tomllib.loads(dump_recipe(found))) == found
+    compared = import_of({**tiny_recipe, "compare": [NAME], "largest": {"floor": 0.25}})
     assert compared.tables["largest"].floor == 0.25
     for method in ({"method": NAME}, {"compare": [NAME]}):
         with pytest.raises(RecipeError, match=r"largest\.flor is not a setting; did you mean floor\?"):
-            recipe_of({**tiny_recipe, **method, "largest": {"flor": 0.25}})
+            import_of({**tiny_recipe, **method, "largest": {"flor": 0.25}})
         with pytest.raises(RecipeError, match=r"\[largest\] floor must be at least -2, got -3.0"):
-            recipe_of({**tiny_recipe, **method, "largest": {"floor": -3.0}})
+            import_of({**tiny_recipe, **method, "largest": {"floor": -3.0}})
         with pytest.raises(RecipeError, match=r"largst is not a setting; did you mean largest\?"):
-            recipe_of({**tiny_recipe, **method, "largst": {"floor": 0.25}})
+            import_of({**tiny_recipe, **method, "largst": {"floor": 0.25}})
 
 
 def test_its_table_is_nobodys_where_it_is_not_named(package, tiny_recipe):
     with pytest.raises(RecipeError, match="largest is not a setting"):
-        recipe_of({**tiny_recipe, "largest": {"floor": 0.25}})
+        import_of({**tiny_recipe, "largest": {"floor": 0.25}})
 
 
 def test_a_table_of_anothers_name_is_refused(package, tiny_recipe):
     with pytest.raises(RecipeError, match=r"table is called \[fedit\], which means something else; rename it"):
-        recipe_of({**tiny_recipe, "compare": ["own_package.methods:TAKEN"]})
+        import_of({**tiny_recipe, "compare": ["own_package.methods:TAKEN"]})
 
 
 def test_what_it_lacks_is_named(package, tiny_recipe):
     with pytest.raises(RecipeError, match=r"'own_package\.methods:SMALLEST' cannot be imported"):
-        recipe_of({**tiny_recipe, "method": "own_package.methods:SMALLEST"})
+        import_of({**tiny_recipe, "method": "own_package.methods:SMALLEST"})
 
 
 def test_it_is_planned(package, tiny_recipe):
-    plan = describe(recipe_of({**tiny_recipe, "method": NAME}))
+    plan = describe(import_of({**tiny_recipe, "method": NAME}))
     assert f"by {NAME}: the largest score of all sites" in plan
     assert "\nsite colour " in plan and "\nrouter " not in plan and "per GRPO step" in plan
-    assert f"compare                {NAME}" in describe(recipe_of({**tiny_recipe, "compare": [NAME]}))
+    assert f"compare                {NAME}" in describe(import_of({**tiny_recipe, "compare": [NAME]}))
 
 
 def test_it_aligns_a_run_and_opens_its_reward(package, trained, opened, tmp_path):
@@ -166,7 +170,7 @@ def test_the_recipe_of_a_grids_folder_can_be_read_again(package, trained, tiny_r
     file.write_text(tomli_w.dumps({**tiny_recipe, "largest": {"floor": 0.25}, "compare": [NAME]}))
     (seed,) = plan_grid([file], seeds=[0], out=tmp_path / "bench")
     (tmp_path / "recipe.toml").write_text(dump_recipe(seed.recipe))
-    assert load_recipe(tmp_path / "recipe.toml").tables["largest"].floor == 0.25
+    assert import_methods(load_recipe(tmp_path / "recipe.toml")).tables["largest"].floor == 0.25
 
 
 def test_what_needs_more_than_a_folder_is_not_opened(trained, tmp_path):

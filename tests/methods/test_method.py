@@ -175,12 +175,14 @@ def test_a_reward_becomes_a_method(job, monkeypatch, own):
     assert more["settings"] == job.recipe.alignment or own is not None
 
 
-def test_a_table_of_another_type_is_not_a_methods():
-    """Whoever makes a recipe in Python may put anything there."""
+def test_a_table_of_another_type_is_refused():
+    """Whoever makes a recipe in Python may put anything there; defaults in its place would be another experiment."""
     table = Table("fedit", fedit.FedITConfig)
     own = fedit.FedITConfig(mu=0.5)
     assert table.of(Recipe("x", SITES, tables={"fedit": own})) is own
-    assert table.of(Recipe("x", SITES, tables={"fedit": {"mu": 0.5}})) == fedit.FedITConfig()
+    assert table.of(Recipe("x", SITES)) == fedit.FedITConfig()
+    with pytest.raises(RecipeError, match=r"\[fedit\] must be a FedITConfig, got a dict; .*import_methods"):
+        table.of(Recipe("x", SITES, tables={"fedit": {"mu": 0.5}}))
 
 
 def test_a_method_asks_nothing_by_default():

@@ -51,8 +51,13 @@ METHODS: Final[dict[str, Method]] = {
 """All methods but those of one site, `site <name>` and `local <name>`, and those of other packages."""
 
 
+def is_foreign(name: str) -> bool:
+    """Tell whether a name is that of another package's method, which `find_method` imports: `package.module:name`."""
+    return ":" in name
+
+
 def find_method(name: str, sites: Sequence[str]) -> Method:
-    """Return the method of that name.
+    """Return the method of that name; one of another package is imported, which runs that package's code.
 
     Args:
         name: a name of the table, of one site's methods, or `package.module:name`.
@@ -66,7 +71,7 @@ def find_method(name: str, sites: Sequence[str]) -> Method:
     family, _, site = name.partition(" ")
     if family in single.PER_SITE and site in sites:
         return single.PER_SITE[family](site)
-    if ":" in name:
+    if is_foreign(name):
         return _imported(name)
     known = [*METHODS, *(f"{word} {site}" for word in single.PER_SITE for site in sites)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
 from accord.alignment.grpo import RewardFunction
 from accord.alignment.reward import FederatedReward
+from accord.errors import RecipeError
 from accord.models.encoder import Encoder
 from accord.recipe import Recipe
 from accord.routing.router import Router
@@ -45,9 +46,20 @@ class Table(Generic[Config]):
     config: type[Config]
 
     def of(self, recipe: Recipe) -> Config:
-        """Return the settings that a recipe gives."""
+        """Return the settings that a recipe gives.
+
+        Raises:
+            RecipeError: what it has under the name are no such settings, as where a table has not been read.
+        """
         given = recipe.tables.get(self.name)
-        return given if isinstance(given, self.config) else self.config()
+        if given is None:
+            return self.config()
+        if not isinstance(given, self.config):
+            raise RecipeError(
+                f"[{self.name}] must be a {self.config.__name__}, got a {type(given).__name__}; pass one, or read the "
+                "recipe by accord.recipe_file.import_methods"
+            )
+        return given
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
-from accord.recipe_file import dump_recipe, load_recipe, method_tables
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
@@ -76,7 +76,7 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
     """
     grid: list[SeedRun] = []
     for file in files:
-        recipe = load_recipe(file)
+        recipe = import_methods(load_recipe(file))
         if methods:
             recipe = check_names(replace(recipe, compare=tuple(methods)))
         if not recipe.compare:
@@ -163,7 +163,7 @@ def _same(stored: Path, recipe: Recipe) -> bool:
     Its `method` may be another: no cell is aligned by it.
     """
     try:
-        kept = load_recipe(stored)
+        kept = import_methods(load_recipe(stored))
         tables = method_tables([kept.method, recipe.method, *kept.uses, *recipe.uses])
         alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
         return alike and replace(kept, tables={}, uses=(), method=recipe.method) == replace(recipe, tables={}, uses=())
