@@ -345,6 +345,22 @@ def test_one_lucky_seed_does_not_win():
     assert marks == {"lucky": "", "routed": "best", "average": "below"}
 
 
+def test_a_control_with_more_seeds_stops_no_test():
+    """The sites of a fourth seed failed, and the base needs none: three seeds of the methods are compared all the same.
+
+    d = .1 .11 .1: t = 31, p = .001.
+    """
+    made = table(
+        [
+            *cells("base", colour=[3, 3, 3, 3]),
+            *cells("routed", colour=[5, 6, 6]),
+            *cells("average", colour=[4, 4.9, 5]),
+        ],
+        {"colour"},
+    )
+    assert {row.method: row.values[0].mark for row in made.rows} == {"base": "", "routed": "best", "average": "below"}
+
+
 def test_nothing_measured():
     assert to_figure(table([], [])) == ""
     made = table([Cell("routed", 0, failed="no room")], [])

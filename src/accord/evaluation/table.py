@@ -244,7 +244,7 @@ def _tested(
     found: Mapping[str, Estimate], values: Mapping[str, _BySeed], roles: Mapping[str, str], control: str
 ) -> dict[str, Estimate]:
     """Add to one column's estimates the tests of the competing methods, with the best and with the control."""
-    most = max((len(own) for own in values.values()), default=0)
+    most = max((len(values[name]) for name in found if name not in roles), default=0)
     competing = [  # over equally many seeds: one lucky seed must not win
         name for name in found if name not in roles and len(values[name]) == most
     ]

@@ -134,9 +134,9 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
         # Only now, for a site or router that was trained has undone the comparisons that stand on it.
         measures = {"base": measure_base, "question-only": measure_question_only}
         measures |= {method: partial(compare, arm=method) for method in seed.methods if method not in failed}
-        for row, measure in measures.items():
+        for row, stage in measures.items():
             if not job.run.done(f"compare {row}"):
-                _attempt(job, [row], measure)
+                _attempt(job, [row], stage)
                 on_cell()
         on_cell()
 
