@@ -139,12 +139,12 @@ def _settle(recipe: Recipe) -> None:
     """Silence transformers, and take as many threads and as much memory for features as the recipe says."""
     import torch
 
-    from accord.models.features import FEATURES
+    from accord.models.features import remember
 
     _hush()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    FEATURES.configure(recipe.features)
+    remember(recipe.features)
 
 
 def _hush() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from accord.alignment.grpo import AlignmentConfig, align
 from accord.models.encoder import Encoder
-from accord.models.features import FEATURES, FeatureConfig
+from accord.models.features import FEATURES, PIXELS, FeatureConfig, remember
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
 from accord.models.load import LoraSettings, load_model
@@ -39,8 +39,9 @@ def stages(frozen, ask, prefer, tmp_path):
     pairs = [prefer(n, colour, COLOURS[n - 1]) for n, colour in enumerate(COLOURS)]
 
     def run(memory, *, lora=None):
-        FEATURES.clear()
-        FEATURES.configure(FeatureConfig(memory))
+        for cache in (FEATURES, PIXELS):
+            cache.clear()
+        remember(FeatureConfig(memory, memory))
         torch.manual_seed(0)
         numbers, models = {}, []
         tuning = FineTuneConfig(steps=3, batch_size=4, symmetries=True)
@@ -85,8 +86,9 @@ def stages(frozen, ask, prefer, tmp_path):
         return numbers, models
 
     yield run
-    FEATURES.clear()
-    FEATURES.configure(FeatureConfig())
+    for cache in (FEATURES, PIXELS):
+        cache.clear()
+    remember(FeatureConfig())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,7 @@ def test_every_stage_leaves_the_tower_alone_and_no_loss_depends_on_the_cache(sta
     kept = stages(10**9, lora=lora)
     assert kept[0] == computed[0]
     assert len(FEATURES) == FEATURES.misses == len(COLOURS)
+    assert PIXELS.misses == len(COLOURS)
     assert FEATURES.hits > 10 * len(COLOURS)
     for model in (*computed[1], *kept[1]):
         tower = vision_tower(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from accord.models.features import FeatureCache, FeatureConfig
+from accord.models.features import FeatureCache
 from accord.models.load import LoraSettings, add_lora, load_model, save_model
 from accord.models.tower import is_pinned, pin, vision_tower
 
@@ -103,7 +103,7 @@ def pinned(efficientnet):
 
     def load(memory=10**9):
         model, _ = load_model(efficientnet)
-        cache, batches = FeatureCache(FeatureConfig(memory)), []
+        cache, batches = FeatureCache(memory), []
         pin(model, cache)
         first = next(module for module in vision_tower(model).modules() if isinstance(module, nn.Conv2d))
         first.register_forward_hook(lambda _, given, __: batches.append(len(given[0])))
@@ -163,7 +163,7 @@ def test_the_least_recently_used_go_first(pinned):
 
 def test_towers_of_equal_weights_share_and_others_do_not(efficientnet):
     """A second load and a deep copy hit; another weight, statistic or precision misses, and changes are seen."""
-    cache = FeatureCache()
+    cache = FeatureCache(10**9)
 
     def load():
         model, _ = load_model(efficientnet)
@@ -202,7 +202,7 @@ def test_only_the_layer_that_llava_reads_is_kept(llava):
     """One hidden state of two, and what CLIP returns besides; the features are those of the plain tower."""
     model, _ = load_model(llava)
     expected = model.get_image_features(pictures(0, 1, size=32)).pooler_output
-    cache = FeatureCache()
+    cache = FeatureCache(10**9)
     pin(model, cache)
     for _ in range(2):
         found = model.get_image_features(pictures(0, 1, size=32)).pooler_output
@@ -221,7 +221,7 @@ def test_idefics3_masks_and_padding(checkpoints):
     mask[1, 0, 16:] = False
     given = {"pixel_values": pixels, "pixel_attention_mask": mask}
     expected = model.get_image_features(**given).pooler_output
-    cache = FeatureCache()
+    cache = FeatureCache(10**9)
     pin(model, cache)
     for _ in range(2):
         found = model.get_image_features(**given).pooler_output
@@ -238,7 +238,7 @@ def test_qwen_grids(several_axes):
     """Images of three grids in one row of patches: split by their grids, put together again, merged patches and all."""
     model, images, _, _ = several_axes()
     expected = model.get_image_features(**images)
-    cache = FeatureCache()
+    cache = FeatureCache(10**9)
     pin(model, cache)
     grids = images["image_grid_thw"]
     for _ in range(2):

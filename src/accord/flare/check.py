@@ -32,7 +32,7 @@ from accord.federation.messages import MAX_ANSWER, AnswerItem, to_turns
 from accord.federation.site import SiteRecord
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.service import alone, read_site_folder
-from accord.models.features import FEATURES
+from accord.models.features import remember
 from accord.models.load import locate, parameter_count
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
@@ -121,7 +121,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
         return
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    FEATURES.configure(recipe.features)
+    remember(recipe.features)
     job = alone(recipe, kit.name)
     yield from check_data(job, kit.name)
     try:

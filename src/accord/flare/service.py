@@ -45,7 +45,7 @@ from accord.federation.site import Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_running, site_log
-from accord.models.features import FEATURES
+from accord.models.features import remember
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
 from accord.routing.fit import LocalRouterTraining
@@ -119,7 +119,7 @@ def open_site_folder(folder: Path, name: str) -> Site:
     recipe = read_site_folder(folder, name)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    FEATURES.configure(recipe.features)
+    remember(recipe.features)
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)

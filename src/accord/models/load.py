@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from accord.errors import CheckpointError, RecipeError, check_least
+from accord.models.pixels import process_once
 from accord.models.tower import pin
 from accord.runs import replace_folder
 
@@ -146,6 +147,8 @@ def load_model(
         raise CheckpointError(
             f"{checkpoint}: no image processor or no tokenizer; save the processor into the same folder"
         )
+    if sees:
+        process_once(processor.image_processor)
     tokenizer_of(processor).padding_side = "left"  # generation continues from the last column
     if model.generation_config is not None and not model.generation_config.suppress_tokens:
         model.generation_config.suppress_tokens = placeholder_tokens(model) or None

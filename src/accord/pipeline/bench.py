@@ -35,7 +35,7 @@ from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
-from accord.models.features import FEATURES
+from accord.models.features import remember
 from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
@@ -152,7 +152,7 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
         run = Run.create(seed.folder, text, seed=seed.recipe.seed)
     if seed.recipe.threads:
         torch.set_num_threads(seed.recipe.threads)
-    FEATURES.configure(seed.recipe.features)
+    remember(seed.recipe.features)
     with open_job(seed.recipe, run, quiet=not bars) as job:
         yield job
 
