@@ -126,8 +126,8 @@ def test_two_experts_are_twice_as_many_bytes():
         ("average", True, False, "per GRPO step"),
         ("fedit-fedavg", False, False, "at the sites: 40 rounds of 5 local steps of the policy's adapter"),
         ("fedbis", False, False, "at the sites: 35 rounds of 5 local steps of one selector"),
-        ("server-alone", False, False, "no site judges an answer while the policy is aligned"),
-        ("ground-truth", False, False, "no site judges an answer while the policy is aligned"),
+        ("server-alone", False, False, "no site is asked to judge an answer while the policy is aligned"),
+        ("ground-truth", False, False, "no site is asked to judge an answer while the policy is aligned"),
     ],
 )
 def test_a_plan_has_what_its_method_needs(method, sites, router, said):
@@ -139,6 +139,45 @@ def test_a_plan_has_what_its_method_needs(method, sites, router, said):
     assert ("per GRPO step" in out) is (METHODS[method].asks(recipe) > 0)
     more = describe(replace(recipe, compare=("routed",)))
     assert "\nsite a " in more and "\nrouter " in more and f"compare                {'routed':<40}" in more
+
+
+@pytest.mark.parametrize(
+    ("method", "grpo", "memory", "said"),
+    [
+        ("routed", "KL weight 0.02,", "112.0 GB + reference 28.0 GB", "per GRPO step"),
+        ("routed-kl-0", "KL weight 0.0,", "112.0 GB + reference 28.0 GB", "per GRPO step"),
+        ("routed-kl-0.005", "KL weight 0.005,", "112.0 GB + reference 28.0 GB", "per GRPO step"),
+        ("ground-truth", "KL weight 0.02,", "112.0 GB + reference 28.0 GB", "no site is asked to judge an answer"),
+        (
+            "pooled",
+            "KL weight 0.02,",
+            "112.0 GB + reference 28.0 GB",
+            "pairs are in one place, which no federation may",
+        ),
+        ("local a", "KL weight 0.02,", "112.0 GB + reference 28.0 GB", "nothing is sent while the policy is aligned"),
+        (
+            "fedavg-reward",
+            "KL weight 0.02,",
+            "112.0 GB + reference 28.0 GB",
+            "at the sites: 20 rounds of 5 local steps of its backbone, then 20 rounds of 10 local steps of one reward",
+        ),
+        ("fedit-scaffold", None, "14.9 GB", "averaged, by SCAFFOLD"),
+        ("feddpo", None, "14.9 GB", "at the sites: 40 rounds of 5 local steps of DPO of the policy's adapter"),
+        ("fedbiscuit", None, "14.9 GB", "3 selectors; at the server: 150 steps of DPO"),
+        ("server-alone", None, "112.0 GB", "at the server: 200 steps on 200 questions"),
+    ],
+)
+def test_a_plan_says_what_the_stage_does(method, grpo, memory, said):
+    """GRPO's own KL weight where it is GRPO, and no reference where it is not.
+
+    7 B parameters trained whole: 112 GB, and 28 of reference. With an adapter of rank 16: 7e9 · (2 + 16 · 32/4096) B.
+    """
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3"),), policy=Policy("q/seven-7B"), method=method)
+    out = describe(recipe)
+    (line,) = (line for line in out.splitlines() if line.startswith("align "))
+    assert line.endswith(f" {memory}") and said in out
+    steps = [line.partition("completions, ")[2] for line in out.splitlines() if " completions, " in line]
+    assert [step.startswith(grpo) for step in steps] == [True] if grpo else steps == []
 
 
 def test_the_router_reads_the_encoder_that_the_recipe_names():

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from accord.errors import CheckpointError
-from accord.methods import find_method, needed
+from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
 from accord.models.load import locate
 from accord.recipe import Recipe, SiteConfig
@@ -81,7 +81,12 @@ def _count(size: Size) -> str:
 
 
 def describe(recipe: Recipe) -> str:
-    """Return the plan as text."""
+    """Return the plan as text.
+
+    Raises:
+        RecipeError: a method cannot be done by this recipe.
+    """
+    check_methods(recipe, [recipe.method, *recipe.compare])
     policy = size_of(recipe.policy.checkpoint)
     lines = [
         f"plan of {recipe.name}, seed {recipe.seed}",
@@ -126,17 +131,18 @@ def _router(recipe: Recipe) -> list[str]:
 
 
 def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
-    a = recipe.alignment
-    rank = a.lora.rank if a.lora else 0
-    reference = "(shared)" if rank else _gigabytes(policy, REFERENCE)
+    a, adapter = method.grpo(recipe), method.lora(recipe)
+    rank = adapter.rank if adapter else 0
+    memory = _gigabytes(policy, _trained(rank))
+    if a is not None:  # the others have no reference beside the policy, or its own weights without the adapter
+        memory += f" + reference {'(shared)' if rank else _gigabytes(policy, REFERENCE)}"
     lines = [
-        f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} "
-        f"{_gigabytes(policy, _trained(rank))} + reference {reference}",
+        f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} {memory}",
         f"{'':<22} by {recipe.method}: {method.about or 'a method of another package'}",
     ]
     if training := method.training(recipe):
-        lines.append(f"{'':<22} at the sites: {training}")
-    if method.asks(recipe):
+        lines.append(f"{'':<22} {training}")
+    if a is not None:
         lines.append(
             f"{'':<22} {a.steps} steps of {a.prompts_per_step} prompts × {a.group_size} completions, KL weight {a.kl}, "
             f"learning rate {a.learning_rate}"
@@ -147,8 +153,12 @@ def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
 def _traffic(recipe: Recipe, method: Method) -> list[str]:
     a, asked, sites = recipe.alignment, method.asks(recipe), len(recipe.sites)
     stays = "stays at each site: its images, questions and preference pairs"
+    if method.role == "bound" and "private" in method.needs:
+        return ["all sites' questions and preference pairs are in one place, which no federation may do"]
     if not asked:
-        return ["no site judges an answer while the policy is aligned", stays]
+        if "sites" in method.needs:
+            return ["nothing is sent while the policy is aligned", f"{stays}, and its reward model"]
+        return ["no site is asked to judge an answer while the policy is aligned", stays]
     image = 300 if all(s.kind == "easy-vqa" for s in recipe.questions) else IMAGE_BYTES
     text = a.max_completion_length * 4
     # Where each completion goes to a site of its own, a prompt's image may go to several sites, at most to all.

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn, tensor
 
-from accord.errors import CheckpointError
+from accord.errors import CheckpointError, RunError
 from accord.federation.weights import narrowed, read_weights, set_trainable_weights, to_bytes, trainable_weights
 
 EXPECTED = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
@@ -73,6 +75,19 @@ def test_what_is_read_is_what_was_said_to_be_read(values):
     assert torch.equal(narrowed(weights, 32)["w"], weights["w"])
 
 
+@pytest.mark.parametrize("value", [65_520.0, -70_000.0, 1e30])
+def test_what_float16_cannot_hold_is_told_where_it_is_sent(value):
+    """Its largest is 65504; half a step above it, 65520, is the first number that becomes infinite."""
+    weights = {"a": tensor([1.0]), "layer.w": tensor([[1.0, value]])}
+    said = f"layer.w holds {value:g}, and float16 ends at ±65504; put bits = 32 into the table `aggregation`"
+    with pytest.raises(RunError, match=re.escape(said)):
+        to_bytes(weights, bits=16)
+    assert read_weights(to_bytes(weights), weights)["layer.w"].tolist() == weights["layer.w"].tolist()
+    to_bytes(
+        {"w": tensor([65_519.0, torch.inf])}, bits=16
+    )  # infinite before: not float16's fault, and refused on reading
+
+
 @pytest.mark.parametrize(
     ("dtype", "travels"),
     [(torch.float32, torch.float16), (torch.bfloat16, torch.float16), (torch.float16, torch.float16)]
@@ -127,7 +142,7 @@ def test_the_number_of_bits_is_agreed(sent, read):
 def test_a_number_beyond_float16_is_not_finite_there():
     """65520, halfway from 65504, the largest, to where the next would be, is infinite."""
     with pytest.raises(CheckpointError, match=r"weights: [ab] holds a value that is not finite"):
-        read_weights(to_bytes(of_one_value(65520.0), bits=16), EXPECTED, bits=16)
+        read_weights(save({name: t.half() for name, t in of_one_value(65520.0).items()}), EXPECTED, bits=16)
     assert read_weights(to_bytes(of_one_value(65519.0), bits=16), EXPECTED, bits=16)["b"].item() == 65504
 
 

@@ -19,6 +19,7 @@ from accord.methods.fedgrpo import (
 )
 from accord.routing.competence import ConfidenceGraph, save_graph
 from accord.runs import write_atomic
+from accord.stages.alignment import memory_file
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_the_graph_that_is_told_is_the_one_of_the_aligned_policy(asked):
     save_graph(asked.path / "kept" / "site" / "competence" / "graph", graph)
     assert who_is_good_at_what(asked, "align", "ab")["competence"].answers == {"a": "0", "b": "0"}
     learnt = {"correct": torch.ones(2, 1).double()}
-    write_atomic(asked.path / "kept" / "router" / "align-memory.safetensors", save(learnt))
+    write_atomic(memory_file(asked.path, "align"), save(learnt))
     told = who_is_good_at_what(asked, "align", "ab")["competence"]
     assert told.answers == {"a": "1", "b": "1"} and (told.experts, told.neighbours) == (2, 1)
     assert who_is_good_at_what(asked, "compare fedgrpo", "ab")["competence"].answers == {"a": "0", "b": "0"}

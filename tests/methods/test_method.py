@@ -8,9 +8,12 @@ from typing import get_args
 import pytest
 
 from accord.errors import RecipeError
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import ScoreRange
 from accord.methods import (
     METHODS,
     bounds,
+    check_methods,
     check_names,
     fedavg_reward,
     fedbis,
@@ -27,8 +30,12 @@ from accord.methods import (
     single,
 )
 from accord.methods.method import Method, Need, Role, Table, by_reward
+from accord.pipeline import align_policy, execute
+from accord.pipeline.bench import plan_grid
+from accord.plan import describe
 from accord.recipe import Recipe, SiteConfig
-from accord.recipe_file import method_tables
+from accord.recipe_file import dump_recipe, method_tables
+from accord.stages.job import Job
 
 FAMILIES = (
     *(mor, gates, fedgrpo, fusions, single, fedavg_reward),
@@ -113,8 +120,8 @@ def test_there_is_one_ceiling_and_it_is_the_ground_truth():
         ("fedgrpo", {"sites", "answers"}),
         ("fedgrpo-answer", {"sites", "answers"}),
         ("fedgrpo-random", {"sites"}),
-        ("fedit-fedavg", set()),
-        ("fedbis", set()),
+        ("fedit-fedavg", {"private"}),
+        ("fedbis", {"private"}),
         ("server-alone", set()),
         ("ground-truth", set()),
     ],
@@ -132,7 +139,10 @@ def test_several_methods_need_what_each_of_them_needs():
 
 def test_a_method_is_found_by_name():
     assert find_method("mor", ()) is METHODS["mor"]
-    assert find_method("site b", ("a", "b")).about == "site b alone" and find_method("local a", "ab").needs == {"sites"}
+    assert find_method("site b", ("a", "b")).about == "site b alone" and find_method("local a", "ab").needs == {
+        "sites",
+        "private",
+    }
 
 
 @pytest.mark.parametrize(
@@ -189,6 +199,86 @@ def test_a_method_asks_nothing_by_default():
     bare, recipe = Method(lambda job, stage: None), Recipe("x", SITES)
     assert (bare.role, bare.needs, bare.tables, bare.asks(recipe)) == ("competes", frozenset(), (), 0)
     assert bare.steps(recipe) == recipe.alignment.steps and bare.findings(None, "align", ("a", "b")) == {}
+
+
+PRIVATE = ("pooled", "local a", "fedit-fedavg", "fedit-scaffold", "feddpo", "fedbis", "fedbiscuit", "fedavg-reward")
+OTHER_SCORES = {
+    "routed-unclipped": "unclipped scores",
+    "routed-raw": "raw scores",
+    "median": r"scores clipped to \[-2, 2\]",
+    "minimum": r"scores clipped to \[-2, 2\]",
+}
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_data_of_other_organisations_is_asked_for_by_no_method(name):
+    recipe = Recipe("x", SITES)
+    check_methods(recipe, [name])
+    with pytest.raises(RecipeError, match=f"'{name}' needs the sites' private .* without --engine flare, or leave"):
+        check_methods(recipe, ["routed", name], elsewhere=True)
+
+
+@pytest.mark.parametrize("name", OTHER_SCORES)
+def test_other_organisations_send_scores_in_one_form(name):
+    recipe = Recipe("x", SITES)
+    check_methods(recipe, [name])
+    with pytest.raises(RecipeError, match=f"'{name}' asks for {OTHER_SCORES[name]}, and other organisations' sites"):
+        check_methods(recipe, [name], elsewhere=True)
+
+
+def test_a_form_that_is_the_recipes_is_sent():
+    check_methods(Recipe("x", SITES, scores=None), ["routed-unclipped"], elsewhere=True)
+    check_methods(Recipe("x", SITES, scores=ScoreRange(-2.0, 2.0)), ["median", "minimum"], elsewhere=True)
+
+
+@every
+def test_every_method_can_be_done_by_sites_that_hold_everything(name):
+    """In one process; elsewhere all but those that need private data or another form of scores."""
+    recipe, method = Recipe("x", SITES), method_of(name)
+    check_methods(recipe, [name])
+    if "private" not in method.needs and method.scores == "recipe":
+        check_methods(recipe, [name], elsewhere=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "said"),
+    [
+        ("fedgrpo", {}, "site 'a' does not answer questions, .* add answers = true to it"),
+        ("fedgrpo-answer", {}, "site 'a' does not answer questions"),
+        ("pooled", {"preferences": "p.jsonl", "finetune": None}, r"'pooled' fine-tunes on .* \[pooled\]"),
+        ("local b", {"preferences": "p.jsonl", "finetune": None}, "'local b' aligns on private questions of site b"),
+        ("fedit-fedprox", {"preferences": "p.jsonl", "finetune": None}, "FedIT tunes the policy on the sites' private"),
+    ],
+)
+def test_what_a_method_lacks_is_told_before_anything_is_trained(job, monkeypatch, tmp_path, name, site, said):
+    """By a run, a plan and a grid alike."""
+    sites = tuple(SiteConfig(each, "accord/idefics3", **site) for each in "ab")
+    job.recipe = Recipe("x", sites, compare=(name,))
+    monkeypatch.setattr(Job, "doing", lambda *_, **__: pytest.fail("a stage was begun"))
+    with pytest.raises(RecipeError, match=said):
+        execute(job)
+    with pytest.raises(RecipeError, match=said):
+        describe(job.recipe)
+    file = tmp_path / "x.toml"
+    file.write_text(dump_recipe(job.recipe))
+    with pytest.raises(RecipeError, match=said):
+        plan_grid([file], seeds=[0], out=tmp_path / "bench")
+
+
+def test_what_cannot_be_had_elsewhere_is_told_before_the_first_stage(job, monkeypatch):
+    job.recipe, job.engine = Recipe("x", SITES, method="pooled"), InProcessEngine({})
+    monkeypatch.setattr(Job, "doing", lambda *_, **__: pytest.fail("a stage was begun"))
+    for begin in (execute, align_policy):
+        with pytest.raises(RecipeError, match="'pooled' needs the sites' private"):
+            begin(job)
+
+
+def test_a_method_of_another_package_that_needs_answers_is_told_of_them(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", Method(lambda job, stage: None, needs=frozenset({"sites", "answers"})))
+    silent = tuple(SiteConfig(name, "accord/idefics3") for name in "ab")
+    with pytest.raises(RecipeError, match=r"'mine' needs sites whose own models answer .* add answers = true"):
+        check_methods(Recipe("x", silent), ["mine"])
+    check_methods(Recipe("x", (silent[0], SITES[1])), ["mine"])
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"

@@ -14,6 +14,7 @@ from accord.rewards.model import RewardModel, Standardisation
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
 from accord.runs import write_atomic
 from accord.stages import alignment
+from accord.stages.alignment import memory_file
 from accord.types import vqa_prompt
 
 KL = {"routed": 0.02, "routed-kl-0": 0.0, "routed-kl-0.005": 0.005, "routed-kl-0.08": 0.08}
@@ -109,7 +110,7 @@ def test_the_reward_of_an_online_router_is_as_it_became(job, trained, kind):
     learnt = {f"router.{name}": tensor + 1 for name, tensor in before.items() if tensor.is_floating_point()}
     state = {**{f"router.{name}": tensor for name, tensor in before.items()}, **learnt}
     if kind == "whole":
-        write_atomic(job.kept("align-memory.safetensors", after="router"), save(state))
+        write_atomic(memory_file(job.path, "align"), save(state))
     after = learnt_reward(job).router.state_dict()
     opened = opened_online(job.path, job.recipe, job.encoder).state_dict()
     for name, tensor in after.items():

@@ -1,10 +1,11 @@
 """The best site is the one that puts right answers first; one site judges everything; what was chosen is kept."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
-from accord.errors import DataWarning
+from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreReply
 from accord.methods import find_method, single
@@ -25,7 +26,9 @@ def ranked(job, ask, monkeypatch, llava):
     job.recipe = replace(job.recipe, policy=replace(job.recipe.policy, checkpoint=llava))
     job.questions = {"dev": dev, "public": []}
 
-    def site(shares):
+    absent = {}  # by site, the texts to which it gives no score
+
+    def site(name, shares):
         def score(request):
             scores = []
             for item in request.items:
@@ -33,17 +36,18 @@ def ranked(job, ask, monkeypatch, llava):
                 kind, number = text.rstrip("?").split()
                 first = shares is not None and int(number) < round(5 * shares[kind])
                 given = [0.5 if shares is None else float((c == answers[text]) is first) for c in item.candidates]
-                scores.append(given)
+                scores.append([math.nan] * len(given) if text in absent.get(name, ()) else given)
             return ScoreReply(request.id, scores)
 
         return score
 
     def open_sites(**by_site):
-        engine = InProcessEngine({name: site(shares) for name, shares in by_site.items()})
+        engine = InProcessEngine({name: site(name, shares) for name, shares in by_site.items()})
         for module in (alignment, single):
             monkeypatch.setattr(module, "open_federation", lambda job, **settings: engine)
         return engine
 
+    open_sites.absent = absent
     return open_sites
 
 
@@ -76,10 +80,36 @@ def test_a_tie_counts_by_half_where_scores_are_clipped(job, ranked, elsewhere, b
     assert best_site(job) == best
 
 
-def test_a_site_that_says_nothing_is_not_the_best(job, ranked):
-    ranked(a={}, b=dict.fromkeys(KINDS, 0.2))
-    with pytest.warns(DataWarning, match="site a gave no answer"):
-        assert best_site(job) == 1
+@pytest.mark.parametrize("others", [{}, dict.fromkeys(KINDS, 0.2)])
+def test_a_site_that_says_nothing_is_not_compared(job, ranked, others):
+    """Absent is not wrong: who would be best is not known, of one site away or of both."""
+    ranked(a={}, b=others)
+    said = "site 'a' answered none of the 10 dev questions by which 'best-site' is chosen"
+    with pytest.warns(DataWarning) as told, pytest.raises(RunError, match=said):
+        best_site(job)
+    assert any("site a gave no answer" in str(warning.message) for warning in told)
+
+
+@pytest.mark.filterwarnings("ignore:site . sent a score that is not finite")
+def test_what_a_site_did_not_answer_counts_not_against_it(job, ranked):
+    """a is right in both that it answered of 5 colours, b in 3 of 5; both are right in 3 of 5 numbers.
+
+    a: (1 + 0.6) / 2 = 0.8; b: (0.6 + 0.6) / 2 = 0.6. Were absent wrong, a would have (0.4 + 0.6) / 2 = 0.5.
+    """
+    ranked(a={"colour": 0.4, "number": 0.6}, b={"colour": 0.6, "number": 0.6})
+    ranked.absent["a"] = {"colour 2?", "colour 3?", "colour 4?"}
+    assert best_site(job) == 0
+
+
+@pytest.mark.filterwarnings("ignore:site . sent a score that is not finite")
+def test_a_type_that_one_site_did_not_answer_counts_for_none(job, ranked):
+    """By numbers alone b is better, 0.6 against 0.4; with the colours that only a answered, a would be (0.7)."""
+    ranked(a={"colour": 1.0, "number": 0.4}, b={"colour": 1.0, "number": 0.6})
+    ranked.absent["b"] = {f"colour {n}?" for n in range(5)}
+    assert best_site(job) == 1
+    ranked.absent["a"] = {f"number {n}?" for n in range(5)}
+    with pytest.raises(RunError, match="of the 2 question types none was answered by every site"):
+        best_site(job)
 
 
 def test_the_best_site_is_chosen_once(job, ranked):

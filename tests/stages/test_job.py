@@ -9,6 +9,8 @@ import pytest
 from accord.data.easy_vqa import load_easy_vqa
 from accord.errors import DataError, RunError
 from accord.recipe import EncoderConfig, Policy, Source
+from accord.runs import Run
+from accord.stages.alignment import memory_file
 from accord.stages.job import load_questions, scalars
 
 SPLITS = ("private", "public", "dev", "test")
@@ -190,6 +192,34 @@ def test_what_is_kept_goes_with_what_it_was_made_from(job):
         with job.doing(stage):
             pass
         assert {after for after in ("site", "router") if job.kept("x.txt", after=after).exists()} == left
+
+
+@pytest.mark.parametrize(
+    ("needs", "after_router", "after_site"),
+    [
+        (None, False, False),
+        ({"sites", "router"}, False, False),
+        ({"sites", "answers"}, True, False),
+        ({"private"}, True, True),
+    ],
+)
+def test_only_what_stands_on_what_was_made_again_is_removed(job, needs, after_router, after_site):
+    """What a reward had learnt, and the checkpoints of a stage that was broken off, of this process or another."""
+    memory, left = memory_file(job.path, "align"), job.path / "checkpoints" / "compare mine"
+    for stage, stays in (("router", after_router), ("site a", after_site)):
+        with job.doing("align", needs=needs):
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            memory.touch()
+        with pytest.raises(KeyboardInterrupt), job.doing("compare mine", needs=needs):
+            left.mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+        job.run.close()
+        job.run = Run.resume(job.path, (job.path / "recipe.toml").read_text())
+        with job.doing(stage):
+            pass
+        assert (memory.exists(), job.run.done("align")) == (stays, stays)
+        # What a method has kept of the sites' data goes with the sites, and a checkpoint that was made with it too.
+        assert left.exists() == (stays and not (needs == {"private"} and stage == "site a"))
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -14,7 +14,7 @@
     dare             drop each entry of Δ_k with probability 1 − d, divide the rest by d, then Δ
                                                                                   Yu et al. 2024, arXiv 2311.03099
     median           coordinate by coordinate                                     Yin et al. 2018, arXiv 1803.01498
-    trimmed-mean     the same without the b largest and b smallest of each        the same
+    trimmed-mean     the same without the b largest and b smallest of each        the same, definition 2
     geometric-median argmin_z Σ_k p_k ‖Δ_k − z‖, by smoothed Weiszfeld steps      Pillutla et al. 2022, arXiv 1912.13445
 
 The division by S_k is not Wang et al.'s: it lets sites work unequally, as in arXiv 2501.09946, whose formulas are not
@@ -77,7 +77,7 @@ class Aggregation:
     second_momentum: float = 0.99  # β₂
     adaptivity: float = 1e-3  # τ
     density: float = 0.2  # share of an update's entries that ties and dare keep
-    trim: float = 0.2  # share of the sites that trimmed-mean leaves out at either end
+    trim: float = 0.2  # share of the sites that trimmed-mean leaves out at either end, one at least of three or more
     bits: Literal[16, 32] = 32  # of a number on its way
 
     def __post_init__(self) -> None:
@@ -172,10 +172,17 @@ def median(changes: Sequence[Weights]) -> dict[str, Tensor]:
 
 
 def trimmed_mean(changes: Sequence[Weights], trim: float) -> dict[str, Tensor]:
-    """Return the coordinate-wise mean without the ⌊trim · K⌋ largest and as many smallest entries."""
-    cut = int(trim * len(changes) + 1e-9)
+    """Return the coordinate-wise mean without the b largest and as many smallest entries.
+
+        b = max(1, ⌊trim · K⌋) of K ≥ 3 sites, 0 of fewer, and 0 where trim = 0
+
+    Yin et al. 2018, arXiv 1803.01498, definition 2, where b = trim · K. Differs: at least one is cut at either end as
+    soon as something is left, for with few sites a rounded share would be none, and the rule a plain mean.
+    """
+    count = len(changes)
+    cut = max(1, int(trim * count + 1e-9)) if trim and count > 2 else 0
     return {
-        name: torch.stack([c[name].double() for c in changes]).sort(dim=0).values[cut : len(changes) - cut].mean(dim=0)
+        name: torch.stack([c[name].double() for c in changes]).sort(dim=0).values[cut : count - cut].mean(dim=0)
         for name in changes[0]
     }
 

@@ -61,7 +61,6 @@ def federated_rounds(
     group: int = 0,
     sites: Sequence[str] | None = None,
     most: int = 0,
-    state: bytes = b"",
     server: Server | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> dict[str, Tensor]:
@@ -79,7 +78,6 @@ def federated_rounds(
         group: which of several models this is.
         sites: the sites that take part; None for all.
         most: the n_k that a site may claim, `Averaging.examples_at_most`; 0 for any.
-        state: what goes to every site beside the weights, where there is no `server`.
         server: what is exchanged beside the weights.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
@@ -88,7 +86,7 @@ def federated_rounds(
     """
     current = dict(weights)
     for t in range(first, first + rounds):
-        sent, beside = to_bytes(current, bits=bits), server.send() if server else state
+        sent, beside = to_bytes(current, bits=bits), server.send() if server else b""
         requests, asked = {}, {}
         for site in engine.sites:
             if sites is None or site in sites:

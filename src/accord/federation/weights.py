@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from accord.errors import CheckpointError
+from accord.errors import CheckpointError, RunError
 
 
 def trainable_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -31,8 +31,20 @@ def set_trainable_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> No
 
 
 def to_bytes(weights: Mapping[str, Tensor], *, bits: int = 32) -> bytes:
-    """Return `weights` as safetensors bytes, as they travel: in their own types, or in float16."""
-    return save({name: _narrow(tensor, bits).cpu().contiguous() for name, tensor in weights.items()})
+    """Return `weights` as safetensors bytes, as they travel: in their own types, or in float16.
+
+    Raises:
+        RunError: a finite value is beyond float16's largest, ±65504.
+    """
+    sent = {name: _narrow(tensor, bits).cpu().contiguous() for name, tensor in weights.items()}
+    for name, tensor in sent.items():
+        if bits == 16 and (lost := weights[name][tensor.isinf().to(weights[name].device)]).isfinite().any():
+            value = lost[lost.isfinite()][0].item()
+            raise RunError(
+                f"{name} holds {value:g}, and float16 ends at ±{torch.finfo(torch.float16).max:g}; "
+                "put bits = 32 into the table `aggregation` of what is trained, or lower its learning rate"
+            )
+    return save(sent)
 
 
 def narrowed(weights: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

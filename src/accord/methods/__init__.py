@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Final
 
 from accord.errors import RecipeError
+from accord.federation.messages import ScoreRange
 from accord.methods import (
     bounds,
     fedavg_reward,
@@ -101,6 +102,44 @@ def check_names(recipe: Recipe) -> Recipe:
     for name in (recipe.method, *recipe.compare, *recipe.tried):
         find_method(name, [site.name for site in recipe.sites])
     return recipe
+
+
+def check_methods(recipe: Recipe, names: Sequence[str], *, elsewhere: bool = False) -> None:
+    """Refuse a recipe by which methods cannot be done, before anything is trained.
+
+    Args:
+        recipe: with its methods' tables.
+        names: the methods.
+        elsewhere: whether the sites are other organisations'.
+
+    Raises:
+        RecipeError: names the method, what it lacks, and the remedy.
+    """
+    for name in names:
+        method = find_method(name, [site.name for site in recipe.sites])
+        method.check(recipe)
+        if "answers" in method.needs and not any(site.answers for site in recipe.sites):
+            raise RecipeError(
+                f"the method {name!r} needs sites whose own models answer questions, and none does; add "
+                f"answers = true to the [[sites]] tables, or leave {name!r} out"
+            )
+        if elsewhere and "private" in method.needs:
+            raise RecipeError(
+                f"the method {name!r} needs the sites' private questions or pairs, which never leave other "
+                f"organisations; run it in one process, without --engine flare, or leave {name!r} out"
+            )
+        if elsewhere and method.scores not in ("recipe", recipe.scores):
+            raise RecipeError(
+                f"the method {name!r} asks for {_form(method.scores)}, and other organisations' sites send them "
+                f"standardised and as [scores] says; run it in one process, without --engine flare, or leave {name!r} "
+                "out"
+            )
+
+
+def _form(scores: ScoreRange | str | None) -> str:
+    if isinstance(scores, ScoreRange):
+        return f"scores clipped to [{scores.low:g}, {scores.high:g}]"
+    return "unclipped scores" if scores is None else f"{scores} scores"
 
 
 def needed(recipe: Recipe, names: Sequence[str]) -> set[str]:

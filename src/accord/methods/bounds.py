@@ -26,6 +26,7 @@ from accord.federation.site import Site, SiteRecord
 from accord.methods.method import Method, Table, by_reward
 from accord.models.encoder import prompt_words
 from accord.models.finetune import FineTuneConfig
+from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.rewards.train import RewardConfig
 from accord.routing.router import Router
@@ -58,14 +59,30 @@ def pooled(job: Job, stage: str) -> Aligned:
     return run_grpo(job, stage, federated_reward(job, constant_router([1.0]), engine=engine))
 
 
-def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
-    settings = POOLED.of(job.recipe)
-    folder = job.kept("pooled-reward", after="site")
-    if settings.finetune and not any(site.needs_questions for site in job.recipe.sites):
+def check_pooled(recipe: Recipe) -> None:
+    """Refuse to fine-tune on no questions.
+
+    Raises:
+        RecipeError: no site holds private questions.
+    """
+    if POOLED.of(recipe).finetune and not any(site.needs_questions for site in recipe.sites):
         raise RecipeError(
             "the method 'pooled' fine-tunes on the sites' private questions, and no site holds any; "
             "add finetune = false to [pooled], or leave 'pooled' out"
         )
+
+
+def _told(recipe: Recipe) -> str:
+    settings = POOLED.of(recipe)
+    tuning = f"{settings.finetune.steps} steps of fine-tuning and " if settings.finetune else ""
+    steps = settings.reward_model.steps
+    return f"in one place, on all sites' private data: {tuning}{steps} steps of Bradley–Terry of {settings.checkpoint}"
+
+
+def _pooled_engine(job: Job, stage: str) -> InProcessEngine:
+    settings = POOLED.of(job.recipe)
+    folder = job.kept("pooled-reward", after="site")
+    check_pooled(job.recipe)
     if not folder.is_dir():
         seed = job.recipe.seed * 1000 + 999
         questions = [q for site in job.recipe.sites for q in job.private[site.name]]
@@ -131,7 +148,15 @@ METHODS: Final = {
         needs=frozenset({"sites"}),
         asks=lambda recipe: 1,
     ),
-    "pooled": Method(pooled, "one reward model on all pairs in one place", role="bound", tables=(POOLED,)),
+    "pooled": Method(
+        pooled,
+        "one reward model on all pairs in one place",
+        role="bound",
+        needs=frozenset({"private"}),
+        check=check_pooled,
+        tables=(POOLED,),
+        training=_told,
+    ),
     "ground-truth": Method(
         by_reward(lambda job: exact_match_reward), "exact match with the reference answer", role="ceiling"
     ),

@@ -40,6 +40,7 @@ from accord.models.finetune import SYMMETRIES, transform
 from accord.models.generate import answer
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings
+from accord.recipe import Recipe
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import PairGroup, bradley_terry, group_pairs
 from accord.runs import write_atomic
@@ -247,11 +248,18 @@ def shared_reward(job: Job, stage: str) -> Aligned:
     return run_grpo(job, stage, federated_reward(job, constant_router([1.0]), engine=engine))
 
 
+def _told(recipe: Recipe) -> str:
+    config = SETTINGS.of(recipe)
+    tuning = f"{config.finetune.told} of its backbone, then " if config.finetune else ""
+    return f"at the sites: {tuning}{config.averaging.told} of one reward model of {config.checkpoint}"
+
+
 METHODS: Final = {
     "fedavg-reward": Method(
         shared_reward,
         "one reward model, averaged over the sites",
+        needs=frozenset({"private"}),
         tables=(SETTINGS,),
-        training=lambda recipe: f"{SETTINGS.of(recipe).rounds} rounds of one reward model",
+        training=_told,
     )
 }

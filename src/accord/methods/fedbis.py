@@ -56,8 +56,14 @@ METHODS: Final = {
     "fedbis": Method(
         fedbis,
         "nothing: one selector of all sites labels the server's own pairs, then DPO",
+        needs=frozenset({"private"}),
+        grpo=lambda recipe: None,
+        lora=lambda recipe: SETTINGS.of(recipe).lora,
         tables=(SETTINGS,),
         steps=lambda recipe: SETTINGS.of(recipe).averaging.rounds,
-        training=lambda recipe: f"{SETTINGS.of(recipe).averaging.told} of one selector",
+        training=lambda recipe: (
+            f"at the sites: {SETTINGS.of(recipe).averaging.told} of one selector; "
+            f"at the server: {SETTINGS.of(recipe).dpo_steps} steps of DPO"
+        ),
     )
 }

@@ -390,8 +390,15 @@ METHODS: Final = {
     "fedbiscuit": Method(
         biscuit,
         "nothing: selectors of groups of sites label the server's own pairs, then DPO",
+        needs=frozenset({"private"}),
+        grpo=lambda recipe: None,
+        lora=lambda recipe: SETTINGS.of(recipe).lora,
         tables=(SETTINGS,),
         steps=lambda recipe: SETTINGS.of(recipe).rounds,
-        training=lambda recipe: f"{SETTINGS.of(recipe).rounds} rounds of {SETTINGS.of(recipe).selectors} selectors",
+        training=lambda recipe: (
+            f"at the sites: {SETTINGS.of(recipe).rounds} rounds of {SETTINGS.of(recipe).averaging.local_steps} local "
+            f"steps of {SETTINGS.of(recipe).selectors} selectors; "
+            f"at the server: {SETTINGS.of(recipe).dpo_steps} steps of DPO"
+        ),
     )
 }

@@ -158,8 +158,11 @@ METHODS: Final = {
     "feddpo": Method(
         dpo_together,
         "nothing: the policy's adapter takes DPO steps at the sites and is averaged",
+        needs=frozenset({"private"}),
+        grpo=lambda recipe: None,
+        lora=lambda recipe: SETTINGS.of(recipe).lora,
         tables=(SETTINGS,),
         steps=lambda recipe: SETTINGS.of(recipe).averaging.rounds,
-        training=lambda recipe: f"{SETTINGS.of(recipe).averaging.told} of DPO of the policy's adapter",
+        training=lambda recipe: f"at the sites: {SETTINGS.of(recipe).averaging.told} of DPO of the policy's adapter",
     )
 }

@@ -132,18 +132,8 @@ def expert_router(job: Job, engine: Engine, variant: Variant = Variant()) -> Com
         DataError: no question has the split of the auxiliary questions.
         RunError: no site answered them.
     """
-    config, scores, seed = SETTINGS.of(job.recipe), job.recipe.scores, job.recipe.seed
-    judge = variant.judge or config.judge
-    if scores and (variant.truth or judge == "answer") and not scores.low <= 0 < 1 <= scores.high:
-        raise RecipeError(
-            f"scores between {scores.low} and {scores.high} cannot say 0 for a wrong answer and 1 for a right one, as "
-            "FedGRPO's sites do; let [scores] reach from 0 or less to 1 or more"
-        )
-    silent = [site.name for site in job.recipe.sites if not site.answers]
-    if silent and (variant.choice == "competence" or judge == "answer"):
-        raise RecipeError(
-            f"site {silent[0]!r} does not answer questions, which FedGRPO chooses experts by; add answers = true to it"
-        )
+    config, seed = SETTINGS.of(job.recipe), job.recipe.seed
+    check_experts(job.recipe, variant=variant)
     if variant.choice != "competence":
         return RandomExperts(engine.sites, variant.asks(job.recipe), seed=seed)
     return CompetenceRouter(
@@ -156,6 +146,26 @@ def expert_router(job: Job, engine: Engine, variant: Variant = Variant()) -> Com
         seed=seed,
         grade=lambda: grade(engine, auxiliary_questions(job), deadline=job.recipe.routing.deadline),
     )
+
+
+def check_experts(recipe: Recipe, *, variant: Variant) -> None:
+    """Refuse a recipe whose sites cannot judge as `variant` says, or by whose scores they cannot say it.
+
+    Raises:
+        RecipeError: as `expert_router`.
+    """
+    scores, judge = recipe.scores, variant.judge or SETTINGS.of(recipe).judge
+    if scores and (variant.truth or judge == "answer") and not scores.low <= 0 < 1 <= scores.high:
+        raise RecipeError(
+            f"scores between {scores.low} and {scores.high} cannot say 0 for a wrong answer and 1 for a right one, as "
+            "FedGRPO's sites do; let [scores] reach from 0 or less to 1 or more"
+        )
+    silent = [site.name for site in recipe.sites if not site.answers]
+    if silent and (variant.choice == "competence" or judge == "answer"):
+        raise RecipeError(
+            f"site {silent[0]!r} does not answer questions, which FedGRPO chooses experts by; add answers = true to "
+            "it, or choose a method without 'fedgrpo' in its name"
+        )
 
 
 def confidence_graph(job: Job, engine: Engine) -> ConfidenceGraph:
@@ -215,6 +225,7 @@ def _method(variant: Variant, about: str, role: Role = "competes") -> Method:
         about,
         role=role,
         needs=frozenset(needs),
+        check=partial(check_experts, variant=variant),
         tables=(SETTINGS,),
         asks=variant.asks,
         reward=partial(fedgrpo_reward, variant=variant),

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, set_seed
 
 from accord.data.images import load_if_any
 from accord.data.sampling import draw_balanced
-from accord.errors import DataError, check_least, check_positive
+from accord.errors import DataError, RecipeError, check_least, check_positive
 from accord.federation.aggregation import mean, shares
 from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, take_steps
@@ -41,6 +41,7 @@ from accord.methods.method import Method, Table
 from accord.models.finetune import SYMMETRIES, transform
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings, Processor, add_lora, load_model, without_adapter
+from accord.recipe import Recipe
 from accord.stages.alignment import Aligned
 from accord.stages.job import Job
 from accord.stages.training import open_training, rounds_told
@@ -340,18 +341,37 @@ def tune_together(job: Job, stage: str, *, algorithm: Literal["fedavg", "fedprox
     return tuned, processor
 
 
-def _method(algorithm: Literal["fedavg", "fedprox", "scaffold"]) -> Method:
+def check_questions(recipe: Recipe) -> None:
+    """Refuse to tune on no questions.
+
+    Raises:
+        RecipeError: no site holds private questions.
+    """
+    if not any(site.needs_questions for site in recipe.sites):
+        raise RecipeError(
+            "FedIT tunes the policy on the sites' private questions, and no site holds any but its own pairs; give the "
+            "sites some, or leave 'fedit-…' out"
+        )
+
+
+def _method(algorithm: Literal["fedavg", "fedprox", "scaffold"], name: str) -> Method:
     return Method(
         partial(tune_together, algorithm=algorithm),
-        "nothing: the policy's adapter is tuned on the sites' answers and averaged",
+        f"nothing: the policy's adapter is tuned on the sites' answers and averaged, by {name}",
+        needs=frozenset({"private"}),
+        check=check_questions,
+        grpo=lambda recipe: None,
+        lora=lambda recipe: SETTINGS.of(recipe).lora,
         tables=(SETTINGS,),
         steps=lambda recipe: SETTINGS.of(recipe).averaging.rounds,
-        training=lambda recipe: f"{SETTINGS.of(recipe).averaging.told} of the policy's adapter on reference answers",
+        training=lambda recipe: (
+            f"at the sites: {SETTINGS.of(recipe).averaging.told} of the policy's adapter on reference answers"
+        ),
     )
 
 
 METHODS: Final = {
-    "fedit-fedavg": _method("fedavg"),
-    "fedit-fedprox": _method("fedprox"),
-    "fedit-scaffold": _method("scaffold"),
+    "fedit-fedavg": _method("fedavg", "FedAvg"),
+    "fedit-fedprox": _method("fedprox", "FedProx"),
+    "fedit-scaffold": _method("scaffold", "SCAFFOLD"),
 }

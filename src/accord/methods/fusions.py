@@ -37,7 +37,12 @@ def plural_alpha(job: Job, stage: str) -> Aligned:
 def _rule(rule: Fusion, about: str, scores: ScoreRange | Literal["recipe"] = "recipe") -> Method:
     make = partial(everyone, rule=rule, scores=scores)
     return Method(
-        by_reward(make), about, needs=frozenset({"sites"}), asks=lambda recipe: len(recipe.sites), reward=make
+        by_reward(make),
+        about,
+        needs=frozenset({"sites"}),
+        scores=scores,
+        asks=lambda recipe: len(recipe.sites),
+        reward=make,
     )
 
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
-from accord.alignment.grpo import RewardFunction
+from accord.alignment.grpo import AlignmentConfig, RewardFunction
 from accord.alignment.reward import FederatedReward
 from accord.errors import RecipeError
+from accord.federation.messages import ScoreRange
 from accord.models.encoder import Encoder
+from accord.models.load import LoraSettings
 from accord.recipe import Recipe
 from accord.routing.router import Router
 from accord.stages.alignment import Aligned, run_grpo
@@ -31,8 +33,9 @@ Role: TypeAlias = Literal["competes", "control", "chance", "bound", "ceiling"]
 """Its place in a table: a control (the server alone), chance in the place of a choice, what no federation may do or
 know, or the reference answers as reward, whose gain the others' are shares of. Only what competes can be best."""
 
-Need: TypeAlias = Literal["sites", "router", "answers"]
-"""What must be there before: the sites' reward models, the federated router, sites whose own models answer."""
+Need: TypeAlias = Literal["sites", "router", "answers", "private"]
+"""What must be there: the sites' reward models, the federated router, a site whose own model answers; and the sites'
+private questions and pairs in this process, which it can have only where all sites are opened here."""
 
 Align: TypeAlias = Callable[[Job, str], Aligned]
 Config = TypeVar("Config", bound="DataclassInstance", covariant=True)
@@ -70,11 +73,17 @@ class Method:
         align: aligns; gets the job, whose sites and router are trained as far as `needs` says, and its stage's name.
         about: what judges an answer, in a line.
         role: its place in a table.
-        needs: what must be there before.
+        needs: what must be there.
+        scores: the form in which it asks for scores: clipped to a range, None for unclipped, "raw" for not even
+            standardised; by default as the recipe says, which is the one form that other organisations' sites send.
+        check: refuses a recipe by which it cannot be done, before anything is trained.
         tables: its own tables in a recipe.
         steps: how many steps or rounds its stage takes, of a recipe; by default GRPO's.
         asks: how many sites judge one completion of GRPO, of a recipe; 0 where none is asked.
-        training: what is done at the sites while it aligns, in a line for `accord plan`; empty for nothing.
+        training: what is trained where, beside or before the policy by GRPO, in a line for `accord plan`; empty for
+            nothing.
+        grpo: GRPO's settings, of a recipe; None where the policy is not aligned by GRPO.
+        lora: the adapter of the policy that is trained, of a recipe; None where the policy is trained whole.
         reward: the reward by which the policy was aligned, as it is when the stage is done, for the report; None where
             no site judges.
         opened: its router from a run folder, for a script of one's own (`accord.pipeline.open_reward`); None where its
@@ -87,10 +96,14 @@ class Method:
     about: str = ""
     role: Role = "competes"
     needs: frozenset[Need] = frozenset()
+    scores: ScoreRange | Literal["recipe", "raw"] | None = "recipe"
+    check: Callable[[Recipe], None] = lambda recipe: None
     tables: tuple[Table[DataclassInstance], ...] = ()
     steps: Callable[[Recipe], int] = lambda recipe: recipe.alignment.steps
     asks: Callable[[Recipe], int] = lambda recipe: 0
     training: Callable[[Recipe], str] = lambda recipe: ""
+    grpo: Callable[[Recipe], AlignmentConfig | None] = lambda recipe: recipe.alignment
+    lora: Callable[[Recipe], LoraSettings | None] = lambda recipe: recipe.alignment.lora
     reward: Callable[[Job], FederatedReward] | None = None
     opened: Callable[[Path, Recipe, Encoder], Router] | None = None
     findings: Callable[[Job, str, Sequence[str]], Mapping[str, object]] = lambda job, stage, sites: {}

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from accord.alignment.feedback import AnchorChange, LossSign, OnlineUpdate, QuantileLoss, RandomBit, Signal
 from accord.alignment.reward import FederatedReward, Mode, Scope
@@ -105,12 +106,15 @@ def _offline(
     *,
     kl: float | None = None,
     many: bool = False,
+    scores: Literal["recipe", "raw"] | None = "recipe",
     as_the_recipe: bool = False,
 ) -> Method:
     return Method(
         by_reward(make, kl=kl, reads=lambda job: job.encoder),
         about,
         needs=NEEDS,
+        scores=scores,
+        grpo=lambda recipe: recipe.alignment if kl is None else replace(recipe.alignment, kl=kl),
         asks=(lambda recipe: len(recipe.sites)) if many else asks,
         reward=make,
         opened=opened if as_the_recipe else None,
@@ -138,8 +142,8 @@ METHODS: Final = {
     ),
     "routed-soft": _offline(partial(routed, mode="soft"), "all sites, mixed by its weights", many=True),
     "routed-prompt": _offline(partial(routed, scope="prompt"), "one site for all completions of a prompt"),
-    "routed-unclipped": _offline(routed_unclipped, "as routed, by scores that the sites do not clip"),
-    "routed-raw": _offline(partial(routed_unclipped, standardised=False), "as routed, by raw scores"),
+    "routed-unclipped": _offline(routed_unclipped, "as routed, by scores that the sites do not clip", scores=None),
+    "routed-raw": _offline(partial(routed_unclipped, standardised=False), "as routed, by raw scores", scores="raw"),
     "routed-kl-0": _offline(routed, "as routed, without the KL term", kl=0.0, as_the_recipe=True),
     "routed-kl-0.005": _offline(routed, "as routed, KL weight 0.005", kl=0.005, as_the_recipe=True),
     "routed-kl-0.08": _offline(routed, "as routed, KL weight 0.08", kl=0.08, as_the_recipe=True),

@@ -62,8 +62,13 @@ def server_alone(job: Job, stage: str) -> Aligned:
 METHODS: Final = {
     "server-alone": Method(
         server_alone,
-        "nothing: the policy is tuned on the 200 labelled questions that the gates read",
+        "nothing: the policy is tuned on the server's own labelled questions",
         role="control",
+        grpo=lambda recipe: None,
+        lora=lambda recipe: None,
+        training=lambda recipe: (
+            f"at the server: {SETTINGS.of(recipe).finetune.steps} steps on {SETTINGS.of(recipe).questions} questions"
+        ),
         tables=(SETTINGS,),
         steps=lambda recipe: SETTINGS.of(recipe).finetune.steps,
     )

@@ -17,10 +17,11 @@ import torch
 from accord.alignment.reward import FederatedReward, Group
 from accord.data.images import image_bytes, load_if_any
 from accord.data.sampling import sample_questions
-from accord.errors import DataError
+from accord.errors import DataError, RecipeError, RunError
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreRange
 from accord.methods.method import Method, Need, by_reward
+from accord.recipe import Recipe
 from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, run_grpo
 from accord.stages.job import Job
@@ -54,7 +55,11 @@ def best_site(job: Job, engine: Engine | None = None) -> int:
     """Return the index of the site that most often scores right answers to dev questions above all others.
 
     Sites that are other organisations' send clipped scores only; there an answer that ties with the right one counts
-    by half.
+    by half. A question that a site did not answer counts neither for nor against it, and a type of which one site
+    answered none counts for no site.
+
+    Raises:
+        RunError: a site answered none, or the sites have no type in common that all answered.
     """
     asked = sample_questions(job.questions["dev"], QUESTIONS, seed=0)
     vocabulary = common_answers(asked, VOCABULARY)
@@ -74,9 +79,22 @@ def best_site(job: Job, engine: Engine | None = None) -> int:
         for q, of_question in zip(questions, given.split(sizes), strict=True):
             right, others = of_question[0], of_question[1:]
             above, level = (others < right).all(dim=0), (others <= right).all(dim=0)
-            hits[q.question_type].append((above.double() if scores is None else 0.5 * above + 0.5 * level).tolist())
-    macros = torch.stack([torch.tensor(rows, dtype=torch.double).mean(dim=0) for rows in hits.values()]).mean(dim=0)
-    return int(macros.argmax())
+            hit = above.double() if scores is None else 0.5 * above + 0.5 * level
+            hits[q.question_type].append(hit.where(~of_question.isnan().any(dim=0), torch.nan).tolist())
+    by_type = torch.stack([torch.tensor(rows, dtype=torch.double).nanmean(dim=0) for rows in hits.values()])  # [T, K]
+    silent = [site.name for site, row in zip(job.recipe.sites, by_type.T, strict=True) if row.isnan().all()]
+    if silent:
+        raise RunError(
+            f"site {silent[0]!r} answered none of the {len(asked)} dev questions by which 'best-site' is chosen "
+            f"({len(silent)} of {count} sites are silent); see that it is there, or leave 'best-site' out"
+        )
+    common = by_type[~by_type.isnan().any(dim=1)]
+    if not len(common):
+        raise RunError(
+            f"of the {len(hits)} question types none was answered by every site, so that 'best-site' cannot compare "
+            "them; see that the sites are there all the time, or leave 'best-site' out"
+        )
+    return int(common.mean(dim=0).argmax())
 
 
 def best_site_reward(job: Job) -> FederatedReward:
@@ -123,8 +141,20 @@ def named_site(site: str) -> Method:
 
 def by_itself(site: str) -> Method:
     """Return the method `local <name>`."""
+
+    def check(recipe: Recipe) -> None:
+        if not any(each.name == site and each.needs_questions for each in recipe.sites):
+            raise RecipeError(
+                f"the method 'local {site}' aligns on private questions of site {site}, and it holds none but its own "
+                f"pairs; give it some, or leave 'local {site}' out"
+            )
+
     return Method(
-        partial(local, site=site), f"site {site}'s reward model, on its own questions", needs=SITES, asks=lambda _: 1
+        partial(local, site=site),
+        f"site {site}'s reward model, on its own questions",
+        needs=SITES | {"private"},
+        check=check,
+        training=lambda recipe: f"at site {site} alone, on its private questions: nothing crosses a border",
     )
 
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from accord.evaluation.report import write_report
-from accord.methods import find_method, needed
+from accord.methods import check_methods, find_method, needed
 from accord.models.load import save_model
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
@@ -28,8 +28,13 @@ __all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward
 
 
 def execute(job: Job) -> Path:
-    """Run every stage that is not done; return the report's path."""
+    """Run every stage that is not done; return the report's path.
+
+    Raises:
+        RecipeError: a method cannot be done by this recipe, or with other organisations' sites; nothing is trained.
+    """
     recipe = job.recipe
+    check_methods(recipe, [recipe.method, *recipe.compare], elsewhere=job.engine is not None)
     job.run.plan(stages_of(job))
     needs = needed(recipe, [recipe.method, *recipe.compare])
     if "sites" in needs:
@@ -63,6 +68,7 @@ def stages_of(job: Job) -> dict[str, int]:
 
 def align_policy(job: Job) -> None:
     """Align the policy by the recipe's method, and keep it: the run's own result."""
+    check_methods(job.recipe, [job.recipe.method], elsewhere=job.engine is not None)
     method = find_method(job.recipe.method, [site.name for site in job.recipe.sites])
     with job.doing("align", needs=method.needs):
         model, processor = method.align(job, "align")

@@ -34,7 +34,7 @@ import torch
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
-from accord.methods import check_names, find_method, needed
+from accord.methods import check_methods, check_names, find_method, needed
 from accord.models.features import remember
 from accord.models.load import load_model
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
@@ -81,6 +81,7 @@ def plan_grid(files: Sequence[Path], *, seeds: Sequence[int], out: Path, methods
             recipe = check_names(replace(recipe, compare=tuple(methods)))
         if not recipe.compare:
             raise RecipeError(f'{file} compares no methods; add compare = ["routed", …] to it, or --methods routed,…')
+        check_methods(recipe, recipe.compare)
         if any(other.recipe.name == recipe.name for other in grid):
             raise RecipeError(f"two recipes are called {recipe.name!r} and would share a folder; rename one")
         for seed in seeds:

@@ -62,6 +62,7 @@ class Run:
         self._done = stages_done(path)
         self._planned = stages_planned(path)
         self._stand_on = _stand_on(path)
+        self._noted = dict(self._stand_on)  # as it is in the file
         self._doing: dict[str, float] = {}  # stages in progress, and when they began
         # Stages that have dealt with the records of an interrupted attempt. Those go when the stage logs anew, not on
         # opening: only the stage knows whether it starts over or goes on from a checkpoint (`truncate`).
@@ -144,7 +145,7 @@ class Run:
         return stage in self._done
 
     def stands_on(self, stage: str) -> list[str] | None:
-        """Return what a finished stage said that it stands on; None where it said nothing."""
+        """Return what a stage said that it stands on when it was last begun; None where it said nothing."""
         return self._stand_on.get(stage)
 
     @contextlib.contextmanager
@@ -165,6 +166,10 @@ class Run:
                 neither is `stage` itself until it ends.
             stands_on: what it needs of earlier stages, kept for `stands_on`; None for all of them.
         """
+        # Noted at once, so that what an interrupted stage stands on is known too.
+        self._stand_on.pop(stage, None)
+        if stands_on is not None:
+            self._stand_on[stage] = sorted(stands_on)
         self._write_done([done for done in self._done if done != stage and not undoes(done)])
         start = time.monotonic()
         self._doing[stage] = start
@@ -181,8 +186,6 @@ class Run:
             del self._doing[stage]
             self._settled.discard(stage)
         self._time(stage, time.monotonic() - start, done=True)
-        if stands_on is not None:
-            self._stand_on[stage] = sorted(stands_on)
         self._write_done([*self._done, stage])
 
     def plan(self, stages: Mapping[str, int]) -> None:
@@ -192,15 +195,16 @@ class Run:
             self._planned = dict(stages)
 
     def _write_done(self, done: list[str]) -> None:
-        if done != self._done:
+        if done != self._done or self._stand_on != self._noted:
             self._write_stages(done, self._planned)
             self._done = done
 
     def _write_stages(self, done: list[str], planned: Mapping[str, int]) -> None:
         more: dict[str, object] = {"planned": planned} if planned else {}
-        if kept := {stage: needs for stage, needs in self._stand_on.items() if stage in done}:
-            more["stands_on"] = kept
+        if self._stand_on:
+            more["stands_on"] = self._stand_on
         write_atomic(self.path / "stages.json", to_json({"done": done, **more}))
+        self._noted = dict(self._stand_on)
 
     def log(self, record: Mapping[str, object]) -> None:
         """Append a record of the stage being done to metrics.jsonl; it must hold no wall time.

@@ -249,8 +249,8 @@ def remembered(run: Path, stage: str) -> dict[str, Tensor] | None:
 
 
 def memory_file(run: Path, stage: str) -> Path:
-    """Return where a run folder keeps what a reward had learnt when `stage` ended."""
-    return run / "kept" / "router" / f"{stage}-{MEMORY}".replace(":", "-")
+    """Return where a run folder keeps what a reward had learnt when `stage` ended; gone once that is done no longer."""
+    return run / "kept" / "stage" / stage / MEMORY
 
 
 def _to_bytes(memory: Memory) -> bytes:

@@ -127,28 +127,33 @@ class Job:
 
     @contextmanager
     def doing(self, stage: str, *, needs: Collection[str] | None = None) -> Iterator[None]:
-        """Do a stage; what was built on its earlier result is done no longer, and its checkpoints are removed.
+        """Do a stage; what was built on its earlier result is done no longer, and what that left behind is removed.
 
         Args:
             stage: its name.
             needs: of "sites" and "router" those that it stands on; None for both.
         """
         later = BUILT_ON_IT[stage.split()[0]]
+        made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
+
+        def stale(other: str) -> bool:
+            stands_on = self.run.stands_on(other)
+            return other.split()[0] in later and (stands_on is None or made in stands_on)
+
         for checkpoints in (self.path / "checkpoints").glob("*"):
             # A stage that is done has checkpoints only where a kill came before their removal.
-            if checkpoints.name.split()[0] in later or self.run.done(checkpoints.name):
+            # One that reads the private data may stand on what it has kept of them, which goes below.
+            kept = made == "sites" and "private" in (self.run.stands_on(checkpoints.name) or ())
+            if stale(checkpoints.name) or kept or self.run.done(checkpoints.name):
                 shutil.rmtree(checkpoints, ignore_errors=True)
         if "compare" in later:
             shutil.rmtree(self.path / "kept" / "router", ignore_errors=True)
         if "router" in later:
             shutil.rmtree(self.path / "kept" / "site", ignore_errors=True)
-        made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
-
-        def undone(done: str) -> bool:
-            stands_on = self.run.stands_on(done)
-            return done.split()[0] in later and (stands_on is None or made in stands_on)
-
-        with self.run.doing(stage, undoes=undone, stands_on=needs):
+        for memory in (self.path / "kept" / "stage").glob("*"):
+            if stale(memory.name):
+                shutil.rmtree(memory, ignore_errors=True)
+        with self.run.doing(stage, undoes=stale, stands_on=needs):
             yield
 
     def log(self, record: Mapping[str, object]) -> None:
