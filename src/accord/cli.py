@@ -413,7 +413,10 @@ def preferences(
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Argument(help="folder for the checkpoints")],
-    family: Annotated[list[str] | None, typer.Option("--family", help="only this family; may be repeated")] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option("--family", help="only this family, or this name of [[pretrain.fast_vlm]]; may be repeated"),
+    ] = None,
     recipe: Annotated[Path, typer.Option("--recipe", help="whose base questions and [pretrain] table to use")] = DEMO,
     quiet: Quiet = False,
 ) -> None:

