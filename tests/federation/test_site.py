@@ -177,7 +177,28 @@ def test_scores_are_clipped(request_, score_range, expected):
     assert Site("colour", Fixed(), score_range=score_range).answer(request_).scores == expected
 
 
-@pytest.mark.parametrize("score_range", [None, ScoreRange()], ids=["none", "clipped"])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 2.0), (-2.0, 2.0)])
+def test_a_sigmoid_keeps_the_order_of_all_scores(request_, low, high):
+    """σ(−3) = 0.0474259, σ(0.5) = 0.6224593, σ(7) = 0.9990889: none meets another at an end of the range."""
+    site = Site("colour", Fixed(), score_range=ScoreRange(low, high, "sigmoid"))
+    reply = site.answer(request_)
+    shares = [[0.0474259, 0.6224593, 0.9990889], [0.0474259]]
+    assert reply.scores == [
+        pytest.approx([low + (high - low) * share for share in group], abs=1e-6) for group in shares
+    ]
+    assert check_scores(request_, reply, low, high) == reply.scores
+
+
+def test_a_sigmoid_leaves_what_a_site_knows_as_it_is(request_):
+    """Whether a candidate is the reference answer is 1 or 0, and no score that a sigmoid would bring into a range."""
+    site = Site("colour", Fixed(), score_range=ScoreRange(form="sigmoid"), answerer=Says())
+    asked = ScoreRequest(request_.id, request_.images, request_.items, "answer")
+    assert {score for group in site.answer(asked).scores for score in group} <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    "score_range", [None, ScoreRange(), ScoreRange(form="sigmoid")], ids=["none", "clipped", "sigmoid"]
+)
 def test_a_score_that_is_not_finite_is_no_score(request_, score_range):
     """Clipped, an infinity would be the best of scores; as it leaves, the server finds the site absent."""
 

@@ -84,6 +84,37 @@ def test_the_score_is_the_head_on_the_end_token(family, checkpoints):
         torch.testing.assert_close(score(model)[n], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_two_layers_by_hand(llava):
+    """V = 0, c = 1: every feature is SiLU(1) = 1 / (1 + e⁻¹) = 0.7310586. w = 1 / D, b = 2: R = 2.7310586."""
+    model = RewardModel.from_checkpoint(llava, head="mlp").eval()
+    model.standardisation = Standardisation(0.0, 1 - 1e-6)
+    for parameter, value in zip(model.head.parameters(), (0.0, 1.0, 1 / model.features, 2.0), strict=True):
+        torch.nn.init.constant_(parameter, value)
+    torch.testing.assert_close(score(model), torch.full((4,), 2.7310586), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_two_layers_are_kept(llava, tmp_path, lora):
+    """And trained: both get a gradient."""
+    model = RewardModel.from_checkpoint(llava, lora=lora, head="mlp").eval()
+    model.save(tmp_path / "reward")
+    again = RewardModel.load(tmp_path / "reward")
+    assert torch.equal(score(model), score(again)) and again.kind == "mlp"
+    assert all(parameter.requires_grad for parameter in again.head.parameters())
+    described = json.loads((tmp_path / "reward" / "reward.json").read_text())
+    (tmp_path / "reward" / "reward.json").write_text(json.dumps({**described, "head": "linear"}))
+    refuse(tmp_path / "reward", "head.safetensors", "train the site again")
+
+
+def test_a_folder_from_before_there_were_two_layers(llava, tmp_path):
+    model = RewardModel.from_checkpoint(llava).eval()
+    model.save(tmp_path / "reward")
+    described = json.loads((tmp_path / "reward" / "reward.json").read_text())
+    assert described.pop("head") == "linear"
+    (tmp_path / "reward" / "reward.json").write_text(json.dumps(described))
+    assert torch.equal(score(model), score(RewardModel.load(tmp_path / "reward")))
+
+
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_small_batches_do_not_change_scores(llava, tmp_path, rows):
     """The 3 + 1 rows at once, or each prompt by itself, as it is after loading too."""

@@ -153,6 +153,17 @@ def test_a_site_may_come_back():
 
 
 @pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
+def test_the_network_knows_what_it_was_trained_on():
+    """Two rounds. 3 pairs twice are 6; 5 pairs in the second round alone are 5; 2**62 counts as 500; gone is 0."""
+
+    def late_riser(request):
+        return adding(6.0, 5)(request) if request.round else silent(request)
+
+    _, network = fit({"a": adding(1.0, 3), "b": late_riser, "greedy": adding(1.0, 2**62), "gone": silent})
+    assert network.examples == (6, 5, 1000, 0)
+
+
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 def test_nobody_answers(caplog):
     with pytest.raises(RunError, match=r"no site answered in round 1 of 'router'; .*--resume"):
         fit({"a": silent, "b": adding(math.nan)})

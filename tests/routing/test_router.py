@@ -6,13 +6,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save
+from torch.nn.functional import logsigmoid
 
 from accord.errors import CheckpointError, RecipeError
 from accord.federation.weights import read_weights
 from accord.models import load as load_module
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
-from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork, load_router, save_router
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork, load_router, save_router, without_prior
 from accord.types import vqa_prompt
 
 SMALL = RouterConfig(layers=2, width=8, heads=2)
@@ -224,3 +225,87 @@ def test_the_weight_file_is_what_travels(saved, network):
 def test_heads_that_do_not_divide_the_width(heads):
     with pytest.raises(RecipeError, match=f"got 8 and {heads}; change router.width or router.heads"):
         RouterConfig(width=8, heads=heads)
+
+
+def best_logits(pairs):
+    """Return the logits `[X, K]` that minimise the sites' weighted loss, for counts `[K, X]` of answers.
+
+    L = Σ_k p_k E_k[BCE(σ(z), e_k)], one free logit for each of X kinds of answers and each output, by LBFGS.
+    """
+    counts = torch.tensor(pairs, dtype=torch.double)
+    share = (counts / counts.sum()).T.contiguous()  # [X, K]: of all pairs, those of kind x and site k
+    logits = torch.zeros_like(share, requires_grad=True)
+    search = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        search.zero_grad()
+        of_others = share.sum(1, keepdim=True) - share
+        value = -(share * logsigmoid(logits) + of_others * logsigmoid(-logits)).sum()
+        value.backward()
+        return value
+
+    search.step(loss)
+    return logits.detach()
+
+
+def test_duplicating_a_sites_pairs_does_not_change_the_choice():
+    """Three sites, three kinds of answers. Whatever the sites' sizes, α_k = f_k(x) / Σ_j f_j(x), f_k a row's share.
+
+    Without the correction, twenty copies of site 0's pairs win it the second kind, of which site 1 has more of its own.
+    """
+    pairs = torch.tensor([[7, 2, 1], [2, 6, 2], [1, 3, 6]])
+    density = pairs.double() / pairs.sum(1, keepdim=True)
+    expected = (density / density.sum(0)).T
+    corrected, plain = [], []
+    for copies in (1, 20):
+        repeated = pairs * torch.tensor([copies, 1, 1])[:, None]
+        logits = best_logits(repeated.tolist())
+        weights = without_prior(logits, repeated.sum(1).tolist()).softmax(dim=-1)
+        torch.testing.assert_close(weights, expected, atol=1e-5, rtol=0)
+        corrected.append(weights.argmax(dim=-1).tolist())
+        plain.append(logits.argmax(dim=-1).tolist())
+    assert corrected == [[0, 1, 2], [0, 1, 2]] and plain == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_the_correction_by_hand():
+    """z = 0 at all three: σ = 1/2. Sites of 1, 3 and 0 pairs: log(1/2) − log(1/4) = ln 2, ln(2/3), and no site."""
+    found = without_prior(torch.zeros(1, 3), [1, 3, 0])
+    torch.testing.assert_close(found, torch.tensor([[0.6931472, -0.4054651, -torch.inf]]))
+
+
+def test_equal_sites_are_chosen_as_without_the_correction(encoder, network):
+    """σ is monotone: the top site is the same, whether the counts are alike or not known."""
+    torch.manual_seed(0)
+    other = RouterNetwork(32, 3, replace(SMALL, prior_correction=True))
+    top = LearnedRouter(encoder, network)(PROMPTS, IMAGES, ANSWERS).argmax(dim=-1)
+    for counts in ((), (5, 5, 5)):
+        other.examples = counts
+        weights = LearnedRouter(encoder, other)(PROMPTS, IMAGES, ANSWERS)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4))
+        assert torch.equal(weights.argmax(dim=-1), top)
+    other.examples = (0, 1, 0)
+    assert LearnedRouter(encoder, other)(PROMPTS, IMAGES, ANSWERS).tolist() == [[0, 1, 0]] * 4
+
+
+def test_the_examples_stay_with_the_router(network, tmp_path):
+    network.examples = (5, 0, 2)
+    save_router(tmp_path / "router", network)
+    assert load_router(tmp_path / "router").examples == (5, 0, 2)
+
+
+def test_a_router_from_before_there_were_examples(saved):
+    described = json.loads((saved / "router.json").read_text())
+    del described["examples"], described["config"]["prior_correction"]
+    (saved / "router.json").write_text(json.dumps(described))
+    again = load_router(saved)
+    assert again.examples == () and not again.config.prior_correction
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, -1, 2], [0, 0, 0]])
+def test_examples_that_are_none(saved, counts):
+    described = json.loads((saved / "router.json").read_text())
+    (saved / "router.json").write_text(json.dumps({**described, "examples": counts}))
+    with pytest.raises(CheckpointError, match="expected a count for each of 3 sites"):
+        load_router(saved)

@@ -179,14 +179,18 @@ Answered = TypeVar("Answered", ScoreReply, AnswerReply, UpdateReply, Card)
 
 @dataclass(frozen=True)
 class ScoreRange:
-    """The range to which every site clips its standardised scores before they leave it: agreed, and checked on arrival.
+    """The range into which every site brings its standardised scores z before they leave it; checked on arrival.
 
-    The one-sided default keeps a group in which every answer is poor from turning the reward model's small noise into
-    advantages.
+        clip       min(max(z, low), high)
+        sigmoid    low + (high − low) σ(z)         for scores of a reward model; what is 0 or 1 already is clipped
+
+    The one-sided clip, the default, keeps a group in which every answer is poor from turning the reward model's small
+    noise into advantages. The sigmoid keeps the order of all scores, that noise included.
     """
 
     low: float = 0.0
     high: float = 2.0
+    form: Literal["clip", "sigmoid"] = "clip"
 
     def __post_init__(self) -> None:
         """Refuse an empty range: everything clipped to one value is no judgement."""

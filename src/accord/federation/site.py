@@ -70,7 +70,7 @@ class Site:
         name: the site's name.
         reward_model: trained, standardised.
         record: sizes and quality, for its card.
-        score_range: clipping of standardised scores, None for none.
+        score_range: into which standardised scores are brought, None for none.
         updates: how the router, and a baseline's shared models, are trained on this site's data, by task; a task that
             is not there is refused.
         answerer: this site's own model; None refuses whatever needs its answers.
@@ -115,9 +115,9 @@ class Site:
         raise ReplyError(f"site {self.name} does not answer a {type(request).__name__}")
 
     def scores(self, request: ScoreRequest) -> list[list[float]]:
-        """Judge the candidates of every item, and clip: a reward model's scores are standardised before.
+        """Judge the candidates of every item, in the agreed range: a reward model's scores are standardised before.
 
-        A score that is not finite leaves as NaN: clipped, an infinity would be the best or the worst of scores.
+        A score that is not finite leaves as NaN: in the range, an infinity would be the best or the worst of scores.
 
         Raises:
             ReplyError: the judge is this site's own model, and it has none.
@@ -139,11 +139,15 @@ class Site:
         if not items:
             return []
         opened = {name: load_image(images[name]) for name in {item.image: None for item in items} if name is not None}
-        return self.reward_model.score(
+        scores = self.reward_model.score(
             [from_turns(item.prompt) for item in items],
             [None if item.image is None else opened[item.image] for item in items],
             [item.candidates for item in items],
         )
+        if self.score_range is not None and self.score_range.form == "sigmoid":
+            low, high = self.score_range.low, self.score_range.high
+            scores = [torch.where(s.isfinite(), low + (high - low) * s.sigmoid(), torch.nan) for s in scores]
+        return scores
 
     def _by_answer(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor]:
         said = self._own(items, images)

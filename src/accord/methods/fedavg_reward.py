@@ -133,7 +133,7 @@ class LocalReward:
             [transform(load_if_any(group.chosen.image), symmetry) for group, _, symmetry in items],
             [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
         )
-        scores: Tensor = self.model(batch.to(self.model.head.weight.device))
+        scores: Tensor = self.model(batch.to(next(self.model.head.parameters()).device))
         return bradley_terry(scores.float(), [1 + len(rejected) for _, rejected, _ in items], self.config.centring)[0]
 
 

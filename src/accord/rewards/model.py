@@ -1,13 +1,14 @@
 """A reward model: any vision-language or text-only checkpoint with a scalar head on the last token of the answer.
 
     R(x, y) = w · h_last(image, prompt, y) + b                  a real number per (prompt x, answer y)
+    R(x, y) = w · SiLU(V h_last(image, prompt, y) + c) + b      with two layers, V [D, D]
 
 The backbone is what `accord.models.load.load_model` loads, used whole or with a LoRA adapter; its language-modelling
 head is not computed.
 On disk:
 
-    reward.json          format, mean and deviation of the training scores, rows at once, which backbone
-    head.safetensors     w [1, D], b [1]
+    reward.json          format, mean and deviation of the training scores, rows at once, which backbone and head
+    head.safetensors     w [1, D], b [1]: "weight" and "bias"; of two layers "0.weight" to "2.bias"
     backbone/            an ordinary checkpoint with its processor
     adapter/             a PEFT adapter on the backbone                     (LoRA)
 
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, TypeAlias, cast
 
 import msgspec
 import torch
@@ -42,6 +43,9 @@ from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
 from accord.models.load import PREFIX, LoraSettings, Processor, add_lora, load_model, locate, without_adapter
 from accord.runs import replace_folder
 from accord.types import Prompt
+
+Head: TypeAlias = Literal["linear", "mlp"]
+"""One linear layer, or two with SiLU between them."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,22 @@ class _Manifest:
     base: str | None  # the backbone's name; None where it is in the folder
     fingerprint: str | None = None  # of the backbone's weights, not checked where it is None
     rows_at_once: int = 512
+    head: Head = "linear"
 
 
 _FORMAT = "accord-reward-model-1"
 
 
 class RewardModel(nn.Module):
-    """Score answers with a backbone and a linear head.
+    """Score answers with a backbone and a head.
 
     Args:
         backbone: the model under the head; a `PeftModel` when it is adapted with LoRA.
         processor: the backbone's processor.
         base: name of the checkpoint that a LoRA adapter belongs to; None to save the backbone with the adapter.
         fingerprint: of the weights that `base` had when it was loaded.
+        lora: settings of the adapter, if there is one.
+        head: of one linear layer, or of two.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class RewardModel(nn.Module):
         base: str | None = None,
         fingerprint: str | None = None,
         lora: LoraSettings | None = None,
+        head: Head = "linear",
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -97,22 +105,28 @@ class RewardModel(nn.Module):
         self.standardisation = Standardisation()
         self.rows_at_once = 512  # (prompt, completion) rows of one forward pass in `score`
         skip_hidden(self._plain)
-        size = self._plain.config.get_text_config().hidden_size
-        self.head = nn.Linear(size, 1, dtype=torch.float32)
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(size + 1))
-        nn.init.zeros_(self.head.bias)
+        self.features = self._plain.config.get_text_config().hidden_size  # D
+        self.kind = head
+        last = nn.Linear(self.features, 1, dtype=torch.float32)
+        nn.init.normal_(last.weight, std=1 / math.sqrt(self.features + 1))
+        nn.init.zeros_(last.bias)
+        self.head: nn.Linear | nn.Sequential = last
+        if head == "mlp":
+            self.head = nn.Sequential(nn.Linear(self.features, self.features, dtype=torch.float32), nn.SiLU(), last)
         self.head.to(self._plain.device)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: str, *, lora: LoraSettings | None = None) -> RewardModel:
+    def from_checkpoint(
+        cls, checkpoint: str, *, lora: LoraSettings | None = None, head: Head = "linear"
+    ) -> RewardModel:
         """Put an untrained head on `checkpoint`, with a fresh LoRA adapter if `lora` is given."""
         if lora is None:
-            return cls(*load_model(checkpoint, trainable=True))
+            return cls(*load_model(checkpoint, trainable=True), head=head)
         named = checkpoint.startswith(PREFIX) or not Path(locate(checkpoint)).is_dir()
         fingerprint = _fingerprint(checkpoint) if named else None
         model, processor = load_model(checkpoint, revision=fingerprint or "main")
         base = checkpoint if named else None
-        return cls(add_lora(model, lora), processor, base=base, fingerprint=fingerprint, lora=lora)
+        return cls(add_lora(model, lora), processor, base=base, fingerprint=fingerprint, lora=lora, head=head)
 
     @property
     def _plain(self) -> PreTrainedModel:
@@ -160,16 +174,15 @@ class RewardModel(nn.Module):
                 self.processor.save_pretrained(folder / "backbone")
             manifest = _Manifest(
                 _FORMAT,
-                self.head.in_features,
+                self.features,
                 self.standardisation,
                 self.lora,
                 self.base,
                 self.fingerprint if self.base else _fingerprint(str(folder / "backbone")),
                 self.rows_at_once,
+                self.kind,
             )
-            save_file(
-                {"weight": self.head.weight.data.cpu(), "bias": self.head.bias.data.cpu()}, folder / "head.safetensors"
-            )
+            save_file({name: t.cpu() for name, t in self.head.state_dict().items()}, folder / "head.safetensors")
             (folder / "reward.json").write_bytes(msgspec.json.format(msgspec.json.encode(asdict(manifest))))
 
         replace_folder(path, write)
@@ -204,11 +217,12 @@ class RewardModel(nn.Module):
                 f"{found!s:.12}…, expected {manifest.fingerprint!s:.12}…; put that one back, or train the site again"
             )
         backbone = _load_adapter(plain, path / "adapter") if manifest.lora else plain
-        model = cls(backbone, processor, base=manifest.base, fingerprint=manifest.fingerprint, lora=manifest.lora)
-        if model.head.in_features != manifest.hidden_size:
+        base, fingerprint, lora = manifest.base, manifest.fingerprint, manifest.lora
+        model = cls(backbone, processor, base=base, fingerprint=fingerprint, lora=lora, head=manifest.head)
+        if model.features != manifest.hidden_size:
             raise CheckpointError(
                 f"{path}: the head expects {manifest.hidden_size} features, the backbone gives "
-                f"{model.head.in_features}; the folder mixes parts of two models, train the site again"
+                f"{model.features}; the folder mixes parts of two models, train the site again"
             )
         try:
             weights = load_file(path / "head.safetensors")

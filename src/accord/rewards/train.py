@@ -34,7 +34,7 @@ from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
-from accord.rewards.model import RewardModel, Standardisation
+from accord.rewards.model import Head, RewardModel, Standardisation
 from accord.types import PreferencePair, Question, prompt_of
 
 
@@ -58,6 +58,7 @@ class RewardConfig:
     kept_back: float = 0.1  # share of the site's images whose pairs are ranked and not trained on, with "pairs"
     gradient_accumulation: int = 1
     rows_at_once: int = 512  # answers scored in one forward pass, in rankings and for the federation
+    head: Head = "linear"  # on the backbone; "mlp" has two layers
 
     def __post_init__(self) -> None:
         """Refuse counts that leave nothing to train or to rank."""

@@ -10,6 +10,8 @@ steps, sizes 1 : 2 : 9). Plain steps add up to the gradient of all sites' loss, 
 does what each site's would have done alone. 23 such rounds in 16 bits are right as often as 60 rounds of local AdamW
 and FedAvg in 32 bits, for a fifth of the bytes (`benchmarks/quality/README.md`).
 
+The server adds up n_k over the rounds, so that the choice can forget it (`prior_correction`).
+
 Only changes of router weights and n_k travel. Source: Lu et al. 2026, arXiv 2605.03426, section 3.3; Reddi et al.
 2021, arXiv 2003.00295. Differs: the paper averages (FedAvg) and says neither optimiser nor rounds. The router so
 learned tells whose *domain* an answer belongs to; it does not predict which reward model is right.
@@ -112,6 +114,19 @@ def client_id_loss(logits: Tensor, site: int) -> Tensor:
     return binary_cross_entropy_with_logits(logits, target)
 
 
+class _Counted:
+    """Count what each site trained on: a `Server` that sends nothing beside the weights."""
+
+    def __init__(self, sites: Sequence[str]) -> None:
+        self.examples = dict.fromkeys(sites, 0)
+
+    def send(self) -> bytes:
+        return b""
+
+    def receive(self, site: str, examples: int, state: bytes, /) -> None:
+        self.examples[site] += examples
+
+
 def fit_router(
     engine: Engine,
     features: int,
@@ -135,6 +150,7 @@ def fit_router(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         network = RouterNetwork(features, len(engine.sites), config)
+    counted = _Counted(engine.sites)
     weights = federated_rounds(
         engine,
         "router",
@@ -144,7 +160,9 @@ def fit_router(
         aggregate=config.aggregation.start(seed),
         bits=config.aggregation.bits,
         most=config.pairs_per_site,  # no site may claim more weight
+        server=counted,
         on_round=on_round,
     )
     set_trainable_weights(network, weights)
+    network.examples = tuple(counted.examples.values())
     return network.eval()

@@ -7,6 +7,14 @@
 Source: Lu et al. 2026, arXiv 2605.03426, section 3.3. Differs: the paper names neither the encoder, the width nor
 the pooling; ours are the base policy, a width in the recipe, and the last token (the mean over tokens, most of them
 the image's, learns more slowly).
+
+Where `prior_correction` is on, the weights forget how many pairs a site has:
+
+    α_k ∝ σ(z_k) / p_k,    p_k = n_k / Σ_j n_j      so α_k ∝ f_k(h), the density of site k's answers at h
+
+At the optimum of the one-against-all loss σ(z_k) = p_k f_k / Σ_j p_j f_j: a big site wins because it is big. Source:
+FedDRM (2025, arXiv 2509.23049), which learns such a head too. Differs: its head is a softmax, where the ratio is
+exp(z_k) / p_k; with sigmoids that would not be a density ratio.
 """
 
 from __future__ import annotations
@@ -21,6 +29,7 @@ import torch
 from PIL.Image import Image
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from accord.errors import CheckpointError, RecipeError, check_least
 from accord.federation.aggregation import Aggregation
@@ -54,6 +63,7 @@ class RouterConfig:
     pairs_per_site: int = 500  # drawn once: features are kept, and no site's size drowns the others
     learning_rate: float = 0.1  # of the sites' SGD, at first
     rows_at_once: int = 512  # (prompt, completion) rows that the encoder takes in one forward pass
+    prior_correction: bool = False  # whether the choice forgets how many pairs a site has
     aggregation: Aggregation = Aggregation(
         "fedadam", learning_rate=3e-3, momentum=0.8, second_momentum=0.95, adaptivity=1e-5, bits=16
     )
@@ -70,12 +80,17 @@ class RouterConfig:
 
 
 class RouterNetwork(nn.Module):
-    """g_φ: hidden states `[N, T, D]` → logits `[N, K]`."""
+    """g_φ: hidden states `[N, T, D]` → logits `[N, K]`.
+
+    Attributes:
+        examples: n_k `[K]`, the pairs that each site trained it on, added up over the rounds; empty: all alike.
+    """
 
     def __init__(self, features: int, sites: int, config: RouterConfig) -> None:
         super().__init__()
         self.shape = (features, sites)
         self.config = config
+        self.examples: tuple[int, ...] = ()
         self.enter = nn.Sequential(nn.LayerNorm(features), nn.Linear(features, config.width))
         layer = nn.TransformerEncoderLayer(
             config.width, config.heads, 4 * config.width, dropout=0.0, batch_first=True, norm_first=True
@@ -87,6 +102,13 @@ class RouterNetwork(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return logits z `[N, K]` for hidden states `[N, T, D]` and their mask `[N, T]`."""
         return cast(Tensor, self.head(self.penultimate(hidden, mask)))
+
+    def weights(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return α `[N, K]`, rows summing to 1, for hidden states `[N, T, D]` and their mask `[N, T]`."""
+        logits = self(hidden, mask)
+        if self.config.prior_correction:
+            logits = without_prior(logits, self.examples or (1,) * self.shape[1])
+        return cast(Tensor, logits.softmax(dim=-1))
 
     def penultimate(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return what the linear head reads, `[N, width]`."""
@@ -118,12 +140,24 @@ class LearnedRouter:
     def __call__(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
-        """Return `softmax(g_φ(Enc(x, y)))`, `[N, K]`."""
+        """Return α of `Enc(x, y)`, `[N, K]`."""
         weights = []
         for span in chunks([len(c) for c in completions], self.network.config.rows_at_once):
-            logits: Tensor = self.network(*self.encoder(prompts[span], images[span], completions[span]))
-            weights.append(logits.softmax(dim=-1).cpu())
+            weights.append(self.network.weights(*self.encoder(prompts[span], images[span], completions[span])).cpu())
         return torch.cat(weights)
+
+
+def without_prior(logits: Tensor, examples: Sequence[int]) -> Tensor:
+    """Return `log σ(z_k) − log p_k`, the log density ratio log f_k / Σ_j p_j f_j, `[N, K]`.
+
+    A site without examples has taught the router nothing of itself: it gets −∞.
+
+    Args:
+        logits: z `[N, K]` of a head that was trained one against all.
+        examples: n_k `[K]`, not all 0.
+    """
+    n = torch.tensor(examples, dtype=logits.dtype, device=logits.device)
+    return torch.where(n > 0, logsigmoid(logits) - (n / n.sum()).log(), -torch.inf)
 
 
 def save_router(path: Path, network: RouterNetwork) -> None:
@@ -135,6 +169,7 @@ def save_router(path: Path, network: RouterNetwork) -> None:
             "features": network.shape[0],
             "sites": network.shape[1],
             "config": msgspec.to_builtins(network.config),
+            "examples": network.examples,
         }
         write_atomic(folder / "router.json", msgspec.json.format(msgspec.json.encode(described)))
 
@@ -145,6 +180,7 @@ class _Described(msgspec.Struct, forbid_unknown_fields=True):
     features: int
     sites: int
     config: RouterConfig
+    examples: tuple[int, ...] = ()
 
 
 def load_router(path: Path) -> RouterNetwork:
@@ -159,5 +195,12 @@ def load_router(path: Path) -> RouterNetwork:
         network = RouterNetwork(described.features, described.sites, described.config)
     except (OSError, RuntimeError, msgspec.MsgspecError, RecipeError) as error:
         raise CheckpointError(f"{path}: not a router ({error}); train one with `accord router train`") from error
+    counts = described.examples
+    if counts and (len(counts) != described.sites or min(counts) < 0 or max(counts) == 0):
+        raise CheckpointError(
+            f"{path}: examples are {counts!s:.60}, expected a count for each of {described.sites} sites, not all 0; "
+            "train the router again with `accord router train`"
+        )
+    network.examples = counts
     network.from_bytes(weights)
     return network.eval()

@@ -256,7 +256,7 @@ def fit_reward_model(
         if isinstance(tuned, PeftModel):
             backbone = cast(PreTrainedModel, tuned.merge_and_unload())
         checkpoint = save_model(backbone, processor, keep or scratch / "backbone")
-    model = RewardModel.from_checkpoint(checkpoint, lora=lora)
+    model = RewardModel.from_checkpoint(checkpoint, lora=lora, head=reward.head)
     known = [*job.questions.get("base", []), *questions]
     vocabulary = common_answers(known, reward.vocabulary, () if questions else pairs)
     with ProgressBarCallback(f"{name}: reward model", quiet=job.quiet) as bar:
