@@ -35,6 +35,7 @@ from accord.evaluation.accuracy import count_correct, question_only
 from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_names, find_method, needed
 from accord.models.load import load_model
+from accord.pipeline.apart import train_sites
 from accord.pipeline.cells import cells_of, failure_file, write_table
 from accord.pipeline.comparison import arm_file, compare
 from accord.recipe import Recipe
@@ -42,7 +43,7 @@ from accord.recipe_file import dump_recipe, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
-from accord.stages.routing import train_router, train_sites
+from accord.stages.routing import train_router
 from accord.types import Question
 
 
