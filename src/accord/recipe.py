@@ -185,6 +185,7 @@ class Recipe:
     sites: tuple[SiteConfig, ...]
     seed: int = 0
     threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
+    processes: int = 1  # sites that are trained at once, each in a process of its own; no more than there are cores
     method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
     compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
     uses: tuple[str, ...] = ()  # methods of other packages that have tables here and are named in no `compare`
@@ -235,6 +236,12 @@ class Recipe:
                 raise RecipeError(
                     f"[tried] {name!r} must be at least 1, the setting that is used, got {count}; correct it"
                 )
+        check_least(self, processes=1)
+        if self.processes > 1 and not self.threads:
+            raise RecipeError(
+                f"processes = {self.processes} shares the cores out, and threads = 0 takes all of them for each; "
+                "set threads, 1 for small models"
+            )
         names = [site.name for site in self.sites]
         if not names:
             raise RecipeError("a recipe needs at least one [[sites]] table, got none")

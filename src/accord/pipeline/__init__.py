@@ -16,11 +16,12 @@ from pathlib import Path
 from accord.evaluation.report import write_report
 from accord.methods import check_methods, find_method, needed
 from accord.models.load import save_model
+from accord.pipeline.apart import train_sites
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.reward import open_reward
 from accord.stages.job import Job
-from accord.stages.routing import train_router, train_sites
+from accord.stages.routing import train_router
 from accord.stages.sites import train_site
 from accord.stages.traffic import save_traffic
 

@@ -37,6 +37,7 @@ from accord.evaluation.table import CONTROLS, Cell, macro
 from accord.methods import check_methods, check_names, find_method, needed
 from accord.models.features import remember
 from accord.models.load import load_model
+from accord.pipeline.apart import train_sites
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
@@ -44,7 +45,7 @@ from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
-from accord.stages.routing import train_router, train_sites
+from accord.stages.routing import train_router
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,130 @@
+"""Sites trained in processes of their own: the same bytes, no process left over, and errors that name their cause."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import psutil
+import pytest
+import tomli_w
+
+from accord.errors import CheckpointError, RecipeError, RunError
+from accord.pipeline import apart as module
+from accord.pipeline.apart import apart, at_once, train_sites
+from accord.recipe import Recipe, SiteConfig
+from accord.recipe_file import dump_recipe, load_recipe
+from accord.runs import Run, read_lines, stages_done
+from accord.stages.job import open_job
+
+
+@pytest.fixture
+def two(tiny_recipe, tmp_path, monkeypatch):
+    """The tiny recipe with two of its sites at once, whatever the number of cores."""
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    file = tmp_path / "two.toml"
+    file.write_text(tomli_w.dumps({**tiny_recipe, "sites": tiny_recipe["sites"][1:], "processes": 2}))
+    return load_recipe(file)
+
+
+def train(recipe, folder, resume=False):
+    text = dump_recipe(recipe)
+    run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
+    with open_job(recipe, run, quiet=True) as job:
+        train_sites(job)
+    return folder
+
+
+def left_by(folder):
+    """What must be equal: the records and every file of the sites."""
+    files = [folder / "metrics.jsonl", *sorted(p for p in (folder / "sites").rglob("*") if p.is_file())]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def children():
+    return psutil.Process().children(recursive=True)
+
+
+def test_two_processes_leave_what_one_leaves_also_after_ctrl_c(two, tmp_path, monkeypatch, capfd):
+    """Ctrl-C comes once the first of the sites is whole: the next process trains the other one alone."""
+    one = train(replace(two, processes=1), tmp_path / "one")
+    assert not (one / "apart").exists()
+
+    def interrupt(_seconds, sleep=module.time.sleep):
+        sleep(0.1)
+        if any(module._whole(job_of, name) for name in ("shape", "yes-no")):
+            raise KeyboardInterrupt
+
+    started = []
+    begin = module._start
+    monkeypatch.setattr(module, "_start", lambda job, name: started.append(name) or begin(job, name))
+    text = dump_recipe(two)
+    with open_job(two, Run.create(tmp_path / "two", text, seed=0), quiet=False) as job_of:
+        with monkeypatch.context() as patch:
+            patch.setattr(module.time, "sleep", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                train_sites(job_of)
+        whole = [name for name in ("shape", "yes-no") if module._whole(job_of, name)]
+    assert children() == [] and sorted(started) == ["shape", "yes-no"]
+    assert stages_done(tmp_path / "two") == [] and whole
+    said = capfd.readouterr().err
+    assert all(f"{name}: fine-tuning  2/2" in said for name in whole) and " left" in said  # a line for each site
+    started.clear()
+    train(two, tmp_path / "two", resume=True)
+    assert set(started) | set(whole) == {"shape", "yes-no"} and len(started) + len(whole) == 2
+    assert left_by(tmp_path / "two") == left_by(one)
+    assert stages_done(tmp_path / "two") == ["site shape", "site yes-no"]
+    assert not (tmp_path / "two" / "apart").exists()
+    timed = read_lines(tmp_path / "two" / "timings.jsonl")
+    assert [row["stage"] for row in timed] == ["site shape"] * 2 + ["site yes-no"] * 2
+    assert all(row["done"] for row in timed) and timed[0]["seconds"] > 0.1 and timed[2]["seconds"] > 0.1
+
+
+def test_a_site_that_fails_says_why_and_stops_the_others(two, tmp_path):
+    """The error of the site is the one that training here would raise."""
+    broken = replace(two.sites[1], checkpoint=str(tmp_path / "nowhere"))
+    recipe = replace(two, sites=(two.sites[0], broken))
+    with pytest.raises(CheckpointError) as here:
+        train(replace(recipe, processes=1, sites=(broken,)), tmp_path / "here")
+    with pytest.raises(CheckpointError) as there:
+        train(recipe, tmp_path / "there")
+    assert str(there.value) == str(here.value) and "nowhere" in str(here.value)
+    assert children() == [] and "site yes-no" not in stages_done(tmp_path / "there")
+
+
+def test_a_process_that_dies_is_told_with_its_last_words(two, tmp_path, monkeypatch):
+    dying = tmp_path / "dying"
+    dying.write_text("#!/bin/sh\necho no more memory >&2\nexit 3\n")
+    dying.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(dying))
+    with pytest.raises(RunError, match=r"trains site \S+ ended with status 3: no more memory; .*or lower processes"):
+        train(two, tmp_path / "run")
+    assert children() == []
+
+
+def test_a_child_ends_with_its_parent(two, tmp_path):
+    """Its standard input ends when the parent dies: it ends before its site is trained."""
+    with Run.create(tmp_path / "run", dump_recipe(two), seed=0):
+        command = [sys.executable, "-m", "accord.pipeline.child", str(tmp_path / "run"), "shape", "--quiet"]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        child.communicate(timeout=120)
+        assert child.returncode == 1 and stages_done(apart(tmp_path / "run", "shape")) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "threads", "cores", "expected"),
+    [(1, 0, 8, 1), (3, 1, 2, 2), (3, 1, 8, 3), (3, 2, 4, 2), (2, 4, 2, 1), (2, 1, None, 1)],
+)
+def test_processes_share_the_cores(processes, threads, cores, expected, monkeypatch):
+    """Each takes as many cores as it has threads; there is one process at least."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3"),), processes=processes, threads=threads)
+    assert at_once(recipe) == expected
+
+
+def test_processes_need_their_threads_said():
+    sites = (SiteConfig("a", "accord/idefics3"),)
+    with pytest.raises(RecipeError, match="processes = 2 shares the cores out, and threads = 0 takes all"):
+        Recipe("x", sites, processes=2)
+    with pytest.raises(RecipeError, match="processes must be at least 1, got 0"):
+        Recipe("x", sites, processes=0)
