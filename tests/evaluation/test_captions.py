@@ -61,7 +61,7 @@ def test_nothing_said_and_nothing_measured():
 
 
 def test_captions_that_name_their_photograph_match_it(album):
-    """A judge that knows the number of a photograph: whoever says it is right among ten, 10 rows a caption are scored."""
+    """The judge knows the number of a photograph: whoever says it is right. Ten rows a caption are scored."""
     judge = Judge(lambda image, text: text == str(image))
     assert matching(judge, album, [q.id for q in album]) == [1] * 15
     assert judge.rows == 15 * (1 + OTHERS)
