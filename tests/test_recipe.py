@@ -38,7 +38,17 @@ def site(**fields):
         ({"seed": MAX_SEED + 1}, f"got {MAX_SEED + 1}"),
         ({"threads": -1}, "threads must be 0 (torch's default) or more, got -1"),
         ({"questions": [{"kind": "folder"}]}, "a source of kind 'folder' needs a path"),
-        ({"questions": [{"kind": "zip", "path": "x"}]}, 'must be one of "easy-vqa", "arithmetic", "folder", "hugg'),
+        ({"questions": [{"kind": "zip", "path": "x"}]}, 'must be one of "easy-vqa", "arithmetic", "radiology'),
+        (
+            {"questions": [{"kind": "captions", "path": "x"}, {"kind": "easy-vqa"}]},
+            "got 2 sources of questions and captions among them; keep one [[questions]] table",
+        ),
+        ({"sites": site(judgements={})}, 'judgements are of captions; add [[questions]] with kind = "captions"'),
+        (
+            {"sites": site(judgements={}, preferences="x"), "questions": [{"kind": "captions", "path": "x"}]},
+            "site 'a' has preferences and judgements, and pairs are made of either; leave one out",
+        ),
+        ({"sites": site(judgements={"experts": [3]})}, "experts are some of 0, 1 and 2, got [3]"),
         ({"evaluation": {"questions": -1}}, "[evaluation] questions must be at least 0, got -1"),
         ({"evaluation": {"gallery": -1}}, "[evaluation] gallery must be at least 0, got -1"),
         ({"routing": {"mode": "top2"}}, 'routing.mode must be one of "top1", "soft"'),

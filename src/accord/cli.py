@@ -17,6 +17,7 @@
     accord bench RECIPE…                     a grid of methods x seeds, and its table
     accord preferences RECIPE SITE FILE      write a site's preference pairs
     accord pretrain OUT                      make the shipped checkpoints again
+    accord judge OUT --recipe RECIPE         train what judges captions in the end
 
 An error that Accord foresees is printed in one line without a traceback and ends with status 2; Ctrl-C ends with
 status 130, and the same command with --resume goes on.
@@ -435,6 +436,23 @@ def pretrain(
         )
     for path in pretrain_families(out, questions, settings.pretrain, family or (), quiet=quiet):
         typer.echo(path)
+
+
+@app.command()
+def judge(
+    out: Annotated[Path, typer.Argument(help="folder for the judge")],
+    recipe: Annotated[Path, typer.Option("--recipe", help="whose captions, policy and [evaluation] to use")],
+    quiet: Quiet = False,
+) -> None:
+    """Train what judges captions in the end, on photographs that no site and no server holds."""
+    from accord.pipeline.captions import make_judge
+    from accord.recipe_file import load_recipe
+
+    settings = load_recipe(recipe)
+    _settle(settings)
+    for name, share in make_judge(settings, out, quiet=quiet).by_type.items():
+        typer.echo(f"{name}: {share:.1%} of the pairs kept back")
+    typer.echo(out)
 
 
 if __name__ == "__main__":

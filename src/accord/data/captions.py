@@ -133,8 +133,9 @@ def read_captions(
 ) -> list[Question]:
     """Read `path/captions.jsonl`; the folder's name becomes the domain, the photograph's topic the question type.
 
-    Of a photograph in `base` or `private` every caption of at most `MOST_WORDS` words is a question of its own; of any
-    other, and of those in `judge`, too, the first caption is the answer. `references` are the other captions.
+    In `base`, `private` and `judge` every caption of at most `MOST_WORDS` words comes as the answer to the one question
+    about its photograph; in the others there is one question a photograph, with the first caption for its answer.
+    `references` are the other captions.
 
     Args:
         path: the folder.
@@ -167,7 +168,7 @@ def read_captions(
         if split in ("public", "dev", "test"):
             return [first]
         return [
-            replace(first, id=f"{first.id}-{n}", answer=caption, references=(*captions[:n], *captions[n + 1 :]))
+            replace(first, answer=caption, references=(*captions[:n], *captions[n + 1 :]))
             for n, caption in enumerate(captions)
             if len(caption.split()) <= MOST_WORDS
         ]

@@ -13,7 +13,7 @@ spaces, not by a tokenizer; `accord.data.captions` has left lower-case words alo
 *Matching*: does the judge score a caption on its own photograph above the same caption on each of nine others? Chance
 is a tenth. It needs no reference, and a caption that fits any photograph fails it.
 
-*Preferred*: does the judge score a caption above what the base says of the same photograph? Equal captions count half.
+*Preferred*: does the judge score a caption above what the base says of the same photograph? Equal scores count half.
 """
 
 from __future__ import annotations
@@ -109,11 +109,10 @@ def matching(judge: RewardModel, questions: Sequence[Question], captions: Sequen
 def preferred(
     judge: RewardModel, questions: Sequence[Question], captions: Sequence[str], base: Sequence[str]
 ) -> list[float]:
-    """Return 1 where the judge scores a caption above the base's, 0 where below, and a half where they are equal."""
-    given = _scores(judge, questions, [[new, old] for new, old in zip(captions, base, strict=True)])
+    """Return 1 where the judge scores a caption above the base's, 0 where below, and a half where they score alike."""
     return [
-        0.5 if new == old else float(scores[0] > scores[1])
-        for new, old, scores in zip(captions, base, given, strict=True)
+        0.5 if of_new == of_old else float(of_new > of_old)
+        for of_new, of_old in _scores(judge, questions, [*zip(captions, base, strict=True)])
     ]
 
 

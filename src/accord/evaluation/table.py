@@ -136,7 +136,7 @@ _BySeed: TypeAlias = dict[int, float]
 
 def table(
     cells: Sequence[Cell],
-    in_domain: Collection[str],
+    in_domain: Collection[str] | None,
     roles: Mapping[str, str] | None = None,
     tried: Mapping[str, int] | None = None,
 ) -> Table:
@@ -148,7 +148,8 @@ def table(
 
     Args:
         cells: at most one a method and seed; methods keep their order behind the controls.
-        in_domain: the question types that a site holds.
+        in_domain: the question types that a site holds; None where the columns are no accuracies of question types but
+            different measures, of which there is no mean.
         roles: of methods that do not compete, by name: "control", "chance", "bound", "ceiling".
         tried: how many settings of a method were tried on dev, by name, as far as that is known.
     """
@@ -190,21 +191,23 @@ _Measure: TypeAlias = tuple[Column, Callable[[Cell], float | None], Sequence[str
 
 
 def _measures(
-    cells: Sequence[Cell], types: Sequence[str], in_domain: Collection[str], roles: Mapping[str, str]
+    cells: Sequence[Cell], types: Sequence[str], in_domain: Collection[str] | None, roles: Mapping[str, str]
 ) -> list[_Measure]:
     """Return the columns in order, each with its value of a cell and the types that it is a mean over."""
     if not types:
         return []
-    held, held_out = ([name for name in types if (name in in_domain) is held] for held in (True, False))
+    held, held_out = ([name for name in types if (name in (in_domain or ())) is held] for held in (True, False))
     means = {**({IN_DOMAIN: held} if held else {}), **({HELD_OUT: held_out} if held_out else {}), OVERALL: types}
+    if in_domain is None:
+        means = {}
     accuracies: list[tuple[str, Sequence[str]]] = [*means.items(), *((name, [name]) for name in types)]
     measures: list[_Measure] = [(Column(name, compared=True), _macro_of(chosen), chosen) for name, chosen in accuracies]
-    if any(cell.shuffled for cell in cells):
+    if means and any(cell.shuffled for cell in cells):
         shuffled: _Measure = (Column(SHUFFLED), lambda cell: macro(replace(cell, correct=cell.shuffled), types), ())
         measures.insert(len(means), shuffled)
     overall = {(cell.method, cell.seed): value for cell in cells if (value := macro(cell, types)) is not None}
     ceiling = next((name for name, role in roles.items() if role == CEILING), "")
-    for name, floor in ((GAIN, "base"), (BEYOND, "question-only")):
+    for name, floor in ((GAIN, "base"), (BEYOND, "question-only")) if means else ():
         if shares := _shares(overall, floor, ceiling):
             measures.append((Column(name), _looked_up(shares), ()))
     measures.append((Column("to sites", "MB"), lambda cell: cell.bytes_to_sites / 1e6, ()))

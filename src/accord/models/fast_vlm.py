@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final, Literal, cast
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,6 +33,7 @@ from accord.models.convert import STRIDE, Tower, check_release, convert_tower, p
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import Processor
 from accord.models.tiny import CHAT_TEMPLATE, IMAGE, TinyConfig, ready, text_sizes
+from accord.models.tower import pin
 
 MEAN: Final = 127 / 255
 DEVIATION: Final = 128 / 255
@@ -151,17 +151,8 @@ def _assemble(
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.vision_tower = tower
-    _freeze(tower)
+    pin(model)
     return model
-
-
-def _freeze(tower: nn.Module) -> None:
-    """Keep a tower as it is, through any `model.train()`.
-
-    In training mode its BatchNorm would normalise by the batch at hand, and one pass would overwrite its statistics.
-    """
-    tower.requires_grad_(False).eval()
-    tower.train = lambda mode=True: tower  # type: ignore[method-assign]
 
 
 def _processor(settings: FastVlmSettings, tokenizer: PreTrainedTokenizerFast, chat_template: str) -> LlavaProcessor:

@@ -38,6 +38,7 @@ from accord.methods import check_methods, check_names, find_method, needed
 from accord.models.features import remember
 from accord.models.load import load_model
 from accord.pipeline.apart import train_sites
+from accord.pipeline.captions import CIDER
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
@@ -221,7 +222,8 @@ def _note(job: Job, row: str, ask: Ask, *, looks: bool = True) -> None:
     measured = measure(job, ask)
     dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
     in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
-    measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), "in_domain": in_domain}
+    noted = {"in_domain": None if job.recipe.captions else in_domain}  # the columns of captions are no types
+    measured |= {"traffic": [], "seconds": round(time.monotonic() - began, 1), **noted}
     write_arm(job, row, {**measured, **(with_other_images(job, ask) if looks else {})})
 
 
@@ -277,7 +279,10 @@ def _judges_waiting(seed: SeedRun, rows: Sequence[str]) -> list[str]:
 
 
 def _result(cell: Cell) -> str:
-    return f"{100 * (macro(cell, cell.correct) or 0):.1f} % in {duration(cell.seconds)}"
+    # Measures of captions have no mean; the one that all have is named.
+    shown = [CIDER] if CIDER in cell.correct else cell.correct
+    what = f"{CIDER} " if CIDER in cell.correct else ""
+    return f"{what}{100 * (macro(cell, shown) or 0):.1f} % in {duration(cell.seconds)}"
 
 
 def duration(seconds: float) -> str:

@@ -94,11 +94,11 @@ def _role(method: str, noted: Mapping[str, Any]) -> str:
     return METHODS[method].role if method in METHODS else str(noted.get("role", "competes"))
 
 
-def _in_domain(folder: Path) -> list[str]:
-    """Return the types that a site holds: the same for every seed."""
+def _in_domain(folder: Path) -> list[str] | None:
+    """Return the types that a site holds, the same for every seed; None where columns are no types."""
     for place in _seed_folders(folder):
         if "compare base" in stages_done(place):
-            return cast(list[str], _read(arm_file(place, "base"))["in_domain"])
+            return cast(list[str] | None, _read(arm_file(place, "base"))["in_domain"])
     return []
 
 

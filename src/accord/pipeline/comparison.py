@@ -14,7 +14,7 @@ from accord.evaluation.summary import Accuracy, accuracy, accuracy_by_image
 from accord.evaluation.table import CONTROLS
 from accord.federation.engine import Traffic
 from accord.methods import find_method
-from accord.pipeline.captions import measure_captions, measure_shuffled, write_captions
+from accord.pipeline.captions import COLUMNS, RIGHT, measure_captions, measure_shuffled, write_captions
 from accord.recipe import Recipe
 from accord.runs import commit, write_atomic
 from accord.stages.alignment import greedy
@@ -89,6 +89,8 @@ def write_arm(job: Job, arm: str, measured: Mapping[str, object]) -> None:
     for name, images in images_by_type(job.evaluated, job.identify).items():
         ids = [q.id for q in job.evaluated if q.question_type == name]
         asked[name] = [*zip(ids, images, strict=True)]
+    if job.recipe.captions:  # every column is of all photographs
+        asked = {name: [(q.id, n) for n, q in enumerate(job.evaluated)] for name in COLUMNS}
     write_atomic(questions_file(job.path), _a_line_a_field(asked))
     write_atomic(arm_file(job.path, arm), _a_line_a_field(measured))
 
@@ -120,6 +122,8 @@ def arm_accuracy(job: Job, arm: str, split: str) -> Accuracy:
     place = str(arm_file(job.path, arm).relative_to(job.path))
     file = job.need(place, "accord run RECIPE --resume", f"compare {arm}")
     measured = json.loads(file.read_text())
+    if job.recipe.captions:
+        measured = {split: {name: (sum(found), len(found)) for name, found in measured[RIGHT].items()}}
     if split == "test" and "outcomes" in measured:  # older files have counts alone
         return accuracy_by_image(measured["outcomes"], images_by_type(job.evaluated, job.identify))
     return accuracy({name: (right, n) for name, (right, n) in measured[split].items()})

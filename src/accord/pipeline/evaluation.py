@@ -36,6 +36,7 @@ from accord.methods import find_method, needed
 from accord.methods.method import Method
 from accord.models.generate import answer
 from accord.models.load import load_model, parameter_count, tokenizer_of
+from accord.pipeline.captions import right_by_type
 from accord.pipeline.comparison import arm_accuracy
 from accord.progress import stage_bar
 from accord.recipe import Source
@@ -79,7 +80,7 @@ def evaluate(job: Job) -> None:
         answers["question_only"] = question_only(known, questions)
         images = images_by_type(questions, job.identify)  # those that shared an image share the one of the control
         measured = {
-            name: accuracy_by_image(outcomes_by_type(questions, given), images) for name, given in answers.items()
+            name: accuracy_by_image(right_by_type(job, questions, given), images) for name, given in answers.items()
         }
         for name, result in measured.items():
             by_type = {kind: value.accuracy for kind, value in result.by_type.items()}

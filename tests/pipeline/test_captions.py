@@ -1,0 +1,109 @@
+"""A policy that describes photographs is measured as comparisons and tables want it, by a judge whose mind is known."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from accord.errors import RecipeError
+from accord.evaluation.table import Cell, table
+from accord.pipeline.captions import (
+    COLUMNS,
+    RIGHT,
+    make_judge,
+    measure_captions,
+    measure_shuffled,
+    right_by_type,
+    write_captions,
+)
+from accord.pipeline.comparison import measure, with_other_images
+from accord.types import Question
+
+
+class Judge:
+    """Finds a caption good where it names the photograph's number, and a longer one better."""
+
+    def score(self, prompts, images, completions):
+        return [
+            torch.tensor([10.0 * (str(image) in text.split()) + len(text.split()) for text in texts])
+            for image, texts in zip(images, completions, strict=True)
+        ]
+
+
+@pytest.fixture
+def job(monkeypatch, tmp_path):
+    """Twelve test photographs and ten of dev; the base says "photograph" and their number to the first ones alone."""
+    monkeypatch.setattr("accord.evaluation.captions.load_if_any", lambda source: int(source))
+
+    def ask(n, split):
+        topic = "dogs" if n % 2 else "others"
+        return Question(
+            f"{n}", f"{n}".encode(), "describe", f"photograph {n}", topic, split, "x", (f"a photograph {n}",)
+        )
+
+    test, dev = [ask(n, "test") for n in range(12)], [ask(n, "dev") for n in range(20, 30)]
+    return SimpleNamespace(
+        recipe=SimpleNamespace(captions="folder", seed=0),
+        judge=Judge(),
+        questions={"dev": dev},
+        evaluated=test,
+        base_captions={"dev": ["photograph"] * 10, "test": [f"photograph {n if n < 3 else 99}" for n in range(12)]},
+        path=tmp_path,
+    )
+
+
+def test_the_columns_by_hand(job):
+    """The policy says "photograph n" to all. All twelve match, where the base matched three.
+
+    The judge prefers nine of them to the base's, and three are the base's: (9 + 3/2) of 12. On dev all ten are better.
+    """
+    said = {"dev": [f"photograph {n}" for n in range(20, 30)], "test": [f"photograph {n}" for n in range(12)]}
+    measured = measure_captions(job, said)
+    assert measured["test"]["matching"] == (12, 12)
+    assert measured["test"]["preferred to base"] == (10.5, 12)
+    assert measured["dev"]["preferred to base"] == (10.0, 10)
+    assert measured["sentences"]["test"] == {"words": 2.0, "distinct": 12, "unchanged": 3}
+    assert measured[RIGHT] == {"dogs": [1] * 6, "others": [1] * 6}
+    assert {name: len(found) for name, found in measured["outcomes"].items()} == dict.fromkeys(COLUMNS, 12)
+    own, whole = measured["test"]["CIDEr-D"]
+    assert (
+        whole == 12 and own > measure_captions(job, {**said, "test": job.base_captions["test"]})["test"]["CIDEr-D"][0]
+    )
+
+
+def test_the_base_is_as_good_as_itself(job):
+    measured = measure_captions(job, job.base_captions)
+    assert measured["test"]["preferred to base"] == (6.0, 12)
+    assert measured["test"]["matching"] == (3, 12)
+    assert measured[RIGHT] == {"dogs": [1, 0, 0, 0, 0, 0], "others": [1, 1, 0, 0, 0, 0]}
+
+
+def test_a_comparison_measures_captions(job):
+    """A policy that looks at what it is shown says another number to another photograph, which matches nothing."""
+
+    def ask(questions, split):
+        return [f"photograph {q.image.decode()}" for q in questions]
+
+    assert measure(job, ask)["test"]["matching"] == (12, 12)
+    assert with_other_images(job, ask)["shuffled"]["matching"] == (0, 12)
+    assert measure_shuffled(job, ["photograph 0"] * 12)["matching"] == (1, 12)
+    assert right_by_type(job, job.evaluated, ["photograph 0"] * 12)["others"] == [1, 0, 0, 0, 0, 0]
+
+
+def test_captions_are_written_for_people_to_read(job, tmp_path):
+    write_captions(job, tmp_path / "x.md", ["a | b"] * 12)
+    lines = (tmp_path / "x.md").read_text().splitlines()
+    assert len(lines) == 2 + 12
+    assert "photograph 0" in lines[2] and r"a \| b" in lines[2]
+
+
+def test_only_captions_have_a_judge(tmp_path):
+    with pytest.raises(RecipeError, match=r"only captions are measured by a judge; .* kind = \"captions\""):
+        make_judge(SimpleNamespace(captions=""), tmp_path / "judge")
+
+
+def test_a_table_of_captions_has_no_mean_over_them():
+    cells = [Cell(name, 0, {"CIDEr-D": (24.0, 100), "matching": (50, 100)}) for name in ("base", "routed")]
+    made = table(cells, None, {})
+    assert [column.name for column in made.columns] == ["CIDEr-D", "matching", "to sites", "from sites", "time"]
+    assert [value.mean for value in made.rows[1].values[:2]] == [0.24, 0.5]
