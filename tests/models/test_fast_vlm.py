@@ -18,6 +18,7 @@ from accord.models.inputs import build_batch, encode_prompts, model_inputs, shar
 from accord.models.load import LoraSettings, load_model, save_model, seeded_adapter
 from accord.models.pretrain import PretrainConfig, pretrain_families
 from accord.models.tiny import train_tokenizer
+from accord.models.tower import is_pinned
 from accord.types import vqa_prompt
 
 TEXTS = ["what colour is it?", "red", "blue"]
@@ -64,6 +65,7 @@ def test_the_auto_classes_load_what_was_saved(settings, tokenizer, inputs, tmp_p
         assert type(model) is type(built) and model.config.text_config.model_type == settings.text
         for config in (model.config, model.generation_config):
             assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert is_pinned(built) and is_pinned(load_model(folder, trainable=True)[0])
 
 
 def test_the_tower_is_pretrained_and_the_rest_drawn_from_the_seed(tokenizer):

@@ -214,13 +214,10 @@ def _photographs(folder: Path) -> Iterator[Facts]:
 
 def _told_by_two(captions: Sequence[str], words: dict[str, tuple[str, ...]]) -> str | None:
     """Return the fact that at least two captions tell, and none tells another; None if there is none."""
-    counts = {name: sum(any(_has(c, word) for word in those) for c in captions) for name, those in words.items()}
+    said = [set(re.findall(r"[a-z]+", caption)) for caption in captions]
+    counts = {name: sum(not each.isdisjoint(those) for each in said) for name, those in words.items()}
     told = [name for name, count in counts.items() if count]
     return told[0] if len(told) == 1 and counts[told[0]] > 1 else None
-
-
-def _has(caption: str, word: str) -> bool:
-    return re.search(rf"\b{word}\b", caption) is not None
 
 
 def _some(facts: Iterable[Facts], most: dict[str, int]) -> Iterator[Facts]:

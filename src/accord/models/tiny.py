@@ -44,7 +44,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from accord.models.load import Processor
-from accord.models.tower import vision_tower
+from accord.models.tower import is_pinned, vision_tower
 
 Family: TypeAlias = Literal["llava-clip-llama", "llava-siglip-qwen2", "idefics3", "text-qwen2", "text-llama"]
 FAMILIES: tuple[Family, ...] = ("llava-clip-llama", "llava-siglip-qwen2", "idefics3")
@@ -234,6 +234,7 @@ def ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> PreTrai
     for name, value in ids.items():
         setattr(model.config, name, value)
         setattr(model.generation_config, name, value)
-    if vision_tower(model) is not None:  # drawn at random, it must learn with the rest: `load_model` reads this
+    if vision_tower(model) is not None and not is_pinned(model):
+        # Drawn at random, it must learn with the rest: `load_model` reads this.
         model.config.freeze_vision = False
     return model
