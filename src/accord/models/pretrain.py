@@ -39,6 +39,7 @@ from accord.models.fast_vlm import FastVlmSettings, build_fast_vlm
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.load import Processor, save_model
 from accord.models.tiny import FAMILIES, TEXT_FAMILIES, Family, TinyConfig, build_tiny, train_tokenizer
+from accord.models.tower import pin
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.types import ImageSource, Question
 
@@ -92,6 +93,7 @@ def pretrain_fast_vlm(
     """
     set_seed(config.seed)
     model, processor = build_fast_vlm(settings, _tokenizer(questions, config), seed=config.seed)
+    pin(model)  # every image comes many times
     instruction = settings.instruction or config.instruction
     _instruct(settings.name, model, processor, questions, instruction, config, quiet=quiet)
     return model.eval(), processor
