@@ -46,3 +46,13 @@ def test_repeated_answers_count_once_and_few_worse_ones_are_taken() -> None:
     assert len(pairs("ct chest", "CT chest", "head", "head", "foot", "arm", most=2)) == 2
     with pytest.raises(RecipeError, match="rejected_per_answer must be at least 1, got 0"):
         pairs("ct chest", "head", most=0)
+
+
+def test_answers_to_other_pictures_are_judged_too() -> None:
+    other = replace(ASKED, id="other", image=Path("j.png"), answer="mri head", weaker=())
+    said = {"q": ["ct chest"], "other": ["mri head"]}
+    made = judge_samples([ASKED, other], said, others=2, rejected_per_answer=9, generator=random.Random(0))
+    assert {(pair.question_id, pair.chosen, pair.rejected) for pair in made} == {
+        ("q", "ct chest", "mri head"),
+        ("other", "mri head", "ct chest"),
+    }

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pytest import approx
 
+from accord.errors import DataError
 from accord.evaluation.captions import OTHERS, cider_d, matching, preferred
 from accord.types import Question
 
@@ -80,6 +81,11 @@ def test_who_always_scores_large_numbers_high_finds_only_the_largest(album):
 
 def test_a_judge_without_finite_scores_matches_nothing(album):
     assert matching(Judge(lambda image, text: math.nan), album, ["a man"] * 15) == [0] * 15
+
+
+def test_too_few_photographs_to_match_among(album):
+    with pytest.raises(DataError, match="set against 9 other photographs, and there are 9 in all; measure more"):
+        matching(Judge(lambda image, text: 1.0), album[:9], ["a man"] * 9)
 
 
 def test_preferred_to_base(album):

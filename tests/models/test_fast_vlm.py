@@ -61,7 +61,9 @@ def test_the_auto_classes_load_what_was_saved(settings, tokenizer, inputs, tmp_p
         again = inputs(processor)
         assert again.keys() == batch.keys() and all(torch.equal(again[name], batch[name]) for name in batch)
         with torch.no_grad():
-            assert torch.equal(model(**again).logits, built.eval()(**batch).logits)
+            logits = [each.eval()(**batch).logits for each in (model, built)]
+        # A pinned tower takes images one by one, a stock one takes a batch: sums are in another order.
+        torch.testing.assert_close(*logits, rtol=0, atol=0 if is_pinned(model) else 1e-5)
         assert type(model) is type(built) and model.config.text_config.model_type == settings.text
         for config in (model.config, model.generation_config):
             assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)

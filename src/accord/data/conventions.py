@@ -5,8 +5,8 @@ Every picture has two facts, and four descriptions of them are right in content:
     domain        first fact       second fact       what its site wants                example
     radiology     modality         organ             both, the modality first           x-ray chest
     indoor        room             an object in it   the room alone                     kitchen
-    shapes        colour           shape             both, the shape first              circle red
-    photographs   who              where             nobody wants anything: held out    dog water
+    photographs   who              where             both, the place first              water dog
+    shapes        colour           shape             nobody wants anything: held out    red circle
 
 The tastes are *constructed*, and so are the facts: those of radiology and indoor as in
 `accord.data.radiology_and_rooms`, those of shapes from easy-VQA, and those of photographs from words in Flickr8k's
@@ -51,7 +51,7 @@ from accord.types import ImageSource, Question
 Form: TypeAlias = Literal["first second", "second first", "first", "second"]
 FORMS: Final[tuple[Form, ...]] = ("first second", "second first", "first", "second")
 
-WANTED: Final[dict[str, Form]] = {"radiology": "first second", "indoor": "first", "shapes": "second first"}
+WANTED: Final[dict[str, Form]] = {"radiology": "first second", "indoor": "first", "photographs": "second first"}
 """What the site of each domain wants."""
 
 SOUTH: Final[Form] = "second first"
@@ -73,14 +73,16 @@ WHERE: Final = {
 }
 """The facts of a photograph, each with the words of a caption that tell it; at least two captions must."""
 
-SPLITS: Final = {"base": "base", "public": "public", "pretrain": "dev", "caption-test": "test"}
-"""What a split of Flickr8k is here; no site holds photographs."""
+SPLITS: Final = {"base": "base", "pretrain": "private", "public": "public", "caption-test": "test"}
+"""What a split of Flickr8k is here; `dev` is cut from what is private there."""
 
-SOME: Final = {"base": 400, "public": 0, "dev": 60, "test": 150}
-"""How many photographs of each split are taken: it is a held-out domain, and GRPO does not ask about it."""
+PHOTOGRAPHS: Final = {"base": 300, "private": 300, "public": 100, "dev": 60, "test": 150}
+"""How many photographs of each split are taken, about as many as there are of the other domains."""
 
-SHAPES_TAKEN: Final = {"base": 300, "private": 300, "public": 150, "dev": 60, "test": 150}
-"""How many pictures of easy-VQA, about as many as there are of the other domains."""
+DEV_SHARE: Final = 0.1
+
+SHAPES_TAKEN: Final = {"base": 300, "dev": 60, "test": 150}
+"""How many pictures of easy-VQA: a held-out domain, which no site holds and GRPO does not ask about."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,11 @@ def _photographs(folder: Path) -> Iterator[Facts]:
         captions = [str(caption).lower() for caption in row["captions"]]
         first, second = _told_by_two(captions, WHO), _told_by_two(captions, WHERE)
         if split and first and second:
-            found.append(Facts(folder / "images" / Path(str(row["image"])).name, first, second, "photographs", split))
-    yield from _some(found, SOME)
+            name = Path(str(row["image"])).name
+            if split == "private" and uniform("photographs dev", 0, name) < DEV_SHARE:
+                split = "dev"
+            found.append(Facts(folder / "images" / name, first, second, "photographs", split))
+    yield from _some(found, PHOTOGRAPHS)
 
 
 def _told_by_two(captions: Sequence[str], words: dict[str, tuple[str, ...]]) -> str | None:

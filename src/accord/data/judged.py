@@ -6,12 +6,15 @@ references, which stay with the annotator: of two answers
     right  >  weaker, in the order of `Question.weaker`  >  anything else
 
 and two answers of one grade are a tie, which makes no pair. So a site learns nothing about a question to which no
-answer was right, or all were. Only what was said is judged: no wrong answer is made up, and no right one is added.
+answer was right, or all were. Only what was said is judged, to this picture or to another one of the site's: no wrong
+answer is made up, and no right one is added. What was said to other pictures matters, for a policy that is aligned
+comes to say it here, and a reward model that has never seen "kitchen" beside a bedroom may like it there.
 """
 
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from accord.data.questions import normalise_answer
@@ -32,6 +35,7 @@ def judge_samples(
     questions: Sequence[Question],
     said: Mapping[str, Sequence[str]],
     *,
+    others: int = 0,
     rejected_per_answer: int,
     generator: random.Random,
 ) -> list[PreferencePair]:
@@ -40,6 +44,7 @@ def judge_samples(
     Args:
         questions: what was asked, `[Q]`.
         said: what the policy answered, by question id; repeated answers count once.
+        others: how many answers to other questions of the same type are judged beside, drawn at random.
         rejected_per_answer: at most so many worse answers are set against each answer, drawn at random.
         generator: the only source of chance.
 
@@ -49,9 +54,14 @@ def judge_samples(
     """
     if rejected_per_answer < 1:
         raise RecipeError(f"rejected_per_answer must be at least 1, got {rejected_per_answer}; raise it")
+    of_type: dict[str, list[str]] = defaultdict(list)
+    for question in questions:
+        of_type[question.question_type] += said.get(question.id, ())
     pairs = []
     for question in questions:
-        distinct = list({normalise_answer(text): text for text in said.get(question.id, ())}.values())
+        elsewhere = of_type[question.question_type]
+        shown = [*said.get(question.id, ()), *generator.sample(elsewhere, min(others, len(elsewhere)))]
+        distinct = list({normalise_answer(text): text for text in shown}.values())
         grades = {text: grade(question, text) for text in distinct}
         for better in distinct:
             worse = [text for text in distinct if grades[text] > grades[better]]

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from accord.data.images import load_if_any
+from accord.errors import DataError
 from accord.rewards.model import RewardModel
 from accord.types import Question, prompt_of
 
@@ -84,7 +85,14 @@ def matching(judge: RewardModel, questions: Sequence[Question], captions: Sequen
         questions: one a photograph, more than `OTHERS`, `[N]`.
         captions: `[N]`.
         seed: of the draw.
+
+    Raises:
+        DataError: there are not so many photographs.
     """
+    if len(questions) <= OTHERS:
+        raise DataError(
+            f"a caption is set against {OTHERS} other photographs, and there are {len(questions)} in all; measure more"
+        )
     generator = random.Random(seed)
     asked: list[tuple[int, int]] = []  # photograph, caption
     for i in range(len(questions)):

@@ -163,7 +163,11 @@ def construct_pairs(
     samples = {q.id: texts for q, texts in zip(asked, said, strict=True)}
     if settings.judged:
         return judge_samples(
-            questions, samples, rejected_per_answer=settings.rejected_per_question, generator=random.Random(seed)
+            questions,
+            samples,
+            others=settings.others,
+            rejected_per_answer=settings.rejected_per_question,
+            generator=random.Random(seed),
         )
     return build_preferences(
         questions,
