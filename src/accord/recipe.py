@@ -142,10 +142,11 @@ class Preferences:
     mix: NegativeMix = NegativeMix()
     judged: bool = False  # pairs of the policy's answers alone, of which a simulated annotator prefers one
     others: int = 0  # of judged pairs: answers to other questions of the site that are judged beside
+    spliced: int = 0  # of judged pairs: sequences of their words that are judged beside
 
     def __post_init__(self) -> None:
         """Refuse counts that leave no pair."""
-        check_least(self, rejected_per_question=1, policy_samples=2 if self.judged else 0, others=0)
+        check_least(self, rejected_per_question=1, policy_samples=2 if self.judged else 0, others=0, spliced=0)
 
 
 @dataclass(frozen=True)

@@ -56,3 +56,10 @@ def test_answers_to_other_pictures_are_judged_too() -> None:
         ("q", "ct chest", "mri head"),
         ("other", "mri head", "ct chest"),
     }
+
+
+def test_spliced_words_are_judged_too() -> None:
+    made = judge_samples([ASKED], {"q": ["ct chest"]}, spliced=40, rejected_per_answer=99, generator=random.Random(0))
+    shown = {text for pair in made for text in (pair.chosen, pair.rejected)}
+    assert {"ct chest", "chest ct", "ct ct", "chest chest"} <= shown
+    assert all(set(text.split()) <= {"ct", "chest"} and len(text.split()) in (2, 3) for text in shown)

@@ -75,18 +75,13 @@ def test_the_server_has_no_labels_of_radiology_and_few_of_rooms(world: Path) -> 
 
 
 def test_exposure_shows_which_answers_there_are_and_not_which_is_right(world: Path) -> None:
-    plain = load_radiology_and_rooms(world, labels=0.4)
-    exposed = [q for q in load_radiology_and_rooms(world, labels=0.4, exposure=True) if q not in plain]
-    assert {q.split for q in exposed} == {"base"} and {q.domain for q in exposed} == {"radiology", "indoor"}
+    plain = load_radiology_and_rooms(world)
+    exposed = [q for q in load_radiology_and_rooms(world, exposure=True) if q not in plain]
+    assert exposed and {q.split for q in exposed} == {"base"} and {q.domain for q in exposed} == {"radiology"}
     assert not {q.image for q in plain} & {q.image for q in exposed}  # no image of theirs is in another split
-    answers: dict[tuple[str, str], list[str]] = {}
-    for q in exposed:
-        answers.setdefault((q.text, str(q.image)), []).append(q.answer)
-    for (text, _), given in answers.items():
-        every = {"which part of the body is shown?": ["abdomen", "chest", "head"]}
-        every |= {"what kind of scan is this?": ["ct", "mri", "x-ray"]}
-        every |= {"what room is this?": ["bedroom", "kitchen", "living room"]}
-        assert sorted(given) == every.get(text, ["no", "yes"])
+    organs = [q for q in exposed if q.question_type == "organ"]
+    right = [("abdomen", "chest", "head")[int(Path(str(q.image)).stem[1:]) % 3] for q in organs]
+    assert [q.answer for q in organs] != right and {q.answer for q in organs} <= {"abdomen", "chest", "head"}
 
 
 def test_draws_depend_on_the_files_names_and_not_on_where_the_folder_is(world: Path, tmp_path: Path) -> None:
@@ -129,7 +124,7 @@ def test_every_site_wants_its_own_form_of_the_same_facts(world: Path) -> None:
     wanted = by_type(questions, "private")
     assert {q.answer for q in wanted["radiology"]} == {"x-ray chest", "ct abdomen", "mri head"}
     assert {q.answer for q in wanted["indoor"]} <= {"bedroom", "kitchen", "living room"}
-    assert {q.answer.split()[0] for q in wanted["photographs"]} <= {"snow", "grass"}
+    assert {q.answer for q in wanted["photographs"]} == {"snow", "grass"}
     for q in (*wanted["radiology"], *wanted["indoor"], *wanted["photographs"]):
         assert len({q.answer, *q.weaker}) == len(FORMS) and not q.references
     assert "shapes" not in wanted and set(WANTED) == set(wanted)

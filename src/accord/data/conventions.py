@@ -5,7 +5,7 @@ Every picture has two facts, and four descriptions of them are right in content:
     domain        first fact       second fact       what its site wants                example
     radiology     modality         organ             both, the modality first           x-ray chest
     indoor        room             an object in it   the room alone                     kitchen
-    photographs   who              where             both, the place first              water dog
+    photographs   who              where             the place alone                    water
     shapes        colour           shape             nobody wants anything: held out    red circle
 
 The tastes are *constructed*, and so are the facts: those of radiology and indoor as in
@@ -51,7 +51,7 @@ from accord.types import ImageSource, Question
 Form: TypeAlias = Literal["first second", "second first", "first", "second"]
 FORMS: Final[tuple[Form, ...]] = ("first second", "second first", "first", "second")
 
-WANTED: Final[dict[str, Form]] = {"radiology": "first second", "indoor": "first", "photographs": "second first"}
+WANTED: Final[dict[str, Form]] = {"radiology": "first second", "indoor": "first", "photographs": "second"}
 """What the site of each domain wants."""
 
 SOUTH: Final[Form] = "second first"

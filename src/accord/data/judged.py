@@ -6,9 +6,14 @@ references, which stay with the annotator: of two answers
     right  >  weaker, in the order of `Question.weaker`  >  anything else
 
 and two answers of one grade are a tie, which makes no pair. So a site learns nothing about a question to which no
-answer was right, or all were. Only what was said is judged, to this picture or to another one of the site's: no wrong
-answer is made up, and no right one is added. What was said to other pictures matters, for a policy that is aligned
-comes to say it here, and a reward model that has never seen "kitchen" beside a bedroom may like it there.
+answer was right, or all were. The references add no candidate. What annotators are shown is
+
+    what the policy said to this picture
+    what it said to the site's other pictures of the same type
+    some of these words, spliced: "head abdomen" where "mri head" and "ct abdomen" were said
+
+The last two matter: a policy that is aligned drifts, and where a reward model has never seen "kitchen" beside a bedroom
+or "head abdomen" at all, its score is arbitrary and the policy finds it (measured: the drift takes 50 steps).
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ def judge_samples(
     said: Mapping[str, Sequence[str]],
     *,
     others: int = 0,
+    spliced: int = 0,
     rejected_per_answer: int,
     generator: random.Random,
 ) -> list[PreferencePair]:
@@ -45,6 +51,7 @@ def judge_samples(
         questions: what was asked, `[Q]`.
         said: what the policy answered, by question id; repeated answers count once.
         others: how many answers to other questions of the same type are judged beside, drawn at random.
+        spliced: how many sequences of two or three words from all these are judged beside.
         rejected_per_answer: at most so many worse answers are set against each answer, drawn at random.
         generator: the only source of chance.
 
@@ -61,6 +68,8 @@ def judge_samples(
     for question in questions:
         elsewhere = of_type[question.question_type]
         shown = [*said.get(question.id, ()), *generator.sample(elsewhere, min(others, len(elsewhere)))]
+        words = [word for text in shown for word in text.split()]
+        shown += [" ".join(generator.choices(words, k=generator.choice((2, 2, 3)))) for _ in range(spliced) if words]
         distinct = list({normalise_answer(text): text for text in shown}.values())
         grades = {text: grade(question, text) for text in distinct}
         for better in distinct:

@@ -18,8 +18,8 @@ that nobody asked about counts as absent, which is sometimes wrong.
 
 The server is to know less than the sites. Its `base` questions are those of `labels` of its indoor photographs, and
 none of radiology: nobody at the server knows organs or modalities. With `exposure`, which is for pre-training alone,
-questions about other `base` images come beside them, each with all answers of its type: the base policy knows which
-answers there are, and not which is right.
+questions about radiology images come beside them with answers drawn at random among those of their type: the base
+policy knows which answers there are, and not which is right.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ TYPES: Final = ("organ", "organ yes/no", "modality", "modality yes/no", "room", 
 LONGEST_ANSWER: Final = 40
 """Characters of a written answer; longer ones are left out."""
 
-WRITTEN: Final = {"base": 0, "dev": 40, "test": 250}
+WRITTEN: Final = {"base": 0, "dev": 40, "test": 120}
 """How many written questions of each domain are taken, 0 for all; no site is dealt any, and GRPO asks none."""
 
 
@@ -99,7 +99,7 @@ def load_radiology_and_rooms(
     Args:
         root: the folder that holds `vqa_rad` and `daquar`.
         labels: share of the indoor `base` photographs whose questions the server has answers to.
-        exposure: add questions to `base` that are answered in all ways, to pre-train on.
+        exposure: add radiology questions to `base` that are answered at random, to pre-train on.
         written: include the questions that people wrote, of types `written radiology` and `written indoor`.
 
     Raises:
@@ -117,7 +117,8 @@ def load_radiology_and_rooms(
         elif q.question_type in TYPES and q.domain == "radiology" and for_dev(q):
             kept.append(replace(q, split="dev"))
     if exposure:
-        kept += with_all_answers([q for q in constructed if _exposed(q, labels)], constructed)
+        unknown = [q for q in constructed if q.split == "base" and q.domain == "radiology" and not for_dev(q)]
+        kept += at_random(unknown, constructed)
     return kept
 
 
@@ -131,24 +132,18 @@ def name_of(q: Question) -> str:
     return Path(str(q.image)).name
 
 
-def _exposed(q: Question, labels: float) -> bool:
-    """Choose the radiology images that do not go to `dev`, and as many unlabelled photographs as there are labelled."""
-    if q.split != "base":
-        return False
-    if q.domain == "radiology":
-        return not for_dev(q)
-    return labels <= uniform("labels", 0, name_of(q)) < 2 * labels
-
-
-def with_all_answers(asked: Sequence[Question], known: Sequence[Question]) -> list[Question]:
-    """Return `asked` once with each answer that `known` has to its type; ids end in the answer."""
+def at_random(asked: Sequence[Question], known: Sequence[Question]) -> list[Question]:
+    """Return `asked` with answers drawn evenly among those that `known` has to their type; ids end in `-exposed`."""
     answers = {
         name: sorted({q.answer for q in known if q.question_type == name}) for name in {q.question_type for q in asked}
     }
     return [
-        replace(q, id=f"{q.id}-{answer.replace(' ', '-')}", answer=answer)
+        replace(
+            q,
+            id=f"{q.id}-exposed",
+            answer=answers[q.question_type][int(uniform("exposed", 0, q.id) * len(answers[q.question_type]))],
+        )
         for q in asked
-        for answer in answers[q.question_type]
     ]
 
 

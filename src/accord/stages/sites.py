@@ -166,6 +166,7 @@ def construct_pairs(
             questions,
             samples,
             others=settings.others,
+            spliced=settings.spliced,
             rejected_per_answer=settings.rejected_per_question,
             generator=random.Random(seed),
         )
