@@ -121,6 +121,12 @@ def own_quantile(x: Tensor) -> Tensor:
     return torch.cat(judged).quantile(QUANTILE)
 
 
+def sums_of(x: Tensor) -> dict[str, Tensor]:
+    """Return Σ x, Σ x² `[D]` and q of a site's features `[n, D]`, n ≥ 2, in float64."""
+    x = x.double()
+    return {"total": x.sum(dim=0), "square": x.square().sum(dim=0), "quantile": own_quantile(x)}
+
+
 class LocalMeans:
     """A site's half: the sums over its own prompts, each once, whatever their number of pairs.
 
@@ -151,9 +157,8 @@ class LocalMeans:
                 for start in range(0, len(self.pairs), PROMPTS_AT_ONCE)
                 for chunk in [self.pairs[start : start + PROMPTS_AT_ONCE]]
             ]
-        ).double()
-        sums = {"total": x.sum(dim=0), "square": x.square().sum(dim=0), "quantile": own_quantile(x)}
-        return UpdateReply(request.id, to_bytes(sums), len(x), 0.0)
+        )
+        return UpdateReply(request.id, to_bytes(sums_of(x)), len(x), 0.0)
 
 
 def blank(features: int) -> dict[str, Tensor]:
