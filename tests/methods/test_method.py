@@ -24,6 +24,7 @@ from accord.methods import (
     find_method,
     fusions,
     gates,
+    means,
     mor,
     needed,
     server_alone,
@@ -38,7 +39,7 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, gates, fedgrpo, fusions, single, fedavg_reward),
+    *(mor, gates, means, fedgrpo, fusions, single, fedavg_reward),
     *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")

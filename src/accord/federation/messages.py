@@ -108,8 +108,9 @@ class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     answers: list[str]
 
 
-Task: TypeAlias = Literal["router", "reward", "supervised", "preference", "selector"]
-"""What is trained at a site: MoR's router; for baselines a reward model, the policy on answers or pairs, a selector."""
+Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector"]
+"""What is trained at a site: MoR's router, or sums of its prompts' features that stand for one; for baselines a reward
+model, the policy on answers or pairs, a selector."""
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="update"):

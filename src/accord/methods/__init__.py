@@ -28,6 +28,7 @@ from accord.methods import (
     fedit,
     fusions,
     gates,
+    means,
     mor,
     server_alone,
     single,
@@ -38,6 +39,7 @@ from accord.recipe import Recipe
 METHODS: Final[dict[str, Method]] = {
     **mor.METHODS,
     **gates.METHODS,
+    **means.METHODS,
     **fedgrpo.METHODS,
     **fusions.METHODS,
     **single.METHODS,
