@@ -81,8 +81,8 @@ PHOTOGRAPHS: Final = {"base": 300, "private": 300, "public": 100, "dev": 60, "te
 
 DEV_SHARE: Final = 0.1
 
-SHAPES_TAKEN: Final = {"base": 300, "dev": 60, "test": 150}
-"""How many pictures of easy-VQA: a held-out domain, which no site holds and GRPO does not ask about."""
+SHAPES_TAKEN: Final = {"base": 300, "public": 80, "dev": 60, "test": 150}
+"""How many pictures of easy-VQA: a held-out domain, which no site holds."""
 
 
 @dataclass(frozen=True)
