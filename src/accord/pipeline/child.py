@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from accord.errors import AccordError
+from accord.models.features import remember
 from accord.pipeline.apart import apart
 from accord.recipe_file import load_recipe
 from accord.runs import Run
@@ -47,6 +48,7 @@ def train(run: Path, name: str, *, quiet: bool) -> None:
     recipe = load_recipe(file)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    remember(recipe.features)
     own = Run.create(apart(run, name), file.read_text(encoding="utf-8"), seed=recipe.seed)
     with open_job(recipe, own, quiet=quiet) as job:
         train_site(job, name)
