@@ -22,7 +22,7 @@ from accord.pipeline.captions import (
 )
 from accord.pipeline.comparison import measure, with_other_images
 from accord.rewards.model import RewardModel
-from accord.types import Question
+from accord.types import Question, prompt_of
 
 
 class Judge:
@@ -139,7 +139,9 @@ def test_a_judge_learns_what_no_site_and_no_server_holds(tmp_path, llava, square
     assert {pair.chosen for pair in learnt if pair.question_type in ("dogs", "others")} == own
     assert {(pair.chosen, pair.rejected) for pair in learnt if pair.question_type == "judged"} == people
     assert "judged: " in capsys.readouterr().out
-    scores = RewardModel.load(tmp_path / "judge").score(["describe"], [None], [["a dog", "a man"]])
+    scores = RewardModel.load(tmp_path / "judge").score(
+        [prompt_of(Question("0", None, "describe", "", "dogs", "test"))], [None], [["a dog", "a man"]]
+    )
     assert scores[0].shape == (2,) and scores[0].isfinite().all()
 
 
