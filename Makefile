@@ -15,7 +15,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint format docs release clean force
+.PHONY: help setup demo worlds test test-long lint format docs release clean force
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,15 @@ setup: $(STAMP) ## install Accord and its tools into .venv
 
 demo: setup ## align a small model on this machine and open no connection
 	@$(BIN)/accord demo
+
+# The bases and the benches of two worlds; what is finished is not done again. Their data: docs/data.md.
+worlds: setup ## measure two worlds that need the federation, three seeds, from ../shared/data
+	@test -d runs/bases/conventions || \
+		$(BIN)/accord pretrain runs/bases/conventions --recipe recipes/worlds/conventions.toml
+	@test -d runs/bases/radiology-and-rooms || \
+		$(BIN)/accord pretrain runs/bases/radiology-and-rooms --recipe recipes/worlds/radiology-and-rooms-base.toml
+	@$(BIN)/accord bench recipes/worlds/conventions.toml recipes/worlds/radiology-and-rooms.toml --seeds 3 --jobs 2 \
+		--methods routed,means-abstain,average,server-alone,ground-truth
 
 # Two workers, a test file to one of them: what a file has trained once stays with it. Coverage may not fall.
 test: lint ## check style and types, then run every test that is quick

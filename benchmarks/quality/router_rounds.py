@@ -25,7 +25,7 @@ from accord.federation.local import round_rate
 from accord.federation.weights import narrowed, set_trainable_weights, to_bytes, trainable_weights
 from accord.models.generate import answer
 from accord.recipe_file import load_recipe
-from accord.routing.fit import client_id_loss
+from accord.routing.fit import client_id_loss, pace
 from accord.routing.router import RouterConfig, RouterNetwork
 from accord.stages.job import Job
 from accord.stages.sites import router_training
@@ -98,7 +98,7 @@ def train(world: World, way: Way, seed: int) -> tuple[float, int]:
                 rows = torch.tensor([row for pair in drawn for row in (2 * pair, 2 * pair + 1)])
                 loss = client_id_loss(network(hidden[rows], mask[rows]), k)
                 optimiser.zero_grad()
-                loss.backward()
+                (loss * pace(count)).backward()
                 optimiser.step()
             change = {name: w - start[name] for name, w in trainable_weights(network).items()}
             updates.append(Update(narrowed(change, config.aggregation.bits), config.local_steps))

@@ -324,3 +324,10 @@ def test_a_reward_that_is_no_number_is_left_out(run, value):
     with pytest.warns(DataWarning, match=rf"reward function 'odd' returned {value}, which is no reward"):
         _, records = run(reward=odd)
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["reward"]) for r in records)
+
+
+def test_any_reference_is_right_to_the_ground_truth():
+    said = [[{"role": "assistant", "content": text}] for text in ("Red circle.", "circle red", "red circle")]
+    references = [["circle red"], ["circle red"], []]
+    assert exact_match_reward([], said, ["red circle", "red circle", "circle"], references=references) == [1, 1, 0]
+    assert exact_match_reward([], said, ["red circle", "circle", "red circle"]) == [1, 0, 1]

@@ -78,7 +78,7 @@ FIELDS = {
     "Refusal": {"id": str, "reason": typing.Literal["error", "refused", "invalid", "gone"]},
     "UpdateRequest": {
         "id": str,
-        "task": typing.Literal["router", "reward", "supervised", "preference", "selector"],
+        "task": typing.Literal["router", "means", "reward", "supervised", "preference", "selector"],
         "round": int,
         "weights": bytes,
         "seed": int,

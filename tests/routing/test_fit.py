@@ -17,7 +17,7 @@ from accord.federation.messages import ScoreReply, UpdateReply, UpdateRequest
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
-from accord.routing.fit import LocalRouterTraining, client_id_loss, fit_router
+from accord.routing.fit import LocalRouterTraining, client_id_loss, fit_router, pace
 from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 from accord.types import vqa_prompt
 
@@ -270,6 +270,24 @@ def test_a_change_is_the_way_from_the_weights_that_were_sent(encoder, prefer):
     for number, way in ((0, 1 / 8), (1, 1 / 16)):
         reply = training(training_request(network, number=number))
         assert load(reply.change)["head.bias"].tolist() == approx([-way, way], abs=1e-6)
+
+
+def test_an_output_learns_as_fast_among_many(encoder, prefer):
+    """Of 6 outputs the gradient is (σ(0) − e) / 6, and the rate 1/2 · 6/3 = 1: ∓1/12."""
+    network = RouterNetwork(32, 6, SMALL)
+    torch.nn.init.zeros_(network.head.weight)
+    torch.nn.init.zeros_(network.head.bias)
+    training = LocalRouterTraining(encoder, [prefer(0)], 1, 6, replace(SMALL, local_steps=1, learning_rate=0.5))
+    change = load(training(training_request(network)).change)["head.bias"]
+    assert change.tolist() == approx([-1 / 12, 1 / 12, *[-1 / 12] * 4], abs=1e-6)
+    assert [pace(sites) for sites in (1, 2, 3, 6, 64)] == approx([1, 1, 1, 2, 64 / 3])
+
+
+@pytest.mark.parametrize(("sites", "shift"), [(1, 0), (3, 0), (5, math.log(2)), (65, math.log(32))])
+def test_outputs_of_many_sites_start_lower(sites, shift):
+    """By log((K − 1) / 2), from what `nn.Linear` draws: up to 1/√8, the head's width being 8."""
+    bias = RouterNetwork(32, sites, SMALL).head.bias + shift
+    assert bias.abs().max() <= 8**-0.5
 
 
 def test_a_change_in_16_bits_is_that_in_32_rounded(encoder, prefer):

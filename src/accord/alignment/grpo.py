@@ -94,11 +94,24 @@ class AlignmentConfig:
 
 
 def exact_match_reward(
-    prompts: Sequence[Prompt], completions: Sequence[Sequence[Message]], answer: Sequence[str], **_: object
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Message]],
+    answer: Sequence[str],
+    references: Sequence[Sequence[str]] | None = None,
+    **_: object,
 ) -> list[float | None]:
-    """Return 1 for a completion equal to the reference answer, else 0: the bound on what learned rewards can reach."""
-    texts = [str(completion[-1]["content"]) for completion in completions]
-    return [float(normalise_answer(t) == normalise_answer(a)) for t, a in zip(texts, answer, strict=True)]
+    """Return 1 for a completion equal to a reference answer, else 0: the bound on what learned rewards can reach.
+
+    Args:
+        prompts: not read.
+        completions: what the policy said.
+        answer: the reference answer of each.
+        references: further answers that are as good.
+    """
+    texts = [normalise_answer(str(completion[-1]["content"])) for completion in completions]
+    others = references or [()] * len(texts)
+    right = [{normalise_answer(text) for text in (a, *more)} for a, more in zip(answer, others, strict=True)]
+    return [float(text in those) for text, those in zip(texts, right, strict=True)]
 
 
 def finite(reward: RewardFunction) -> RewardFunction:
@@ -146,6 +159,7 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
             "question_id": datasets.Value("string"),
             "question_type": datasets.Value("string"),
             "answer": datasets.Value("string"),
+            "references": [datasets.Value("string")],
         }
     )
     columns = {
@@ -154,6 +168,7 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
         "question_id": [q.id for q in questions],
         "question_type": [q.question_type for q in questions],
         "answer": [q.answer for q in questions],
+        "references": [list(q.references) for q in questions],
     }
     order = draw_balanced([q.question_type for q in questions], count, generator)
     return datasets.Dataset.from_dict(columns, features=features).select(order).with_transform(_decoded)

@@ -57,14 +57,10 @@ ONLY_LOSS = save({"local_steps": torch.tensor(0)})
 
 
 @dataclass(frozen=True)
-class FedBiscuitConfig:
-    """How the selectors are trained, and what is done with them."""
+class FedBisConfig:
+    """How one selector is trained, and what is done with it."""
 
-    selectors: int = 3  # U
-    warmup_rounds: int = 5  # of every selector, by all sites
-    averaging: Averaging = field(default_factory=lambda: Averaging(rounds=20, local_steps=5, learning_rate=3e-3))
-    regroup_every: int = 5  # rounds
-    compare_on: int = 128  # a site's pairs on which it compares the selectors
+    averaging: Averaging = field(default_factory=lambda: Averaging(rounds=35, local_steps=5, learning_rate=3e-3))
     prompts: int = 1500  # public ones that the base policy answers
     answers: int = 2  # per prompt, of which all pairs are labelled
     temperature: float = 1.0  # of the answers
@@ -75,10 +71,25 @@ class FedBiscuitConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)  # of every selector, and of the policy
 
     def __post_init__(self) -> None:
-        """Refuse counts that leave nothing to train, to compare or to label."""
-        check_least(self, selectors=1, warmup_rounds=0, regroup_every=1, compare_on=1)
+        """Refuse counts that leave nothing to label or to train."""
         check_least(self, prompts=1, answers=2, dpo_steps=1, beta=0, sft=0)
         check_positive(self, "temperature", "dpo_learning_rate")
+
+
+@dataclass(frozen=True)
+class FedBiscuitConfig(FedBisConfig):
+    """How several selectors are trained besides: in groups of sites, in fewer rounds of each."""
+
+    averaging: Averaging = field(default_factory=lambda: Averaging(rounds=20, local_steps=5, learning_rate=3e-3))
+    selectors: int = 3  # U
+    warmup_rounds: int = 5  # of every selector, by all sites
+    regroup_every: int = 5  # rounds
+    compare_on: int = 128  # a site's pairs on which it compares the selectors
+
+    def __post_init__(self) -> None:
+        """Refuse counts that leave nothing to train, to compare or to label."""
+        super().__post_init__()
+        check_least(self, selectors=1, warmup_rounds=0, regroup_every=1, compare_on=1)
 
     @property
     def rounds(self) -> int:

@@ -7,9 +7,9 @@ changes its features, and overwrite its running statistics; one with dropout wou
 pinned tower stays in evaluation mode whatever is called.
 
 What never changes is computed once an image: a pinned tower looks its answer up in `accord.models.features.FEATURES`.
-That is exact. A key covers the tower's weights and all that it is given, and images are computed one by one, with the
-cache or without: in a batch, a kernel may add numbers up in another order, so that an image's features would depend on
-its neighbours.
+That is exact. A key covers the tower's weights, all that it is given, the libraries' versions, the kind of processor
+and the number of threads; and images are computed one by one, with the cache or without: in a batch, a kernel may add
+numbers up in another order, so that an image's features would depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import ModelOutput
 
-from accord.models.features import FEATURES, FeatureCache, Features
+from accord.models.features import FEATURES, FeatureCache, Features, add_tensor
 
 
 def vision_tower(model: PreTrainedModel | PeftModel) -> nn.Module | None:
@@ -124,10 +125,19 @@ class _Recall:
             settings = [type(self.tower).__name__, read, config._attn_implementation, self.layers]
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
             for name, tensor in weights.items():
-                _add(digest, name, tensor)
+                add_tensor(digest, name, tensor)
             self._seen, self._fingerprint = seen, digest.digest()
         mixed = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return self._fingerprint + repr((device.type, mixed)).encode()
+        return self._fingerprint + repr((_machine(device), mixed)).encode()
+
+
+def _machine(device: torch.device) -> tuple[object, ...]:
+    """Return what else decides the order of sums, and so the last bits: features may come from another process."""
+    cuda = device.type == "cuda"
+    chip = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    versions = (torch.__version__, torch.version.cuda, transformers.__version__)
+    precise = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) if cuda else ()
+    return (device.type, chip, versions, torch.get_num_threads(), *precise)
 
 
 @dataclass
@@ -184,15 +194,10 @@ def _key(identity: bytes, given: Sequence[Any], named: Mapping[str, Any]) -> str
     digest = hashlib.sha256(identity)
     for name, value in (*enumerate(given), *sorted(named.items())):
         if isinstance(value, Tensor):
-            _add(digest, str(name), value)
+            add_tensor(digest, str(name), value)
         elif name not in _UNREAD:
             digest.update(repr((name, value)).encode())
     return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def _fields(output: ModelOutput, layers: Sequence[int] | None) -> Features | None:
@@ -211,7 +216,8 @@ def _fields(output: ModelOutput, layers: Sequence[int] | None) -> Features | Non
         if field == "hidden_states" and layers is not None:
             chosen = sorted({layer % len(value) for layer in layers})
         kept |= {f"{field}.{position}.{len(value)}": value[position] for position in chosen}
-    return {name: tensor.cpu().clone() for name, tensor in kept.items()}
+    # In one layout, since files know no other and a kernel may add up in the order of the layout.
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in kept.items()}
 
 
 def _join(images: Sequence[Features], device: torch.device) -> TowerOutput:

@@ -19,6 +19,7 @@ exp(z_k) / p_k; with sigmoids that would not be a density ratio.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class RouterConfig:
     local_steps: int = 3
     pairs_per_batch: int = 64
     pairs_per_site: int = 500  # drawn once: features are kept, and no site's size drowns the others
-    learning_rate: float = 0.1  # of the sites' SGD, at first
+    learning_rate: float = 0.1  # of the sites' SGD, at first; times K/3 beyond three sites
     rows_at_once: int = 512  # (prompt, completion) rows that the encoder takes in one forward pass
     prior_correction: bool = False  # whether the choice forgets how many pairs a site has
     aggregation: Aggregation = Aggregation(
@@ -98,6 +99,10 @@ class RouterNetwork(nn.Module):
         self.body = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, sites)
+        # Beyond three sites an output starts lower, near the share of its targets that are 1: from σ(z) = ½ the K − 1
+        # sites that push it down drown the one that pulls it up.
+        with torch.no_grad():
+            self.head.bias.sub_(math.log(max(1.0, (sites - 1) / 2)))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return logits z `[N, K]` for hidden states `[N, T, D]` and their mask `[N, T]`."""
