@@ -216,7 +216,7 @@ def test_every_make_command_of_the_documents_exists(document: str) -> None:
 def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
-    wanted = {"help", "setup", "demo", "test", "test-long", "lint", "format", "docs", "release", "clean"}
+    wanted = {"help", "setup", "demo", "worlds", "test", "test-long", "lint", "format", "docs", "release", "clean"}
     assert described == wanted == targets()
 
 

@@ -10,7 +10,9 @@ import pytest
 import tomli_w
 
 from accord.errors import CheckpointError, RecipeError, RunError
+from accord.models.features import FEATURES, PIXELS, FeatureConfig, remember
 from accord.pipeline import apart as module
+from accord.pipeline import child as in_child
 from accord.pipeline.apart import apart, at_once, train_sites
 from accord.recipe import Recipe, SiteConfig
 from accord.recipe_file import dump_recipe, load_recipe
@@ -109,6 +111,18 @@ def test_a_child_ends_with_its_parent(two, tmp_path):
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         child.communicate(timeout=120)
         assert child.returncode == 1 and stages_done(apart(tmp_path / "run", "shape")) == []
+
+
+def test_a_child_keeps_as_many_features_as_the_recipe_says(two, tmp_path, monkeypatch):
+    """The limits are those of each process; the child's are told when it comes to train its site."""
+    seen = []
+    monkeypatch.setattr(in_child, "train_site", lambda job, name: seen.append((name, FEATURES.limit, PIXELS.limit)))
+    with Run.create(tmp_path / "run", dump_recipe(replace(two, features=FeatureConfig(memory=7, pixels=0))), seed=0):
+        try:
+            in_child.train(tmp_path / "run", "shape", quiet=True)
+        finally:
+            remember(FeatureConfig())
+    assert seen == [("shape", 7, 0)] and (apart(tmp_path / "run", "shape") / "recipe.toml").is_file()
 
 
 @pytest.mark.parametrize(

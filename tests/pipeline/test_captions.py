@@ -1,12 +1,16 @@
 """A policy that describes photographs is measured as comparisons and tables want it, by a judge whose mind is known."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import tomli_w
 import torch
 
+from accord.cli import main
 from accord.errors import RecipeError
 from accord.evaluation.table import Cell, table
+from accord.pipeline import captions as module
 from accord.pipeline.captions import (
     COLUMNS,
     RIGHT,
@@ -17,7 +21,8 @@ from accord.pipeline.captions import (
     write_captions,
 )
 from accord.pipeline.comparison import measure, with_other_images
-from accord.types import Question
+from accord.rewards.model import RewardModel
+from accord.types import Question, prompt_of
 
 
 class Judge:
@@ -100,6 +105,44 @@ def test_captions_are_written_for_people_to_read(job, tmp_path):
 def test_only_captions_have_a_judge(tmp_path):
     with pytest.raises(RecipeError, match=r"only captions are measured by a judge; .* kind = \"captions\""):
         make_judge(SimpleNamespace(captions=""), tmp_path / "judge")
+
+
+def test_a_judge_learns_what_no_site_and_no_server_holds(tmp_path, llava, square, monkeypatch, capsys):
+    """Four photographs are the judge's, and four are a site's, with captions and judgements of their own."""
+    (tmp_path / "images").mkdir()
+    captions, judgements = [], []
+    for n in range(8):
+        name, split, what = f"images/{n}.png", "test" if n < 4 else "private", "dog" if n % 2 else "man"
+        (tmp_path / name).write_bytes(square("red", (32 + n, 32)))
+        captions.append({"image": name, "split": split, "captions": [f"A {what} {n} ."]})
+        for caption, score in ((f"A good {what} {n} .", 4), (f"A bad cat {n} .", 1)):
+            judgements.append({"image": name, "split": split, "caption": caption, "experts": [score] * 3})
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in captions))
+    (tmp_path / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judgements))
+    recipe = {
+        "name": "x",
+        "threads": 1,
+        "questions": [{"kind": "captions", "path": str(tmp_path)}],
+        "policy": {"checkpoint": llava},
+        "sites": [{"name": "a", "checkpoint": llava, "judgements": {}}],
+        "evaluation": {"judge_model": {"steps": 1, "choose": "pairs", "kept_back": 0.5}},
+    }
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(recipe))
+    learnt, train = [], module.train_reward_model
+    monkeypatch.setattr(
+        module, "train_reward_model", lambda *args, **more: learnt.extend(args[1]) or train(*args, **more)
+    )
+    monkeypatch.setattr("sys.argv", ["accord", "judge", str(tmp_path / "judge"), "--recipe", str(tmp_path / "x.toml")])
+    main()
+    own = {f"a {'dog' if n % 2 else 'man'} {n}" for n in range(4)}
+    people = {(f"a good {'dog' if n % 2 else 'man'} {n}", f"a bad cat {n}") for n in range(4)}
+    assert {pair.chosen for pair in learnt if pair.question_type in ("dogs", "others")} == own
+    assert {(pair.chosen, pair.rejected) for pair in learnt if pair.question_type == "judged"} == people
+    assert "judged: " in capsys.readouterr().out
+    scores = RewardModel.load(tmp_path / "judge").score(
+        [prompt_of(Question("0", None, "describe", "", "dogs", "test"))], [None], [["a dog", "a man"]]
+    )
+    assert scores[0].shape == (2,) and scores[0].isfinite().all()
 
 
 def test_a_table_of_captions_has_no_mean_over_them():
