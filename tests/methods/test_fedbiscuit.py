@@ -94,7 +94,9 @@ def test_the_letter_shows_at_the_first_token_that_differs():
         def __call__(self, texts, **_):
             return {"input_ids": [[5, ord(text[0]), 2] for text in texts]}
 
-    processor = SimpleNamespace(tokenizer=Tokenizer(), apply_chat_template=lambda turns, **_: str(len(turns)))
+    processor = SimpleNamespace(
+        tokenizer=Tokenizer(), chat_template=None, apply_chat_template=lambda turns, **_: str(len(turns))
+    )
     assert letter_tokens(processor, vqa_prompt("?")) == (65, 66, 1)
 
 
