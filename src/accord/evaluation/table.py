@@ -275,7 +275,7 @@ def _tested(
 
 
 def _tests(pairs: Iterable[tuple[str, str]], values: Mapping[str, _BySeed]) -> dict[tuple[str, str], Comparison]:
-    """Test one family of pairs, as far as they have enough seeds in common; `difference`: first less second."""
+    """Test one family of pairs, as far as there is a test; `difference`: first less second."""
     p = {(a, b): found for a, b in pairs if (found := paired_p(values[a], values[b])) is not None}
     adjusted = holm(p)
     return {
@@ -341,12 +341,13 @@ def _notes(made: Table, told: bool) -> list[str]:
         lines.append(
             "**Bold** is, of the competing methods, the highest mean of a column and what is not significantly below "
             "it; † is significantly below it. The test is a two-sided paired t-test over seeds, at 5 % after Holm's "
-            "correction for all pairs of competing methods of the column; no order is claimed between bold values, and "
-            "a method with fewer seeds than others is not tested."
+            "correction for all pairs of competing methods of the column; no order is claimed between bold values. "
+            "What has fewer seeds than others, or the same difference with every seed, is not tested."
         )
     elif any(row.competes for row in made.rows):
         lines.append(
-            "Nothing is tested, and nothing bold: that takes two competing methods with three seeds in common."
+            "Nothing is tested, and nothing bold: that takes two competing methods with five seeds in common, and a "
+            "difference that is not the same with all of them."
         )
     if any(value.with_control for value in values):
         lines.append(
