@@ -44,7 +44,10 @@ CONTROLS = ("base", "question-only")
 LEVEL: Final = 0.05
 """Below which a p-value, adjusted for its column, is significant."""
 
-Unit: TypeAlias = Literal["%", "MB", "s"]
+CIDER: Final = "CIDEr-D"
+"""A measure of captions from 0 to 10, which is no share and has no unit."""
+
+Unit: TypeAlias = Literal["%", "MB", "s", ""]
 Mark: TypeAlias = Literal["best", "level", "below", ""]
 """The highest mean of the competing, not significantly below it, significantly below it; nothing where no test was."""
 
@@ -201,7 +204,10 @@ def _measures(
     if in_domain is None:
         means = {}
     accuracies: list[tuple[str, Sequence[str]]] = [*means.items(), *((name, [name]) for name in types)]
-    measures: list[_Measure] = [(Column(name, compared=True), _macro_of(chosen), chosen) for name, chosen in accuracies]
+    measures: list[_Measure] = [
+        (Column(name, "" if in_domain is None and name == CIDER else "%", compared=True), _macro_of(chosen), chosen)
+        for name, chosen in accuracies
+    ]
     if means and any(cell.shuffled for cell in cells):
         shuffled: _Measure = (Column(SHUFFLED), lambda cell: macro(replace(cell, correct=cell.shuffled), types), ())
         measures.insert(len(means), shuffled)
@@ -316,7 +322,7 @@ def _over_images(asked: _Asked | None, types: Sequence[str]) -> float | None:
 
 def to_markdown(made: Table) -> str:
     """Write the table in Markdown, accuracies in percent, with lines that say how to read it."""
-    names = [f"{column.name}, {column.unit}" for column in made.columns]
+    names = [f"{column.name}, {column.unit}" if column.unit else column.name for column in made.columns]
     told = any(row.tried is not None for row in made.rows)
     rows = []
     for row in made.rows:
@@ -385,7 +391,7 @@ def to_csv(made: Table) -> str:
         if column.compared:
             parts += ["half width over images"]
             parts += [f"{p} against {other}" for other in others for p in ("p", "adjusted p")]
-        name = column.name if column.unit == "%" else f"{column.name} ({column.unit})"
+        name = column.name if column.unit in ("%", "") else f"{column.name} ({column.unit})"
         head += [f"{name}: {part}" for part in parts]
     writer.writerow(head)
     for row in made.rows:
