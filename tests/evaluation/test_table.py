@@ -18,6 +18,11 @@ def cells(method, **by_type):
     return [Cell(method, s, {name: (right[s], 10) for name, right in by_type.items()}, 0, 0, 60.0) for s in seeds]
 
 
+def p_of(t_squared):
+    """Of Student's t over five seeds: tan²θ = t²/4, and p = 1 - sin θ (1 + ½ cos²θ)."""
+    return 1 - math.sqrt(t_squared / (t_squared + 4)) * (1 + 2 / (t_squared + 4))
+
+
 def estimates(made, method):
     (row,) = [row for row in made.rows if row.method == method]
     return dict(zip([column.name for column in made.columns], row.values, strict=True))
@@ -70,12 +75,13 @@ def test_student_probabilities(t, df, p):
 @pytest.mark.parametrize(
     ("one", "other", "p"),
     [
-        ([0.5, 0.7, 0.9], [0.4, 0.5, 0.6], 1 - math.sqrt(6 / 7)),  # d = .1 .2 .3: t = 2√3, df 2: t/√(t² + 2) = √(12/14)
-        ([0.4, 0.5, 0.6], [0.5, 0.7, 0.9], 1 - math.sqrt(6 / 7)),  # two-sided
-        ([0.5, 0.6, 0.7], [0.6, 0.6, 0.6], 1.0),  # d = -.1 0 .1
-        ([0.5, 0.6, 0.7], [0.5, 0.6, 0.7], 1.0),
-        ([0.75, 0.5, 0.25], [0.5, 0.25, 0.0], 0.0),  # the same difference each time, beyond all doubt of the test's
-        ([0.5, 0.6], [0.4, 0.4], None),
+        ([0.5, 0.6, 0.7, 0.8, 0.9], [0.4] * 5, 1 - 36 / 11**1.5),  # d = .1 .2 .3 .4 .5: s² = .025, t² = 18
+        ([0.4] * 5, [0.5, 0.6, 0.7, 0.8, 0.9], 1 - 36 / 11**1.5),  # two-sided
+        ([0.5, 0.6, 0.7, 0.8, 0.4], [0.6] * 5, 1.0),  # d = -.1 0 .1 .2 -.2
+        ([0.5, 0.6, 0.7, 0.8, 0.9], [0.5, 0.6, 0.7, 0.8, 0.9], 1.0),
+        ([0.75, 0.5, 0.25, 1.0, 0.5], [0.5, 0.25, 0.0, 0.75, 0.25], None),  # the same difference each time
+        ([0.3, 0.4, 0.5, 0.6, 0.7], [0.2, 0.3, 0.4, 0.5, 0.6], None),  # so, but for the last bit
+        ([0.5, 0.6, 0.7, 0.8], [0.4] * 4, None),
     ],
 )
 def test_the_paired_test(one, other, p):
@@ -84,10 +90,10 @@ def test_the_paired_test(one, other, p):
 
 
 def test_the_paired_test_takes_the_seeds_that_both_have():
-    assert paired_p({0: 0.5, 1: 0.7, 2: 0.9, 7: 0.0}, {2: 0.6, 1: 0.5, 0: 0.4, 8: 1.0}) == pytest.approx(
-        1 - math.sqrt(6 / 7)
-    )
-    assert paired_p({0: 0.5, 1: 0.7, 2: 0.9}, {1: 0.5, 2: 0.6, 3: 0.7}) is None
+    one = {0: 0.5, 1: 0.6, 2: 0.7, 3: 0.8, 4: 0.9}
+    same = dict.fromkeys((4, 3, 2, 1, 0), 0.4)
+    assert paired_p({**one, 7: 0.0}, {**same, 8: 1.0}) == pytest.approx(p_of(18), abs=1e-9)
+    assert paired_p(one, {**dict.fromkeys((1, 2, 3, 4), 0.4), 8: 1.0}) is None
 
 
 def test_holm():
@@ -100,17 +106,17 @@ ROLES = {"ground-truth": "ceiling", "pooled": "bound", "server-alone": "control"
 
 
 def marked():
-    """Routed is 5, 6, 7; average as good but for one seed; median .4 .41 .39 behind; the rest has a role."""
+    """Routed is 5 6 7 5 7; average now ahead, now behind; median about .4 behind; the rest has a role."""
     return table(
         [
-            *cells("ground-truth", colour=[9, 9, 9]),
-            *cells("routed", colour=[5, 6, 7]),
-            *cells("average", colour=[6, 5, 6]),
-            *cells("median", colour=[1, 2.1, 2.9]),
-            *cells("base", colour=[8, 8, 8]),
-            *cells("pooled", colour=[9, 9, 9]),
-            *cells("server-alone", colour=[4, 5.1, 5.9]),
-            *cells("random", colour=[8, 8, 8]),
+            *cells("ground-truth", colour=[9] * 5),
+            *cells("routed", colour=[5, 6, 7, 5, 7]),
+            *cells("average", colour=[6, 5, 6, 6, 6]),
+            *cells("median", colour=[1, 2.1, 2.9, 1.1, 2.9]),
+            *cells("base", colour=[8] * 5),
+            *cells("pooled", colour=[9] * 5),
+            *cells("server-alone", colour=[4, 5.1, 5.9, 4, 6]),
+            *cells("random", colour=[8] * 5),
         ],
         {"colour"},
         ROLES,
@@ -118,9 +124,9 @@ def marked():
 
 
 def test_marks():
-    """Three pairs. Routed - average: -.1 .1 .1, t = .5, p = 1 - .5/√2.25 = 2/3, the largest of three and unchanged.
+    """Three pairs. Routed - average: -.1 .1 .1 -.1 .1, mean .02, s² = .012, t² = 1/6, the largest p and unchanged.
 
-    Routed - median: .4 .39 .41, mean .4, s = .01, t = 40 √3, p = 1 - √(4800/4802) = .000208, times 3.
+    Routed - median: .4 .39 .41 .39 .41, mean .4, s = .01, t² = 8000, p times 3.
     """
     made = marked()
     marks = {row.method: row.values[0].mark for row in made.rows}
@@ -134,38 +140,49 @@ def test_marks():
         "colour",
     }
     level, below = (estimates(made, name)["overall"].with_best for name in ("average", "median"))
-    assert (level.difference, level.p, level.adjusted) == pytest.approx((-1 / 30, 2 / 3, 2 / 3))
-    p = 1 - math.sqrt(4800 / 4802)
+    assert (level.difference, level.p, level.adjusted) == pytest.approx((-0.02, p_of(1 / 6), p_of(1 / 6)))
+    p = p_of(8000)
     assert (below.difference, below.p, below.adjusted) == pytest.approx((-0.4, p, 3 * p), abs=1e-9)
     assert estimates(made, "routed")["overall"].with_best is None
 
 
 def test_competing_methods_are_tested_against_the_server_alone():
-    """Routed is .1 .09 .11 above it, t = 10 √3, p = 1 - √(300/302) = .0033 times 3; the median .3 below."""
+    """Routed is .1 .09 .11 .1 .1 above it, s² = .00005, t² = 1000; the median .3 below."""
     made = marked()
     assert made.control == "server-alone"
     above, below = (estimates(made, name)["overall"].with_control for name in ("routed", "median"))
-    p = 1 - math.sqrt(300 / 302)
+    p = p_of(1000)
     assert (above.difference, above.p) == pytest.approx((0.1, p), abs=1e-9) and above.significant
     assert below.difference == pytest.approx(-0.3) and below.significant
     lines = {line.split(" | ")[0][2:]: line for line in to_markdown(made).splitlines() if line.startswith("| ")}
-    assert lines["routed"].startswith("| routed | 3 | **60.0 ± 24.8** ‡ |")
-    assert lines["average"].startswith("| average | 3 | **56.7 ± 14.3** |")
-    assert lines["median"].startswith("| median | 3 | 20.0 ± 23.7 † |")
+    assert lines["routed"].startswith("| routed | 5 | **60.0 ± 12.4** ‡ |")
+    assert lines["average"].startswith("| average | 5 | **58.0 ± 5.6** |")
+    assert lines["median"].startswith("| median | 5 | 20.0 ± 11.5 † |")
     assert "†" not in lines["server-alone"] + lines["pooled"] and "**" not in lines["server-alone"]
     header, *rows = csv.reader(io.StringIO(to_csv(made)))
     found = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
     assert float(found["routed"]["overall: p against server-alone"]) == pytest.approx(p, abs=1e-9)
-    assert float(found["average"]["overall: adjusted p against the best"]) == pytest.approx(2 / 3)
+    assert float(found["average"]["overall: adjusted p against the best"]) == pytest.approx(p_of(1 / 6))
     assert found["routed"]["overall: p against the best"] == found["pooled"]["overall: p against server-alone"] == ""
 
 
-def test_two_seeds_are_not_tested():
+def test_four_seeds_are_not_tested():
     """Nothing is bold, however far apart; nor of a single method, which has nothing to be better than."""
-    made = table([*cells("routed", colour=[8, 9]), *cells("average", colour=[1, 1])], {"colour"})
+    made = table([*cells("routed", colour=[8, 9, 8, 8]), *cells("average", colour=[1] * 4)], {"colour"})
     assert {value.mark for row in made.rows for value in row.values} == {""}
     assert "Nothing is tested, and nothing bold" in to_markdown(made) and "**" not in to_markdown(made)
-    assert "**" not in to_markdown(table(cells("routed", colour=[8, 9, 9]), {"colour"}))
+    assert "**" not in to_markdown(table(cells("routed", colour=[8, 9, 9, 9, 8]), {"colour"}))
+
+
+def test_a_difference_that_is_the_same_with_every_seed_is_not_tested():
+    """One question more each time; a third method, whose differences vary, is tested all the same: t² = 81."""
+    rows = [*cells("routed", colour=[7] * 5), *cells("average", colour=[6] * 5)]
+    made = table(rows, {"colour"})
+    assert {row.values[0].mark for row in made.rows} == {""}
+    assert "Nothing is tested, and nothing bold" in to_markdown(made)
+    made = table([*rows, *cells("median", colour=[6, 5, 5, 5, 5])], {"colour"})
+    assert {row.method: row.values[0].mark for row in made.rows} == {"routed": "best", "average": "", "median": "below"}
+    assert "the same difference with every seed, is not tested" in to_markdown(made)
 
 
 def test_share_of_the_ground_truths_gain():
@@ -332,12 +349,12 @@ def test_the_figure_shows_best_first_and_two_panels():
 
 
 def test_one_lucky_seed_does_not_win():
-    """A method with three seeds of four is unmarked, however high. Else d = .1 .2 .2 .2: t = 7, p = .006."""
+    """A method with four seeds of five is unmarked, however high. Else d = .1 .2 .2 .2 .2: t = 9, p = .0008."""
     made = table(
         [
-            *cells("lucky", colour=[9, 9, 9]),
-            *cells("routed", colour=[5, 6, 6, 6]),
-            *cells("average", colour=[4, 4, 4, 4]),
+            *cells("lucky", colour=[9] * 4),
+            *cells("routed", colour=[5, 6, 6, 6, 6]),
+            *cells("average", colour=[4] * 5),
         ],
         {"colour"},
     )
@@ -346,15 +363,15 @@ def test_one_lucky_seed_does_not_win():
 
 
 def test_a_control_with_more_seeds_stops_no_test():
-    """The sites of a fourth seed failed, and the base needs none: three seeds of the methods are compared all the same.
+    """The sites of a sixth seed failed, and the base needs none: five seeds of the methods are compared all the same.
 
-    d = .1 .11 .1: t = 31, p = .001.
+    d = .1 .11 .1 .1 .1: t = 51.
     """
     made = table(
         [
-            *cells("base", colour=[3, 3, 3, 3]),
-            *cells("routed", colour=[5, 6, 6]),
-            *cells("average", colour=[4, 4.9, 5]),
+            *cells("base", colour=[3] * 6),
+            *cells("routed", colour=[5, 6, 6, 6, 6]),
+            *cells("average", colour=[4, 4.9, 5, 5, 5]),
         ],
         {"colour"},
     )

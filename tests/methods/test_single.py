@@ -112,6 +112,13 @@ def test_a_type_that_one_site_did_not_answer_counts_for_none(job, ranked):
         best_site(job)
 
 
+def test_an_answer_that_is_as_good_is_no_rival(job, ranked):
+    """With red and blue both right no rival is left, and the site that prefers the other one is as good: the first."""
+    job.questions["dev"] = [replace(q, references=("Red", "blue.")) for q in job.questions["dev"]]
+    ranked(a=dict.fromkeys(KINDS, 0.0), b=dict.fromkeys(KINDS, 1.0))
+    assert best_site(job) == 0
+
+
 def test_the_best_site_is_chosen_once(job, ranked):
     """Then kept: it may be asked again only once a site was trained anew."""
     ranked(a=dict.fromkeys(KINDS, 0.2), b=dict.fromkeys(KINDS, 0.8))

@@ -58,9 +58,8 @@ def did(monkeypatch):
     did = Did()
 
     def method(job, arm):
-        counts = {
-            kind: [right + job.recipe.seed, 10] for kind, right in zip(("colour", "number"), RIGHT[arm], strict=True)
-        }
+        more = min(job.recipe.seed, 3) if arm == "average" else job.recipe.seed  # differences vary, from seed 4 on
+        counts = {kind: [right + more, 10] for kind, right in zip(("colour", "number"), RIGHT[arm], strict=True)}
         rows = [["a", "score", 4, 2_000_000, 500, 0], ["a", "card", 1, 0, 500, 0]]
         result = {"dev": counts, "test": counts, "traffic": rows, "seconds": 83.0}
         did.note(job, f"compare {arm}", lambda: write_atomic(arm_file(job.path, arm), json.dumps(result)))
@@ -201,7 +200,7 @@ def test_only_what_a_method_needs_is_trained(recipe, tmp_path, did, methods, tra
 
 def test_what_does_not_compete_is_told_apart(recipe, tmp_path, did):
     """Ground truth and pooled pairs are above routed, which is best all the same, of those that compete."""
-    text = bench(grid(recipe, tmp_path, seeds=3, methods=["pooled", "routed", "average", "ground-truth"]))
+    text = bench(grid(recipe, tmp_path, seeds=5, methods=["pooled", "routed", "average", "ground-truth"]))
     assert text.endswith("Not competing: base, question-only, pooled, ground-truth.\n")
     (routed,) = (line for line in text.splitlines() if line.startswith("| routed |"))
     assert "**" in routed and not [line for line in text.splitlines() if line.startswith("| pooled |") and "**" in line]

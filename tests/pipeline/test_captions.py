@@ -1,6 +1,8 @@
 """A policy that describes photographs is measured as comparisons and tables want it, by a judge whose mind is known."""
 
+import contextlib
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 
 from accord.cli import main
 from accord.errors import RecipeError
-from accord.evaluation.table import Cell, table
+from accord.evaluation.table import Cell, table, to_csv, to_markdown
+from accord.methods.method import Method
 from accord.pipeline import captions as module
+from accord.pipeline import comparison
+from accord.pipeline.bench import _result
 from accord.pipeline.captions import (
     COLUMNS,
     RIGHT,
@@ -20,7 +25,7 @@ from accord.pipeline.captions import (
     right_by_type,
     write_captions,
 )
-from accord.pipeline.comparison import measure, with_other_images
+from accord.pipeline.comparison import answers, arm_accuracy, arm_file, compare, measure, with_other_images
 from accord.rewards.model import RewardModel
 from accord.types import Question, prompt_of
 
@@ -89,10 +94,32 @@ def test_a_comparison_measures_captions(job):
     def ask(questions, split):
         return [f"photograph {q.image.decode()}" for q in questions]
 
-    assert measure(job, ask)["test"]["matching"] == (12, 12)
+    assert measure(job, answers(job, ask))["test"]["matching"] == (12, 12)
     assert with_other_images(job, ask)["shuffled"]["matching"] == (0, 12)
     assert measure_shuffled(job, ["photograph 0"] * 12)["matching"] == (1, 12)
     assert right_by_type(job, job.evaluated, ["photograph 0"] * 12)["others"] == [1, 0, 0, 0, 0, 0]
+
+
+def test_every_caption_of_a_comparison_is_generated_once(job, monkeypatch):
+    """Dev, test, and test with other photographs; what is read by people is what was measured."""
+    asked = []
+
+    def say(model, processor, questions, recipe):
+        asked.append([q.id for q in questions])
+        return [f"photograph {q.image.decode()}" for q in questions]
+
+    job.recipe.sites, job.traffic = (), None
+    job.identify = lambda image: image.decode()
+    job.doing = lambda stage, needs: contextlib.nullcontext()
+    job.need = lambda place, command, stage: job.path / place
+    monkeypatch.setattr(comparison, "find_method", lambda arm, sites: Method(lambda job, stage: (None, None), needs=()))
+    monkeypatch.setattr(comparison, "traffic_rows", lambda traffic: [])
+    monkeypatch.setattr(comparison, "greedy", say)
+    compare(job, "own")
+    test = [f"{n}" for n in range(12)]
+    assert asked == [[f"{n}" for n in range(20, 30)], test, test]
+    assert arm_file(job.path, "own").with_suffix(".md").read_text().count("photograph 11 |") == 2
+    assert arm_accuracy(job, "own").macro == 1
 
 
 def test_captions_are_written_for_people_to_read(job, tmp_path):
@@ -150,3 +177,8 @@ def test_a_table_of_captions_has_no_mean_over_them():
     made = table(cells, None, {})
     assert [column.name for column in made.columns] == ["CIDEr-D", "matching", "to sites", "from sites", "time"]
     assert [value.mean for value in made.rows[1].values[:2]] == [0.24, 0.5]
+    header, _, _, routed = to_markdown(made).splitlines()[:4]  # CIDEr-D goes from 0 to 10, and is no share
+    assert header.startswith("| method | seeds | CIDEr-D | matching, % |")
+    assert routed.startswith("| routed | 1 | 0.240 | 50.0 |")
+    assert "CIDEr-D: mean" in to_csv(made).partition("\n")[0]
+    assert _result(replace(cells[1], seconds=83.0)) == "CIDEr-D 0.240 in 83 s"

@@ -132,6 +132,14 @@ def test_ranking_by_hand(ask):
     ]
 
 
+def test_an_answer_that_is_as_good_is_no_rival(ask):
+    """Crimson and Red. are as right as red, and score higher; blue is below it."""
+    model = Scores({"red": 2.0, "crimson": 3.0, "Red.": 3.0, "blue": 1.0})
+    question = replace(ask(0, "red"), references=("Crimson",))
+    assert rank(model, [question], ["crimson", "Red.", "red", "blue"]).macro == 1.0
+    assert model.asked == [[["red", "blue"]]]
+
+
 def test_a_model_without_finite_scores_ranks_nothing_on_top(ask):
     model = Scores({"red": math.nan, "blue": math.nan})
     assert rank(model, [ask(0)], ["red", "blue"]).macro == 0.0

@@ -156,6 +156,12 @@ def test_answers_are_graded_here(ask):
     assert "what colour" in said and "blue" not in said
 
 
+def test_a_further_reference_is_right_as_well(ask):
+    engine = InProcessEngine({"a": answering("crimson", "blue"), "b": answering("red", "scarlet")})
+    questions = [replace(ask(n, "red"), references=("Crimson.",)) for n in (0, 1)]
+    assert grade(engine, questions).tolist() == [[1, 0], [1, 0]]
+
+
 def test_a_picture_travels_once_and_a_question_without_one_travels_alone(ask):
     asked = []
     engine = InProcessEngine({"a": answering("red", "two", "4", asked=asked)})

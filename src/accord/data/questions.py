@@ -42,6 +42,17 @@ def normalise_answer(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
+def right_answers(question: Question) -> set[str]:
+    """Return the normalised answers that count as right: the reference answer, and others as good."""
+    return {normalise_answer(text) for text in (question.answer, *question.references)}
+
+
+def rivals(question: Question, vocabulary: Iterable[str]) -> list[str]:
+    """Return the answers of `vocabulary` that a right one is held against: those that are not right themselves."""
+    right = right_answers(question)
+    return [answer for answer in vocabulary if normalise_answer(answer) not in right]
+
+
 def read_vqa_folder(
     path: Path | str, *, splits: Collection[str] | None = None, type_field: str = "question_type"
 ) -> list[Question]:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from accord.data.questions import normalise_answer
+from accord.data.questions import normalise_answer, right_answers
 from accord.types import Question, Subject
 
 
@@ -43,11 +43,6 @@ def images_by_type(questions: Sequence[Question], identify: Callable[[Subject], 
     for q in questions:
         images[q.question_type].append(numbers.setdefault(identify(q.subject), len(numbers)))
     return dict(sorted(images.items()))
-
-
-def right_answers(question: Question) -> set[str]:
-    """Return the normalised answers that count as right."""
-    return {normalise_answer(text) for text in (question.answer, *question.references)}
 
 
 def question_only(known: Sequence[Question], asked: Sequence[Question]) -> list[str]:

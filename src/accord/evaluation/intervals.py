@@ -7,15 +7,16 @@ With x_1..x_n the values of one method, one a seed, and s their sample standard 
 (Student 1908, "The probable error of a mean", Biometrika 6:1, https://doi.org/10.1093/biomet/6.1.1). The interval is
 over training seeds; those of `accord.evaluation.summary` are over the draw of the test questions.
 
-Two methods are compared by the paired t-test over the n seeds that both have, at least three,
+Two methods are compared by the paired t-test over the n seeds that both have, at least five,
 
     d_s = x_s(one) - x_s(other),    t = mean(d) √n / sd(d),    p = P(|T_{n-1}| >= |t|)
 
-two-sided: seeds share their sites' data and the router's start, which cancels in d. Several tests at once are corrected
-by Holm's step-down procedure (Holm 1979, "A simple sequentially rejective multiple test procedure", Scandinavian
-Journal of Statistics 6:65): of m p-values in rising order, the i-th becomes max_{j<=i} min(1, (m - j + 1) p_(j)). Then
-the chance that any true null hypothesis of the family is rejected at level α is α at most, however the tests depend on
-one another.
+two-sided: seeds share their sites' data and the router's start, which cancels in d. Where d is the same with every seed
+the test says nothing: a difference of one question, a few times in a row, would pass for certain. Several tests at once
+are corrected by Holm's step-down procedure (Holm 1979, "A simple sequentially rejective multiple test procedure",
+Scandinavian Journal of Statistics 6:65): of m p-values in rising order, the i-th becomes max_{j<=i} min(1, (m - j + 1)
+p_(j)). Then the chance that any true null hypothesis of the family is rejected at level α is α at most, however the
+tests depend on one another.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Final, TypeVar
 
-LEAST_SEEDS: Final = 3
-"""In common, for a test: two seeds leave one degree of freedom, and a difference that is the same twice by chance."""
+LEAST_SEEDS: Final = 5
+"""In common, for a test: accuracies are counts, and few differences of counts are often alike by chance."""
+
+LEAST_SPREAD: Final = 1e-9
+"""Below which a standard deviation of differences of accuracies is rounding."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -38,15 +42,18 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def paired_p(one: Mapping[int, float], other: Mapping[int, float]) -> float | None:
-    """Return the two-sided p of the paired t-test over the seeds that both have; None for fewer than three of them."""
+    """Return the two-sided p of the paired t-test over the seeds that both have; None where there is no test.
+
+    There is none over fewer than `LEAST_SEEDS` seeds, nor where the difference is the same with every seed and not 0.
+    """
     differences = [one[seed] - other[seed] for seed in one if seed in other]
     n = len(differences)
     if n < LEAST_SEEDS:
         return None
     mean, spread = statistics.fmean(differences), statistics.stdev(differences)
-    if abs(mean) < 1e-12:  # equal accuracies may differ in the last bit
-        return 1.0
-    return max(0.0, 1 - t_probability(abs(mean) * math.sqrt(n) / spread, n - 1)) if spread else 0.0
+    if spread < LEAST_SPREAD:  # equal accuracies may differ in the last bit
+        return 1.0 if abs(mean) < LEAST_SPREAD else None
+    return max(0.0, 1 - t_probability(abs(mean) * math.sqrt(n) / spread, n - 1))
 
 
 def holm(p: Mapping[Key, float]) -> dict[Key, float]:

@@ -44,7 +44,10 @@ CONTROLS = ("base", "question-only")
 LEVEL: Final = 0.05
 """Below which a p-value, adjusted for its column, is significant."""
 
-Unit: TypeAlias = Literal["%", "MB", "s"]
+CIDER: Final = "CIDEr-D"
+"""A measure of captions from 0 to 10, which is no share and has no unit."""
+
+Unit: TypeAlias = Literal["%", "MB", "s", ""]
 Mark: TypeAlias = Literal["best", "level", "below", ""]
 """The highest mean of the competing, not significantly below it, significantly below it; nothing where no test was."""
 
@@ -201,7 +204,10 @@ def _measures(
     if in_domain is None:
         means = {}
     accuracies: list[tuple[str, Sequence[str]]] = [*means.items(), *((name, [name]) for name in types)]
-    measures: list[_Measure] = [(Column(name, compared=True), _macro_of(chosen), chosen) for name, chosen in accuracies]
+    measures: list[_Measure] = [
+        (Column(name, "" if in_domain is None and name == CIDER else "%", compared=True), _macro_of(chosen), chosen)
+        for name, chosen in accuracies
+    ]
     if means and any(cell.shuffled for cell in cells):
         shuffled: _Measure = (Column(SHUFFLED), lambda cell: macro(replace(cell, correct=cell.shuffled), types), ())
         measures.insert(len(means), shuffled)
@@ -275,7 +281,7 @@ def _tested(
 
 
 def _tests(pairs: Iterable[tuple[str, str]], values: Mapping[str, _BySeed]) -> dict[tuple[str, str], Comparison]:
-    """Test one family of pairs, as far as they have enough seeds in common; `difference`: first less second."""
+    """Test one family of pairs, as far as there is a test; `difference`: first less second."""
     p = {(a, b): found for a, b in pairs if (found := paired_p(values[a], values[b])) is not None}
     adjusted = holm(p)
     return {
@@ -316,7 +322,7 @@ def _over_images(asked: _Asked | None, types: Sequence[str]) -> float | None:
 
 def to_markdown(made: Table) -> str:
     """Write the table in Markdown, accuracies in percent, with lines that say how to read it."""
-    names = [f"{column.name}, {column.unit}" for column in made.columns]
+    names = [f"{column.name}, {column.unit}" if column.unit else column.name for column in made.columns]
     told = any(row.tried is not None for row in made.rows)
     rows = []
     for row in made.rows:
@@ -341,12 +347,13 @@ def _notes(made: Table, told: bool) -> list[str]:
         lines.append(
             "**Bold** is, of the competing methods, the highest mean of a column and what is not significantly below "
             "it; † is significantly below it. The test is a two-sided paired t-test over seeds, at 5 % after Holm's "
-            "correction for all pairs of competing methods of the column; no order is claimed between bold values, and "
-            "a method with fewer seeds than others is not tested."
+            "correction for all pairs of competing methods of the column; no order is claimed between bold values. "
+            "What has fewer seeds than others, or the same difference with every seed, is not tested."
         )
     elif any(row.competes for row in made.rows):
         lines.append(
-            "Nothing is tested, and nothing bold: that takes two competing methods with three seeds in common."
+            "Nothing is tested, and nothing bold: that takes two competing methods with five seeds in common, and a "
+            "difference that is not the same with all of them."
         )
     if any(value.with_control for value in values):
         lines.append(
@@ -384,7 +391,7 @@ def to_csv(made: Table) -> str:
         if column.compared:
             parts += ["half width over images"]
             parts += [f"{p} against {other}" for other in others for p in ("p", "adjusted p")]
-        name = column.name if column.unit == "%" else f"{column.name} ({column.unit})"
+        name = column.name if column.unit in ("%", "") else f"{column.name} ({column.unit})"
         head += [f"{name}: {part}" for part in parts]
     writer.writerow(head)
     for row in made.rows:

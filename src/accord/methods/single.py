@@ -16,6 +16,7 @@ import torch
 
 from accord.alignment.reward import FederatedReward, Group
 from accord.data.images import image_bytes, load_if_any
+from accord.data.questions import rivals
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, RecipeError, RunError
 from accord.federation.engine import Engine
@@ -71,7 +72,7 @@ def best_site(job: Job, engine: Engine | None = None) -> int:
         questions = asked[start : start + AT_ONCE]
         groups = []
         for q in questions:
-            candidates = (q.answer, *(a for a in vocabulary if a != q.answer))
+            candidates = (q.answer, *rivals(q, vocabulary))
             data = None if q.image is None else image_bytes(q.image)
             groups.append(Group(prompt_of(q), load_if_any(q.image), data, candidates, tuple(range(len(candidates)))))
         sizes = [len(group.candidates) for group in groups]

@@ -33,14 +33,13 @@ import torch
 
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import question_only
-from accord.evaluation.table import CONTROLS, Cell, macro
+from accord.evaluation.table import CIDER, CONTROLS, Cell, macro
 from accord.methods import check_methods, check_names, find_method, needed
 from accord.models.features import remember
 from accord.models.load import load_model
 from accord.pipeline.apart import train_sites
-from accord.pipeline.captions import CIDER
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
-from accord.pipeline.comparison import Ask, compare, measure, role_noted, with_other_images, write_arm
+from accord.pipeline.comparison import Ask, answers, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables
 from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
@@ -219,7 +218,7 @@ def measure_question_only(job: Job) -> None:
 
 def _note(job: Job, row: str, ask: Ask, *, looks: bool = True) -> None:
     began = time.monotonic()
-    measured = measure(job, ask)
+    measured = measure(job, answers(job, ask))
     dealt, held = job.recipe.dealing is not None, job.shares.values()  # whatever is dealt is some site's, if few
     in_domain = sorted({q.question_type for q in job.evaluated if dealt or any(share.wants(q) for share in held)})
     noted = {"in_domain": None if job.recipe.captions else in_domain}  # the columns of captions are no types
@@ -279,10 +278,10 @@ def _judges_waiting(seed: SeedRun, rows: Sequence[str]) -> list[str]:
 
 
 def _result(cell: Cell) -> str:
-    # Measures of captions have no mean; the one that all have is named.
-    shown = [CIDER] if CIDER in cell.correct else cell.correct
-    what = f"{CIDER} " if CIDER in cell.correct else ""
-    return f"{what}{100 * (macro(cell, shown) or 0):.1f} % in {duration(cell.seconds)}"
+    took = duration(cell.seconds)
+    if CIDER in cell.correct:  # measures of captions have no mean; the one that all have is named
+        return f"{CIDER} {macro(cell, [CIDER]) or 0:.3f} in {took}"
+    return f"{100 * (macro(cell, cell.correct) or 0):.1f} % in {took}"
 
 
 def duration(seconds: float) -> str:

@@ -28,6 +28,7 @@ from accord.errors import RecipeError
 from accord.evaluation.accuracy import outcomes_by_type
 from accord.evaluation.captions import cider_d, matching, preferred
 from accord.evaluation.markdown import escaped, markdown_table
+from accord.evaluation.table import CIDER
 from accord.models.load import load_model
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe
@@ -38,7 +39,8 @@ from accord.stages.alignment import greedy
 from accord.stages.job import Job
 from accord.types import Question
 
-CIDER, MATCHING, PREFERRED = COLUMNS = ("CIDEr-D", "matching", "preferred to base")
+MATCHING, PREFERRED = "matching", "preferred to base"
+COLUMNS = (CIDER, MATCHING, PREFERRED)
 RIGHT: Final = "matching by topic"
 
 JUDGE_REJECTED: Final = 7

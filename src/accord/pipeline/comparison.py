@@ -44,23 +44,33 @@ def compare(job: Job, arm: str) -> None:
         def ask(questions: Sequence[Question], split: str) -> list[str]:
             return greedy(model, processor, questions, job.recipe)
 
-        measured = measure(job, ask)
+        said = answers(job, ask)
+        measured = measure(job, said)
         if job.recipe.captions:
-            said = ask(job.evaluated, "test")
-            write_captions(job, arm_file(job.path, arm).with_suffix(".md"), said)
+            write_captions(job, arm_file(job.path, arm).with_suffix(".md"), said["test"])
         noted = {"traffic": sent, "seconds": round(time.monotonic() - began, 1), "commit": commit()}
         write_arm(job, arm, {**measured, **with_other_images(job, ask), **role_noted(job.recipe, arm), **noted})
     # Not before the stage is done: killed in between, it would have every step to do again.
     shutil.rmtree(job.path / "checkpoints" / stage, ignore_errors=True)
 
 
-def measure(job: Job, ask: Ask) -> dict[str, object]:
-    """Return what a policy answers right: counts on dev and test by type, and the outcome of every test question."""
+def answers(job: Job, ask: Ask) -> dict[str, list[str]]:
+    """Return what a policy says, by split, to every question of "dev" and "test"."""
+    return {"dev": ask(job.questions["dev"], "dev"), "test": ask(job.evaluated, "test")}
+
+
+def measure(job: Job, said: Mapping[str, Sequence[str]]) -> dict[str, object]:
+    """Return what a policy answers right: counts on dev and test by type, and the outcome of every test question.
+
+    Args:
+        job: the run.
+        said: `answers` of the policy.
+    """
     if job.recipe.captions:
-        return measure_captions(job, {"dev": ask(job.questions["dev"], "dev"), "test": ask(job.evaluated, "test")})
-    outcomes = outcomes_by_type(job.evaluated, ask(job.evaluated, "test"))
+        return measure_captions(job, said)
+    outcomes = outcomes_by_type(job.evaluated, said["test"])
     return {
-        "dev": count_correct(job.questions["dev"], ask(job.questions["dev"], "dev")),
+        "dev": count_correct(job.questions["dev"], said["dev"]),
         "test": {name: (sum(found), len(found)) for name, found in outcomes.items()},
         "outcomes": outcomes,
     }
@@ -117,13 +127,13 @@ def arm_file(run: Path, arm: str) -> Path:
     return run / "compare" / f"{arm.replace(' ', '-').replace(':', '-')}.json"
 
 
-def arm_accuracy(job: Job, arm: str, split: str) -> Accuracy:
-    """Return what a comparison measured on `split`, "dev" or "test"."""
+def arm_accuracy(job: Job, arm: str) -> Accuracy:
+    """Return what a comparison measured on the test questions; of captions, matching by topic."""
     place = str(arm_file(job.path, arm).relative_to(job.path))
     file = job.need(place, "accord run RECIPE --resume", f"compare {arm}")
     measured = json.loads(file.read_text())
     if job.recipe.captions:
-        measured = {split: {name: (sum(found), len(found)) for name, found in measured[RIGHT].items()}}
-    if split == "test" and "outcomes" in measured:  # older files have counts alone
+        return accuracy({name: (sum(found), len(found)) for name, found in measured[RIGHT].items()})
+    if "outcomes" in measured:  # older files have counts alone
         return accuracy_by_image(measured["outcomes"], images_by_type(job.evaluated, job.identify))
-    return accuracy({name: (right, n) for name, (right, n) in measured[split].items()})
+    return accuracy({name: (right, n) for name, (right, n) in measured["test"].items()})

@@ -57,7 +57,7 @@ def evaluate(job: Job) -> None:
     """Measure base and aligned policy with their controls, and write `summary.json` and the gallery."""
     recipe = job.recipe
     with job.doing("evaluation"):
-        compared = {arm: arm_accuracy(job, arm, "test") for arm in recipe.compare}
+        compared = {arm: arm_accuracy(job, arm) for arm in recipe.compare}
         questions = job.evaluated
         base, processor = load_model(recipe.policy.checkpoint)
         aligned, _ = load_model(str(job.need("policy", "accord align RECIPE", "align")))

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from accord.data.images import load_if_any
-from accord.data.questions import image_identity
+from accord.data.questions import image_identity, rivals
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
@@ -116,11 +116,14 @@ def bradley_terry(scores: Tensor, sizes: Sequence[int], centring: float) -> tupl
 def rank(
     model: RewardModel, questions: Sequence[Question], vocabulary: Sequence[str], *, prompts_at_once: int = 32
 ) -> Ranking:
-    """Rank every answer of `vocabulary` for every question; the question's own answer is added if it is missing."""
+    """Rank every answer of `vocabulary` for every question; the question's own answer is added if it is missing.
+
+    Its other right answers are left out: to prefer one of them is no fault.
+    """
     right: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, len(questions), prompts_at_once):
         chunk = questions[start : start + prompts_at_once]
-        candidates = [[q.answer, *(a for a in vocabulary if a != q.answer)] for q in chunk]
+        candidates = [[q.answer, *rivals(q, vocabulary)] for q in chunk]
         scores = model.score([prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk], candidates)
         for q, s in zip(chunk, scores, strict=True):
             right[q.question_type].append(bool((s[0] > s[1:]).all()))

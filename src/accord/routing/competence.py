@@ -36,7 +36,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from accord.data.images import image_bytes, load_if_any
-from accord.data.questions import normalise_answer, uniform
+from accord.data.questions import normalise_answer, right_answers, uniform
 from accord.errors import CheckpointError, DataError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -145,12 +145,12 @@ def grade(engine: Engine, questions: Sequence[Question], *, deadline: float | No
         consequence="nothing new is known of its competence",
         deadline=deadline,
     )
-    wanted = [normalise_answer(q.answer) for q in questions]
+    wanted = [right_answers(q) for q in questions]
     correct = torch.full((len(engine.sites), len(questions)), torch.nan, dtype=torch.double)
     for k, site in enumerate(engine.sites):
         if site in answers:
             given = [normalise_answer(answer) for answer in answers[site]]
-            correct[k] = torch.tensor([g == w for g, w in zip(given, wanted, strict=True)], dtype=torch.double)
+            correct[k] = torch.tensor([g in w for g, w in zip(given, wanted, strict=True)], dtype=torch.double)
     return correct
 
 
