@@ -26,6 +26,7 @@ from accord.federation.messages import ScoreReply
 from accord.models import prefix
 from accord.models.encoder import Encoder
 from accord.models.load import LoraSettings, load_model, lora_config, tokenizer_of
+from accord.models.tower import pin, vision_tower
 from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
 
 G = 4
@@ -228,6 +229,16 @@ def test_lora_keeps_its_reference(llava, make):
         trainer.current_gradient_accumulation_steps = 1
         trainer._compute_loss(trainer.model, batch)
     assert trainer._metrics["train"]["kl"][-1] == approx(0, abs=1e-6)
+
+
+def test_lora_in_a_pinned_tower_is_trained(llava, make):
+    """There is no second model that is the reference: to pin the policy again would freeze the adapter."""
+    model, processor = load_model(llava)
+    pin(model)
+    trainer = make(model, processor, lora=LoraSettings(rank=2, target_modules=r".*\.q_proj"))
+    tower = vision_tower(trainer.accelerator.unwrap_model(trainer.model))
+    trained = {name.split(".")[-3] for name, p in tower.named_parameters() if p.requires_grad}
+    assert trainer.ref_model is None and trained == {"lora_A", "lora_B"}
 
 
 class Routed:

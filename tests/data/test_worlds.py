@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from accord.data.conventions import FORMS, WANTED, load_conventions
-from accord.data.radiology_and_rooms import TYPES, load_radiology_and_rooms, modality_of, rooms_of
+from accord.data.radiology_and_rooms import TYPES, load_radiology_and_rooms, modality_of, organs_of, rooms_of
 from accord.errors import DataError
 from accord.types import Question
 
@@ -149,3 +149,21 @@ def test_two_sites_may_want_different_things_of_one_domain(world: Path) -> None:
     assert [q.image for q in ours] == [q.image for q in theirs]
     assert all(a.answer != b.answer for a, b in zip(ours, theirs, strict=True))
     assert len({q.id for q in questions}) == len(questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "load"), [("vqa_rad/questions", load_radiology_and_rooms), ("flickr8k/captions", load_conventions)]
+)
+def test_a_row_without_an_image_is_named(world: Path, name: str, load: Callable[[Path], list[Question]]) -> None:
+    file = world / f"{name}.jsonl"
+    first, *others = file.read_text().splitlines()
+    bare = {key: value for key, value in json.loads(first).items() if key != "image"}
+    file.write_text("\n".join([json.dumps(bare), *others]))
+    with pytest.raises(DataError, match=r"\.jsonl:1: column 'image' is missing"):
+        load(world)
+
+
+def test_the_organ_of_a_row_without_an_image(tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"organ": "head"}\n')
+    with pytest.raises(DataError, match=r"questions\.jsonl:1: column 'image' is missing"):
+        organs_of(tmp_path)

@@ -198,6 +198,26 @@ def test_a_trainable_tower_is_computed_as_it_comes(pinned):
     assert vision_tower(model).get_parameter("embeddings.convolution.weight").grad is not None
 
 
+def test_a_frozen_adapter_in_the_tower_is_read_on_and_off(llava):
+    """Its weights are there either way: no key would tell features with it from those without."""
+    model, _ = load_model(llava)
+    cache = FeatureCache(10**9)
+    pin(model, cache)
+    plain = model.get_image_features(pictures(0, size=32)).pooler_output[0]
+    assert len(cache) == 1
+    adapted = add_lora(model, LoraSettings(rank=2, target_modules=r".*\.q_proj"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.ones_(parameter)
+    adapted.requires_grad_(False)
+    there = model.get_image_features(pictures(0, size=32)).pooler_output[0]
+    with adapted.disable_adapter():
+        off = model.get_image_features(pictures(0, size=32)).pooler_output[0]
+    assert not torch.allclose(there, plain)
+    torch.testing.assert_close(off, plain)
+    assert len(cache) == 1
+
+
 def test_only_the_layer_that_llava_reads_is_kept(llava):
     """One hidden state of two, and what CLIP returns besides; the features are those of the plain tower."""
     model, _ = load_model(llava)

@@ -20,11 +20,13 @@ from accord.routing.means import (
     LocalMeans,
     MeansRouter,
     blank,
+    check_sums,
     collect_means,
     load_means,
     own_quantile,
     save_means,
     shrunk,
+    sums_of,
 )
 from accord.types import vqa_prompt
 
@@ -96,6 +98,13 @@ def test_the_quantile_is_of_prompts_that_the_gaussian_has_not_seen():
     assert own_quantile(tensor([[0.0], [1.0], [2.0], [3.0]])).item() == approx(-2.0)
 
 
+def test_two_prompts_of_no_variance_have_the_least_quantile_that_is_taken():
+    """Each half is one row: by a variance of 1e−6 the other, 2 away, has −½ · 4 / 1e−6 + 7 nats, of 1 feature −100."""
+    assert own_quantile(tensor([[0.0], [2.0]])).item() == -100
+    sums = sums_of(tensor([[0.0], [2.0]]))
+    check_sums(2, **sums)
+
+
 def test_weights_of_a_prompt_are_those_of_all_its_completions():
     router = MeansRouter(reads([1.0, 1.0], [5.0, 1.0]), of(A, B))
     weights = router(*prompts(2), [["x"], ["y", "z"]])
@@ -161,6 +170,10 @@ def sends(examples=2, **changed):
     ("site", "words"),
     [
         (sends(square=[4.0, 1.9]), r"feature 1 has Σ x = 2 and Σ x² = 1.9"),
+        (sends(total=[0.0, 1e200], square=[4.0, 0.0]), r"feature 1 has Σ x = 1e\+200 and Σ x² = 0"),
+        (sends(examples=500, total=[0.0, 0.0], square=[1e9, 4.0]), r"feature 0 has a root mean square of 1\.41e\+03"),
+        (sends(quantile=-1e300), r"the quantile of 2 features is -1e\+300; within ±200 is taken"),
+        (sends(quantile=201.0), "within ±200 is taken"),
         (sends(examples=0), "0 examples"),
         (sends(total=[0.0, math.inf]), "not finite"),
         (sends(quantile=math.nan), "not finite"),

@@ -44,7 +44,7 @@ from accord.data.radiology_and_rooms import (
     rooms_of,
     what_is_said,
 )
-from accord.data.rows import read_jsonl
+from accord.data.rows import column, read_jsonl
 from accord.errors import DataError
 from accord.types import ImageSource, Question
 
@@ -210,7 +210,7 @@ def _photographs(folder: Path) -> Iterator[Facts]:
         captions = [str(caption).lower() for caption in row["captions"]]
         first, second = _told_by_two(captions, WHO), _told_by_two(captions, WHERE)
         if split and first and second:
-            name = Path(str(row["image"])).name
+            name = Path(str(column(where, row, "image"))).name
             if split == "private" and uniform("photographs dev", 0, name) < DEV_SHARE:
                 split = "dev"
             found.append(Facts(folder / "images" / name, first, second, "photographs", split))

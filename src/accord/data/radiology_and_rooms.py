@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Final
 
 from accord.data.questions import read_vqa_folder, uniform
-from accord.data.rows import read_jsonl
+from accord.data.rows import column, read_jsonl
 from accord.errors import DataError
 from accord.types import ImageSource, Question
 
@@ -151,7 +151,7 @@ def organs_of(folder: Path) -> dict[str, str]:
     """Return the annotated organ of every image of the VQA-RAD folder, by the image's file name.
 
     Raises:
-        DataError: a row has no organ, or one that is unknown.
+        DataError: a row has no image, no organ, or one that is unknown.
     """
     organs: dict[str, str] = {}
     for where, row in read_jsonl(folder / "questions.jsonl"):
@@ -160,7 +160,7 @@ def organs_of(folder: Path) -> dict[str, str]:
         annotated = str(row.get("organ"))
         if annotated not in ORGANS:
             raise DataError(f"{where}: the organ is {annotated!r}, one of {', '.join(ORGANS)} is needed; correct it")
-        organs[Path(str(row["image"])).name] = ORGANS[annotated]
+        organs[Path(str(column(where, row, "image"))).name] = ORGANS[annotated]
     return organs
 
 

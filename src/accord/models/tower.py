@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -44,9 +45,10 @@ def vision_tower(model: PreTrainedModel | PeftModel) -> nn.Module | None:
 def pin(model: PreTrainedModel | PeftModel, cache: FeatureCache = FEATURES) -> None:
     """Freeze the vision tower of `model`, if it has one, and keep it in evaluation mode through any `model.train()`.
 
-    Its weights may be loaded, moved and cast afterwards. A tower that is made trainable again, as by an adapter inside
-    it, or whose weights are not in this process as a whole (DeepSpeed, FSDP) computes every batch as it comes. To pin
-    once more changes the cache alone.
+    Its weights may be loaded, moved and cast afterwards; only after writes through `.data`, which no version counts,
+    it must be pinned again. A tower that is made trainable again, that has an adapter inside it, trainable or not, or
+    whose weights are not in this process as a whole (DeepSpeed, FSDP) computes every batch as it comes. To pin once
+    more changes no weight.
     """
     tower = vision_tower(model)
     if tower is not None:
@@ -96,7 +98,8 @@ class _Recall:
     def __call__(self, *given: Any, **named: Any) -> Any:
         weights = {**dict(self.tower.named_parameters()), **dict(self.tower.named_buffers())}
         images = _one_by_one(given, named)
-        if images is None or not all(_is_fixed(tensor) for tensor in weights.values()):
+        adapted = any(isinstance(module, BaseTunerLayer) for module in self.tower.modules())  # it can be turned off
+        if images is None or adapted or not all(_is_fixed(tensor) for tensor in weights.values()):
             return self._compute(*given, **named)
         device = next(iter(weights.values())).device
         with torch.no_grad():

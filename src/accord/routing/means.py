@@ -52,6 +52,20 @@ QUANTILE: Final = 0.01
 FLOOR: Final = 1e-6
 """Least variance of a feature: prompts that are all alike have none."""
 
+LARGEST: Final = 1e3
+"""Greatest root mean square of a feature that a site may send: one site's variance is in everybody's σ².
+
+A language model's last norm makes the root mean square over all D features about its gain. Of 64 features the greatest
+is about 2; a thousand leaves room for models with features far out, and none for sums that drown all other sites'.
+"""
+
+LEAST_DENSITY: Final = 100.0
+"""Greatest |q| / D in nats: below −100 a prompt would be some 14 standard deviations off in every feature.
+
+A lower q would take every prompt for known. Of 79 to 500 prompts q / D is between −0.2 and −1.2. Above, no Gaussian has
+more than −½ ln `FLOOR`, or 7 a feature. Two or three prompts, whose halves have no variance, would have less than −100.
+"""
+
 PROMPTS_AT_ONCE: Final = 128
 
 
@@ -112,13 +126,16 @@ def log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def own_quantile(x: Tensor) -> Tensor:
-    """Return q of a site's features `[n, D]`, n ≥ 2, whose rows at even places the odd ones' Gaussian judges."""
+    """Return q of a site's features `[n, D]`, n ≥ 2, whose rows at even places the odd ones' Gaussian judges.
+
+    It is at least −`LEAST_DENSITY` · D.
+    """
     halves = x[0::2], x[1::2]
     judged = [
         log_density(half, other.mean(dim=0), shrunk(other.var(dim=0, correction=0)))
         for half, other in (halves, halves[::-1])
     ]
-    return torch.cat(judged).quantile(QUANTILE)
+    return torch.cat(judged).clamp(min=-LEAST_DENSITY * x.shape[1]).quantile(QUANTILE)
 
 
 def sums_of(x: Tensor) -> dict[str, Tensor]:
@@ -183,7 +200,7 @@ def collect_means(engine: Engine, features: int) -> ClassMeans:
 
     def check(request: UpdateRequest, reply: Reply) -> tuple[int, dict[str, Tensor]]:
         told, sums = check_update(request, reply, start)
-        check_sums(told.examples, sums["total"], sums["square"])
+        check_sums(told.examples, sums["total"], sums["square"], sums["quantile"])
         return told.examples, sums
 
     consequence = "no prompt is taken for one of its own"
@@ -198,19 +215,29 @@ def collect_means(engine: Engine, features: int) -> ClassMeans:
     )
 
 
-def check_sums(count: int, total: Tensor, square: Tensor) -> None:
-    """Check that Σ x² ≥ (Σ x)² / n in every feature, up to rounding: sums of n real numbers have it.
+def check_sums(count: int, total: Tensor, square: Tensor, quantile: Tensor) -> None:
+    """Check that n real prompts may have these sums `[D]` and this quantile.
+
+    Σ x² ≥ (Σ x)² / n in every feature, up to rounding; Σ x² / n ≤ `LARGEST`², so that |Σ x| / n ≤ `LARGEST`, too; and
+    |q| / D ≤ `LEAST_DENSITY`.
 
     Raises:
-        ReplyError: they have not.
+        ReplyError: they may not.
     """
     least = total.square() / count
-    short = (least - square) / least.clamp(min=1e-12)
-    if (short > 1e-9).any():
-        d = int(short.argmax())
+    short = (least - square) / least.clamp(min=1e-12)  # NaN where squares overflow
+    if not (short <= 1e-9).all():
+        d = int(short.argmax())  # of NaN, if there is one
         raise ReplyError(
             f"sums that {count} numbers cannot have: feature {d} has Σ x = {total[d]:.3g} and Σ x² = {square[d]:.3g}"
         )
+    size = (square / count).clamp(min=0).sqrt()
+    if not (size <= LARGEST).all():
+        d = int(size.argmax())
+        raise ReplyError(f"feature {d} has a root mean square of {size[d]:.3g}; at most {LARGEST:g} is taken")
+    most = LEAST_DENSITY * len(total)
+    if not quantile.abs() <= most:
+        raise ReplyError(f"the quantile of {len(total)} features is {quantile:.3g}; within ±{most:g} is taken")
 
 
 def save_means(path: Path, means: ClassMeans) -> None:
