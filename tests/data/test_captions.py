@@ -122,6 +122,16 @@ def test_judgements_are_read_with_the_topic_of_their_photograph(folder):
     assert [photograph.id for photograph in photographs(rows)] == ["2a", "2b"]
 
 
+@pytest.mark.parametrize("split", ["private", "judge"])
+def test_a_photograph_has_one_split(folder, split):
+    """One that is tested on is not judged as a private one, whichever split is asked for."""
+    row = {"image": "images/4a.png", "split": "private", "caption": "a dog", "experts": [4, 4, 4]}
+    with (folder / "judgements.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"4a.png is in the split 'private' here and in 'caption-test' in captions"):
+        read_judgements(folder, split=split)
+
+
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("changes", [{"experts": [5, 1, 1]}, {"crowd_yes": 0, "crowd_no": 0}, {"crowd_no": None}])
 def test_judgements_that_cannot_be_read(folder, changes):

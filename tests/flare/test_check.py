@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+from accord.data.captions import Judgements
 from accord.errors import RunError
 from accord.federation.aggregation import Aggregation
 from accord.federation.answering import question_key, write_truth
@@ -137,7 +138,7 @@ def test_a_good_site(kit, site):
         "nothing but Accord's relay",
         "no log is sent",
         "no participant may bring code",
-        "40 pairs, all images readable",
+        "40 pairs of its own, all images readable",
         "LlavaForConditionalGeneration",
         "of 32 of its own pairs the chosen answer scores higher in 100%",
         "0 questions, 40 pairs",
@@ -281,6 +282,30 @@ def test_pairs_are_constructed_for_a_few_questions(kit, site, square, tmp_path):
     found = {each.about: each.text for each in check_site(kit, site, server=False)}
     assert found["questions"] == "4 private questions" and found["pairs"].startswith("none of its own")
     assert "of its own pairs the chosen" in found["scores"]
+
+
+def test_pairs_are_from_judgements(kit, site, square, tmp_path):
+    """Eight photographs with a good and a bad caption each, and the other site's somewhere else."""
+    data = tmp_path / "photographs"
+    (data / "images").mkdir(parents=True)
+    captions, judgements = [], []
+    for n in range(8):
+        name = f"images/{n}.png"
+        (data / name).write_bytes(square("red", (32 + n, 32)))
+        captions.append({"image": name, "split": "private", "captions": [f"A dog {n} ."]})
+        for caption, score in ((f"A dog {n} .", 4), ("A cat .", 1)):
+            judgements.append({"image": name, "split": "private", "caption": caption, "experts": [score] * 3})
+    for name, rows in (("captions", captions), ("judgements", judgements)):
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe(site / "recipe.toml")
+    mine, other = recipe.sites
+    for constructed, told in ((False, "8 pairs from people's judgements, all"), (True, "judgements and constructed, ")):
+        held = replace(mine, preferences="", question_types=("dogs",), judgements=Judgements(constructed=constructed))
+        sites = (held, replace(other, question_types=("others",), judgements=Judgements(), finetune=None))
+        changed = replace(recipe, sites=sites, questions=(Source("captions", str(data)),))
+        (site / "recipe.toml").write_text(dump_recipe(changed))
+        found = {each.about: f"{each.text} → {each.remedy}" for each in check_site(kit, site, server=False)}
+        assert told in found["pairs"] and "of its own pairs the chosen" in found["scores"]
 
 
 @pytest.mark.parametrize(

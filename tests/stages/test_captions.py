@@ -1,16 +1,19 @@
 """A site that holds people's judgements makes its pairs of them, and of what is put together without judgement."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from accord.data.captions import Judgements, read_captions
-from accord.errors import RecipeError
+from accord.data.preferences import write_preferences
+from accord.errors import DataError, RecipeError
 from accord.models.finetune import FineTuneConfig
 from accord.recipe import Policy, Recipe, SiteConfig, Source
 from accord.stages import sites
 from accord.stages.job import Job
-from accord.stages.sites import site_pairs
+from accord.stages.sites import check_sites, site_pairs
 
 EVERYONE = Judgements()
 SAID = "what the policy says"
@@ -79,6 +82,51 @@ def test_a_site_may_hold_captions_beside_judgements(judged):
     job.questions["private"] = read_captions(job.recipe.captions)
     chosen = {pair.chosen for pair in site_pairs(job, "a")}
     assert chosen == {f"a dog {n}" for n in range(8)} | {f"a dog of mine {n}" for n in range(8)}
+
+
+@pytest.mark.parametrize("split", ["public", "dev", "test"])
+@pytest.mark.parametrize("look", [check_sites, lambda job: site_pairs(job, "b")])
+def test_what_was_judged_is_not_asked_chosen_or_tested_on(judged, ask, split, look, square):
+    """The same bytes under another name are one photograph: the ninth, of site b."""
+    job = judged()
+    check_sites(job)
+    job.questions[split] = [replace(ask(0), image=square("red", (40, 32)))]
+    with pytest.raises(DataError, match=f"the judgements of site 'b' and the split '{split}' share 1 images"):
+        look(job)
+
+
+def test_what_was_judged_is_at_one_site(judged, ask, square, prefer, tmp_path):
+    """Neither another site's questions nor its pairs are about the ninth photograph, unless the recipe allows it."""
+    image = square("red", (40, 32))
+    job = judged()
+    vars(job)["private"] = {"a": [replace(ask(0), image=image)], "b": []}
+    with pytest.raises(DataError, match="the judgements of site 'b' and site 'a' share 1 images"):
+        check_sites(job)
+    job.recipe = replace(job.recipe, disjoint_images=False)
+    check_sites(job)
+    write_preferences(
+        tmp_path / "own" / "pairs.jsonl",
+        [prefer(n, "red", "plum", images=(image,), constructed=False) for n in range(8)],
+    )
+    job = judged()
+    a, b = job.recipe.sites
+    a = replace(a, judgements=None, preferences=str(tmp_path / "own" / "pairs.jsonl"))
+    job.recipe = replace(job.recipe, sites=(a, b))
+    with pytest.raises(DataError, match="the preferences of site 'a' and the judgements of site 'b' share 1 images"):
+        check_sites(job)
+
+
+def test_a_site_that_works_alone_has_its_own_judgements_only(judged):
+    """The photographs of another site are elsewhere; what it is dealt is what it is dealt beside the other."""
+    job = judged()
+    beside = [row.photograph.id for row in job.judged["a"]]
+    folder = Path(job.recipe.captions)
+    for name in ("captions.jsonl", "judgements.jsonl"):
+        rows = (folder / name).read_text().splitlines()
+        (folder / name).write_text("\n".join(rows[: len(rows) // 2]) + "\n")  # those of dogs
+    alone = judged()
+    alone.alone = "a"
+    assert [row.photograph.id for row in alone.judged["a"]] == beside and set(alone.judged) == {"a"}
 
 
 def test_a_recipe_without_a_judge_is_told_how_to_make_one(judged):

@@ -202,20 +202,29 @@ def read_judgements(path: Path | str, *, split: Literal["private", "judge"]) -> 
     """Read `path/judgements.jsonl`: what people said of captions of a split's photographs.
 
     Raises:
-        DataError: as `read_captions`; or a photograph that was judged has no captions to tell its topic by.
+        DataError: as `read_captions`; or a photograph that was judged has no captions to tell its topic by, or is in
+            another split there.
     """
     folder = Path(path)
     file = folder / "judgements.jsonl"
     images = ImageCell(folder)
     topics: dict[str, str] = {}
+    splits: dict[str, object] = {}
     for where, row in read_jsonl(folder / "captions.jsonl"):
         if row is not None:
             name = text_of("image", column(where, row, "image"))
             topics[name] = topic_of(_captions(column(where, row, "captions")))
+            splits[name] = column(where, row, "split")
 
     def parse(where: str, row: Row) -> Judged | None:
         name = text_of("image", column(where, row, "image"))
-        if _split_of(where, row, name) != split:
+        its_split = _split_of(where, row, name)
+        if name in splits and row["split"] != splits[name]:
+            raise DataError(
+                f"{where}: {name} is in the split {row['split']!r} here and in {splits[name]!r} in captions.jsonl; "
+                "correct one of them"
+            )
+        if its_split != split:
             return None
         if name not in topics:
             raise DataError(f"{where}: {name} was judged and is not in captions.jsonl; add its captions there")

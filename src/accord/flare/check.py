@@ -218,11 +218,14 @@ def check_data(job: Job, name: str) -> Iterator[Finding]:
                 yield _problem("questions", error)
                 return
         yield from left_out
-    if site.preferences:
+    if site.preferences or site.judgements:
+        origin = "of its own" if site.preferences else "from people's judgements"
+        if site.judgements and site.judgements.constructed:
+            origin += " and constructed"
         with _told() as left_out:
             try:
                 pairs = site_pairs(job, name)
-                yield Finding("pairs", f"{len(pairs):,} pairs, all images readable")
+                yield Finding("pairs", f"{len(pairs):,} pairs {origin}, all images readable")
             except AccordError as error:
                 yield _problem("pairs", error)
         yield from left_out
@@ -278,7 +281,8 @@ def check_answerer(job: Job, name: str, answerer: Answerer) -> Finding:
 def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
     """Return some of the site's pairs; constructed ones are made for a few questions only."""
     generator = random.Random(0)
-    if job.site(name).preferences:
+    site = job.site(name)
+    if site.preferences or site.judgements:
         pairs = site_pairs(job, name)
     else:
         questions = job.private[name]

@@ -210,16 +210,7 @@ class Job:
                 disjoint_images=self.recipe.disjoint_images,
             )
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
-        if (
-            self.alone
-        ):  # a site that wants none of these questions has its own elsewhere; the draw is the same without it
-            shares = [share for share in shares if share.name == self.alone or any(map(share.wants, private))]
-        dealt = share_out(
-            private,
-            shares,
-            seed=self.recipe.seed,
-            disjoint_images=self.recipe.disjoint_images,
-        )
+        dealt = self._share_out(private, shares)
         return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
 
     @cached_property
@@ -227,12 +218,18 @@ class Job:
         """Of each site that holds judgements, what people said of the photographs that it was dealt."""
         rows = read_judgements(self.recipe.captions, split="private")
         shares = [site.share for site in self.recipe.sites if site.judgements]
-        dealt = share_out(photographs(rows), shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images)
+        dealt = self._share_out(photographs(rows), shares)
         found = {}
         for name, held in dealt.items():
             mine = {photograph.id for photograph in held}
             found[name] = [row for row in rows if row.photograph.id in mine]
         return found
+
+    def _share_out(self, questions: Sequence[Question], shares: Sequence[SiteShare]) -> dict[str, list[Question]]:
+        if self.alone:
+            # A site that wants none of these questions has its own elsewhere; the draw is the same without it.
+            shares = [share for share in shares if share.name == self.alone or any(map(share.wants, questions))]
+        return share_out(questions, shares, seed=self.recipe.seed, disjoint_images=self.recipe.disjoint_images)
 
     @cached_property
     def mixtures(self) -> dict[str, dict[tuple[str, str], float]]:

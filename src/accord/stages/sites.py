@@ -103,6 +103,7 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
     known = [*job.questions.get("base", []), *questions]
     if site.judgements is not None:
         rows = job.judged[name]
+        _check_alone(job, name, *_judged(job, name))
         pairs = judged_pairs(rows, site.judgements, random.Random(seed))
         if site.judgements.constructed:
             questions = [*judged_good(rows, site.judgements), *questions]
@@ -198,35 +199,52 @@ def _mistaken(pair: PreferencePair, favourite: str) -> PreferencePair:
 
 
 def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
-    """Read a site's own pairs; none may be about an image on which the policy is aligned, chosen or tested.
+    """Read a site's own pairs, which are about images of the site's alone."""
+    pairs = read_preferences(file)
+    _check_alone(job, name, f"the preferences of site {name!r}", _subjects(pairs))
+    return pairs
+
+
+def _check_alone(job: Job, name: str, what: str, subjects: Sequence[Subject]) -> None:
+    """Refuse what a site holds about an image on which the policy is aligned, chosen or tested.
 
     Where there are no images, what is said of them holds of the questions' texts.
 
-    Nor may one be about an image of another site's questions, where no image is at two sites.
+    Nor may it be about an image of another site's questions, where no image is at two sites.
     """
-    pairs = read_preferences(file)
     theirs = {f"the split {split!r}": [q.subject for q in job.questions[split]] for split in ("public", "dev", "test")}
     if job.recipe.disjoint_images:
         others = {other: questions for other, questions in job.private.items() if other != name}
         theirs |= {f"site {other!r}": [q.subject for q in questions] for other, questions in others.items()}
-    mine = {f"the preferences of site {name!r}": _subjects(pairs)}
     for other, images in theirs.items():
-        check_disjoint(mine | {other: images}, job.identify)
-    return pairs
+        check_disjoint({what: subjects, other: images}, job.identify)
 
 
 def check_sites(job: Job) -> None:
-    """Refuse pairs of a site's own about an image that is not the site's alone, before anything is trained on them.
+    """Refuse a site's own pairs or judgements of an image that is not the site's alone, before any training on them.
 
     Constructed pairs are about the questions that were dealt out, which need no check.
 
     Raises:
-        DataError: two sites hold an image, unless the recipe allows it, or pairs are about a question that the policy
-            is aligned, chosen or tested on.
+        DataError: two sites hold an image, unless the recipe allows it, or pairs or judgements are about a question
+            that the policy is aligned, chosen or tested on.
     """
-    own = {site.name: _subjects(site_pairs(job, site.name)) for site in job.recipe.sites if site.preferences}
+    own: dict[str, list[Subject]] = {}
+    for site in job.recipe.sites:
+        if site.preferences:
+            own[f"the preferences of site {site.name!r}"] = _subjects(site_pairs(job, site.name))
+        if site.judgements:
+            what, photographs = _judged(job, site.name)
+            _check_alone(job, site.name, what, photographs)
+            own[what] = photographs
     if job.recipe.disjoint_images:
-        check_disjoint({f"the preferences of site {name!r}": images for name, images in own.items()}, job.identify)
+        check_disjoint(own, job.identify)
+
+
+def _judged(job: Job, name: str) -> tuple[str, list[Subject]]:
+    """Return the words for a site's judgements, and the photographs that they are about."""
+    photographs = {row.photograph.id: row.photograph.subject for row in job.judged[name]}
+    return f"the judgements of site {name!r}", list(photographs.values())
 
 
 def _subjects(pairs: Sequence[PreferencePair]) -> list[Subject]:
