@@ -178,6 +178,26 @@ def test_nobody_else_may_read_them(tmp_path):
     assert stat.S_IMODE(files(path)[0].stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize(("mode", "uid"), [(0o770, 0), (0o707, 0), (0o700, 1)])
+def test_a_folder_where_others_may_write_is_not_used(tmp_path, monkeypatch, mode, uid):
+    """Whoever can write there can make any features of any image."""
+    tmp_path.chmod(mode)
+    monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + uid)
+    try:
+        with pytest.warns(DataWarning, match="belongs to user" if uid else "can be written by other users"):
+            remember(FeatureConfig(folder=str(tmp_path)))
+        assert FEATURES.folder is None
+    finally:
+        remember(FeatureConfig())
+
+
+def test_a_file_larger_than_the_limit_is_not_read(tmp_path, each):
+    FeatureFolder(tmp_path, each).put(KEYS[0], FEATURE)
+    assert FeatureFolder(tmp_path, each).get(KEYS[0]) is not None
+    with pytest.warns(DataWarning, match=f"{each} bytes, more than the folder's limit of {each - 1}"):
+        assert FeatureFolder(tmp_path, each - 1).get(KEYS[0]) is None
+
+
 def test_a_recipe_names_the_folder(tmp_path):
     try:
         remember(FeatureConfig(folder=str(tmp_path), disk=7))

@@ -10,7 +10,9 @@ SmolLM2-135M-Instruct (Ben Allal et al. 2025), whose weights come from the packa
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal, cast
 
 import torch
@@ -120,18 +122,22 @@ def _build_smollm2(settings: FastVlmSettings, seed: int) -> tuple[PreTrainedMode
     file = package_file(SMOLLM2, SMOLLM2_INSTALL)
     if importlib.util.find_spec("gguf") is None:
         raise CheckpointError(f"{file} needs the package gguf, which is not installed; run: {SMOLLM2_INSTALL}")
-    check_release(file, file.read_bytes(), SMOLLM2_SHA256, SMOLLM2_INSTALL)
-    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name))
+    data = file.read_bytes()
+    check_release(file, data, SMOLLM2_SHA256, SMOLLM2_INSTALL)
+    with tempfile.TemporaryDirectory() as folder:  # of mode 0700: what is loaded are the bytes that were checked
+        Path(folder, file.name).write_bytes(data)
+        tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder, gguf_file=file.name))
+        language = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.image_token = IMAGE  # read by the processor
     tokenizer.padding_side = "left"
     tokenizer.chat_template = None  # the processor has one
-    language = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         # Its weights are no longer quantised, as the configuration would say: a trainer refuses to tune such a model.
-        plain = {key: value for key, value in language.config.to_dict().items() if "quantization" not in key}
+        told = language.config.to_dict().items()
+        plain = {key: value for key, value in told if "quantization" not in key and key != "_name_or_path"}
         model = _assemble(settings, LlamaConfig(**plain), tokenizer)
     model.model.language_model = language.model
     model.lm_head = language.lm_head

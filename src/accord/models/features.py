@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -73,6 +74,8 @@ class FeatureFolder:
         """
         path = self._place(key)
         try:
+            if (size := path.stat().st_size) > self.limit:
+                raise ValueError(f"{size} bytes, more than the folder's limit of {self.limit}")
             features = load(path.read_bytes())
             if not torch.equal(features.pop(_CHECK), _checksum(key, features)):
                 raise ValueError("its checksum is of other content")
@@ -230,7 +233,35 @@ PIXELS = FeatureCache(FeatureConfig.pixels)
 
 
 def remember(config: FeatureConfig) -> None:
-    """Give this process the limits and the folder of `config`."""
+    """Give this process the limits and the folder of `config`.
+
+    Warns:
+        DataWarning: the folder is not the user's own, or its group or others may write to it; it is not used.
+    """
     FEATURES.resize(config.memory)
-    FEATURES.folder = FeatureFolder(Path(config.folder).expanduser(), config.disk) if config.folder else None
+    FEATURES.folder = _own(FeatureFolder(Path(config.folder).expanduser(), config.disk)) if config.folder else None
     PIXELS.resize(config.pixels)
+
+
+def _own(folder: FeatureFolder) -> FeatureFolder | None:
+    """Return the folder if nobody else can put features there: their checksum is no secret. None, and say so, if not.
+
+    A folder that is not there yet will be the user's own.
+    """
+    try:
+        status = folder.path.stat()
+    except FileNotFoundError:
+        return folder
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror or error})"
+    else:
+        others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if status.st_uid == os.getuid() and not others:
+            return folder
+        problem = "can be written by other users" if others else f"belongs to user {status.st_uid}"
+    warnings.warn(
+        f"{folder.path}: {problem}, so that no features are kept there; name a folder of your own, or chmod 700 it",
+        DataWarning,
+        stacklevel=3,
+    )
+    return None
