@@ -385,6 +385,15 @@ def test_resume_accepts_comments_and_layout_and_keeps_the_seed(tmp_path: Path) -
     assert len(json.loads((run.path / "manifest.json").read_text())["resumed"]) == 1
 
 
+def test_resume_accepts_other_settings_that_change_no_result(tmp_path: Path) -> None:
+    """They do so in the top table only; elsewhere a setting of that name may mean anything."""
+    free = 'processes = 2\n[features]\nmemory = 0\nfolder = "f"\n'
+    Run.create(tmp_path / "run", free + RECIPE.replace("seed = 1\n", "", 1), seed=1).close()
+    Run.resume(tmp_path / "run", RECIPE.replace("seed = 1\n", "", 1)).close()
+    with pytest.raises(RunError, match=r"align.processes was left out and is now 2"):
+        Run.resume(tmp_path / "run", RECIPE.replace("seed = 1\n", "", 1) + "processes = 2\n")
+
+
 def test_resume_reports_a_damaged_manifest(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", RECIPE, seed=7).close()
     (tmp_path / "run" / "manifest.json").write_text("{")

@@ -1,10 +1,12 @@
 """A run's folder: atomic files, the lock, the environment, which stages are done, sealed checkpoints."""
 
 from accord.runs.atomic import append_line, full_disk_told, read_lines, replace_folder, sync, write_atomic
+from accord.runs.difference import OF_NO_RESULT
 from accord.runs.environment import commit, peak_memory_bytes
 from accord.runs.run import Run, something_done, stage_of, stages_done, stages_planned
 
 __all__ = [
+    "OF_NO_RESULT",
     "Run",
     "append_line",
     "commit",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
+from typing import Final
+
+OF_NO_RESULT: Final = ("processes", "features")
+"""Tables and settings of a recipe that change no byte of a result: a run goes on with other values of them."""
 
 
 def first_difference(old: str, new: str) -> str | None:
-    """Name the first setting in which two recipes differ; comments and layout do not count."""
+    """Name the first setting in which two recipes differ; comments, layout and `OF_NO_RESULT` do not count."""
     try:
-        before, after = dict(_flat(tomllib.loads(old))), dict(_flat(tomllib.loads(new)))
+        before, after = _settings(old), _settings(new)
     except tomllib.TOMLDecodeError:
         return None if old == new else _first_line(old, new)
     for key in [*before, *(key for key in after if key not in before)]:
@@ -20,6 +24,10 @@ def first_difference(old: str, new: str) -> str | None:
         if before[key] != after[key]:
             return f"{key} was {before[key]} and is now {after[key]}"
     return None
+
+
+def _settings(text: str) -> dict[str, str]:
+    return dict(_flat({key: value for key, value in tomllib.loads(text).items() if key not in OF_NO_RESULT}))
 
 
 def _first_line(old: str, new: str) -> str:
