@@ -32,7 +32,7 @@ worlds: setup ## measure two worlds that need the federation, three seeds, from 
 	@test -d runs/bases/radiology-and-rooms || \
 		$(BIN)/accord pretrain runs/bases/radiology-and-rooms --recipe recipes/worlds/radiology-and-rooms-base.toml
 	@$(BIN)/accord bench recipes/worlds/conventions.toml recipes/worlds/radiology-and-rooms.toml --seeds 3 --jobs 2 \
-		--methods routed,means-abstain,average,server-alone,ground-truth
+		--methods routed,routed-abstain,average,server-alone,ground-truth
 
 # Two workers, a test file to one of them: what a file has trained once stays with it. Coverage may not fall.
 test: lint ## check style and types, then run every test that is quick
