@@ -249,7 +249,7 @@ def test_a_job_that_brings_code_is_refused(server, session, tmp_path):
     job = session.submit_job(str(tmp_path / "job"))
     wait(lambda: session.get_job_meta(job)["status"].startswith("FINISHED:"), 30)
     assert session.get_job_meta(job)["status"] == "FINISHED:FAILED_TO_RUN"
-    assert "BYOC not permitted" in said(server)
+    wait(lambda: "BYOC not permitted" in said(server), 30)  # it is said once the status is set
 
 
 def test_flare_logs_json_lines(server):
