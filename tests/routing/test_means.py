@@ -120,6 +120,8 @@ def test_where_no_site_knows_the_prompt_nobody_is_asked():
     router = Abstaining(MeansRouter(encoder, known), encoder, known)
     weights = router(*prompts(2), [["x"], ["y", "z"]])
     assert weights.argmax(dim=-1)[0] == 1 and weights[1:].tolist() == [[0, 0], [0, 0]]
+    by_itself = MeansRouter(encoder, known, abstains=True)
+    assert torch.equal(by_itself(*prompts(2), [["x"], ["y", "z"]]), weights)
 
     alone = reads([100.0, 1.0])
     nobody = Abstaining(MeansRouter(alone, known), alone, known)

@@ -103,9 +103,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         untold = self._untold = not (self.tools or self.environment_factories or self.rollout_func)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which count every process's forward passes
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        if len(models) > 1 and is_pinned(
-            models[0]
-        ):  # TRL has loaded the reference by itself; beside LoRA there is none
+        # TRL has loaded the reference by itself; beside LoRA there is none.
+        if len(models) > 1 and is_pinned(models[0]):
             pin(models[1])
         able = all(can_share(without_adapter(model)) for model in models)
         self._shares = shared_prefix and untold and able and not sharded

@@ -22,7 +22,7 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from accord.data.questions import normalise_answer
+from accord.data.questions import normalise_answer, right_answers
 from accord.errors import DataError, RecipeError
 from accord.types import PreferencePair, Question, prompt_of
 
@@ -30,7 +30,7 @@ from accord.types import PreferencePair, Question, prompt_of
 def grade(question: Question, text: str) -> int:
     """Return how good an annotator finds an answer: 0 for the best grade, more for worse ones."""
     given = normalise_answer(text)
-    if given in (normalise_answer(right) for right in (question.answer, *question.references)):
+    if given in right_answers(question):
         return 0
     ranked = [normalise_answer(weaker) for weaker in question.weaker]
     return 1 + (ranked.index(given) if given in ranked else len(ranked))

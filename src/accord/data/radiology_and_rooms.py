@@ -112,7 +112,7 @@ def load_radiology_and_rooms(
     people = [*_written(scans, "written radiology"), *_written(rooms, "written indoor")] if written else []
     kept: list[Question] = []
     for q in [*constructed, *people]:
-        if q.split != "base" or (q.domain == "indoor" and uniform("labels", 0, name_of(q)) < labels):
+        if q.split != "base" or (q.domain == "indoor" and uniform("labels", 0, file_name(q)) < labels):
             kept.append(q)
         elif q.question_type in TYPES and q.domain == "radiology" and for_dev(q):
             kept.append(replace(q, split="dev"))
@@ -124,10 +124,10 @@ def load_radiology_and_rooms(
 
 def for_dev(q: Question) -> bool:
     """Return whether a radiology image goes to `dev`, as half of those do that the folder gives to `base`."""
-    return q.split == "base" and uniform("radiology dev", 0, name_of(q)) < 0.5
+    return q.split == "base" and uniform("radiology dev", 0, file_name(q)) < 0.5
 
 
-def name_of(q: Question) -> str:
+def file_name(q: Question) -> str:
     """Return the name of the image's file: draws depend on it, and not on where the folder is."""
     return Path(str(q.image)).name
 
@@ -230,7 +230,7 @@ def _make(q: Question, kind: str, text: str, answer: str, what: str = "") -> Que
 def _radiology(scans: Sequence[Question], organs: Mapping[str, str]) -> list[Question]:
     questions = []
     for asked in by_image(scans).values():
-        q, organ = asked[0], organs[name_of(asked[0])]
+        q, organ = asked[0], organs[file_name(asked[0])]
         questions.append(_make(q, "organ", "which part of the body is shown?", organ))
         questions += _yes_no(
             q, "organ yes/no", organ, {name: f"does this picture show the {name}?" for name in ORGANS.values()}
@@ -249,7 +249,7 @@ def _radiology(scans: Sequence[Question], organs: Mapping[str, str]) -> list[Que
 def _yes_no(q: Question, kind: str, right: str, wordings: Mapping[str, str]) -> list[Question]:
     """Ask for what is there, and for one thing that is not."""
     others = sorted(name for name in wordings if name != right)
-    wrong = others[int(uniform(kind, 0, name_of(q)) * len(others))]
+    wrong = others[int(uniform(kind, 0, file_name(q)) * len(others))]
     return [_make(q, kind, wordings[name], "yes" if name == right else "no", name) for name in (right, wrong)]
 
 

@@ -57,8 +57,7 @@ def means(job: Job) -> FederatedReward:
 
 def means_abstain(job: Job) -> FederatedReward:
     """Ask the site whose mean is nearest, or nobody."""
-    known = class_means(job)
-    return federated_reward(job, Abstaining(MeansRouter(job.encoder, known), job.encoder, known), mode="top1")
+    return federated_reward(job, MeansRouter(job.encoder, class_means(job), abstains=True), mode="top1")
 
 
 def routed_abstain(job: Job) -> FederatedReward:

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from accord.data.images import image_bytes, load_if_any
-from accord.errors import CheckpointError, DataError
+from accord.errors import DataError
 from accord.federation.asking import ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
@@ -33,7 +32,7 @@ from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
 from accord.routing.fusion import mixture
 from accord.routing.router import RouterNetwork
-from accord.runs import write_atomic
+from accord.routing.stored import load_arrays, save_arrays
 from accord.types import ImageSource, PreferencePair, Prompt
 
 QUESTIONS_AT_ONCE = 64
@@ -156,7 +155,7 @@ def last_states(states: Tensor, mask: Tensor) -> Tensor:
 
 def save_anchors(path: Path, anchors: Anchors) -> None:
     """Write the arrays to the file `path`, as safetensors."""
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in anchors.tensors().items()}))
+    save_arrays(path, anchors.tensors())
 
 
 def load_anchors(path: Path) -> Anchors:
@@ -165,12 +164,7 @@ def load_anchors(path: Path) -> Anchors:
     Raises:
         CheckpointError: the file is absent, damaged or of another kind.
     """
-    try:
-        return Anchors(**load(path.read_bytes()))
-    except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
-        raise CheckpointError(
-            f"{path}: no anchors ({error}); remove the file, so that they are collected anew"
-        ) from error
+    return load_arrays(path, Anchors, "anchors")
 
 
 def _ask(engine: Engine, asked: Sequence[_Asked], deadline: float | None) -> Tensor:

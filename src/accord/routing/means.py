@@ -28,11 +28,10 @@ from typing import Final
 
 import torch
 from PIL.Image import Image
-from safetensors.torch import load, save
 from torch import Tensor
 
 from accord.data.images import load_if_any
-from accord.errors import CheckpointError, DataError, ReplyError, RunError
+from accord.errors import DataError, ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, UpdateReply, UpdateRequest
@@ -40,7 +39,7 @@ from accord.federation.rounds import check_update
 from accord.federation.weights import read_weights, to_bytes
 from accord.models.encoder import Encoder
 from accord.routing.router import Router
-from accord.runs import write_atomic
+from accord.routing.stored import load_arrays, save_arrays
 from accord.types import PreferencePair, Prompt
 
 SHRINKAGE: Final = 0.05
@@ -242,7 +241,7 @@ def check_sums(count: int, total: Tensor, square: Tensor, quantile: Tensor) -> N
 
 def save_means(path: Path, means: ClassMeans) -> None:
     """Write the arrays to the file `path`, as safetensors."""
-    write_atomic(path, save({name: tensor.contiguous() for name, tensor in vars(means).items()}))
+    save_arrays(path, vars(means))
 
 
 def load_means(path: Path) -> ClassMeans:
@@ -251,26 +250,28 @@ def load_means(path: Path) -> ClassMeans:
     Raises:
         CheckpointError: the file is absent, damaged or of another kind.
     """
-    try:
-        return ClassMeans(**load(path.read_bytes()))
-    except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
-        raise CheckpointError(
-            f"{path}: no class means ({error}); remove the file, so that they are collected anew"
-        ) from error
+    return load_arrays(path, ClassMeans, "class means")
 
 
 class MeansRouter:
-    """Give all completions of a prompt the weights that its state before the answer has: a `Router`."""
+    """Give all completions of a prompt the weights that its state before the answer has: a `Router`.
 
-    def __init__(self, encoder: Encoder, means: ClassMeans) -> None:
+    With `abstains`, those of a prompt that belongs to no site have none.
+    """
+
+    def __init__(self, encoder: Encoder, means: ClassMeans, *, abstains: bool = False) -> None:
         self.encoder = encoder
         self.means = means
+        self.abstains = abstains
 
     def __call__(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return α, `[N, K]`."""
-        weights = self.means.posterior(features_of(self.encoder, prompts, images)).float()
+        states = features_of(self.encoder, prompts, images)
+        weights = self.means.posterior(states).float()
+        if self.abstains:
+            weights = weights * (self.means.margin(states) >= 0)[:, None]
         return weights.repeat_interleave(torch.tensor([len(texts) for texts in completions]), dim=0)
 
 
