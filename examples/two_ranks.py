@@ -13,6 +13,7 @@ engine works the same way: `FederatedReward(OneConnection(engine if rank == 0 el
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import tempfile
 from pathlib import Path
@@ -98,7 +99,9 @@ def main() -> None:
             if kind == "score":
                 print(f"{site:<10} {count.messages:>9} {count.bytes_to_site:>10} B {count.bytes_from_site:>6} B")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # or the threads of the process group may abort the process at its end
+    trainer.accelerator.end_training()
+    del trainer, reward  # threads of the process group live on with a model that speaks through it,
+    gc.collect()  # and may abort the process at its end
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_the_quorum_is_of_all_ranks(tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 TRAINING = """
-import hashlib, os
+import gc, hashlib, os
 from PIL import Image
 from accord.alignment.reward import FederatedReward
 from datasets import Dataset, Features, Value
@@ -290,6 +290,8 @@ trainer.train()
 absent = [entry["absent"] for entry in trainer.state.log_history if "absent" in entry]
 counts = {site: count.messages for (site, _), count in reward.engine.traffic.counts.items()}
 after = digest(trainer.accelerator.unwrap_model(trainer.model))
+del trainer, reward, model  # the threads of the group live as long as a model that speaks through it
+gc.collect()
 dist.barrier()  # a group that one rank leaves while the other still speaks to it may abort the process
 end(before=before, after=after, given=Kept.given, absent=absent, counts=counts)
 """

@@ -17,6 +17,7 @@ from accord.pipeline.apart import apart, at_once, train_sites
 from accord.recipe import Recipe, SiteConfig
 from accord.recipe_file import dump_recipe, load_recipe
 from accord.runs import Run, read_lines, stages_done
+from accord.stages import routing
 from accord.stages.job import open_job
 
 
@@ -48,7 +49,7 @@ def children():
 
 
 def test_two_processes_leave_what_one_leaves_also_after_ctrl_c(two, tmp_path, monkeypatch, capfd):
-    """Ctrl-C comes once the first of the sites is whole: the next process trains the other one alone."""
+    """Ctrl-C comes once the first of the sites is whole: the next process trains only the other one, itself."""
     one = train(replace(two, processes=1), tmp_path / "one")
     assert not (one / "apart").exists()
 
@@ -72,14 +73,38 @@ def test_two_processes_leave_what_one_leaves_also_after_ctrl_c(two, tmp_path, mo
     said = capfd.readouterr().err
     assert all(f"{name}: fine-tuning  2/2" in said for name in whole) and " left" in said  # a line for each site
     started.clear()
+    here = routing.train_site
+    monkeypatch.setattr(routing, "train_site", lambda job, name: started.append(name) or here(job, name))
     train(two, tmp_path / "two", resume=True)
     assert set(started) | set(whole) == {"shape", "yes-no"} and len(started) + len(whole) == 2
     assert left_by(tmp_path / "two") == left_by(one)
     assert stages_done(tmp_path / "two") == ["site shape", "site yes-no"]
     assert not (tmp_path / "two" / "apart").exists()
     timed = read_lines(tmp_path / "two" / "timings.jsonl")
-    assert [row["stage"] for row in timed] == ["site shape"] * 2 + ["site yes-no"] * 2
-    assert all(row["done"] for row in timed) and timed[0]["seconds"] > 0.1 and timed[2]["seconds"] > 0.1
+    twice = [2 if name in whole else 1 for name in ("shape", "yes-no")]  # in its own process, and its taking over
+    assert [row["stage"] for row in timed] == ["site shape"] * twice[0] + ["site yes-no"] * twice[1]
+    assert all(row["done"] for row in timed) and timed[0]["seconds"] > 0.1 and timed[twice[0]]["seconds"] > 0.1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_between_two_sites_that_are_taken_over(two, tmp_path, monkeypatch, processes):
+    """The second is taken over by the next process too, and trained by none, whatever the number of processes."""
+    text = dump_recipe(two)
+    with open_job(two, Run.create(tmp_path / "run", text, seed=0), quiet=True) as job:
+        for name in ("shape", "yes-no"):
+            with (
+                open_job(two, Run.create(apart(job.path, name), text, seed=0), quiet=True) as child,
+                child.doing(f"site {name}"),
+            ):
+                child.log({"stage": "site", "site": name, "step": 1})
+                (child.path / "sites" / name).mkdir(parents=True)
+        assert module._take_over(job, "shape") and not module._take_over(job, "shape")
+    monkeypatch.setattr(routing, "train_site", lambda job, name: pytest.fail(name))
+    monkeypatch.setattr(module, "_start", lambda job, name: pytest.fail(name))
+    with open_job(replace(two, processes=processes), Run.resume(tmp_path / "run", text), quiet=True) as job:
+        train_sites(job)
+    assert stages_done(tmp_path / "run") == ["site shape", "site yes-no"] and not (tmp_path / "run" / "apart").exists()
+    assert [row["site"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == ["shape", "yes-no"]
 
 
 def test_a_site_that_fails_says_why_and_stops_the_others(two, tmp_path):

@@ -13,11 +13,13 @@ import tomli_w
 
 from accord.cli import main
 from accord.errors import DataError, RecipeError, RunError
+from accord.methods.server_alone import ServerAloneConfig
 from accord.pipeline import bench as module
 from accord.pipeline import cells
 from accord.pipeline.bench import bench, duration, plan_grid
 from accord.pipeline.cells import read_cells
 from accord.pipeline.comparison import arm_file
+from accord.recipe_file import load_recipe
 from accord.runs import write_atomic
 from accord.stages import routing
 
@@ -303,10 +305,28 @@ def test_another_recipe_is_refused_and_a_new_default_is_not(recipe, tmp_path, di
     did.clear()
     recipe.write_text('method = "average"\n' + recipe.read_text())  # no cell is aligned by it
     bench(grid(recipe, tmp_path, seeds=1))
+    recipe.write_text("features.memory = 0\n" + recipe.read_text())  # no byte of a result depends on it
+    bench(grid(recipe, tmp_path, seeds=1))
     assert did == []
     recipe.write_text("threads = 1\n" + recipe.read_text())
     with pytest.raises(RunError, match="threads was 0 and is now 1"):
         bench(grid(recipe, tmp_path, seeds=1))
+
+
+def test_a_method_that_is_added_brings_its_table(recipe, tmp_path, did):
+    """And a table that a measured method reads is refused, as every other setting."""
+    bench(grid(recipe, tmp_path, seeds=1, methods=["pooled", "average"]))
+    did.clear()
+    with recipe.open("a") as file:
+        file.write("\n[server_alone]\nquestions = 7\n")
+    bench(grid(recipe, tmp_path, seeds=1, methods=["pooled", "median"]))
+    assert did == [(0, "compare median")]
+    stored = load_recipe(tmp_path / "bench" / "small" / "0" / "recipe.toml")
+    assert stored.tables["server_alone"] == ServerAloneConfig(questions=7)
+    with recipe.open("a") as file:
+        file.write("\n[pooled]\nfinetune = false\n")
+    with pytest.raises(RunError, match=r"pooled\.\w+ was left out and is now"):
+        bench(grid(recipe, tmp_path, seeds=1, methods=["median"]))
 
 
 def test_wrong_grids_are_refused(recipe, tmp_path):

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -39,15 +40,12 @@ def train_sites(job: Job) -> None:
         AccordError: a site failed; the others are stopped, and those that were trained are kept.
     """
     here = [] if job.engine is not None else [site.name for site in job.recipe.sites]
-    waiting = [name for name in here if not job.run.done(f"site {name}")]
+    waiting = [name for name in here if not job.run.done(f"site {name}") and not _whole(job, name)]
     count = min(at_once(job.recipe), len(waiting))
-    if count < 2:
-        routing.train_sites(job)
-        return
-    check_sites(job)
-    _train_apart(job, [name for name in waiting if not _whole(job, name)], count)
-    for name in waiting:
-        _take_over(job, name)
+    if count > 1:
+        check_sites(job)
+        _train_apart(job, waiting, count)
+    routing.train_sites(job, take_over=partial(_take_over, job))
     shutil.rmtree(job.path / "apart", ignore_errors=True)
 
 
@@ -147,8 +145,10 @@ def _start(job: Job, name: str) -> _Child:
     return _Child(name, process, thread, said)
 
 
-def _take_over(job: Job, name: str) -> None:
-    """Move a trained site into the run, with its records and its time."""
+def _take_over(job: Job, name: str) -> bool:
+    """Move a site that a process has trained into the run, with its records and its time; False if none has."""
+    if not _whole(job, name):
+        return False
     folder, place = apart(job.path, name), job.path / "sites" / name
     with job.doing(f"site {name}"):
         for record in read_lines(folder / "metrics.jsonl"):
@@ -159,3 +159,4 @@ def _take_over(job: Job, name: str) -> None:
         os.replace(folder / "sites" / name, place)
         for timing in read_lines(folder / "timings.jsonl"):
             append_line(job.path / "timings.jsonl", timing)
+    return True

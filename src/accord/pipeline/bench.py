@@ -41,8 +41,8 @@ from accord.pipeline.apart import train_sites
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, answers, compare, measure, role_noted, with_other_images, write_arm
 from accord.recipe import Recipe
-from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables
-from accord.runs import Run, read_lines, something_done, stages_done, write_atomic
+from accord.recipe_file import dump_recipe, import_methods, load_recipe
+from accord.runs import OF_NO_RESULT, Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
 from accord.stages.routing import train_router
@@ -147,9 +147,10 @@ def finish_seed(seed: SeedRun, *, bars: bool = False, on_cell: Callable[[], obje
 def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
     text, stored = dump_recipe(seed.recipe), seed.folder / "recipe.toml"
     if something_done(seed.folder):
-        if _same(stored, seed.recipe):
-            text = stored.read_text(encoding="utf-8")
-        run = Run.resume(seed.folder, text)
+        same = _same(seed)
+        run = Run.resume(seed.folder, stored.read_text(encoding="utf-8") if same else text)
+        if same:
+            write_atomic(stored, text)
     else:
         run = Run.create(seed.folder, text, seed=seed.recipe.seed)
     if seed.recipe.threads:
@@ -159,16 +160,24 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
         yield job
 
 
-def _same(stored: Path, recipe: Recipe) -> bool:
-    """Tell whether a stored recipe means `recipe`: a setting that this version has added is absent, or its default.
+def _same(seed: SeedRun) -> bool:
+    """Tell whether all that a folder holds was measured by this recipe, whatever else its stored recipe says.
 
-    Its `method` may be another: no cell is aligned by it.
+    A setting that this version has added is absent there, or its default. Free are the recipe's own `method`, for no
+    cell is aligned by it, what changes no byte of a result, and the tables that no measured method reads: a method that
+    is added later brings its own.
     """
+    recipe = seed.recipe
     try:
-        kept = import_methods(load_recipe(stored))
-        tables = method_tables([kept.method, recipe.method, *kept.uses, *recipe.uses])
-        alike = all(table.of(kept) == table.of(recipe) for table in tables.values())
-        return alike and replace(kept, tables={}, uses=(), method=recipe.method) == replace(recipe, tables={}, uses=())
+        kept = import_methods(load_recipe(seed.folder / "recipe.toml"))
+        measured = [
+            stage.removeprefix("compare ") for stage in stages_done(seed.folder) if stage.startswith("compare ")
+        ]
+        sites = [site.name for site in recipe.sites]
+        read = [table for row in measured if row not in CONTROLS for table in find_method(row, sites).tables]
+        free = {name: getattr(recipe, name) for name in ("method", *OF_NO_RESULT)}
+        alike = all(table.of(kept) == table.of(recipe) for table in read)
+        return alike and replace(kept, tables={}, uses=(), **free) == replace(recipe, tables={}, uses=())
     except RecipeError:
         return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL.Image import Image
@@ -24,14 +24,15 @@ from accord.stages.traffic import save_traffic
 from accord.types import Prompt, Question, prompt_of
 
 
-def train_sites(job: Job) -> None:
-    """Train the sites of this process that are not trained."""
+def train_sites(job: Job, *, take_over: Callable[[str], bool] = lambda name: False) -> None:
+    """Train the sites of this process that are not trained, but for those that `take_over` says it has brought in."""
     here = [] if job.engine is not None else job.recipe.sites
     waiting = [site.name for site in here if not job.run.done(f"site {site.name}")]
     if waiting:
         check_sites(job)
     for name in waiting:
-        train_site(job, name)
+        if not take_over(name):
+            train_site(job, name)
 
 
 def train_router(job: Job) -> None:
