@@ -38,6 +38,7 @@ def test_a_question_is_known_by_its_image_and_its_words():
 
 def test_exact_match_is_that_of_the_evaluation():
     assert matches(["left lung", " Left  Lung. ", "left", ""], "Left lung").tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert matches(["left lung", "Lung", "left"], "Left lung", "lung").tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.fixture
@@ -123,14 +124,15 @@ def test_an_image_that_cannot_be_read(answerer):
 
 
 def test_a_disputed_question_has_no_reference_answer():
-    """The first is answered twice alike, but for its form; the second in two ways."""
-    known = [(KEYS[0], "Left lung"), (KEYS[1], "red"), (KEYS[0], "left lung."), (KEYS[1], "blue"), (KEYS[2], "4")]
-    assert truth_book(known) == {KEYS[0]: "Left lung", KEYS[2]: "4"}
+    """The first is answered twice alike, but for its form; the second in two ways; the third by fewer the next time."""
+    known = [(KEYS[0], ("Left lung",)), (KEYS[1], ("red",)), (KEYS[2], ("4", "four", "iv"))]
+    known += [(KEYS[0], ("left lung.",)), (KEYS[1], ("blue",)), (KEYS[2], ("Four", "4"))]
+    assert truth_book(known) == {KEYS[0]: ("Left lung",), KEYS[2]: ("4", "four")}
 
 
 def test_reference_answers_survive_the_file(tmp_path):
     """Whatever the order they came in, the file is the same; only its owner reads it."""
-    book, path = {KEYS[0]: "où? 🙂", KEYS[1]: ""}, tmp_path / "sites" / "truth.json"
+    book, path = {KEYS[0]: ("où? 🙂",), KEYS[1]: ("", "none")}, tmp_path / "sites" / "truth.json"
     write_truth(path, book)
     written = path.read_bytes()
     assert read_truth(path) == book and stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -95,7 +95,7 @@ def book(square, image=None, words=None):
         question_key(image_name(square("red")), vqa_prompt("what colour is it?")): image,
         question_key(None, [{"role": "user", "content": "2 + 2?"}]): words,
     }
-    return {key: answer for key, answer in keys.items() if answer is not None}
+    return {key: (answer,) for key, answer in keys.items() if answer is not None}
 
 
 @pytest.mark.parametrize(

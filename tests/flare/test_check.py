@@ -194,7 +194,7 @@ def test_own_answers_are_tried_and_told(kit, site):
     answering = replace(recipe, sites=(replace(first, answers=True), *others))
     file.write_text(dump_recipe(answering))
     assert "the site's reference answers are missing" in problems(kit, site)["reward model"]
-    write_truth(site / "sites" / "colour" / "truth.json", {question_key(str(n), []): "red" for n in range(2)})
+    write_truth(site / "sites" / "colour" / "truth.json", {question_key(str(n), []): ("red",) for n in range(2)})
     found = {each.about: each for each in check_site(kit, site, server=False)}
     assert found["own answers"].ok and "there are none here to try it on" in found["own answers"].text
     amounts = {(each.way, each.what): each.amount for each in what_crosses(answering, site, "colour")}

@@ -93,8 +93,8 @@ def planted(site_folders, tmp_path_factory):
     table = tomllib.loads((root / "site" / "recipe.toml").read_text())
     table["sites"][0]["preferences"] = str(root / "data" / "pairs.jsonl")
     table["sites"][0] |= {"finetune": False, "answers": True}
-    book = {question_key(None, vqa_prompt(secret)): secret for secret in secrets}
-    write_truth(root / "site" / "sites" / "colour" / "truth.json", {**book, key_of(HELD): secrets[0]})
+    book = {question_key(None, vqa_prompt(secret)): (secret,) for secret in secrets}
+    write_truth(root / "site" / "sites" / "colour" / "truth.json", {**book, key_of(HELD): (secrets[0],)})
     (root / "site" / "recipe.toml").write_text(tomli_w.dumps(table))
     assert len(set(secrets)) == 1200
     return root, secrets

@@ -341,7 +341,7 @@ def test_an_answer_holds_no_planted_secret(trained, serve, square, tmp_path, cap
     truth = tmp_path / "planted" / "sites" / "colour" / "truth.json"
     asked = answer_request(square)
     write_truth(
-        truth, {key_of(item): "Marple ward 7" for item in asked.items} | {question_key(None, vqa_prompt("x")): "Ward 9"}
+        truth, {key_of(i): ("Marple ward 7",) for i in asked.items} | {question_key(None, vqa_prompt("x")): ("Ward 9",)}
     )
     service = serve(open_site_folder(tmp_path / "planted", "colour"))
     judged = msgspec.structs.replace(score_request(square), judge="answer", truth=True)

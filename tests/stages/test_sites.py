@@ -113,7 +113,7 @@ def test_a_site_that_answers_keeps_its_fine_tuned_model(job, hold, ask, lora):
     assert sorted(path.name for path in folder.iterdir()) == ["card.json", "model", "reward", "truth.json"]
     assert list((job.path / "checkpoints").iterdir()) == []
     book = read_truth(folder / "truth.json")
-    assert book == {key(q): q.answer for q in job.private["a"]} and len(book) == 4
+    assert book == {key(q): (q.answer,) for q in job.private["a"]} and len(book) == 4
     site, question = open_site(job.recipe, job.path, "a", scores=job.recipe.scores), ask(99, "purple")
     assert "_loaded" not in vars(site.answerer)
     ((expected,),) = answer(
@@ -200,7 +200,7 @@ def test_a_site_owns_a_share_of_the_public_answers(public, owns):
     fitting = [q for q in job.questions["public"] if q.question_type == "colour"]
     drawn = [q for q in fitting if uniform("owns", 3, "a", q.id) < owns]
     assert len(fitting) == 20 and (len(drawn) in (0, 20) if owns != 0.3 else 2 <= len(drawn) <= 10)
-    expected = {key(q): q.answer for q in (*job.private["a"], *drawn)}
+    expected = {key(q): (q.answer,) for q in (*job.private["a"], *drawn)}
     assert site_truth(job, "a") == expected and len(expected) == 2 + len(drawn)
     before = set(expected)
     job.questions["public"].reverse()
@@ -224,7 +224,7 @@ def test_questions_without_images_are_owned_by_their_words(public):
     public.recipe = replace(public.recipe, sites=tuple(replace(s, owns=1.0) for s in public.recipe.sites))
     book = site_truth(public, "a")
     asked = [{"role": "user", "content": "question 0?"}]
-    assert book[question_key(None, asked)] == "red" and len(book) == 3
+    assert book[question_key(None, asked)] == ("red",) and len(book) == 3
 
 
 def test_a_share_of_owned_answers_that_is_none():

@@ -1,6 +1,6 @@
 """What a site knows beside its reward model: a model that answers questions, and the reference answers that it owns.
 
-    answer evaluation   e_AE(x, y) = 1[norm(y) = norm(a(x))]       a(x) the reference answer, where the site owns it
+    answer evaluation   e_AE(x, y) = 1[norm(y) ∈ norm(a(x))]       a(x) the reference answers, where the site owns them
     model evaluation    e_ME(x, y) = 1[norm(y) = norm(m(x))]       m(x) the greedy answer of the site's own model
 
 `norm` is `accord.data.questions.normalise_answer`. Source: FedGRPO (Zhu et al. 2026, arXiv 2602.12014), equations 5 and
@@ -10,8 +10,8 @@ A question is known by its image's bytes and its words, so that neither the serv
 
     key = SHA-256(JSON of [name of the image or null, [[role, text, …], …]])
 
-A site keeps its reference answers in `truth.json`, a mapping of keys to answers. No question is written
-there, but a guess of a question, with its image, finds it.
+A site keeps its reference answers in `truth.json`, a mapping of keys to an answer, or to a list of answers that are
+equally good. No question is written there, but a guess of a question, with its image, finds it.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def key_of(item: ScoreItem | AnswerItem) -> str:
     return question_key(item.image, from_turns(item.prompt))
 
 
-def matches(candidates: Sequence[str], answer: str) -> Tensor:
-    """Return 1 for each candidate that is `answer` by exact match, and 0 for the others, `[G]`."""
-    expected = normalise_answer(answer)
-    return torch.tensor([float(normalise_answer(candidate) == expected) for candidate in candidates])
+def matches(candidates: Sequence[str], *answers: str) -> Tensor:
+    """Return 1 for each candidate that is one of `answers` by exact match, and 0 for the others, `[G]`."""
+    expected = {normalise_answer(answer) for answer in answers}
+    return torch.tensor([float(normalise_answer(candidate) in expected) for candidate in candidates])
 
 
 class Answerer:
@@ -131,30 +131,30 @@ class Answerer:
         return said
 
 
-def truth_book(known: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return reference answers by `question_key`; a question with two different ones has none.
+def truth_book(known: Iterable[tuple[str, Sequence[str]]]) -> dict[str, tuple[str, ...]]:
+    """Return reference answers by `question_key`: where a question comes twice, those that both times are right.
 
     Args:
-        known: keys and answers.
+        known: keys, and the answers that are equally good.
     """
-    book: dict[str, str] = {}
-    disputed: set[str] = set()
-    for key, answer in known:
-        if normalise_answer(book.setdefault(key, answer)) != normalise_answer(answer):
-            disputed.add(key)
-    return {key: answer for key, answer in book.items() if key not in disputed}
+    book: dict[str, tuple[str, ...]] = {}
+    for key, answers in known:
+        also = {normalise_answer(answer) for answer in answers}
+        book[key] = tuple(answer for answer in book.get(key, answers) if normalise_answer(answer) in also)
+    return {key: answers for key, answers in book.items() if answers}
 
 
-def write_truth(path: Path, book: Mapping[str, str]) -> None:
+def write_truth(path: Path, book: Mapping[str, tuple[str, ...]]) -> None:
     """Write reference answers by key, for their owner alone to read; whole or not at all.
 
     Raises:
         RunError: the file cannot be written.
     """
-    write_atomic(path, msgspec.json.format(msgspec.json.encode(dict(sorted(book.items())))), mode=0o600)
+    written = {key: answers[0] if len(answers) == 1 else answers for key, answers in sorted(book.items())}
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(written)), mode=0o600)
 
 
-def read_truth(path: Path) -> dict[str, str]:
+def read_truth(path: Path) -> dict[str, tuple[str, ...]]:
     """Read reference answers by key.
 
     Raises:
@@ -162,7 +162,7 @@ def read_truth(path: Path) -> dict[str, str]:
     """
     again = "train the site again with `accord site train`"
     try:
-        book = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
+        book = msgspec.json.decode(path.read_bytes(), type=dict[str, str | tuple[str, ...]])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the site's reference answers are missing; {again}") from error
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -170,4 +170,4 @@ def read_truth(path: Path) -> dict[str, str]:
     for key in book:
         if not re.fullmatch("[0-9a-f]{64}", key):
             raise CheckpointError(f"{path}: {key[:40]!a} is the key of no question (64 hexadecimal digits); {again}")
-    return book
+    return {key: (known,) if isinstance(known, str) else known for key, known in book.items()}

@@ -7,7 +7,7 @@ server's questions with its own model only if it was started with an `answerer`.
 
     s = λ e_AE + (1 − λ) e_ME       λ = 1 where the server asks for truth and the site owns the reference answer, else 0
 
-e_AE is 1 for a candidate that is the reference answer and 0 for another one; e_ME is the reward model's standardised
+e_AE is 1 for a candidate that is a reference answer and 0 for another one; e_ME is the reward model's standardised
 score, or the same comparison with the answer of the site's own model (`accord.federation.answering`). Source: FedGRPO
 (Zhu et al. 2026, arXiv 2602.12014). With λ = 0 and the reward model it is MoR's.
 """
@@ -74,7 +74,8 @@ class Site:
         updates: how the router, and a baseline's shared models, are trained on this site's data, by task; a task that
             is not there is refused.
         answerer: this site's own model; None refuses whatever needs its answers.
-        truth: the reference answers that this site owns, by `accord.federation.answering.question_key`.
+        truth: the reference answers that this site owns, one or several to a question, by
+            `accord.federation.answering.question_key`.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Site:
         score_range: ScoreRange | None = None,
         updates: Mapping[Task, LocalUpdate] | None = None,
         answerer: Answerer | None = None,
-        truth: Mapping[str, str] | None = None,
+        truth: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -127,7 +128,7 @@ class Site:
         open_items = [item for item, reference in zip(request.items, references, strict=True) if reference is None]
         judged = iter(judge(open_items, request.images))
         scored = [
-            next(judged) if reference is None else matches(item.candidates, reference)
+            next(judged) if reference is None else matches(item.candidates, *reference)
             for item, reference in zip(request.items, references, strict=True)
         ]
         if self.score_range is not None:

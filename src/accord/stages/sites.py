@@ -73,7 +73,7 @@ def site_seed(job: Job, name: str) -> int:
     return job.recipe.seed * 1000 + [site.name for site in job.recipe.sites].index(name)
 
 
-def site_truth(job: Job, name: str) -> dict[str, str]:
+def site_truth(job: Job, name: str) -> dict[str, tuple[str, ...]]:
     """Return the reference answers that a site owns: of its private questions, and of a share of the public ones.
 
     Which of those is drawn for each question alone: it depends on no other site, and on no order.
@@ -88,7 +88,7 @@ def site_truth(job: Job, name: str) -> dict[str, str]:
     def key(q: Question) -> str:
         return question_key(None if q.image is None else job.identify(q.image), prompt_of(q))
 
-    return truth_book((key(q), q.answer) for q in (*job.private[name], *public))
+    return truth_book((key(q), (q.answer, *q.references)) for q in (*job.private[name], *public))
 
 
 def site_pairs(job: Job, name: str) -> list[PreferencePair]:
