@@ -84,3 +84,17 @@ def test_mix_refuses_negative_shares_and_four_zeros():
             RecipeError, match=r"shares of a NegativeMix must be 0 or more and not all 0, got Neg.*; correct"
         ):
             NegativeMix(*shares)
+
+
+def test_a_shortened_answer_lacks_a_run_of_words():
+    """Of four words and more; it never is the whole, and what is left keeps its order."""
+    photo = Question("c", b"", "what is there?", "a dog runs through snow", "dogs", "private")
+    shorter = draw(NegativeMix(0, 0, 0, 0, 1), question=photo, n=50)
+    assert {"a dog", "a runs through snow", "snow"} < set(shorter) and len(shorter) == len(set(shorter)) == 14
+    words = photo.answer.split()
+    for text in shorter:
+        left = text.split()
+        cut = len(words) - len(left)
+        assert 0 < cut < 5 and any(words[:i] + words[i + cut :] == left for i in range(len(left) + 1))
+    assert draw(NegativeMix(0, 0, 0, 0, 1)) == []
+    assert draw(NegativeMix(1, 1, 1, 1, 0), question=photo) == draw(NegativeMix(1, 1, 1, 1), question=photo)

@@ -3,13 +3,15 @@
 A reward model trained only on same-type negatives ("red" over "blue") has seen nothing else, and its score is arbitrary
 elsewhere: reinforcement learning finds that out within some dozens of steps and drives the policy to "red red", to a
 shape where a colour was asked for, or to nothing at all, at a rising reward. The rejected answers must therefore cover
-what the policy can say, and come from four sources:
+what the policy can say, and come from five sources:
 
     same type    another answer to questions of this type: what a person would get wrong
     policy       what the policy really said to this question and is wrong: where the optimiser starts
     other type   an answer to questions of another type
     malformed    repetition, two answers joined or run together, a stray character, one word too many, nothing, an echo
                  of the question
+    shortened    the reference without some of its words, where it has at least four: a policy that describes learns to
+                 say little, for little is seldom wrong
 
 "Wrong" is "differs from the reference once normalised", as exact match has it: another true wording counts as wrong.
 """
@@ -21,6 +23,7 @@ import random
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Final
 
 from accord.data.questions import normalise_answer
 from accord.errors import RecipeError
@@ -28,6 +31,9 @@ from accord.types import Question
 
 STRAY = string.ascii_letters + string.digits + string.punctuation + "\N{REPLACEMENT CHARACTER}"
 """Characters that a policy may leave at an answer's edge; the last is how half a UTF-8 character is decoded."""
+
+LEAST_WORDS: Final = 4
+"""Of an answer that is shortened."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,10 @@ class NegativeMix:
     policy: float = 0.25
     other_type: float = 0.2
     malformed: float = 0.2
+    shortened: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse negative shares, and four zeros."""
+        """Refuse negative shares, and nothing but zeros."""
         shares = astuple(self)
         if not all(share >= 0 and math.isfinite(share) for share in shares) or sum(shares) == 0:
             raise RecipeError(f"the shares of a NegativeMix must be 0 or more and not all 0, got {self}; correct them")
@@ -72,7 +79,8 @@ class Negatives:
         kind = question.question_type
         same = self._same.get(kind, [])
         other = self._other.get(kind, self._everything)
-        pools = (same, _distinct(said), other, _malformed(question, same or other, generator))
+        pools = [same, _distinct(said), other, _malformed(question, same or other, generator)]
+        pools.append(_shortened(question.answer, n, generator) if self._mix.shortened else [])
         # At most 2n candidates of a pool can be barred (the reference, and what other sources gave), so 2n + 1 do.
         queues = [generator.sample(pool, min(len(pool), 2 * n + 1)) for pool in pools]
         shares = astuple(self._mix)
@@ -109,6 +117,15 @@ def _malformed(question: Question, answers: Sequence[str], generator: random.Ran
     if words:
         found.append(f"{right} {generator.choice(words)}")
     return _distinct(found)
+
+
+def _shortened(right: str, n: int, generator: random.Random) -> list[str]:
+    """Return up to `n` texts that lack a run of the words of `right`; none where it has fewer than four words."""
+    words = right.split()
+    if len(words) < LEAST_WORDS:
+        return []
+    cuts = [(i, j) for i in range(len(words)) for j in range(i + 1, len(words) + 1) if j - i < len(words)]
+    return _distinct([" ".join(words[:i] + words[j:]) for i, j in generator.sample(cuts, min(n, len(cuts)))])
 
 
 def _distinct(answers: Sequence[str]) -> list[str]:
