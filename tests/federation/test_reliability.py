@@ -261,6 +261,50 @@ def test_two_rounds_by_hand():
     assert len(rule.diagnostics) == 2 and rule.diagnostics[1]["weights"] == [1.0]
 
 
+def test_two_rounds_on_updates_by_hand():
+    """As above, with the same matrices as changes: from ones, 1 + diag(2, 1), then that and diag(3, −2)."""
+    rule = FedCmp(Reliability(weights="standard", momentum="fixed", beta=0.5, stacked="updates"))
+    current = {"w": torch.ones(2, 2).double()}
+    for change, expected in ((tensor([2.0, 1.0]), tensor([2.0, 1.0])), (tensor([4.0, -3.0]), tensor([5.0, -1.0]))):
+        current = rule(current, [Update({"w": change.double().diag()})], [1.0])
+        torch.testing.assert_close(current["w"], 1 + expected.double().diag(), rtol=0, atol=1e-12)
+
+
+def test_a_turning_basis_is_followed_half_way():
+    """W_1 = diag(2, 1)ᵀ and W_2 = (R(60°) diag(2, 1))ᵀ, β = ½: the polar factor of I + R(60°) is R(30°)."""
+
+    def turned(degrees):
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        return (tensor([[c, -s], [s, c]]).double() @ tensor([2.0, 1.0]).double().diag()).T
+
+    rule = FedCmp(Reliability(weights="standard", momentum="fixed", beta=0.5))
+    first = rule({"w": torch.zeros(2, 2).double()}, [Update({"w": turned(0)})], [1.0])
+    second = rule(first, [Update({"w": turned(60) - first["w"]})], [1.0])
+    torch.testing.assert_close(second["w"], turned(30), rtol=0, atol=1e-6)
+    assert rule.diagnostics[1]["cosine"]["w"] == approx(0.5)
+
+
+@pytest.mark.parametrize("matching", ["index", pytest.param("hungarian", marks=NEEDS_SCIPY), "procrustes"])
+def test_the_signs_and_the_order_that_an_svd_happens_to_give_do_not_matter(matching, monkeypatch):
+    """By index the order does: there only the signs are turned."""
+
+    def run():
+        rule, current = FedCmp(Reliability(matching=matching)), projector(0)
+        for number in (1, 2, 3):
+            current = rule(current, round_of(number), [1 / 3] * 3)
+        return current
+
+    def other_svd(matrices, rank):
+        u, s, v = stacked_svd(matrices, rank)
+        signs = random(len(s), seed=int(1e6 * s[0])).sign()
+        order = torch.arange(len(s)) if matching == "index" else torch.arange(len(s)).roll(int(1e6 * s[0]) % len(s))
+        return (u * signs)[:, order], s[order], (v * signs)[..., order]
+
+    expected = run()
+    monkeypatch.setattr("accord.federation.reliability.stacked_svd", other_svd)
+    torch.testing.assert_close(run(), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_a_matrix_that_is_not_square_is_turned():
     """U spans the input side, I = 5 of an O × I = 7 × 5 weight, and stays orthonormal over the rounds."""
     rule, current = FedCmp(VARIANTS["fed-cmp"]), projector(0)
