@@ -32,6 +32,7 @@ Differs, or is open in the paper:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ VARIANTS: Final[Mapping[str, Reliability]] = MappingProxyType(
         "fed-cmp-late": Reliability(momentum_from=6),
         "fed-cmp-hungarian": Reliability(matching="hungarian"),
         "fed-cmp-procrustes": Reliability(matching="procrustes"),
-        # The spectrum of a projector's weights is flat, that of its updates decays; and KnOTS merges updates.
+        # On updates: of the weights themselves these would cut away what the projector began from.
         "fed-cmp-rank": Reliability(stacked="updates", rank=16),
         "fed-cmp-ties": Reliability(stacked="updates", density=0.2),
     }
@@ -137,10 +138,9 @@ class Diagnosis(TypedDict):
 def magnitude(change: Weights, norm: Norm) -> float:
     """Return ‖W_k − W_{r−1}‖ of a whole update: Frobenius, or the largest spectral norm of its parameters."""
     parts = [part.double().flatten(1) if part.ndim > 1 else part.double().flatten() for part in change.values()]
-    norms = torch.stack(
-        [torch.linalg.norm(part, 2 if norm == "spectral" and part.ndim > 1 else None) for part in parts]
-    )
-    return (norms.max() if norm == "spectral" else norms.norm()).item()
+    if norm == "frobenius":
+        return math.sqrt(sum(part.square().sum().item() for part in parts))
+    return max(float(torch.linalg.norm(part, 2)) for part in parts)  # of a vector its length
 
 
 def site_weights(magnitudes: Tensor, distances: Tensor, alpha: float = 1.0, *, relative: bool = False) -> Tensor:
@@ -257,12 +257,12 @@ class FedCmp:
         updates, w = self._weigh(updates, torch.tensor(weights, dtype=torch.float64))
         told = Diagnosis(weights=w.tolist(), beta={}, cosine={}, lag=0.0)
         merged, squared, size = {}, 0.0, 0.0
-        for name, before in previous.items():
-            changes = torch.stack([update.change[name].double() for update in updates])
-            average = before.double() + torch.einsum("k,k...->...", w, changes)
+        for name, tensor in previous.items():
+            before, changes = tensor.double(), torch.stack([update.change[name].double() for update in updates])
+            average = before + torch.einsum("k,k...->...", w, changes)
             plain = before.ndim < 2 or self.settings.averages
-            result = average if plain else self._merged(name, before.double(), changes, w, told)
-            merged[name] = (before.double() + self.eta * (result - before.double())).to(before.dtype)
+            result = average if plain else self._merged(name, before, changes, w, told)
+            merged[name] = (before + self.eta * (result - before)).to(tensor.dtype)
             squared += (result - average).square().sum().item()
             size += average.square().sum().item()
         told["lag"] = (squared / size) ** 0.5 if size else 0.0
