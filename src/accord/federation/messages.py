@@ -7,9 +7,10 @@ No type here can hold a preference pair, an annotation or a model of a site.
                    candidate answers       MissingImages names of images that the site has not kept
     AnswerRequest  images, prompts         AnswerReply   what the site's own model says to each: public questions, whose
                                                          answers the server grades itself
-    UpdateRequest  weights of a model      UpdateReply   what local steps changed in them, number of examples: the
-                                                         router's; those of policies and reward models only for the
-                                                         baselines that share parameters, which MoR never does
+    UpdateRequest  weights of a model      UpdateReply   what local steps changed in them, number of examples, for
+                                                         Fed-CMP one distance: the router's; those of policies
+                                                         and reward models only for the baselines that share
+                                                         parameters, which MoR never does
     CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
     any                                    Refusal       that there is no answer, and of what kind the reason is: the
                                                          text of an error never leaves the site
@@ -135,6 +136,7 @@ class UpdateReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     loss: float
     state: bytes = b""
     steps: int = 1  # S_k, how many local steps these were
+    distance: float | None = None  # d_k of `accord.federation.reliability`, where the task measures it
 
 
 class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card"):

@@ -105,7 +105,7 @@ def federated_rounds(
             update, change = check_update(request, reply, expected)
             if server:
                 server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
-            return update, Update(change, update.steps)
+            return update, Update(change, update.steps, update.distance)
 
         consequence = f"round {t + 1} of the {task} goes on without it"
         replies = ask_checked(engine, requests, check, what="an update", consequence=consequence).values()
@@ -125,10 +125,13 @@ def check_update(
     """Validate a site's update before use; return it and Δ_k.
 
     Raises:
-        ReplyError: wrong type or request id, no examples, no steps, or a loss that is not finite.
+        ReplyError: wrong type or request id, no examples, no steps, a loss that is not finite, or a distance that is
+            not finite or below 0.
         CheckpointError: the names, shapes or types are not those of `expected`, or a value is not finite.
     """
     reply = check_kind(request, reply, UpdateReply, "an update")
     if reply.examples < 1 or reply.steps < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples and {reply.steps} steps with a loss of {reply.loss}")
+    if reply.distance is not None and not 0 <= reply.distance < math.inf:  # NaN is in no range
+        raise ReplyError(f"a distance of {reply.distance}, which must be finite and at least 0")
     return reply, read_weights(reply.change, expected, bits=request.bits, what=f"an update of the {request.task}")
