@@ -102,7 +102,7 @@ def test_canonical_variates_are_correlated_pairwise_only():
     cross = torch.corrcoef(torch.cat([u, v], dim=1).T)[:4, 4:]
     assert cross[0, 0] > 0.99
     assert (cross - cross.diag().diag()).abs().max() < 0.05
-    assert u[:, 0].std() > 100 * u[:, 1:].std()  # the fourth power leaves what both show
+    assert u[:, 0].std() > 10 * u[:, 1:].std()  # what both show counts most
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -39,8 +39,8 @@ LEAST = 0.1
 class Dealing:
     """How much sites differ; they all draw from all questions, whatever domain or type."""
 
+    alpha: float = 0.1  # of mixtures of types
     by: Literal["types", "clusters"] = "types"  # mixtures of types are drawn, or pictures alike are at one site
-    alpha: float = 0.1  # of types
     features: Similarity = "image"  # of clusters: by what pictures are compared
     images: int = 0  # a site keeps at most so many, by types each with its questions of one type; 0 for all
 
