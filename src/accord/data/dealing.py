@@ -9,6 +9,8 @@ none of twenty is left with nothing. Differs: sizes follow from p and differ, si
 What is dealt is an image with its questions of one type: the site holds what its mixture says. An image with questions
 of several types may then be at several sites. Where none may, it is dealt for one of its types, drawn by its hash, and
 its other questions belong to no site.
+
+Where the recipe has pictures that are alike dealt to one site instead, `accord.stages.silos` does it.
 """
 
 from __future__ import annotations
