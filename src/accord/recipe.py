@@ -14,6 +14,7 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
 from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
+from accord.data.image_text import PROMPT
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
@@ -36,15 +37,25 @@ class Source:
     """Where questions come from."""
 
     kind: Literal[
-        "easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "captions", "folder", "huggingface"
+        "easy-vqa",
+        "arithmetic",
+        "radiology-and-rooms",
+        "conventions",
+        "captions",
+        "folder",
+        "huggingface",
+        "image-text",
     ] = "easy-vqa"
-    path: str = ""  # of the folder, or name or path of the Hugging Face data set
+    path: str = ""  # of the folder or the file of image-text, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
     image_column: str = "image"  # empty for questions without images
     question_column: str = "question"
     answer_column: str = "answer"
     type_column: str = ""  # for a folder, the field of `questions.jsonl`
+    text_column: str = "caption"  # of image-text: a caption, or a list of them
+    prompt: str = PROMPT  # of image-text: the instruction that captions answer
+    splits: dict[str, str] = field(default_factory=dict)  # of image-text: which of its splits become which of ours
     fractions: dict[str, float] = field(
         default_factory=dict
     )  # base, private, public, dev, test of a set without splits

@@ -19,6 +19,7 @@ from accord.data.captions import Judged, photographs, read_captions, read_judgem
 from accord.data.conventions import load_conventions
 from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
+from accord.data.image_text import read_image_text
 from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
 from accord.data.radiology_and_rooms import load_radiology_and_rooms
 from accord.data.sampling import sample_questions
@@ -30,6 +31,7 @@ from accord.models.load import Processor, load_model
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.rewards.model import RewardModel
 from accord.runs import Run
+from accord.stages.silos import Silos, cut_silos
 from accord.types import PreferencePair, Question, Subject
 
 BUILT_ON_IT = {
@@ -101,6 +103,16 @@ def read_source(source: Source) -> list[Question]:
         return read_captions(source.path)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
+    if source.kind == "image-text":
+        return read_image_text(
+            source.path,
+            split=source.split,
+            image_column=source.image_column,
+            text_column=source.text_column,
+            prompt=source.prompt,
+            splits=source.splits,
+            domain=source.domain or None,
+        )
     return read_vqa_dataset(
         source.path,
         split=source.split,
@@ -201,6 +213,8 @@ class Job:
         if self.engine is not None:
             raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
+        if self.recipe.dealing and self.recipe.dealing.by == "clusters":
+            return self.silos.questions
         if self.recipe.dealing:
             return deal(
                 private,
@@ -212,6 +226,26 @@ class Job:
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         dealt = self._share_out(private, shares)
         return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
+
+    @cached_property
+    def silos(self) -> Silos:
+        """The private questions by clusters of what they are about, a site each, where the recipe deals them so.
+
+        Raises:
+            RecipeError: it does not; or a site works alone, and others' pictures are not there to tell clusters by.
+        """
+        dealing = self.recipe.dealing
+        if dealing is None or dealing.by != "clusters":
+            raise RecipeError('questions are dealt by no clusters; add [dealing] with by = "clusters"')
+        if self.alone:
+            raise RecipeError(
+                f'[dealing] by = "clusters" cuts one pool of pictures into sites, and {self.alone!r} works alone and '
+                "has its own; leave the table out of its recipe"
+            )
+        names = [site.name for site in self.recipe.sites]
+        private = self.questions.get("private", [])
+        seed, limit = self.recipe.seed, dealing.images
+        return cut_silos(private, names, self.encoder, dealing.features, seed=seed, limit=limit)
 
     @cached_property
     def judged(self) -> dict[str, list[Judged]]:
@@ -234,7 +268,7 @@ class Job:
     @cached_property
     def mixtures(self) -> dict[str, dict[tuple[str, str], float]]:
         """Each site's mixture of domains and types, where the recipe has them drawn; empty where it does not."""
-        if self.recipe.dealing is None:
+        if self.recipe.dealing is None or self.recipe.dealing.by == "clusters":
             return {}
         kinds = sorted({kind_of(q) for questions in self.questions.values() for q in questions})
         names = [site.name for site in self.recipe.sites]
