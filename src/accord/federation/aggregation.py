@@ -38,10 +38,11 @@ Weights: TypeAlias = Mapping[str, Tensor]
 
 
 class Update(NamedTuple):
-    """What a site's local steps changed, Δ_k by parameter, and how many steps they were, S_k."""
+    """What a site's local steps changed, Δ_k by parameter, how many they were, S_k, and d_k where it is measured."""
 
     change: Weights
     steps: int = 1
+    distance: float | None = None  # between what images and text become, for `accord.federation.reliability`
 
 
 class Aggregate(Protocol):
