@@ -1,4 +1,4 @@
-"""How likely a model finds the reference answers: what tells two models apart before either answers a question right."""
+"""How likely a model finds the reference answers: it tells models apart before any of them answers a question right."""
 
 from __future__ import annotations
 

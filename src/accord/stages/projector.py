@@ -32,7 +32,7 @@ from accord.evaluation.summary import (
 from accord.federation.aggregation import shares
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import UpdateReply
-from accord.federation.projector import LocalProjector, ProjectorConfig
+from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig
 from accord.federation.rounds import federated_rounds
 from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.generate import answer
@@ -127,34 +127,19 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         train_projector_alone(model, seed=seed if config.initial == "random" else None)
         start = trainable_weights(model)
         questions = _asked(job, config)
-        rounds, averaging = list[ProjectorRound](), config.averaging
+        rounds, ends = list[ProjectorRound](), []
         engine, groups = _open(job, config, model, processor)
-        ends = []
-        with stage_bar("projector", averaging.rounds * len(groups), quiet=job.quiet) as advance:
+        with stage_bar("projector", config.averaging.rounds * len(groups), quiet=job.quiet) as advance:
             before = _measure(job, questions, model, processor, [start])
             for sites in groups:
-                aggregate, told = averaging.aggregation.start(seed), list[ProjectorRound]()
 
-                def note(number: int, replies: Mapping[str, UpdateReply], told: list[ProjectorRound] = told) -> None:
-                    told.append(_round(replies, averaging.examples_at_most, getattr(aggregate, "diagnostics", [])))
-                    advance(1, text=f"loss {told[-1].loss:.3f}")
+                def on_round(number: int, each: ProjectorRound) -> None:
+                    advance(1, text=f"loss {each.loss:.3f}")
                     if len(groups) == 1:
-                        _log(job, number, told[-1])
+                        _log(job, number, each)
 
-                ends.append(
-                    federated_rounds(
-                        engine,
-                        "projector",
-                        start,
-                        averaging.rounds,
-                        seed=seed,
-                        aggregate=aggregate,
-                        bits=averaging.aggregation.bits,
-                        sites=sites,
-                        most=averaging.examples_at_most,
-                        on_replies=note,
-                    )
-                )
+                end, told = _train(engine, sites, start, config.averaging, seed=seed, on_round=on_round)
+                ends.append(end)
                 rounds = _beside(rounds, told)
         if len(groups) > 1:
             for number, each in enumerate(rounds, start=1):
@@ -163,7 +148,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         summary = ProjectorSummary(
             checkpoint=recipe.policy.checkpoint,
             training=config.training,
-            rule=averaging.aggregation.rule,
+            rule=config.averaging.aggregation.rule,
             client=config.client.rule,
             initial=config.initial,
             parameters=sum(weight.numel() for weight in start.values()),
@@ -172,11 +157,43 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
             rounds=tuple(rounds),
         )
         for name, measured in (("before", before), ("after", after)):
-            job.log({"stage": "projector", "step": averaging.rounds, "of": name, **_numbers(measured)})
+            job.log({"stage": "projector", "step": config.averaging.rounds, "of": name, **_numbers(measured)})
         _save(job, recipe, model, processor, ends, groups)
         write_atomic(job.path / MEASURED, msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
         save_traffic(job, "projector")
     return summary
+
+
+def _train(
+    engine: Engine,
+    sites: Sequence[str],
+    start: Mapping[str, Tensor],
+    averaging: OnePass,
+    *,
+    seed: int,
+    on_round: Callable[[int, ProjectorRound], None],
+) -> tuple[dict[str, Tensor], list[ProjectorRound]]:
+    """Return what `sites` make of the weights `start` together, and what every round was like."""
+    aggregate = averaging.aggregation.start(seed)
+    told: list[ProjectorRound] = []
+
+    def note(number: int, replies: Mapping[str, UpdateReply]) -> None:
+        told.append(_round(replies, averaging.examples_at_most, getattr(aggregate, "diagnostics", [])))
+        on_round(number, told[-1])
+
+    end = federated_rounds(
+        engine,
+        "projector",
+        start,
+        averaging.rounds,
+        seed=seed,
+        aggregate=aggregate,
+        bits=averaging.aggregation.bits,
+        sites=sites,
+        most=averaging.examples_at_most,
+        on_replies=note,
+    )
+    return end, told
 
 
 MEASURED: Final = "projector/measured.json"
