@@ -12,7 +12,7 @@ PROJECTOR = {"averaging": {"rounds": 2, "batch_size": 32, "learning_rate": 3e-3}
 
 
 @pytest.mark.timeout(300)
-def test_a_run_aligns_the_policy_that_has_the_new_projector(write_recipe, accord, tmp_path, capsys):
+def test_a_run_aligns_the_policy_that_has_the_new_projector(write_recipe, accord, tmp_path):
     """With the reference answers for reward no site has a reward model: projector, alignment, evaluation."""
     recipe = write_recipe(tmp_path / "tiny.toml", method="ground-truth", projector=PROJECTOR)
     status, out, err = accord("pretrain-projector", recipe, "--out", tmp_path / "run", "--quiet")
@@ -26,7 +26,7 @@ def test_a_run_aligns_the_policy_that_has_the_new_projector(write_recipe, accord
     assert summary.policy.checkpoint == str(tmp_path / "run/projector/checkpoint")
     assert summary.projector is not None and len(summary.projector.rounds) == 2
     assert {row.kind for row in summary.traffic} == {"projector"}
-    assert list(json.loads((tmp_path / "run/stages.json").read_text())["planned"])[0] == "projector"
+    assert next(iter(json.loads((tmp_path / "run/stages.json").read_text())["planned"])) == "projector"
     page = (tmp_path / "run/report.html").read_text()
     assert "<h2>The projector</h2>" in page and "accord/llava-clip-llama was trained" in page
     assert "both ways: the projector's weights, 2 rounds" in page

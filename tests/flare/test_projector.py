@@ -1,4 +1,4 @@
-"""Sites of other organisations train the projector as those of one process do: the same bits, over FLARE's simulator."""
+"""Sites of other organisations train the projector as those of one process do: the same bits in FLARE's simulator."""
 
 import json
 import shutil
@@ -70,7 +70,7 @@ def test_the_projector_has_the_bits_of_one_process(recipe, tmp_path):
             service.__exit__()
         torch.set_num_threads(threads)
         shutil.rmtree(sockets)
-    for file in ("metrics.jsonl", "projector/checkpoint/model.safetensors", "traffic/projector.json"):
+    for file in ("metrics.jsonl", "projector/checkpoint/model.safetensors", "projector/measured.json"):
         assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
     sent = json.loads((tmp_path / "there" / "traffic/projector.json").read_text())
     assert [(site, kind, messages, absences) for site, kind, messages, *_, absences in sent] == [
