@@ -18,6 +18,7 @@ from accord.federation.projector import (
     Moon,
     OnePass,
     ProjectorConfig,
+    SameBase,
     _optimiser,
     contrast,
 )
@@ -25,7 +26,7 @@ from accord.federation.rounds import federated_rounds
 from accord.federation.weights import set_trainable_weights, to_bytes, trainable_weights
 from accord.models.inputs import build_batch
 from accord.models.load import load_model
-from accord.models.projector import train_projector_alone
+from accord.models.projector import frozen_digest, train_projector_alone
 from accord.types import Question, prompt_of
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -202,6 +203,25 @@ def test_weights_of_another_projector_are_refused_by_name_and_shape(loaded, capt
     train_projector_alone(other)
     with pytest.raises(CheckpointError, match=r"other names: .*connector.modality_projection.proj.weight"):
         local(request(other))
+
+
+def test_a_site_with_another_tower_or_language_model_refuses(loaded, captions):
+    """Names and shapes are the same; one frozen weight of the language model is not, or the word of one token."""
+    model, processor = loaded
+    base = SameBase(model, processor)
+    asked = UpdateRequest("r", "projector", 0, to_bytes(trainable_weights(model)), 0, base.send())
+    local = LocalProjector(model, processor, captions, settings(), seed=0)
+    assert local(asked).steps == 4
+    assert torch.equal(frozen_digest(model, processor), base.digest)  # the projector is no part of it
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ReplyError, match="tower, language model or vocabulary is not the server's"):
+        LocalProjector(model, processor, captions, settings(), seed=0)(asked)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] -= 1
+    processor.tokenizer.add_tokens(["another"])
+    with pytest.raises(ReplyError, match=r"name the same checkpoint in \[policy\]"):
+        LocalProjector(model, processor, captions, settings(), seed=0)(asked)
 
 
 def run(sites, start, rounds=1):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -35,9 +36,10 @@ from accord.federation.aggregation import Aggregation
 from accord.federation.local import begin, finish, take_steps
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.rules import LocalRule, Plain, Proximal
+from accord.federation.weights import read_weights, to_bytes
 from accord.models.inputs import Batch, build_batch
 from accord.models.load import Processor
-from accord.models.projector import Seen, mean_text
+from accord.models.projector import Seen, frozen_digest, mean_text
 from accord.types import ImageSource, Question, prompt_of
 
 MOST_NORM = 1.0
@@ -138,6 +140,20 @@ def contrast(now: Tensor, shared: Tensor, last: Tensor, temperature: float) -> T
     return softplus(margin / temperature).mean()
 
 
+class SameBase:
+    """Tell sites by what the server's frozen weights are known: a `Server` that takes nothing."""
+
+    def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
+        self.digest = frozen_digest(model, processor)
+
+    def send(self) -> bytes:
+        """Return the digest."""
+        return to_bytes({"frozen": self.digest})
+
+    def receive(self, site: str, examples: int, state: bytes, /) -> None:
+        """Take nothing."""
+
+
 class LocalProjector:
     """A site's half: an epoch over one part of its captions, which stay here.
 
@@ -188,10 +204,17 @@ class LocalProjector:
         Raises:
             CheckpointError: the weights are not those of this projector.
             ImageError: an image cannot be read.
-            ReplyError: there is no such round.
+            ReplyError: there is no such round, or the server's tower, language model or vocabulary are others.
         """
         if not 0 <= request.round < len(self.parts):
             raise ReplyError(f"round {request.round + 1} of {len(self.parts)} was asked for")
+        if request.state:
+            sent = read_weights(request.state, {"frozen": self.digest}, what="what tells the server's model")
+            if not torch.equal(sent["frozen"], self.digest):
+                raise ReplyError(
+                    "this site's tower, language model or vocabulary is not the server's, and no projector fits both; "
+                    "name the same checkpoint in [policy] of both recipes"
+                )
         start = begin(self.model, request)
         averaging, captions = self.config.averaging, self.parts[request.round]
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -218,6 +241,11 @@ class LocalProjector:
             state=state,
             distance=self.distance(captions),
         )
+
+    @cached_property
+    def digest(self) -> Tensor:
+        """What this site's frozen weights are known by, `[32]`."""
+        return frozen_digest(self.model, self.processor)
 
     def _loss(self, captions: Sequence[tuple[Question, ImageSource]]) -> Tensor:
         batch = self._batch(captions)

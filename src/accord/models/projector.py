@@ -14,6 +14,8 @@ the features of an image are computed anew each time (`accord.models.tower`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, cast
@@ -24,8 +26,9 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from accord.errors import CheckpointError
+from accord.models.features import add_tensor
 from accord.models.inputs import Batch, model_inputs
-from accord.models.load import placeholder_tokens
+from accord.models.load import Processor, placeholder_tokens, tokenizer_of
 from accord.models.tower import pin
 
 PLACES: Final = ("multi_modal_projector", "connector", "visual.merger")
@@ -82,6 +85,20 @@ def _initialise(projector: nn.Module) -> None:
                 f"the projector's {type(module).__name__} does not say how it is initialised; put "
                 'initial = "keep" into [projector] to start from the weights of the checkpoint'
             )
+
+
+def frozen_digest(model: PreTrainedModel, processor: Processor) -> Tensor:
+    """Return a SHA-256 of all that stays as it is while the projector is trained, as 32 bytes `[32]`.
+
+    Frozen weights by name, type and value, vocabulary, and chat template: a projector fits those of its training alone.
+    """
+    digest, tokenizer = hashlib.sha256(), tokenizer_of(processor)
+    told = [sorted(tokenizer.get_vocab().items()), processor.chat_template]
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            add_tensor(digest, name, weight)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 class Seen:

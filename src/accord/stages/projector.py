@@ -32,8 +32,8 @@ from accord.evaluation.summary import (
 from accord.federation.aggregation import shares
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import UpdateReply
-from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig
-from accord.federation.rounds import federated_rounds
+from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig, SameBase
+from accord.federation.rounds import Server, federated_rounds
 from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.generate import answer
 from accord.models.load import Processor, load_model, locate, save_model
@@ -129,6 +129,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         questions = _asked(job, config)
         rounds, ends = list[ProjectorRound](), []
         engine, groups = _open(job, config, model, processor)
+        base = None if job.engine is None else SameBase(model, processor)  # sites of this process share the model
         with stage_bar("projector", config.averaging.rounds * len(groups), quiet=job.quiet) as advance:
             before = _measure(job, questions, model, processor, [start])
             for sites in groups:
@@ -138,7 +139,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
                     if len(groups) == 1:
                         _log(job, number, each)
 
-                end, told = _train(engine, sites, start, config.averaging, seed=seed, on_round=on_round)
+                end, told = _train(engine, sites, start, config.averaging, seed=seed, server=base, on_round=on_round)
                 ends.append(end)
                 rounds = _beside(rounds, told)
         if len(groups) > 1:
@@ -171,6 +172,7 @@ def _train(
     averaging: OnePass,
     *,
     seed: int,
+    server: Server | None,
     on_round: Callable[[int, ProjectorRound], None],
 ) -> tuple[dict[str, Tensor], list[ProjectorRound]]:
     """Return what `sites` make of the weights `start` together, and what every round was like."""
@@ -191,6 +193,7 @@ def _train(
         bits=averaging.aggregation.bits,
         sites=sites,
         most=averaging.examples_at_most,
+        server=server,
         on_replies=note,
     )
     return end, told
