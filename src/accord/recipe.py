@@ -19,6 +19,7 @@ from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.messages import ScoreRange
+from accord.federation.projector import ProjectorConfig
 from accord.models.features import FeatureConfig
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -209,6 +210,7 @@ class Recipe:
     questions: tuple[Source, ...] = (Source(),)
     policy: Policy = Policy()
     encoder: EncoderConfig = EncoderConfig()
+    projector: ProjectorConfig | None = None  # trains the policy's projector with the sites before all else
     prompts: Prompts = Prompts()
     preferences: Preferences = Preferences()
     scores: ScoreRange | None = ScoreRange()

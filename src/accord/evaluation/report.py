@@ -38,7 +38,7 @@ from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, Traf
 from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
 from accord.runs import stages_done, write_atomic
 
-_STAGES = ("site", "router", "align", "evaluation")
+_STAGES = ("projector", "site", "router", "align", "evaluation")
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 

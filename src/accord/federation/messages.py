@@ -109,9 +109,9 @@ class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     answers: list[str]
 
 
-Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector"]
-"""What is trained at a site: MoR's router, or sums of its prompts' features that stand for one; for baselines a reward
-model, the policy on answers or pairs, a selector."""
+Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector", "projector"]
+"""What is trained at a site: MoR's router, or sums of its prompts' features that stand for one; the projector of the
+policy that is to be; for baselines a reward model, the policy on answers or pairs, a selector."""
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="update"):

@@ -63,6 +63,7 @@ def federated_rounds(
     most: int = 0,
     server: Server | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
+    on_replies: Callable[[int, Mapping[str, UpdateReply]], None] = lambda _round, _replies: None,
 ) -> dict[str, Tensor]:
     """Return `weights` after `rounds` rounds; a site that is absent or sends an unusable update sits out that round.
 
@@ -80,6 +81,8 @@ def federated_rounds(
         most: the n_k that a site may claim, `Averaging.examples_at_most`; 0 for any.
         server: what is exchanged beside the weights.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
+        on_replies: told the round and what each of these sites replied, by site in the order of `updates`, once the
+            server has combined it.
 
     Raises:
         RunError: no site answered in a round.
@@ -108,13 +111,15 @@ def federated_rounds(
             return update, Update(change, update.steps, update.distance)
 
         consequence = f"round {t + 1} of the {task} goes on without it"
-        replies = ask_checked(engine, requests, check, what="an update", consequence=consequence).values()
+        replied = ask_checked(engine, requests, check, what="an update", consequence=consequence)
+        replies = replied.values()
         if not replies:
             raise RunError(
                 f"no site answered in round {t + 1} of {task!r}; check the sites' logs and start again with --resume"
             )
         examples = [min(reply.examples, most or reply.examples) for reply, _ in replies]
         current = aggregate(current, [update for _, update in replies], shares(examples))
+        on_replies(t + 1, {site: reply for site, (reply, _) in replied.items()})
         on_round(t + 1, sum(reply.loss for reply, _ in replies) / len(replies))
     return current
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
@@ -35,6 +35,7 @@ from accord.stages.silos import Silos, cut_silos
 from accord.types import PreferencePair, Question, Subject
 
 BUILT_ON_IT = {
+    "projector": ("site", "router", "align", "compare", "evaluation"),
     "site": ("router", "align", "compare", "evaluation"),
     "router": ("align", "compare", "evaluation"),
     "align": ("evaluation",),
@@ -133,6 +134,7 @@ class Job:
     quiet: bool = False
     alone: str = ""  # the one site that works here: no questions but its own need be there
     engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
+    written: Recipe | None = None  # the recipe before `on_own_projector`, where this run trains the projector
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
     base_captions: dict[str, list[str]] = field(default_factory=dict)  # by split, once the base was asked
@@ -147,10 +149,13 @@ class Job:
         """
         later = BUILT_ON_IT[stage.split()[0]]
         made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
+        if self.written is not None and stage != "projector":
+            self.need(PROJECTOR, "accord pretrain-projector RECIPE", "projector")
 
         def stale(other: str) -> bool:
             stands_on = self.run.stands_on(other)
-            return other.split()[0] in later and (stands_on is None or made in stands_on)
+            on_it = made == "projector" or stands_on is None or made in stands_on  # all train or ask the policy
+            return other.split()[0] in later and on_it
 
         for checkpoints in (self.path / "checkpoints").glob("*"):
             # A stage that is done has checkpoints only where a kill came before their removal.
@@ -350,13 +355,33 @@ class Job:
         return path
 
 
+PROJECTOR: Final = "projector/checkpoint"
+"""Where a run keeps the policy whose projector it has trained."""
+
+
+def on_own_projector(recipe: Recipe, run: Path) -> Recipe:
+    """Return the recipe whose policy is the one with the projector that the run in the folder `run` trains.
+
+    Routers and gates go on reading the checkpoint that the recipe names, which every site has. A recipe that trains no
+    projector comes back as it is.
+    """
+    if recipe.projector is None:
+        return recipe
+    policy = replace(recipe.policy, checkpoint=str(run / PROJECTOR))
+    return replace(
+        recipe, projector=None, policy=policy, encoder=replace(recipe.encoder, checkpoint=recipe.encoder_checkpoint)
+    )
+
+
 @contextmanager
 def open_job(
     recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "", engine: Engine | None = None
 ) -> Iterator[Job]:
     """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
     with run:
-        job = Job(recipe, run, quiet=quiet, alone=alone, engine=engine)
+        trains = recipe.projector is not None and not alone  # a site alone has the checkpoint that the recipe names
+        settled = on_own_projector(recipe, run.path) if trains else recipe
+        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, written=recipe if trains else None)
         try:
             yield job
         finally:
