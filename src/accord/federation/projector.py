@@ -6,7 +6,9 @@
 
 A caption is a question with a fixed prompt; any question with an image and an answer is one. What travels is the
 projector and the one number d_k. The learning rate falls by a cosine within every round, after a short warm-up, and
-gradients are cut to a norm of 1, as in LLaVA's training.
+gradients are cut to a norm of 1, as in LLaVA's training. A round of some ten steps is short for both AdamW, which
+begins with no moments, and a cosine: a site may keep its moments from round to round, and one cosine may span them all
+(`moments`, `schedule`; ours).
 
     fedprox    step along g + μ (w − w^r)                                          (`accord.federation.rules`)
     moon       L + μ ℓ,  ℓ = − log e^{s(z, z^r) / τ} / (e^{s(z, z^r) / τ} + e^{s(z, z_k) / τ})
@@ -53,7 +55,9 @@ class OnePass:
     rounds: int = 10  # R
     batch_size: int = 8  # captions
     learning_rate: float = 1e-3  # at its highest in a round
-    warmup: float = 0.03  # share of a round's steps
+    warmup: float = 0.03  # share of a round's steps, or of all with one schedule
+    schedule: Literal["round", "training"] = "round"  # what a cosine of the learning rate spans
+    moments: Literal["anew", "kept"] = "anew"  # of a site's AdamW, when a round begins
     weight_decay: float = 0.0
     examples_at_most: int = 0  # n_k in the average; 0 for no limit
     aggregation: Aggregation = Aggregation()
@@ -95,7 +99,8 @@ class ProjectorConfig:
     initial: Literal["random", "keep"] = "random"  # of the projector
     averaging: OnePass = field(default_factory=OnePass)
     client: ClientRule = ClientRule()
-    evaluate_on: int = 300  # dev questions, before and after; 0 for all
+    evaluate_on: int = 300  # questions, before and after; 0 for all
+    evaluate_split: Literal["dev", "test"] = "dev"  # whose
 
     def __post_init__(self) -> None:
         """Refuse a negative number."""
@@ -197,6 +202,7 @@ class LocalProjector:
         order = random.Random(seed).sample(range(len(pictured)), len(pictured))
         self.parts = [[pictured[i] for i in order[r::rounds]] for r in range(rounds)]
         self.rule = config.client.start()
+        self._moments: dict[str, object] = {}
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
         """Return what one epoch over the round's captions changed, how many they were, the mean loss, and d_k.
@@ -221,14 +227,19 @@ class LocalProjector:
         self.rule.begin({name: p.detach().clone() for name, p in trained.items()}, request.state)
         drawn = random.Random(request.seed).sample(captions, len(captions))
         batches = list(_batches(drawn, averaging.batch_size))
+        optimiser = _optimiser(list(trained.values()), averaging, len(batches), request.round)
+        if self._moments:
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": self._moments})
         loss = take_steps(
             self.model,
             batches,
             self._loss,
-            _optimiser(list(trained.values()), averaging, len(batches)),
+            optimiser,
             seed=request.seed,
             correct=self.rule.correct,
         )
+        if averaging.moments == "kept":
+            self._moments = optimiser.state_dict()["state"]
         ended = {name: p.detach() for name, p in trained.items()}
         state = self.rule.end(ended, len(batches) * averaging.learning_rate)
         return finish(
@@ -278,10 +289,13 @@ def _batches(
     return [captions[n : n + size] for n in range(0, len(captions), size)]
 
 
-def _optimiser(trained: Sequence[nn.Parameter], config: OnePass, steps: int) -> torch.optim.AdamW:
-    """Return AdamW whose every step cuts the gradient first and moves the learning rate on afterwards."""
+def _optimiser(trained: Sequence[nn.Parameter], config: OnePass, steps: int, number: int) -> torch.optim.AdamW:
+    """Return AdamW for round `number`, from 0: a step cuts the gradient first and moves the learning rate on after."""
     optimiser = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimiser, round(config.warmup * steps), steps)
+    one = config.schedule == "round"
+    total, before = (steps, 0) if one else (steps * config.rounds, steps * number)
+    optimiser.param_groups[0]["initial_lr"] = config.learning_rate  # which a schedule that goes on wants
+    schedule = get_cosine_schedule_with_warmup(optimiser, round(config.warmup * total), total, last_epoch=before - 1)
 
     def cut(*_: object) -> None:
         nn.utils.clip_grad_norm_(trained, MOST_NORM)

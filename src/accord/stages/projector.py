@@ -236,10 +236,11 @@ def _open(
 
 
 def _asked(job: Job, config: ProjectorConfig) -> list[Question]:
-    """Return the dev questions by which the projector is measured."""
-    pictured = [q for q in job.questions["dev"] if q.image is not None]
+    """Return the questions by which the projector is measured."""
+    split = config.evaluate_split
+    pictured = [q for q in job.questions[split] if q.image is not None]
     if not pictured:
-        raise DataError("no dev question has an image to measure a projector by; give the questions' source some")
+        raise DataError(f"no {split} question has an image to measure a projector by; give the questions' source some")
     return sample_questions(pictured, config.evaluate_on, seed=0)
 
 
