@@ -79,7 +79,7 @@ FIELDS = {
     "Refusal": {"id": str, "reason": typing.Literal["error", "refused", "invalid", "gone"]},
     "UpdateRequest": {
         "id": str,
-        "task": typing.Literal["router", "means", "reward", "supervised", "preference", "selector"],
+        "task": typing.Literal["router", "means", "reward", "supervised", "preference", "selector", "projector"],
         "round": int,
         "weights": bytes,
         "seed": int,

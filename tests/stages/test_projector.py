@@ -175,8 +175,12 @@ def test_the_bounds_send_nothing(recipe, tmp_path):
 
 
 def test_a_local_projector_is_what_the_site_trains_without_others(recipe, tmp_path):
-    """Site a's rounds in `local` are those of a federation of a alone: the seed depends on no other site."""
-    train(with_projector(recipe, training="local"), tmp_path / "local")
+    """Site a's rounds in `local` are those of a federation of a alone: the seed depends on no other site.
+
+    The server's momentum is none of a site's that trains for itself.
+    """
+    averaging = replace(recipe.projector.averaging, aggregation=Aggregation("fedavgm"))
+    assert train(with_projector(recipe, training="local", averaging=averaging), tmp_path / "local").rule == "fedavg"
     train(replace(recipe, sites=recipe.sites[:1]), tmp_path / "alone")
     place = "model.safetensors"
     local = (tmp_path / "local/projector/sites/a" / place).read_bytes()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast
 
@@ -29,7 +30,7 @@ from accord.evaluation.summary import (
     ProjectorSummary,
     accuracy_by_image,
 )
-from accord.federation.aggregation import shares
+from accord.federation.aggregation import Aggregation, shares
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import UpdateReply
 from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig, SameBase
@@ -127,7 +128,9 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         train_projector_alone(model, seed=seed if config.initial == "random" else None)
         start = trainable_weights(model)
         questions = _asked(job, config)
-        rounds, ends = list[ProjectorRound](), []
+        rounds, ends, averaging = list[ProjectorRound](), [], config.averaging
+        if config.training != "federated":  # whoever trains alone keeps what it has trained
+            averaging = replace(averaging, aggregation=Aggregation())
         engine, groups = _open(job, config, model, processor)
         base = None if job.engine is None else SameBase(model, processor)  # sites of this process share the model
         with stage_bar("projector", config.averaging.rounds * len(groups), quiet=job.quiet) as advance:
@@ -139,7 +142,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
                     if len(groups) == 1:
                         _log(job, number, each)
 
-                end, told = _train(engine, sites, start, config.averaging, seed=seed, server=base, on_round=on_round)
+                end, told = _train(engine, sites, start, averaging, seed=seed, server=base, on_round=on_round)
                 ends.append(end)
                 rounds = _beside(rounds, told)
         if len(groups) > 1:
@@ -149,7 +152,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         summary = ProjectorSummary(
             checkpoint=recipe.policy.checkpoint,
             training=config.training,
-            rule=config.averaging.aggregation.rule,
+            rule=averaging.aggregation.rule,
             client=config.client.rule,
             initial=config.initial,
             parameters=sum(weight.numel() for weight in start.values()),
@@ -335,10 +338,8 @@ def _save(
 ) -> None:
     """Write the model in its checkpoint's own type: one, or one for every site that trained for itself."""
     dtype = AutoConfig.from_pretrained(locate(recipe.policy.checkpoint)).dtype or torch.float32
-    set_trainable_weights(model, ends[-1])
+    model.to(dtype)  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
     for weights, sites in zip(ends, groups, strict=True):
         set_trainable_weights(model, weights)
         place = PROJECTOR if len(groups) == 1 else f"projector/sites/{sites[0]}"
-        if len(groups) == 1:
-            model.to(dtype)  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
         save_model(model, processor, job.path / place)
