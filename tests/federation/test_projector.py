@@ -110,7 +110,7 @@ def test_the_learning_rate_falls_by_a_cosine_within_a_round():
 
     def rates(warmup):
         weight = nn.Parameter(tensor([1.0]))
-        optimiser, seen = _optimiser([weight], OnePass(learning_rate=1.0, warmup=warmup), 4), []
+        optimiser, seen = _optimiser([weight], OnePass(learning_rate=1.0, warmup=warmup), 4, 0), []
         for _ in range(4):
             seen.append(optimiser.param_groups[0]["lr"])
             weight.grad = tensor([100.0])
