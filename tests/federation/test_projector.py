@@ -154,6 +154,54 @@ def test_moon_has_no_last_projector_in_its_first_round(loaded, captions):
     assert moon_later.change != plain_later.change
 
 
+@pytest.mark.parametrize("rule", ["plain", "moon"])
+def test_a_training_that_starts_over_begins_without_what_the_last_one_left(loaded, captions, rule):
+    """Kept moments and MOON's last projector count in round 2 of one training, and in round 1 of no other."""
+    train_projector_alone(loaded[0], seed=0)
+    config = ProjectorConfig(
+        averaging=OnePass(rounds=2, batch_size=2, learning_rate=0.01, moments="kept"),
+        client=ClientRule(rule, mu=5.0, temperature=0.1),
+    )
+    local, first = LocalProjector(*loaded, captions, config, seed=0), request(loaded[0])
+    second = UpdateRequest("r1", "projector", 1, first.weights, 0)
+    told = [local(first), local(second)]
+    assert [local(first), local(second)] == told
+    assert LocalProjector(*loaded, captions, config, seed=0)(second).change != told[1].change
+
+
+def test_kept_moments_are_those_of_the_last_round(loaded, captions):
+    """Adam's first moment after a round of two steps and one of two: four steps are counted, anew but two."""
+    steps = {}
+    for moments in ("anew", "kept"):
+        train_projector_alone(loaded[0], seed=0)
+        averaging = OnePass(rounds=2, batch_size=2, learning_rate=0.01, moments=moments)
+        local = LocalProjector(*loaded, captions, ProjectorConfig(averaging=averaging), seed=0)
+        first = request(loaded[0])
+        steps[moments] = [local(first), local(UpdateRequest("r1", "projector", 1, first.weights, 0))]
+        kept = {int(state["step"]) for state in local._moments.values()}
+        assert kept == ({4} if moments == "kept" else set())
+    assert steps["kept"][0] == steps["anew"][0] and steps["kept"][1].change != steps["anew"][1].change
+
+
+def test_one_cosine_spans_all_rounds():
+    """Three rounds of two steps: η/2 (1 + cos(π t / 6)) for t = 0 … 5, and warm-up in the first round alone."""
+
+    def rates(warmup):
+        seen = []
+        for number in range(3):
+            weight = nn.Parameter(tensor([1.0]))
+            config = OnePass(rounds=3, learning_rate=1.0, warmup=warmup, schedule="training")
+            optimiser = _optimiser([weight], config, 2, number)
+            for _ in range(2):
+                seen.append(optimiser.param_groups[0]["lr"])
+                weight.grad = tensor([1.0])
+                optimiser.step()
+        return seen
+
+    assert rates(0.0) == approx([0.5 * (1 + math.cos(math.pi * t / 6)) for t in range(6)])
+    assert rates(1 / 3) == approx([0.0, 0.5, *(0.5 * (1 + math.cos(math.pi * t / 4)) for t in range(4))])
+
+
 def test_moon_of_one_batch_adds_the_contrast(loaded, captions):
     """All of round 2 in one batch: z is that of w^r itself, whose cosine with z^r is 1."""
     model, _ = loaded

@@ -90,6 +90,16 @@ def test_weights_of_sites_that_stand_still_or_lie_far_off():
     assert site_weights(tensor([1.0, 3.0]), torch.zeros(2), relative=True).tolist() == approx([0.25, 0.75])
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_no_distance_that_a_site_may_send_makes_a_weight_that_is_no_number(relative):
+    """The largest floats overflow when they are added or doubled, the smallest underflow; a site may be alone."""
+    for told in ([1.7e308], [1.7e308] * 3, [1.7e308, 14.0, 16.0], [5e-324, 0.0, 0.0]):
+        w = site_weights(torch.ones(len(told)), tensor(told, dtype=torch.float64), alpha=2.0, relative=relative)
+        assert w.sum().item() == approx(1.0), told
+    w = site_weights(tensor([0.0, 1.0]), tensor([1.0, 1.7e308], dtype=torch.float64), alpha=2.0, relative=relative)
+    assert w.tolist() == [0.0, 1.0]
+
+
 def test_relative_distances_put_less_weight_on_one_site():
     """Sites that moved alike, at the distances that a projector of 896 features has."""
     m, d = torch.ones(5), tensor([14.0, 16.0, 18.0, 20.0, 22.0])
@@ -378,8 +388,10 @@ def test_without_a_distance_there_is_no_reliability(weights):
 def test_one_update_without_a_distance_is_left_out():
     start, updates = projector(0), round_of(1)
     with pytest.warns(DataWarning, match="1 of 3 updates came without a distance and are left out of the round"):
-        merged = FedCmp(Reliability())(start, [*updates[:2], updates[2]._replace(distance=None)], [1 / 3] * 3)
-    torch.testing.assert_close(merged, FedCmp(Reliability())(start, updates[:2], [0.5, 0.5]), rtol=0, atol=0)
+        rule, plain = FedCmp(Reliability()), FedCmp(Reliability())
+        merged = rule(start, [updates[0]._replace(distance=None), *updates[1:]], [1 / 3] * 3)
+    torch.testing.assert_close(merged, plain(start, updates[1:], [0.5, 0.5]), rtol=0, atol=0)
+    assert rule.diagnostics[0]["weights"] == [0.0, *plain.diagnostics[0]["weights"]]
 
 
 def test_hungarian_matching_says_that_it_needs_scipy(monkeypatch):

@@ -4,10 +4,12 @@ import json
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 
 from accord.errors import DataError, RecipeError, RunError
+from accord.evaluation.summary import ProjectorMeasure, ProjectorSummary, accuracy
 from accord.federation import rounds
 from accord.federation.aggregation import Aggregation
 from accord.federation.messages import UpdateReply
@@ -17,7 +19,7 @@ from accord.recipe import Policy, Recipe, SiteConfig, Source
 from accord.recipe_file import dump_recipe, recipe_of
 from accord.runs import Run
 from accord.stages.job import on_own_projector, open_job
-from accord.stages.projector import _round, check_projector, measured_projector, pretrain_projector
+from accord.stages.projector import MEASURED, _round, check_projector, measured_projector, pretrain_projector
 from accord.toml import load_toml
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -195,6 +197,18 @@ def test_every_rule_of_the_server_is_told_as_far_as_it_says_something(recipe, tm
     told = _round(replies, 0, [{"weights": [0.7, 0.3], "beta": {"x": 0.5, "y": 0.7}, "cosine": {}, "lag": 0.25}])
     assert (told.beta, told.cosine, told.lag) == (pytest.approx(0.6), None, 0.25)
     assert [site.weight for site in told.sites.values()] == [0.7, 0.3]
+
+
+def test_a_loss_that_a_hostile_site_made_up_leaves_the_measures_readable(tmp_path):
+    """The sum of two of the largest floats would be infinite, which JSON does not hold; their mean is not."""
+    right = accuracy({"colour": (1, 2)})
+    for loss in (-1.0, 1.7e308):
+        told = _round({name: UpdateReply("r", b"", 1, loss, distance=1.7e308) for name in "ab"}, 0, [])
+        measure = ProjectorMeasure(1.0, 2.0, right)
+        summary = ProjectorSummary("x", "federated", "fedavg", "plain", "keep", 1, measure, measure, (told,))
+        (tmp_path / "projector").mkdir(exist_ok=True)
+        (tmp_path / MEASURED).write_bytes(msgspec.json.encode(summary))
+        assert measured_projector(tmp_path) == summary and told.loss == loss
 
 
 def test_a_site_with_too_little_stops_it_before_training(recipe, tmp_path):

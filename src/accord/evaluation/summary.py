@@ -154,7 +154,7 @@ class ProjectorSite:
     """What a site did in a round of the projector's training, and what weight the server gave it."""
 
     examples: Positive
-    loss: NonNegative  # mean, nats per token
+    loss: float  # mean, nats per token, as the site says
     distance: NonNegative | None  # d_k between what images and text become; None where it was not sent
     weight: float
 
@@ -163,7 +163,7 @@ class ProjectorSite:
 class ProjectorRound:
     """One round of the projector's training: the sites that answered, and what the server's rule says of itself."""
 
-    loss: NonNegative  # mean of the sites'
+    loss: float  # mean of the sites'
     sites: Mapping[str, ProjectorSite]
     beta: float | None = None  # how much of the last round's basis is kept, mean over the matrices
     cosine: float | None = None  # of the basis with the last round's, likewise

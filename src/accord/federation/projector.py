@@ -201,8 +201,13 @@ class LocalProjector:
         self.model, self.processor, self.config = model, processor, config
         order = random.Random(seed).sample(range(len(pictured)), len(pictured))
         self.parts = [[pictured[i] for i in order[r::rounds]] for r in range(rounds)]
-        self.rule = config.client.start()
+        self._start()
+
+    def _start(self) -> None:
+        """Forget what earlier rounds left here."""
+        self.rule = self.config.client.start()
         self._moments: dict[str, object] = {}
+        self._latest = -1  # round that was asked for
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
         """Return what one epoch over the round's captions changed, how many they were, the mean loss, and d_k.
@@ -221,6 +226,9 @@ class LocalProjector:
                     "this site's tower, language model or vocabulary is not the server's, and no projector fits both; "
                     "name the same checkpoint in [policy] of both recipes"
                 )
+        if request.round <= self._latest:  # a training that was stopped starts over, and a service outlives it
+            self._start()
+        self._latest = request.round
         start = begin(self.model, request)
         averaging, captions = self.config.averaging, self.parts[request.round]
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

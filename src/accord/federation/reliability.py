@@ -129,7 +129,7 @@ VARIANTS: Final[Mapping[str, Reliability]] = MappingProxyType(
 class Diagnosis(TypedDict):
     """What a round was like: of the whole projector, and by parameter where OPM was applied."""
 
-    weights: list[float]  # w_k, in the order of the updates that were used
+    weights: list[float]  # w_k, in the order of the updates; 0 of one that was left out
     beta: dict[str, float]
     cosine: dict[str, float]  # mean of ⟨u_i, û_i⟩ after alignment
     lag: float  # ‖W_r − Σ_k w_k W_k‖ / ‖Σ_k w_k W_k‖, Frobenius
@@ -152,8 +152,8 @@ def site_weights(magnitudes: Tensor, distances: Tensor, alpha: float = 1.0, *, r
         alpha: 0 for magnitude alone.
         relative: divide d_k by its mean over the sites first, which makes α independent of the model's scale.
     """
-    d = distances.double()
-    if relative and d.any():
+    d = distances.double().clamp(1e-100, 1e100)  # a site may send any number: no sum or product may overflow
+    if relative:
         d = d / d.mean()
     # exp(−α d_k) of distances such as 1000 would be 0 for all.
     return (magnitudes.double().log() - alpha * d).softmax(0) if magnitudes.any() else torch.ones_like(d) / len(d)
@@ -254,8 +254,10 @@ class FedCmp:
         Raises:
             RunError: they need distances, and no update has one.
         """
-        updates, w = self._weigh(updates, torch.tensor(weights, dtype=torch.float64))
-        told = Diagnosis(weights=w.tolist(), beta={}, cosine={}, lag=0.0)
+        used, w = self._weigh(updates, torch.tensor(weights, dtype=torch.float64))
+        given = dict(zip(used, w.tolist(), strict=True))
+        told = Diagnosis(weights=[given.get(k, 0.0) for k in range(len(updates))], beta={}, cosine={}, lag=0.0)
+        updates = [updates[k] for k in used]
         merged, squared, size = {}, 0.0, 0.0
         for name, tensor in previous.items():
             before, changes = tensor.double(), torch.stack([update.change[name].double() for update in updates])
@@ -269,9 +271,9 @@ class FedCmp:
         self.diagnostics.append(told)
         return merged
 
-    def _weigh(self, updates: Sequence[Update], shares: Tensor) -> tuple[Sequence[Update], Tensor]:
-        """Return the updates that can be used, and their w_k."""
-        kind = self.settings.weights
+    def _weigh(self, updates: Sequence[Update], shares: Tensor) -> tuple[Sequence[int], Tensor]:
+        """Return which updates can be used, by their places, and their w_k."""
+        kind, kept = self.settings.weights, list(range(len(updates)))
         if kind in ("reliability", "quality"):
             kept = [k for k, update in enumerate(updates) if update.distance is not None]
             if not kept:
@@ -294,7 +296,7 @@ class FedCmp:
                 self.settings.alpha,
                 relative=self.settings.distances == "relative",
             )
-        return updates, capped(w, self.settings.cap) if self.settings.cap else w
+        return kept, capped(w, self.settings.cap) if self.settings.cap else w
 
     def _merged(self, name: str, before: Tensor, changes: Tensor, w: Tensor, told: Diagnosis) -> Tensor:
         """Return W_r of one parameter, `[O, …]`, from W_{r−1} and all W_k − W_{r−1} `[K, O, …]`."""

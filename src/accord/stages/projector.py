@@ -284,10 +284,10 @@ def _round(
     """Return what the sites of a round replied, and what the server's rule says of it if it says anything."""
     told = diagnostics[-1] if diagnostics else {}
     weights = cast(Sequence[float] | None, told.get("weights"))
-    if weights is None or len(weights) != len(replies):
+    if weights is None:
         weights = shares([min(reply.examples, most or reply.examples) for reply in replies.values()])
     return ProjectorRound(
-        loss=sum(reply.loss for reply in replies.values()) / len(replies),
+        loss=sum(reply.loss / len(replies) for reply in replies.values()),  # which cannot overflow
         sites={
             name: ProjectorSite(reply.examples, reply.loss, reply.distance, float(weight))
             for (name, reply), weight in zip(replies.items(), weights, strict=True)
