@@ -9,7 +9,7 @@ from accord.data.images import load_image
 from accord.errors import CheckpointError
 from accord.models.inputs import build_batch
 from accord.models.load import load_model
-from accord.models.projector import Seen, find_projector, mean_text, train_projector_alone
+from accord.models.projector import Seen, find_projector, frozen_digest, mean_text, train_projector_alone
 from accord.models.tower import vision_tower
 from accord.types import vqa_prompt
 
@@ -49,6 +49,17 @@ def test_the_projector_of_a_convolutional_tower_is_trained_alone(efficientnet):
     model, _ = load_model(efficientnet)
     train_projector_alone(model)
     assert trained(model) == {f"model.multi_modal_projector.linear_{n}.{w}" for n in (1, 2) for w in ("weight", "bias")}
+
+
+def test_a_digest_tells_a_frozen_statistic_and_not_the_projector(efficientnet):
+    """The batch norms of a convolutional tower have a mean that is no parameter."""
+    model, processor = load_model(efficientnet)
+    train_projector_alone(model, seed=0)
+    known = frozen_digest(model, processor)
+    train_projector_alone(model, seed=1)
+    assert torch.equal(frozen_digest(model, processor), known)
+    next(value for name, value in model.named_buffers() if name.endswith("running_mean")).add_(1.0)
+    assert not torch.equal(frozen_digest(model, processor), known)
 
 
 def test_the_merger_of_qwen_vl_is_drawn_anew_inside_a_frozen_tower(qwen):

@@ -30,6 +30,7 @@ from accord.evaluation.figures import (
     curves,
     human_bytes,
     judging_heatmap,
+    silo_scatter,
     traffic_bars,
 )
 from accord.evaluation.intervals import half_width
@@ -187,6 +188,8 @@ def _figures(summary: Summary, metrics: Sequence[MetricsRow]) -> dict[str, tuple
     if (competence := summary.competence) is not None:
         drawings["competence"] = lambda width: competence_heatmap(competence, width=width)
         drawings["answers"] = lambda width: competence_items(competence, width=width)
+    if (projector := summary.projector) is not None:
+        drawings["silos"] = lambda width: silo_scatter(projector.silos, width=width)
     # Safe: matplotlib escapes what it writes, and the title is escaped by the figure.
     return {name: (Markup(draw(WIDE)), Markup(draw(NARROW))) for name, draw in drawings.items()}
 

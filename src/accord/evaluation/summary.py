@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -192,6 +192,7 @@ class ProjectorSummary:
     before: ProjectorMeasure
     after: ProjectorMeasure
     rounds: tuple[ProjectorRound, ...]
+    silos: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)  # pictures of clusters, by site
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
             before=before,
             after=after,
             rounds=tuple(rounds),
+            silos=_silos(job),
         )
         for name, measured in (("before", before), ("after", after)):
             job.log({"stage": "projector", "step": config.averaging.rounds, "of": name, **_numbers(measured)})
@@ -236,6 +237,13 @@ def _open(
         engine.traffic = InProcessEngine({}).traffic  # nothing crosses a border
         return engine, [[name] for name in names]
     return engine, [names]
+
+
+def _silos(job: Job) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Return where each site's pictures lie on two axes, if the recipe deals them by clusters and they are here."""
+    if job.engine is not None or job.recipe.dealing is None or job.recipe.dealing.by != "clusters":
+        return {}
+    return {name: tuple((x, y) for x, y in points.tolist()) for name, points in job.silos.points.items()}
 
 
 def _asked(job: Job, config: ProjectorConfig) -> list[Question]:
