@@ -1,7 +1,7 @@
 """Train a projector by several rules on the silos of one recipe, with several seeds: a table, and a line a cell.
 
     python benchmarks/quality/fed_cmp.py recipes/fed-cmp/fed-cmp-easy-vqa.toml --seeds 3
-    python benchmarks/quality/fed_cmp.py recipes/fed-cmp/fed-cmp-easy-vqa.toml --features text --rules fedavg,fed-cmp,ours
+    python benchmarks/quality/fed_cmp.py recipes/fed-cmp/fed-cmp-easy-vqa.toml --features text --rules fedavg,fed-cmp
 
 Each cell is what `accord pretrain-projector` does with the recipe's `[projector]` and one change: all have the same
 captions in the same number of steps. A cell that `--out` holds is not run again. A rule is one of
