@@ -10,6 +10,7 @@
     accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
+    accord pretrain-projector RECIPE         the policy's projector, with all sites
     accord align RECIPE                      GRPO against the federation
     accord evaluate …                        a run's evaluation, or any checkpoint on any questions
     accord report RUN                        the HTML page again
@@ -318,6 +319,19 @@ def router_train(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: 
     from accord.pipeline import train_router
 
     _stage(recipe, out, seed, quiet, train_router)
+
+
+@app.command("pretrain-projector")
+def pretrain_projector_command(recipe: RecipeFile, out: Out = None, seed: Seed = None, quiet: Quiet = False) -> None:
+    """Train the policy's projector with all sites, and say how well it lets the policy see before and after."""
+    from accord.evaluation.projector import projector_table
+    from accord.stages.projector import check_projector, pretrain_projector
+
+    def stage(job: Job) -> None:
+        check_projector(job.written or job.recipe, alone=True)
+        typer.echo(projector_table(pretrain_projector(job)))
+
+    _stage(recipe, out, seed, quiet, stage)
 
 
 @app.command("align")

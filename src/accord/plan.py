@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from accord.errors import CheckpointError
+from accord.federation.projector import ProjectorConfig
 from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
 from accord.models.load import locate
@@ -99,6 +100,8 @@ def describe(recipe: Recipe) -> str:
     names = [site.name for site in recipe.sites]
     method = find_method(recipe.method, names)
     needs = needed(recipe, [recipe.method, *recipe.compare])
+    if recipe.projector is not None:
+        lines += _projector(recipe.projector, recipe.policy.checkpoint, policy)
     if "sites" in needs:
         lines += [line for site in recipe.sites for line in _site(site)]
     if "router" in needs:
@@ -106,6 +109,16 @@ def describe(recipe: Recipe) -> str:
     lines += _alignment(recipe, method, policy)
     lines += [f"{'compare':<22} {arm:<40} {find_method(arm, names).about}" for arm in recipe.compare]
     return "\n".join([*lines, "", *_traffic(recipe, method)])
+
+
+def _projector(config: ProjectorConfig, checkpoint: str, policy: Size) -> list[str]:
+    averaging = config.averaging
+    start = "from random weights" if config.initial == "random" else "from the checkpoint's weights"
+    return [
+        f"{'projector':<22} {checkpoint:<40} {_count(policy):<36} {_gigabytes(policy, REFERENCE)}, at every site too",
+        f"{'':<22} {config.training}, {start}, {averaging.rounds} rounds over other captions each, "
+        f"{averaging.aggregation.rule}, {averaging.aggregation.bits} bits a number",
+    ]
 
 
 def _site(site: SiteConfig) -> list[str]:

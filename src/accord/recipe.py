@@ -14,10 +14,12 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
 from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
+from accord.data.image_text import PROMPT
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.messages import ScoreRange
+from accord.federation.projector import ProjectorConfig
 from accord.models.features import FeatureConfig
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -36,15 +38,25 @@ class Source:
     """Where questions come from."""
 
     kind: Literal[
-        "easy-vqa", "arithmetic", "radiology-and-rooms", "conventions", "captions", "folder", "huggingface"
+        "easy-vqa",
+        "arithmetic",
+        "radiology-and-rooms",
+        "conventions",
+        "captions",
+        "folder",
+        "huggingface",
+        "image-text",
     ] = "easy-vqa"
-    path: str = ""  # of the folder, or name or path of the Hugging Face data set
+    path: str = ""  # of the folder or the file of image-text, or name or path of the Hugging Face data set
     domain: str = ""  # what to call it; by default the folder's or data set's name
     split: str = "train"  # of a Hugging Face data set
     image_column: str = "image"  # empty for questions without images
     question_column: str = "question"
     answer_column: str = "answer"
     type_column: str = ""  # for a folder, the field of `questions.jsonl`
+    text_column: str = "caption"  # of image-text: a caption, or a list of them
+    prompt: str = PROMPT  # of image-text: the instruction that captions answer
+    splits: dict[str, str] = field(default_factory=dict)  # of image-text: which of its splits become which of ours
     fractions: dict[str, float] = field(
         default_factory=dict
     )  # base, private, public, dev, test of a set without splits
@@ -198,6 +210,7 @@ class Recipe:
     questions: tuple[Source, ...] = (Source(),)
     policy: Policy = Policy()
     encoder: EncoderConfig = EncoderConfig()
+    projector: ProjectorConfig | None = None  # trains the policy's projector with the sites before all else
     prompts: Prompts = Prompts()
     preferences: Preferences = Preferences()
     scores: ScoreRange | None = ScoreRange()

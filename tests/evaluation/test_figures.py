@@ -19,6 +19,7 @@ from accord.evaluation.figures import (
     curves,
     human_bytes,
     judging_heatmap,
+    silo_scatter,
     traffic_bars,
 )
 from accord.evaluation.summary import TrafficRow, accuracy, competence_summary
@@ -53,6 +54,7 @@ DRAWINGS: dict[str, Callable[[float], str]] = {
     "many sites": lambda width: judging_heatmap({"x": {f"hospital number {k}": 0.05 for k in range(20)}}, width=width),
     "competence": lambda width: competence_heatmap(COMPETENCE, width=width),
     "items": lambda width: competence_items(COMPETENCE, width=width),
+    "silos": lambda width: silo_scatter({HOSTILE: [(0, 1), (2, -3)], "$b": [(1, 1)], "none": []}, width=width),
     "traffic": lambda width: traffic_bars(TRAFFIC, width=width),
     "comparison": lambda width: comparison_bars({HOSTILE: BEFORE, "this": AFTER}, highlight="this", width=width),
 }
@@ -81,6 +83,8 @@ def test_a_figure_is_one_safe_svg_element_and_always_the_same(name: str, width: 
         competence_items(NOBODY),
         traffic_bars([]),
         comparison_bars({}),
+        silo_scatter({}),
+        silo_scatter({"a": []}),
     ],
 )
 def test_nothing_to_draw_is_an_empty_text(text: str) -> None:
@@ -106,6 +110,13 @@ def test_a_site_that_knows_more_fills_more_of_its_row() -> None:
     whole = max(widths)
     assert [round(3 * width / whole, 2) for width in widths] == [3, 2, 3, 1, 3]  # each row's ground, then what is right
     assert ends[1][0] == ends[3][0] == ends[0][0]
+
+
+def test_a_silo_has_its_size_and_no_more_points_than_can_be_seen() -> None:
+    """Of 1,000 points every fourth is drawn, of 2 both: 252 marks, beside one a site in the legend."""
+    text = silo_scatter({"a": [(n, n % 7) for n in range(1000)], "b": [(0, 0), (1, 1)]})
+    assert "a: 1,000" in text and "b: 2" in text
+    assert len(re.findall(r"<use ", text)) == 252 + 2
 
 
 def test_a_reward_nobody_gave_is_a_gap() -> None:

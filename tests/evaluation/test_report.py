@@ -14,7 +14,18 @@ import pytest
 
 from accord.errors import RunError
 from accord.evaluation.report import compare_runs, write_report
-from accord.evaluation.summary import EvaluationSummary, Ranking, Summary, TrafficRow, accuracy, competence_summary
+from accord.evaluation.summary import (
+    EvaluationSummary,
+    ProjectorMeasure,
+    ProjectorRound,
+    ProjectorSite,
+    ProjectorSummary,
+    Ranking,
+    Summary,
+    TrafficRow,
+    accuracy,
+    competence_summary,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -114,6 +125,25 @@ def test_nobody_is_known_to_be_good(make_run: Callable[..., Path], make_summary:
     text, page = _page(make_run(summary=make_summary(competence=known)))
     assert "No answers came from a" in page.words and "Best at" not in page.words
     assert 'aria-label="Which of the server' not in text
+
+
+def test_how_the_projector_was_trained(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    """A row a round, a site that was absent, and where there are silos a figure of them; hostile names stay text."""
+    measure = ProjectorMeasure(1.25, 2.5, accuracy({HOSTILE: (1, 2)}))
+    rounds = (
+        ProjectorRound(-3.0, {HOSTILE: ProjectorSite(4, 0.5, 7.25, 0.75), "b": ProjectorSite(4, 0.5, None, 0.25)}),
+        ProjectorRound(0.5, {HOSTILE: ProjectorSite(4, 0.5, 7.25, 1.0)}, beta=0.5, cosine=0.25, lag=0.75),
+    )
+    told = ProjectorSummary("x", "federated", "fed-cmp", "plain", "random", 9, measure, measure, rounds)
+    text, page = _page(make_run("without", summary=make_summary(projector=told)))
+    _assert_self_contained(text, page)
+    assert "0.75, 7.2" in page.words and "0.25, –" in page.words and ">absent<" in text
+    assert "<td>0.50</td><td>0.25</td><td>0.75</td>" in text and "first principal axis" not in page.words
+    silos = {HOSTILE: ((0.0, 1.0), (2.0, 3.0)), "b": ((1.0, 1.0),)}
+    drawn = make_summary(projector=dataclasses.replace(told, silos=silos))
+    text, page = _page(make_run("with", summary=drawn))
+    _assert_self_contained(text, page)
+    assert "first principal axis" in page.words
 
 
 def test_the_page_is_self_contained(make_run: Callable[..., Path]) -> None:

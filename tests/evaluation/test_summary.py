@@ -271,7 +271,9 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
     schema = json.loads(summary_schema())
     definitions = schema["$defs"]
     optional = {  # older files have no such field
-        "Summary": {"competence", "method"},
+        "Summary": {"competence", "method", "projector"},
+        "ProjectorRound": {"beta", "cosine", "lag"},
+        "ProjectorSummary": {"silos"},
         "Accuracy": {"images", "macro_error"},
         "TypeAccuracy": {"effective_n"},
     }

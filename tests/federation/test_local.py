@@ -33,8 +33,8 @@ def test_a_change_by_hand():
     start = begin(built, asking(3.0, 5.0))
     assert built[0].weight.tolist() == [[3.0, 5.0]] and start["0.weight"].tolist() == [[3.0, 5.0]]
     built[0].weight.data = tensor([[4.0, 4.5]])
-    reply = finish(built, asking(3.0, 5.0), start, examples=7, loss=0.5, steps=3, state=b"beside")
-    assert reply == UpdateReply("r", reply.change, 7, 0.5, b"beside", 3)
+    reply = finish(built, asking(3.0, 5.0), start, examples=7, loss=0.5, steps=3, state=b"beside", distance=2.5)
+    assert reply == UpdateReply("r", reply.change, 7, 0.5, b"beside", 3, 2.5)
     assert list(load(reply.change)) == ["0.weight"]
     assert load(reply.change)["0.weight"].tolist() == [[1.0, -0.5]]
 

@@ -55,6 +55,7 @@ REPLIES = [
     ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),
     AnswerReply("a1", ["links 🙂", ""]),
     UpdateReply("r1", b"change", 20, 0.5, b"beside", 3),
+    UpdateReply("r2", b"change", 20, 0.5, distance=14.5),
     CARD,
 ]
 
@@ -78,7 +79,7 @@ FIELDS = {
     "Refusal": {"id": str, "reason": typing.Literal["error", "refused", "invalid", "gone"]},
     "UpdateRequest": {
         "id": str,
-        "task": typing.Literal["router", "means", "reward", "supervised", "preference", "selector"],
+        "task": typing.Literal["router", "means", "reward", "supervised", "preference", "selector", "projector"],
         "round": int,
         "weights": bytes,
         "seed": int,
@@ -86,7 +87,15 @@ FIELDS = {
         "group": int,
         "bits": typing.Literal[16, 32],
     },
-    "UpdateReply": {"id": str, "change": bytes, "examples": int, "loss": float, "state": bytes, "steps": int},
+    "UpdateReply": {
+        "id": str,
+        "change": bytes,
+        "examples": int,
+        "loss": float,
+        "state": bytes,
+        "steps": int,
+        "distance": float | None,
+    },
     "CardRequest": {"id": str},
     "Card": {
         "id": str,

@@ -28,12 +28,12 @@ def silent(request):
     raise RuntimeError("gone")
 
 
-def sending(change=None, *, id=None, examples=1, loss=1.0, steps=1):
+def sending(change=None, *, id=None, examples=1, loss=1.0, steps=1, distance=None):
     """A site whose reply is wrong in one way."""
 
     def answer(request):
         sent = save(change or load(request.weights))
-        return UpdateReply(id or request.id, sent, examples, loss, steps=steps)
+        return UpdateReply(id or request.id, sent, examples, loss, steps=steps, distance=distance)
 
     return answer
 
@@ -102,6 +102,9 @@ def test_an_absent_site_is_left_out_and_is_no_zero():
         (sending(examples=-5), "-5 examples"),
         (sending(steps=0), "1 examples and 0 steps"),
         (sending(loss=float("inf")), "loss of inf"),
+        (sending(distance=float("nan")), "a distance of nan, which must be finite and at least 0"),
+        (sending(distance=float("inf")), "a distance of inf"),
+        (sending(distance=-0.5), "a distance of -0.5"),
         (
             lambda request: UpdateReply(request.id, b"no tensors", 1, 1.0),
             "an update of the reward: 10 bytes that cannot be",
@@ -181,15 +184,16 @@ def test_the_rule_gets_weights_updates_with_their_steps_and_shares():
     seen = []
 
     def rule(previous, updates, weights):
-        seen.append((previous["w"].tolist(), [(u.change["w"].tolist(), u.steps) for u in updates], list(weights)))
+        told = [(u.change["w"].tolist(), u.steps, u.distance) for u in updates]
+        seen.append((previous["w"].tolist(), told, list(weights)))
         return {"w": previous["w"] * 2}
 
     def working(request):
-        return UpdateReply(request.id, save({"w": tensor([-1.0, 0.0])}), 3, 1.0, steps=5)
+        return UpdateReply(request.id, save({"w": tensor([-1.0, 0.0])}), 3, 1.0, steps=5, distance=0.0)
 
     engine = Spy({"a": adding(1.0), "b": working})
     averaged = federated_rounds(engine, "router", START, 2, seed=0, aggregate=rule)
-    told = [([1.0, 1.0], 1), ([-1.0, 0.0], 5)]
+    told = [([1.0, 1.0], 1, None), ([-1.0, 0.0], 5, 0.0)]
     assert seen == [([1.0, 2.0], told, [0.25, 0.75]), ([2.0, 4.0], told, [0.25, 0.75])]
     assert averaged["w"].tolist() == [4.0, 8.0]
     assert load(engine.asked[1]["b"].weights)["w"].tolist() == [2.0, 4.0]

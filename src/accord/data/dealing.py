@@ -9,6 +9,8 @@ none of twenty is left with nothing. Differs: sizes follow from p and differ, si
 What is dealt is an image with its questions of one type: the site holds what its mixture says. An image with questions
 of several types may then be at several sites. Where none may, it is dealt for one of its types, drawn by its hash, and
 its other questions belong to no site.
+
+Where the recipe has pictures that are alike dealt to one site instead, `accord.stages.silos` does it.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
+from accord.data.clusters import Similarity
 from accord.data.questions import image_identity, uniform
 from accord.data.sites import SiteShare
 from accord.errors import DataError, RecipeError, check_least
@@ -38,8 +41,10 @@ LEAST = 0.1
 class Dealing:
     """How much sites differ; they all draw from all questions, whatever domain or type."""
 
-    alpha: float = 0.1
-    images: int = 0  # a site keeps at most so many, each with its questions of one type; 0 for all
+    alpha: float = 0.1  # of mixtures of types
+    by: Literal["types", "clusters"] = "types"  # mixtures of types are drawn, or pictures alike are at one site
+    features: Similarity = "image"  # of clusters: by what pictures are compared
+    images: int = 0  # a site keeps at most so many, by types each with its questions of one type; 0 for all
 
     def __post_init__(self) -> None:
         """Refuse what no Dirichlet distribution has, and a negative number."""

@@ -43,6 +43,7 @@ _VARIABLES = {
 _TYPE_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", ACCENT)
 _TYPE_STYLES = ("-", "--", "-.", ":")
 _CONTROL_MARKS = ("D", "^", "s", "v")
+_SILO_MARKS = ("o", "^", "s", "D", "v", "P", "X")
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: small, searchable, in the page's own font
@@ -234,6 +235,34 @@ def comparison_bars(compare: Mapping[str, Accuracy], *, highlight: str = "", wid
             _note_right(axes, y, percent(result.macro), bold=name == highlight)
         _percent_axis(axes, [name for name, _ in ranked])
         return svg(figure, "comparison", "Macro accuracy of the methods compared, with 95 % intervals")
+
+
+def silo_scatter(silos: Mapping[str, Sequence[Sequence[float]]], *, width: float = WIDE) -> str:
+    """Draw where each site's items lie on two axes (points), with how many there are; a site's colour has its mark.
+
+    Of each site at most 300 points are drawn, evenly spread over the order in which they come.
+    """
+    if not any(map(len, silos.values())):
+        return ""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(width, 0.55 * width + 0.4)
+        for (site, points), mark, colour in zip(
+            silos.items(), itertools.cycle(_SILO_MARKS), itertools.cycle((AFTER, *_TYPE_COLOURS)), strict=False
+        ):
+            shown = [(float(x), float(y)) for x, y in points[:: math.ceil(len(points) / 300) or 1]]
+            axes.plot(
+                *_columns(shown),
+                linestyle="none",
+                marker=mark,
+                markersize=4,
+                markeredgewidth=0,
+                alpha=0.75,
+                color=colour,
+                label=f"{short(site, 18)}: {len(points):,}",
+            )
+        axes.set(xticks=(), yticks=(), xlabel="first principal axis", ylabel="second principal axis")
+        figure.legend(loc="outside upper left", ncols=5 if width > 5 else 2, columnspacing=1.4, handletextpad=0.3)
+        return svg(figure, "silos", "Items of each site on the two principal axes of their features, and how many")
 
 
 def human_bytes(size: float) -> str:

@@ -30,6 +30,7 @@ from accord.evaluation.figures import (
     curves,
     human_bytes,
     judging_heatmap,
+    silo_scatter,
     traffic_bars,
 )
 from accord.evaluation.intervals import half_width
@@ -38,7 +39,7 @@ from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, Traf
 from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
 from accord.runs import stages_done, write_atomic
 
-_STAGES = ("site", "router", "align", "evaluation")
+_STAGES = ("projector", "site", "router", "align", "evaluation")
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
 
 
@@ -187,6 +188,8 @@ def _figures(summary: Summary, metrics: Sequence[MetricsRow]) -> dict[str, tuple
     if (competence := summary.competence) is not None:
         drawings["competence"] = lambda width: competence_heatmap(competence, width=width)
         drawings["answers"] = lambda width: competence_items(competence, width=width)
+    if (projector := summary.projector) is not None:
+        drawings["silos"] = lambda width: silo_scatter(projector.silos, width=width)
     # Safe: matplotlib escapes what it writes, and the title is escaped by the figure.
     return {name: (Markup(draw(WIDE)), Markup(draw(NARROW))) for name, draw in drawings.items()}
 

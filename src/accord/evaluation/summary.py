@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -150,6 +150,52 @@ class CompetenceSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class ProjectorSite:
+    """What a site did in a round of the projector's training, and what weight the server gave it."""
+
+    examples: Positive
+    loss: float  # mean, nats per token, as the site says
+    distance: NonNegative | None  # d_k between what images and text become; None where it was not sent
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorRound:
+    """One round of the projector's training: the sites that answered, and what the server's rule says of itself."""
+
+    loss: float  # mean of the sites'
+    sites: Mapping[str, ProjectorSite]
+    beta: float | None = None  # how much of the last round's basis is kept, mean over the matrices
+    cosine: float | None = None  # of the basis with the last round's, likewise
+    lag: float | None = None  # distance of the new weights to the plain weighted average, over that one's norm
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorMeasure:
+    """How well a projector lets the frozen language model answer dev questions."""
+
+    nll: NonNegative  # nats per token of the reference answers
+    shuffled_nll: NonNegative  # the same with every image replaced by another one
+    accuracy: Accuracy
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorSummary:
+    """How the policy's projector was trained before all else."""
+
+    checkpoint: str  # where its policy started from
+    training: Literal["federated", "local", "central"]
+    rule: str  # the server's
+    client: str  # the sites'
+    initial: Literal["random", "keep"]
+    parameters: Count
+    before: ProjectorMeasure
+    after: ProjectorMeasure
+    rounds: tuple[ProjectorRound, ...]
+    silos: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)  # pictures of clusters, by site
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run states about itself; `docs/summary.md` explains each field."""
 
@@ -174,6 +220,7 @@ class Summary:
     versions: Mapping[str, str | None]
     competence: CompetenceSummary | None = None
     method: str = "routed"  # what the policy was aligned by
+    projector: ProjectorSummary | None = None  # None where the policy's own was kept
 
 
 def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> dict[str, dict[str, Any]]:

@@ -17,10 +17,14 @@
     trimmed-mean     the same without the b largest and b smallest of each        the same, definition 2
     geometric-median argmin_z Σ_k p_k ‖Δ_k − z‖, by smoothed Weiszfeld steps      Pillutla et al. 2022, arXiv 1912.13445
 
-The division by S_k is not Wang et al.'s: it lets sites work unequally, as in arXiv 2501.09946, whose formulas are not
-public. The first moments of Adam, Yogi and AMSGrad start at 0 and the second at τ², as in Reddi et al.; nothing is
-corrected for bias. Median and trimmed mean give all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD
-change a site's local steps, and are in `accord.methods.fedit`.
+    fed-cmp, cra, …  sites weighted by their reliability, in a common basis that is smoothed over the rounds: see
+                     `accord.federation.reliability`                              Xiong et al. 2026, arXiv 2603.26786
+
+Under any rule, `bound` shortens updates that are much longer than the others. The division by S_k is not Wang et al.'s:
+it lets sites work unequally, as in arXiv 2501.09946, whose formulas are not public. The first moments of Adam, Yogi and
+AMSGrad start at 0 and the second at τ², as in Reddi et al.; nothing is corrected for bias. Median and trimmed mean give
+all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD change a site's local steps, and are in
+`accord.methods.fedit`.
 """
 
 from __future__ import annotations
@@ -33,15 +37,17 @@ import torch
 from torch import Tensor
 
 from accord.errors import RecipeError, check_least, check_positive
+from accord.federation.reliability import VARIANTS, Diagnosis, FedCmp, Reliability, Variant
 
 Weights: TypeAlias = Mapping[str, Tensor]
 
 
 class Update(NamedTuple):
-    """What a site's local steps changed, Δ_k by parameter, and how many steps they were, S_k."""
+    """What a site's local steps changed, Δ_k by parameter, how many they were, S_k, and d_k where it is measured."""
 
     change: Weights
     steps: int = 1
+    distance: float | None = None  # between what images and text become, for `accord.federation.reliability`
 
 
 class Aggregate(Protocol):
@@ -64,6 +70,7 @@ Rule: TypeAlias = Literal[
     "median",
     "trimmed-mean",
     "geometric-median",
+    Variant,
 ]
 
 
@@ -79,11 +86,13 @@ class Aggregation:
     density: float = 0.2  # share of an update's entries that ties and dare keep
     trim: float = 0.2  # share of the sites that trimmed-mean leaves out at either end, one at least of three or more
     bits: Literal[16, 32] = 32  # of a number on its way
+    bound: float = 0.0  # times the round's median length, to which longer updates are shortened; 0 for any length
+    reliability: Reliability | None = None  # settings of fed-cmp in the place of its own
 
     def __post_init__(self) -> None:
         """Refuse shares outside their range, and steps of no length."""
         check_positive(self, "learning_rate", "adaptivity")
-        check_least(self, momentum=0, second_momentum=0, trim=0)
+        check_least(self, momentum=0, second_momentum=0, trim=0, bound=0)
         for name, value in (("momentum", self.momentum), ("second_momentum", self.second_momentum)):
             if value >= 1:
                 raise RecipeError(f"{name} must be below 1, got {value}; lower it")
@@ -91,10 +100,20 @@ class Aggregation:
             raise RecipeError(f"density must be above 0 and at most 1, got {self.density}; correct it")
         if self.trim >= 0.5:
             raise RecipeError(f"trim must be below 0.5, or no site would be left, got {self.trim}; lower it")
+        if 0 < self.bound < 1:
+            raise RecipeError(f"bound must be at least 1, or 0 for none, got {self.bound}; raise it")
+        if self.reliability and self.rule != "fed-cmp":
+            raise RecipeError(f'reliability has settings of the rule "fed-cmp", got "{self.rule}"; take that rule')
 
     def start(self, seed: int) -> Aggregate:
         """Return the rule for one training; `seed` is of what dare drops."""
+        rule = self._rule(seed)
+        return Bounded(rule, self.bound) if self.bound else rule
+
+    def _rule(self, seed: int) -> Aggregate:
         eta = self.learning_rate
+        if self.rule in VARIANTS:
+            return FedCmp(self.reliability or VARIANTS[self.rule], eta)
         if self.rule == "fedavgm":
             return Momentum(eta, self.momentum)
         if self.rule in ("fedadam", "fedyogi", "fedamsgrad"):
@@ -201,6 +220,40 @@ def geometric_median(
         beta = p / (stacked - z).norm(dim=1).clamp(min=smoothing)
         z = (beta[:, None] * stacked).sum(0) / beta.sum()
     return _shaped(z, changes[0])
+
+
+def bounded(updates: Sequence[Update], multiple: float) -> list[Update]:
+    """Return the updates, shortened to `multiple` times the round's median length where they are longer.
+
+        Δ_k ← Δ_k · min(1, multiple · median_j ‖Δ_j‖ / ‖Δ_k‖)
+
+    Sun et al. 2019, arXiv 1911.07963 (norm thresholding). Differs: their threshold is fixed. Of an even number of
+    sites the lower of the middle two is the median, so that one of two cannot raise it.
+    """
+    lengths = torch.stack([_flat(update.change).norm() for update in updates])
+    most = (multiple * lengths.median()).item()
+    return [
+        update._replace(change={name: (d.double() * most / length).to(d.dtype) for name, d in update.change.items()})
+        if length > most
+        else update
+        for update, length in zip(updates, lengths.tolist(), strict=True)
+    ]
+
+
+class Bounded:
+    """A rule whose updates are shortened first, by `bounded`."""
+
+    def __init__(self, rule: Aggregate, multiple: float) -> None:
+        self.rule, self.multiple = rule, multiple
+
+    @property
+    def diagnostics(self) -> list[Diagnosis]:
+        """What the rule itself notes of its rounds, if it does."""
+        return getattr(self.rule, "diagnostics", [])
+
+    def __call__(self, previous: Weights, updates: Sequence[Update], weights: Sequence[float], /) -> dict[str, Tensor]:
+        """Return w^{t+1}."""
+        return self.rule(previous, bounded(updates, self.multiple), weights)
 
 
 class Momentum:

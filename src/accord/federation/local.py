@@ -75,10 +75,15 @@ def finish(
     loss: float,
     steps: int,
     state: bytes = b"",
+    distance: float | None = None,
 ) -> UpdateReply:
-    """Return what `steps` local steps since `begin` changed in `model`, Δ_k = w_k − w^t."""
+    """Return what `steps` local steps since `begin` changed in `model`, Δ_k = w_k − w^t.
+
+    `distance` is d_k between what the model makes of images and of text, which rules of `accord.federation.reliability`
+    weigh by.
+    """
     change = {name: weight - start[name] for name, weight in trainable_weights(model).items()}
-    return UpdateReply(request.id, to_bytes(change, bits=request.bits), examples, loss, state, steps)
+    return UpdateReply(request.id, to_bytes(change, bits=request.bits), examples, loss, state, steps, distance)
 
 
 def round_rate(learning_rate: float, number: int, rounds: int) -> float:

@@ -7,9 +7,10 @@ No type here can hold a preference pair, an annotation or a model of a site.
                    candidate answers       MissingImages names of images that the site has not kept
     AnswerRequest  images, prompts         AnswerReply   what the site's own model says to each: public questions, whose
                                                          answers the server grades itself
-    UpdateRequest  weights of a model      UpdateReply   what local steps changed in them, number of examples: the
-                                                         router's; those of policies and reward models only for the
-                                                         baselines that share parameters, which MoR never does
+    UpdateRequest  weights of a model      UpdateReply   what local steps changed in them, number of examples, for
+                                                         Fed-CMP one distance: the router's; those of policies
+                                                         and reward models only for the baselines that share
+                                                         parameters, which MoR never does
     CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
     any                                    Refusal       that there is no answer, and of what kind the reason is: the
                                                          text of an error never leaves the site
@@ -108,9 +109,9 @@ class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     answers: list[str]
 
 
-Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector"]
-"""What is trained at a site: MoR's router, or sums of its prompts' features that stand for one; for baselines a reward
-model, the policy on answers or pairs, a selector."""
+Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector", "projector"]
+"""What is trained at a site: MoR's router, or sums of its prompts' features that stand for one; the projector of the
+policy that is to be; for baselines a reward model, the policy on answers or pairs, a selector."""
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="update"):
@@ -135,6 +136,7 @@ class UpdateReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     loss: float
     state: bytes = b""
     steps: int = 1  # S_k, how many local steps these were
+    distance: float | None = None  # d_k of `accord.federation.reliability`, where the task measures it
 
 
 class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card"):

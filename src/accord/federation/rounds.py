@@ -63,6 +63,7 @@ def federated_rounds(
     most: int = 0,
     server: Server | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
+    on_replies: Callable[[int, Mapping[str, UpdateReply]], None] = lambda _round, _replies: None,
 ) -> dict[str, Tensor]:
     """Return `weights` after `rounds` rounds; a site that is absent or sends an unusable update sits out that round.
 
@@ -80,6 +81,8 @@ def federated_rounds(
         most: the n_k that a site may claim, `Averaging.examples_at_most`; 0 for any.
         server: what is exchanged beside the weights.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
+        on_replies: told the round and what each of these sites replied, by site in the order of `updates`, once the
+            server has combined it.
 
     Raises:
         RunError: no site answered in a round.
@@ -105,16 +108,18 @@ def federated_rounds(
             update, change = check_update(request, reply, expected)
             if server:
                 server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
-            return update, Update(change, update.steps)
+            return update, Update(change, update.steps, update.distance)
 
         consequence = f"round {t + 1} of the {task} goes on without it"
-        replies = ask_checked(engine, requests, check, what="an update", consequence=consequence).values()
+        replied = ask_checked(engine, requests, check, what="an update", consequence=consequence)
+        replies = replied.values()
         if not replies:
             raise RunError(
                 f"no site answered in round {t + 1} of {task!r}; check the sites' logs and start again with --resume"
             )
         examples = [min(reply.examples, most or reply.examples) for reply, _ in replies]
         current = aggregate(current, [update for _, update in replies], shares(examples))
+        on_replies(t + 1, {site: reply for site, (reply, _) in replied.items()})
         on_round(t + 1, sum(reply.loss for reply, _ in replies) / len(replies))
     return current
 
@@ -125,10 +130,13 @@ def check_update(
     """Validate a site's update before use; return it and Δ_k.
 
     Raises:
-        ReplyError: wrong type or request id, no examples, no steps, or a loss that is not finite.
+        ReplyError: wrong type or request id, no examples, no steps, a loss that is not finite, or a distance that is
+            not finite or below 0.
         CheckpointError: the names, shapes or types are not those of `expected`, or a value is not finite.
     """
     reply = check_kind(request, reply, UpdateReply, "an update")
     if reply.examples < 1 or reply.steps < 1 or not math.isfinite(reply.loss):
         raise ReplyError(f"{reply.examples} examples and {reply.steps} steps with a loss of {reply.loss}")
+    if reply.distance is not None and not 0 <= reply.distance < math.inf:  # NaN is in no range
+        raise ReplyError(f"a distance of {reply.distance}, which must be finite and at least 0")
     return reply, read_weights(reply.change, expected, bits=request.bits, what=f"an update of the {request.task}")

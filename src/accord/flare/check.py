@@ -310,6 +310,15 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     if site.answers or site.owns:
         known = len(read_truth(folder / "sites" / name / "truth.json"))
         owned = [Crossing("leaves", "whether a candidate is the answer it holds", f"1 or 0, for {known} questions")]
+    projector = []
+    if recipe.projector is not None:
+        rounds = recipe.projector.averaging.rounds
+        projector = [
+            Crossing(
+                "leaves", "what its captions change in the policy's projector", f"its weights, each of {rounds} rounds"
+            ),
+            Crossing("leaves", "number of captions, steps, mean loss, distance d", "four numbers a round"),
+        ]
     return [
         Crossing("leaves", "scores of candidate answers, standardised", f"one number each, {clipped}"),
         *owned,
@@ -320,6 +329,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
             f"{router}, each of {recipe.router.rounds} rounds",
         ),
         Crossing("leaves", "number of pairs the router saw, steps, mean loss", "three numbers a round"),
+        *projector,
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
         Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),

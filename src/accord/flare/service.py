@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -34,6 +34,7 @@ from accord.federation.messages import (
     MissingImages,
     Refusal,
     ScoreRequest,
+    Task,
     UpdateReply,
     UpdateRequest,
     WithImages,
@@ -41,16 +42,16 @@ from accord.federation.messages import (
     decode_request,
     encode,
 )
-from accord.federation.site import Site
+from accord.federation.site import LocalUpdate, Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_running, site_log
 from accord.models.features import remember
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
-from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, stages_done
 from accord.stages.job import Job
+from accord.stages.projector import projector_training
 from accord.stages.sites import open_site, router_training, site_pairs
 
 if TYPE_CHECKING:
@@ -62,21 +63,21 @@ PATIENCE: Final = 30.0
 """Seconds in which a connection must bring its request, or take its reply."""
 
 
-class RouterTrainingHere:
-    """A site's half of the router's training, made ready when it is first asked for.
+class WhenAsked:
+    """A site's half of a training, made ready when it is first asked for.
 
     Most of a service's life is alignment, which needs neither pairs nor the encoder.
     """
 
-    def __init__(self, job: Job, name: str) -> None:
-        self._job, self._name = job, name
+    def __init__(self, make: Callable[[], LocalUpdate]) -> None:
+        self._make = make
 
     @cached_property
-    def _local(self) -> LocalRouterTraining:
-        return router_training(self._job, self._name)
+    def _local(self) -> LocalUpdate:
+        return self._make()
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
-        """Return what local steps on the site's pairs change in the router of `request`."""
+        """Return what local steps on the site's data change in the model of `request`."""
         return self._local(request)
 
 
@@ -123,7 +124,10 @@ def open_site_folder(folder: Path, name: str) -> Site:
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)
-    return open_site(recipe, folder, name, scores=recipe.scores, updates={"router": RouterTrainingHere(job, name)})
+    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
+    if recipe.projector is not None:
+        updates["projector"] = WhenAsked(partial(projector_training, job, name))
+    return open_site(recipe, folder, name, scores=recipe.scores, updates=updates)
 
 
 class SiteService:

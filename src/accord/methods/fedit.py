@@ -20,7 +20,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import torch
 from peft import PeftModel
@@ -35,6 +35,7 @@ from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, take_steps
 from accord.federation.messages import Task, UpdateReply, UpdateRequest
 from accord.federation.rounds import Server, federated_rounds
+from accord.federation.rules import LocalRule, Plain, Proximal
 from accord.federation.site import LocalUpdate
 from accord.federation.weights import read_weights, set_trainable_weights, to_bytes, trainable_weights
 from accord.methods.method import Method, Table
@@ -46,22 +47,6 @@ from accord.stages.alignment import Aligned
 from accord.stages.job import Job
 from accord.stages.training import open_training, rounds_told
 from accord.types import Question, prompt_of
-
-
-class LocalRule(Protocol):
-    """A site's half of an algorithm: how its local steps depart from plain ones."""
-
-    def begin(self, start: Mapping[str, Tensor], state: bytes, /) -> None:
-        """Take w^t, on the model's device, and what the server sent beside it."""
-        ...
-
-    def correct(self, name: str, gradient: Tensor, weight: Tensor, /) -> Tensor:
-        """Return the gradient of parameter `name` to step along."""
-        ...
-
-    def end(self, weights: Mapping[str, Tensor], distance: float, /) -> bytes:
-        """Take w_k and S η; return what goes to the server beside it."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -86,37 +71,6 @@ class Algorithm:
     rule: Callable[[], LocalRule]
     server: Callable[[Mapping[str, Tensor]], Server | None] = lambda weights: None  # made from w^0
     optimiser: type[torch.optim.AdamW] | type[torch.optim.SGD] = torch.optim.AdamW
-
-
-class Plain:
-    """Step along the gradient (FedAvg)."""
-
-    def begin(self, start: Mapping[str, Tensor], state: bytes, /) -> None:
-        """Take nothing."""
-
-    def correct(self, name: str, gradient: Tensor, weight: Tensor, /) -> Tensor:
-        """Return g."""
-        return gradient
-
-    def end(self, weights: Mapping[str, Tensor], distance: float, /) -> bytes:
-        """Return nothing."""
-        return b""
-
-
-class Proximal(Plain):
-    """Step along g + μ (w − w^t) (FedProx)."""
-
-    def __init__(self, mu: float) -> None:
-        self.mu = mu
-        self.start: Mapping[str, Tensor] = {}
-
-    def begin(self, start: Mapping[str, Tensor], state: bytes, /) -> None:
-        """Take w^t."""
-        self.start = start
-
-    def correct(self, name: str, gradient: Tensor, weight: Tensor, /) -> Tensor:
-        """Return g + μ (w − w^t)."""
-        return gradient + self.mu * (weight - self.start[name])
 
 
 class ControlVariate:

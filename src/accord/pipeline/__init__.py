@@ -1,4 +1,4 @@
-"""The main job, stage by stage: sites, router, alignment, comparisons, evaluation, report.
+"""The main job, stage by stage: projector if wanted, sites, router, alignment, comparisons, evaluation, report.
 
     questions ──► site k: pairs ──► reward model k ──┐
     (dealt out)                                      ├──► router (federated) ──► alignment ──► evaluation ──► report
@@ -21,11 +21,22 @@ from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.reward import open_reward
 from accord.stages.job import Job
+from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
 from accord.stages.sites import train_site
 from accord.stages.traffic import save_traffic
 
-__all__ = ["Job", "align_policy", "compare", "evaluate", "execute", "open_reward", "train_router", "train_site"]
+__all__ = [
+    "Job",
+    "align_policy",
+    "compare",
+    "evaluate",
+    "execute",
+    "open_reward",
+    "pretrain_projector",
+    "train_router",
+    "train_site",
+]
 
 
 def execute(job: Job) -> Path:
@@ -36,7 +47,10 @@ def execute(job: Job) -> Path:
     """
     recipe = job.recipe
     check_methods(recipe, [recipe.method, *recipe.compare], elsewhere=job.engine is not None)
+    check_projector(job.written or recipe, elsewhere=job.engine is not None)
     job.run.plan(stages_of(job))
+    if job.written and not job.run.done("projector"):
+        pretrain_projector(job)
     needs = needed(recipe, [recipe.method, *recipe.compare])
     if "sites" in needs:
         train_sites(job)
@@ -57,7 +71,8 @@ def stages_of(job: Job) -> dict[str, int]:
     recipe = job.recipe
     names = [site.name for site in recipe.sites]
     needs = needed(recipe, [recipe.method, *recipe.compare])
-    stages: dict[str, int] = {}
+    projector = job.written.projector if job.written else None
+    stages: dict[str, int] = {} if projector is None else {"projector": projector.averaging.rounds}
     if "sites" in needs and job.engine is None:
         stages |= {f"site {site.name}": site.reward_model.steps for site in recipe.sites}
     if "router" in needs:

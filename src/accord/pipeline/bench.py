@@ -45,6 +45,7 @@ from accord.recipe_file import dump_recipe, import_methods, load_recipe
 from accord.runs import OF_NO_RESULT, Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
+from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
 
 
@@ -157,6 +158,9 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
         torch.set_num_threads(seed.recipe.threads)
     remember(seed.recipe.features)
     with open_job(seed.recipe, run, quiet=not bars) as job:
+        if job.written is not None and not run.done("projector"):
+            check_projector(job.written)
+            pretrain_projector(job)
         yield job
 
 

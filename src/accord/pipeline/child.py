@@ -23,7 +23,7 @@ from accord.models.features import remember
 from accord.pipeline.apart import apart
 from accord.recipe_file import load_recipe
 from accord.runs import Run
-from accord.stages.job import open_job
+from accord.stages.job import on_own_projector, open_job
 from accord.stages.sites import train_site
 
 
@@ -50,7 +50,7 @@ def train(run: Path, name: str, *, quiet: bool) -> None:
         torch.set_num_threads(recipe.threads)
     remember(recipe.features)
     own = Run.create(apart(run, name), file.read_text(encoding="utf-8"), seed=recipe.seed)
-    with open_job(recipe, own, quiet=quiet) as job:
+    with open_job(on_own_projector(recipe, run), own, quiet=quiet) as job:
         train_site(job, name)
 
 

@@ -41,6 +41,7 @@ from accord.pipeline.comparison import arm_accuracy
 from accord.progress import stage_bar
 from accord.recipe import Source
 from accord.stages.job import Job, read_source
+from accord.stages.projector import measured_projector
 from accord.stages.routing import route, trained_router
 from accord.stages.sites import open_federation
 from accord.stages.traffic import load_all_traffic
@@ -163,6 +164,7 @@ def _summary(
         **{**_findings(job, names), **headline(evaluation, traffic)},
         checkpoint=str(job.path / "policy"),
         versions={**manifest["versions"], "python": manifest["python"]},
+        projector=measured_projector(job.path) if job.written else None,
     )
 
 

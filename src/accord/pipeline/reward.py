@@ -13,6 +13,7 @@ from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.recipe_file import import_methods, load_recipe
 from accord.stages.alignment import reward_of
+from accord.stages.job import on_own_projector
 from accord.stages.sites import open_site
 
 
@@ -30,7 +31,7 @@ def open_reward(folder: Path | str) -> FederatedReward:
         raise RunError(
             f"{path}: no recipe.toml, so this is not a run folder; make one with `accord demo` or `accord run`"
         )
-    recipe = import_methods(load_recipe(path / "recipe.toml"))
+    recipe = on_own_projector(import_methods(load_recipe(path / "recipe.toml")), path)
     names = [site.name for site in recipe.sites]
     method = find_method(recipe.method, names)
     if method.opened is None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel
@@ -19,6 +19,7 @@ from accord.data.captions import Judged, photographs, read_captions, read_judgem
 from accord.data.conventions import load_conventions
 from accord.data.dealing import deal, kind_of, mixtures, stands_for
 from accord.data.easy_vqa import load_easy_vqa
+from accord.data.image_text import read_image_text
 from accord.data.questions import image_identity, read_vqa_dataset, read_vqa_folder, split_by_image
 from accord.data.radiology_and_rooms import load_radiology_and_rooms
 from accord.data.sampling import sample_questions
@@ -30,9 +31,11 @@ from accord.models.load import Processor, load_model
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.rewards.model import RewardModel
 from accord.runs import Run
+from accord.stages.silos import Silos, cut_silos
 from accord.types import PreferencePair, Question, Subject
 
 BUILT_ON_IT = {
+    "projector": ("site", "router", "align", "compare", "evaluation"),
     "site": ("router", "align", "compare", "evaluation"),
     "router": ("align", "compare", "evaluation"),
     "align": ("evaluation",),
@@ -101,6 +104,16 @@ def read_source(source: Source) -> list[Question]:
         return read_captions(source.path)
     if source.kind == "folder":
         return read_vqa_folder(source.path, type_field=source.type_column or "question_type")
+    if source.kind == "image-text":
+        return read_image_text(
+            source.path,
+            split=source.split,
+            image_column=source.image_column,
+            text_column=source.text_column,
+            prompt=source.prompt,
+            splits=source.splits,
+            domain=source.domain or None,
+        )
     return read_vqa_dataset(
         source.path,
         split=source.split,
@@ -121,6 +134,7 @@ class Job:
     quiet: bool = False
     alone: str = ""  # the one site that works here: no questions but its own need be there
     engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
+    written: Recipe | None = None  # the recipe before `on_own_projector`, where this run trains the projector
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
     base_captions: dict[str, list[str]] = field(default_factory=dict)  # by split, once the base was asked
@@ -135,10 +149,13 @@ class Job:
         """
         later = BUILT_ON_IT[stage.split()[0]]
         made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
+        if self.written is not None and stage != "projector":
+            self.need(PROJECTOR, "accord pretrain-projector RECIPE", "projector")
 
         def stale(other: str) -> bool:
             stands_on = self.run.stands_on(other)
-            return other.split()[0] in later and (stands_on is None or made in stands_on)
+            on_it = made == "projector" or stands_on is None or made in stands_on  # all train or ask the policy
+            return other.split()[0] in later and on_it
 
         for checkpoints in (self.path / "checkpoints").glob("*"):
             # A stage that is done has checkpoints only where a kill came before their removal.
@@ -201,6 +218,8 @@ class Job:
         if self.engine is not None:
             raise RunError("this needs the sites' private questions, which never leave them; run it in one process")
         private = self.questions.get("private", [])
+        if self.recipe.dealing and self.recipe.dealing.by == "clusters":
+            return self.silos.questions
         if self.recipe.dealing:
             return deal(
                 private,
@@ -212,6 +231,26 @@ class Job:
         shares = [site.share for site in self.recipe.sites if site.needs_questions]
         dealt = self._share_out(private, shares)
         return {site.name: dealt.get(site.name, []) for site in self.recipe.sites}
+
+    @cached_property
+    def silos(self) -> Silos:
+        """The private questions by clusters of what they are about, a site each, where the recipe deals them so.
+
+        Raises:
+            RecipeError: it does not; or a site works alone, and others' pictures are not there to tell clusters by.
+        """
+        dealing = self.recipe.dealing
+        if dealing is None or dealing.by != "clusters":
+            raise RecipeError('questions are dealt by no clusters; add [dealing] with by = "clusters"')
+        if self.alone:
+            raise RecipeError(
+                f'[dealing] by = "clusters" cuts one pool of pictures into sites, and {self.alone!r} works alone and '
+                "has its own; leave the table out of its recipe"
+            )
+        names = [site.name for site in self.recipe.sites]
+        private = self.questions.get("private", [])
+        seed, limit = self.recipe.seed, dealing.images
+        return cut_silos(private, names, self.encoder, dealing.features, seed=seed, limit=limit)
 
     @cached_property
     def judged(self) -> dict[str, list[Judged]]:
@@ -234,7 +273,7 @@ class Job:
     @cached_property
     def mixtures(self) -> dict[str, dict[tuple[str, str], float]]:
         """Each site's mixture of domains and types, where the recipe has them drawn; empty where it does not."""
-        if self.recipe.dealing is None:
+        if self.recipe.dealing is None or self.recipe.dealing.by == "clusters":
             return {}
         kinds = sorted({kind_of(q) for questions in self.questions.values() for q in questions})
         names = [site.name for site in self.recipe.sites]
@@ -316,13 +355,33 @@ class Job:
         return path
 
 
+PROJECTOR: Final = "projector/checkpoint"
+"""Where a run keeps the policy whose projector it has trained."""
+
+
+def on_own_projector(recipe: Recipe, run: Path) -> Recipe:
+    """Return the recipe whose policy is the one with the projector that the run in the folder `run` trains.
+
+    Routers and gates go on reading the checkpoint that the recipe names, which every site has. A recipe that trains no
+    projector comes back as it is.
+    """
+    if recipe.projector is None:
+        return recipe
+    policy = replace(recipe.policy, checkpoint=str(run / PROJECTOR))
+    return replace(
+        recipe, projector=None, policy=policy, encoder=replace(recipe.encoder, checkpoint=recipe.encoder_checkpoint)
+    )
+
+
 @contextmanager
 def open_job(
     recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "", engine: Engine | None = None
 ) -> Iterator[Job]:
     """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
     with run:
-        job = Job(recipe, run, quiet=quiet, alone=alone, engine=engine)
+        trains = recipe.projector is not None and not alone  # a site alone has the checkpoint that the recipe names
+        settled = on_own_projector(recipe, run.path) if trains else recipe
+        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, written=recipe if trains else None)
         try:
             yield job
         finally:
