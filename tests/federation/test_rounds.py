@@ -126,6 +126,16 @@ def test_nobody_answers():
         average({"a": silent, "b": sending(loss=float("nan"))})
 
 
+def test_finite_updates_that_end_in_weights_that_are_not():
+    """The site is named whose numbers are largest; with a bound the round goes on."""
+    sites = {"a": adding(1.0), "b": adding(2e38), "c": adding(3e38)}
+    total = Aggregation(rule="task-arithmetic").start(0)
+    with pytest.raises(RunError, match=r"round 1 of the supervised gave weights that .* of site c: look at it"):
+        average(sites, aggregate=total)
+    bounded = Aggregation(rule="task-arithmetic", bound=3).start(0)
+    assert all(w.isfinite().all() for w in average({**sites, "b": adding(2.0)}, aggregate=bounded).values())
+
+
 def test_the_bytes_of_both_ways_are_counted():
     """Per round and site: one encoded request down, one encoded reply up; under what is trained."""
     engine = Spy({"a": adding(1.0), "b": adding(1.0)})

@@ -85,7 +85,7 @@ def federated_rounds(
             server has combined it.
 
     Raises:
-        RunError: no site answered in a round.
+        RunError: no site answered in a round, or the updates together give weights that are not finite.
     """
     current = dict(weights)
     for t in range(first, first + rounds):
@@ -119,6 +119,13 @@ def federated_rounds(
             )
         examples = [min(reply.examples, most or reply.examples) for reply, _ in replies]
         current = aggregate(current, [update for _, update in replies], shares(examples))
+        if not all(weight.isfinite().all() for weight in current.values()):
+            largest = {site: max(d.abs().max().item() for d in u.change.values()) for site, (_, u) in replied.items()}
+            raise RunError(
+                f"round {t + 1} of the {task} gave weights that are not finite; the largest number in an update was that "
+                f"of site {max(largest, key=largest.__getitem__)}: look at it, or put bound = 3 into the table "
+                "`aggregation` of what is trained, which shortens such updates"
+            )
         on_replies(t + 1, {site: reply for site, (reply, _) in replied.items()})
         on_round(t + 1, sum(reply.loss for reply, _ in replies) / len(replies))
     return current
