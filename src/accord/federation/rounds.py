@@ -120,7 +120,10 @@ def federated_rounds(
         examples = [min(reply.examples, most or reply.examples) for reply, _ in replies]
         current = aggregate(current, [update for _, update in replies], shares(examples))
         if not all(weight.isfinite().all() for weight in current.values()):
-            largest = {site: max(d.abs().max().item() for d in u.change.values()) for site, (_, u) in replied.items()}
+            largest = {
+                site: max(part.abs().max().item() for part in update.change.values())
+                for site, (_, update) in replied.items()
+            }
             raise RunError(
                 f"round {t + 1} of the {task} gave weights that are not finite; the largest number in an update was that "
                 f"of site {max(largest, key=largest.__getitem__)}: look at it, or put bound = 3 into the table "
