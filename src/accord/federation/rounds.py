@@ -125,8 +125,8 @@ def federated_rounds(
                 for site, (_, update) in replied.items()
             }
             raise RunError(
-                f"round {t + 1} of the {task} gave weights that are not finite; the largest number in an update was that "
-                f"of site {max(largest, key=largest.__getitem__)}: look at it, or put bound = 3 into the table "
+                f"round {t + 1} of the {task} gave weights that are not finite; the largest number in an update was "
+                f"that of site {max(largest, key=largest.__getitem__)}: look at it, or put bound = 3 into the table "
                 "`aggregation` of what is trained, which shortens such updates"
             )
         on_replies(t + 1, {site: reply for site, (reply, _) in replied.items()})
