@@ -43,19 +43,20 @@ def session(monkeypatch):
 
 def test_ctrl_c_is_not_lost_in_flares_code(operator, session):
     """FLARE catches whatever is raised in it, and goes on; the interrupt comes all the same, while it is at work."""
-    began = threading.Event()
+    began, interrupted = threading.Event(), threading.Event()
 
     def stubborn():
         began.set()
         with contextlib.suppress(BaseException):
-            time.sleep(1.0)
+            interrupted.wait(60)
         return SimpleNamespace(client_info=[])
 
     session.info = stubborn
     launcher = Production(operator)
-    threading.Thread(target=lambda: began.wait(10) and os.kill(os.getpid(), signal.SIGINT)).start()
+    threading.Thread(target=lambda: began.wait(60) and os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         launcher.connected()
+    interrupted.set()
     launcher.close()
     assert (session.opened, session.closed) == (1, 1)
 
