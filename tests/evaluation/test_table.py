@@ -348,6 +348,15 @@ def test_the_figure_shows_best_first_and_two_panels():
     assert "held-out" not in to_figure(table(cells("routed", colour=[6]), {"colour"}))
 
 
+def test_the_figure_of_captions_shows_what_the_judge_says():
+    """Best by preference on top; CIDEr-D is no percentage, and no panel."""
+    measures = {"CIDEr-D": [2, 3], "matching": [3, 3], "preferred to base": [4, 5]}
+    better = {"CIDEr-D": [2, 2], "matching": [2, 3], "preferred to base": [6, 6]}
+    drawn = to_figure(table([*cells("routed", **measures), *cells("average", **better)], None))
+    assert drawn.index("average") < drawn.index("routed")
+    assert "matching" in drawn and "preferred to base" in drawn and "CIDEr-D" not in drawn
+
+
 def test_one_lucky_seed_does_not_win():
     """A method with four seeds of five is unmarked, however high. Else d = .1 .2 .2 .2 .2: t = 9, p = .0008."""
     made = table(

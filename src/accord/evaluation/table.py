@@ -45,6 +45,8 @@ LEVEL: Final = 0.05
 """Below which a p-value, adjusted for its column, is significant."""
 
 CIDER: Final = "CIDEr-D"
+MATCHING: Final = "matching"
+PREFERRED: Final = "preferred to base"
 """A measure of captions from 0 to 10, which is no share and has no unit."""
 
 Unit: TypeAlias = Literal["%", "MB", "s", ""]
@@ -409,11 +411,15 @@ def to_csv(made: Table) -> str:
 def to_figure(made: Table, *, width: float = WIDE) -> str:
     """Draw a dot with its interval per method, best overall on top: in-domain and held-out, or overall without these.
 
+    Of policies that describe, what a judge says of them: matching, and preference over the base, best on top.
     Controls and bounds are open dots; the dotted line is the base. "" where nothing was measured.
     """
     place = {column.name: k for k, column in reversed([*enumerate(made.columns)])}  # a type may be named like a mean
     panels = [name for name in (IN_DOMAIN, HELD_OUT) if name in place] if HELD_OUT in place else [OVERALL]
-    found = [(value.mean, row) for row in made.rows if OVERALL in place and (value := row.values[place[OVERALL]])]
+    first = OVERALL
+    if CIDER in place:
+        panels, first = [name for name in (MATCHING, PREFERRED) if name in place], PREFERRED
+    found = [(value.mean, row) for row in made.rows if first in place and (value := row.values[place[first]])]
     if not found:
         return ""
     rows = [row for _, row in sorted(found, key=lambda item: (-item[0], item[1].method))]

@@ -28,7 +28,7 @@ from accord.errors import RecipeError
 from accord.evaluation.accuracy import outcomes_by_type
 from accord.evaluation.captions import cider_d, matching, preferred
 from accord.evaluation.markdown import escaped, markdown_table
-from accord.evaluation.table import CIDER
+from accord.evaluation.table import CIDER, MATCHING, PREFERRED
 from accord.models.load import load_model
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe
@@ -39,7 +39,6 @@ from accord.stages.alignment import greedy
 from accord.stages.job import Job
 from accord.types import Question
 
-MATCHING, PREFERRED = "matching", "preferred to base"
 COLUMNS = (CIDER, MATCHING, PREFERRED)
 RIGHT: Final = "matching by topic"
 
