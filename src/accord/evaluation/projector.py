@@ -7,7 +7,7 @@ from accord.evaluation.summary import ProjectorMeasure, ProjectorSummary
 
 
 def projector_table(summary: ProjectorSummary) -> str:
-    """Return the rounds, a row each, and the measures before and after on dev questions."""
+    """Return the rounds, a row each, and the measures before and after on held-out questions."""
     sites = list(dict.fromkeys(name for each in summary.rounds for name in each.sites))
     header = ["round", "loss", "β", "cosine", "lag", *(f"{escaped(name)}: weight, d" for name in sites)]
     rows = []

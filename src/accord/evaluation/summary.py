@@ -172,7 +172,7 @@ class ProjectorRound:
 
 @dataclass(frozen=True, slots=True)
 class ProjectorMeasure:
-    """How well a projector lets the frozen language model answer dev questions."""
+    """How well a projector lets the frozen language model answer held-out questions."""
 
     nll: NonNegative  # nats per token of the reference answers
     shuffled_nll: NonNegative  # the same with every image replaced by another one

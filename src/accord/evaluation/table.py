@@ -45,9 +45,11 @@ LEVEL: Final = 0.05
 """Below which a p-value, adjusted for its column, is significant."""
 
 CIDER: Final = "CIDEr-D"
+"""A measure of captions from 0 to 10, which is no share and has no unit."""
+
 MATCHING: Final = "matching"
 PREFERRED: Final = "preferred to base"
-"""A measure of captions from 0 to 10, which is no share and has no unit."""
+"""Shares of captions: those whose photograph a judge finds, and those that it prefers to the base's."""
 
 Unit: TypeAlias = Literal["%", "MB", "s", ""]
 Mark: TypeAlias = Literal["best", "level", "below", ""]

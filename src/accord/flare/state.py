@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeAlias
 import msgspec
 
 from accord.errors import RunError
-from accord.runs import write_atomic
+from accord.runs import read_record, write_atomic
 
 if TYPE_CHECKING:
     from accord.federation.engine import Traffic  # with it comes torch, which `accord watch` has no use for
@@ -183,12 +183,7 @@ def read_federation(folder: Path) -> Federation | None:
     Raises:
         RunError: the file is damaged.
     """
-    try:
-        return msgspec.json.decode((folder / FILE).read_bytes(), type=Federation)
-    except FileNotFoundError:
-        return None
-    except msgspec.MsgspecError as error:
-        raise RunError(f"{folder / FILE} is damaged ({error}); remove it") from error
+    return read_record(folder / FILE, Federation, remedy="remove it")
 
 
 def _utc(moment: datetime) -> str:

@@ -13,8 +13,13 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from accord.errors import RunError
+
+Record = TypeVar("Record")
 
 PARTIAL = ".partial-"
 REPLACED = ".replaced-"
@@ -254,3 +259,17 @@ def read_json(path: Path) -> dict[str, object]:
         return parse_line(path, 1, path.read_bytes())
     except (RunError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}; start anew with another --out") from error
+
+
+def read_record(path: Path, kind: type[Record], *, remedy: str) -> Record | None:
+    """Return the `kind` in a JSON file; None where there is no file.
+
+    Raises:
+        RunError: the file cannot be read, or holds none; the message ends with `remedy`.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunError(f"{path} is damaged or cannot be read ({error}); {remedy}") from error

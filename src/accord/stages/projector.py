@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from accord.data.sampling import sample_questions
-from accord.errors import DataError, RecipeError, RunError
+from accord.errors import DataError, RecipeError
 from accord.evaluation.accuracy import images_by_type, outcomes_by_type, shuffle_images
 from accord.evaluation.likelihood import answer_nll
 from accord.evaluation.summary import (
@@ -41,7 +41,7 @@ from accord.models.load import Processor, load_model, locate, save_model
 from accord.models.projector import train_projector_alone
 from accord.progress import stage_bar
 from accord.recipe import Recipe
-from accord.runs import write_atomic
+from accord.runs import read_record, write_atomic
 from accord.stages.job import PROJECTOR, Job
 from accord.stages.traffic import save_traffic
 from accord.stages.training import open_training
@@ -212,12 +212,7 @@ def measured_projector(run: Path) -> ProjectorSummary | None:
     Raises:
         RunError: the file is damaged.
     """
-    try:
-        return msgspec.json.decode((run / MEASURED).read_bytes(), type=ProjectorSummary)
-    except FileNotFoundError:
-        return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise RunError(f"{run / MEASURED} cannot be read ({error}); run `accord pretrain-projector` again") from error
+    return read_record(run / MEASURED, ProjectorSummary, remedy="run `accord pretrain-projector` again")
 
 
 def _open(
