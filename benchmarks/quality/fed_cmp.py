@@ -12,7 +12,8 @@ captions in the same number of steps. A cell that `--out` holds is not run again
     fedprox, moon    FedAvg with other local steps
     kept             FedAvg of sites that keep AdamW's moments from round to round
     one-cosine       FedAvg, and the learning rate falls once over all rounds
-    ours             both
+    longer           FedAvg, and the server goes 1.5 times as far
+    ours             all three, and sites weighted as by `cra-relative`
     rule+hostile     the rule, where the last site returns 20 times the opposite of its update and a distance of 0
 
 A column has the share of FedAvg's distance to `central` that a rule leaves, in NLL and in macro accuracy; p is of a
@@ -51,8 +52,11 @@ from accord.stages.projector import pretrain_projector, projector_training
 
 DEFAULT = (
     "none,local,fedavg,fedprox,moon,fedavgm,fedadam,task-arithmetic,ties,dare,cra,cra-relative,fed-cmp,fed-cmp-relative,"
-    "fed-cmp-fixed,fed-cmp-late,fed-cmp-prose,kept,one-cosine,ours,central"
+    "fed-cmp-fixed,fed-cmp-late,fed-cmp-prose,kept,one-cosine,longer,ours,central"
 )
+FURTHER = 1.5
+"""η of `longer` and `ours`."""
+
 FACTOR = -20.0
 """By which a hostile site multiplies its update."""
 
@@ -64,10 +68,12 @@ def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
         return replace(config, training=rule)
     if rule in ("fedprox", "moon"):
         return replace(config, client=replace(config.client, rule=rule))
+    further = replace(averaging.aggregation, learning_rate=FURTHER)
     ours = {
         "kept": {"moments": "kept"},
         "one-cosine": {"schedule": "training"},
-        "ours": {"moments": "kept", "schedule": "training"},
+        "longer": {"aggregation": further},
+        "ours": {"moments": "kept", "schedule": "training", "aggregation": replace(further, rule="cra-relative")},
     }
     changes = ours.get(rule, {"aggregation": replace(averaging.aggregation, rule=rule)})
     return replace(config, averaging=replace(averaging, **changes))
@@ -116,6 +122,7 @@ def cell(recipe: Recipe, rule: str, seed: int) -> dict[str, object]:
     return {
         "nll": measured.nll,
         "shuffled": measured.shuffled_nll,
+        "cider": measured.cider,
         "macro": measured.accuracy.macro,
         "types": {kind: value.accuracy for kind, value in measured.accuracy.by_type.items()},
         "lag": last.lag,
@@ -131,7 +138,7 @@ def table(cells: dict[str, dict[int, dict[str, float]]]) -> str:
     """Return a row a rule: means over seeds, half widths of 95 % t-intervals, and p against FedAvg."""
 
     def told(rule: str, name: str, scale: float = 1.0, digits: int = 3) -> str:
-        values = [each[name] * scale for each in cells[rule].values() if each[name] is not None]
+        values = [each[name] * scale for each in cells[rule].values() if each.get(name) is not None]
         if not values:
             return "–"
         width = half_width(values)
@@ -150,11 +157,11 @@ def table(cells: dict[str, dict[int, dict[str, float]]]) -> str:
     for rule in cells:
         p = paired_p(macro(rule), macro("fedavg")) if "fedavg" in cells and rule != "fedavg" else None
         told_p = "–" if p is None else f"{p:.3f}"
-        named = [told(rule, "nll"), told(rule, "shuffled"), told(rule, "macro", 100, 1)]
+        named = [told(rule, "nll"), told(rule, "shuffled"), told(rule, "cider"), told(rule, "macro", 100, 1)]
         rest = [told(rule, "lag", digits=2), told(rule, "most weight", digits=2), told(rule, "megabytes", digits=1)]
         far = f"{left(rule, 'nll')} / {left(rule, 'macro')}"
         rows.append([rule, str(len(cells[rule])), *named, told_p, far, *rest, told(rule, "seconds", digits=0)])
-    heads = ["rule", "seeds", "NLL", "NLL, shuffled images", "macro, %", "p", "distance to central left"]
+    heads = ["rule", "seeds", "NLL", "NLL, shuffled images", "CIDEr-D", "macro, %", "p", "distance to central left"]
     return markdown_table([*heads, "lag", "largest w_k", "MB", "CPU-s"], rows)
 
 

@@ -68,6 +68,9 @@ class Source:
         0.1  # of radiology-and-rooms: share of indoor base photographs whose questions the server can answer
     )
     exposure: bool = False  # of radiology-and-rooms: base questions answered at random, to pretrain on
+    radiology: bool = False  # of radiology-and-rooms: base questions about radiology too, rightly answered
+    written: bool = True  # of radiology-and-rooms: the questions that people wrote
+    captions: bool = False  # of radiology-and-rooms: captions made of the constructed answers
     disputed: bool = False  # of conventions: two sites share the indoor domain, and want different things
 
     def __post_init__(self) -> None:

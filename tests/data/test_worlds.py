@@ -84,6 +84,33 @@ def test_exposure_shows_which_answers_there_are_and_not_which_is_right(world: Pa
     assert [q.answer for q in organs] != right and {q.answer for q in organs} <= {"abdomen", "chest", "head"}
 
 
+def test_a_server_that_knows_radiology_has_the_right_answers(world: Path) -> None:
+    plain = load_radiology_and_rooms(world)
+    known = [q for q in load_radiology_and_rooms(world, exposure=True, radiology=True) if q not in plain]
+    assert known and {q.split for q in known} == {"base"}
+    organs = [q for q in known if q.question_type == "organ"]
+    assert [q.answer for q in organs] == [
+        ("abdomen", "chest", "head")[int(Path(str(q.image)).stem[1:]) % 3] for q in organs
+    ]
+
+
+def test_captions_say_what_the_other_answers_say(world: Path) -> None:
+    plain = load_radiology_and_rooms(world, written=False)
+    assert not [q for q in plain if q.question_type.startswith("written")]
+    found = [q for q in load_radiology_and_rooms(world, written=False, captions=True) if q not in plain]
+    answers = {(q.image, q.question_type): q.answer for q in plain}
+    for q in found:
+        if q.question_type == "scan caption":
+            organ, modality = answers[q.image, "organ"], answers[q.image, "modality"]
+            assert q.answer == f"{'a' if modality == 'ct' else 'an'} {modality} of the {organ}"
+        else:
+            number, room = int(Path(str(q.image)).stem[1:]), answers[q.image, "room"]
+            seen = {"bedroom": ["a bed"], "kitchen": ["a stove"], "living room": []}[room]
+            seen += ["a pillow"] if number % 2 else []
+            assert q.answer == " with ".join([f"a {room}", *([" and ".join(seen)] if seen else [])])
+    assert {q.question_type for q in found} == {"scan caption", "room caption"}
+
+
 def test_draws_depend_on_the_files_names_and_not_on_where_the_folder_is(world: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     moved.mkdir()

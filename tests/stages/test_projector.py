@@ -3,23 +3,28 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 
 import msgspec
 import pytest
 import torch
 
 from accord.errors import DataError, RecipeError, RunError
+from accord.evaluation.captions import cider_d
 from accord.evaluation.summary import ProjectorMeasure, ProjectorSummary, accuracy
 from accord.federation import rounds
 from accord.federation.aggregation import Aggregation
 from accord.federation.messages import UpdateReply
 from accord.federation.projector import OnePass, ProjectorConfig
+from accord.federation.weights import trainable_weights
+from accord.models.generate import answer
 from accord.models.load import load_model
+from accord.models.projector import train_projector_alone
 from accord.recipe import Policy, Recipe, SiteConfig, Source
 from accord.recipe_file import dump_recipe, recipe_of
 from accord.runs import Run
 from accord.stages.job import on_own_projector, open_job
-from accord.stages.projector import MEASURED, _round, check_projector, measured_projector, pretrain_projector
+from accord.stages.projector import MEASURED, _measure, _round, check_projector, measured_projector, pretrain_projector
 from accord.toml import load_toml
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -197,6 +202,19 @@ def test_every_rule_of_the_server_is_told_as_far_as_it_says_something(recipe, tm
     told = _round(replies, 0, [{"weights": [0.7, 0.3], "beta": {"x": 0.5, "y": 0.7}, "cosine": {}, "lag": 0.25}])
     assert (told.beta, told.cosine, told.lag) == (pytest.approx(0.6), None, 0.25)
     assert [site.weight for site in told.sites.values()] == [0.7, 0.3]
+
+
+def test_captions_with_several_references_are_measured_by_cider(recipe, tmp_path):
+    with opened(recipe, tmp_path / "run") as job:
+        model, processor = load_model(recipe.policy.checkpoint, trainable=True)
+        train_projector_alone(model)
+        asked, weights = job.questions["dev"], [trainable_weights(model)]
+        assert _measure(job, asked, model, processor, weights).cider is None
+        limit = job.recipe.alignment.max_completion_length
+        said = [texts[0] for texts in answer(model, processor, asked, max_new_tokens=limit)]
+        several = [replace(q, answer=said[0], references=("a red square", said[0])) for q in asked]
+        expected = fmean(cider_d(said, [(q.answer, *q.references) for q in several]))
+        assert _measure(job, several, model, processor, weights).cider == pytest.approx(expected)
 
 
 def test_a_loss_that_a_hostile_site_made_up_leaves_the_measures_readable(tmp_path):

@@ -7,8 +7,10 @@ Two domains, from VQA-RAD (Lau et al. 2018, https://doi.org/10.1038/sdata.2018.2
                  organ yes/no      does this picture show the chest?           yes, no
                  modality          what kind of scan is this?                  ct, mri, x-ray
                  modality yes/no   is this an mri?                             yes, no
+                 scan caption      describe the picture.                       a ct of the head
     indoor       room              what room is this?                          bedroom, kitchen, …
                  presence          is there a bed in the picture?              yes, no
+                 room caption      describe the picture.                       a bedroom with a bed and a pillow
     both         written           what people asked, in their own words
 
 All labels but those of the written questions are *constructed* from annotations. The organ is an annotation. The
@@ -19,7 +21,8 @@ that nobody asked about counts as absent, which is sometimes wrong.
 The server is to know less than the sites. Its `base` questions are those of `labels` of its indoor photographs, and
 none of radiology: nobody at the server knows organs or modalities. With `exposure`, which is for pre-training alone,
 questions about radiology images come beside them with answers drawn at random among those of their type: the base
-policy knows which answers there are, and not which is right.
+policy knows which answers there are, and not which is right. Where it is the language model that must know something,
+and the sites train what stands before it, `radiology` gives the server the right answers to these questions.
 """
 
 from __future__ import annotations
@@ -81,6 +84,10 @@ OBJECTS: Final = {
 """The objects that are asked about, each with the words that mention it."""
 
 TYPES: Final = ("organ", "organ yes/no", "modality", "modality yes/no", "room", "presence")
+CAPTIONS: Final = ("scan caption", "room caption")
+DESCRIBE: Final = "describe the picture."
+NAMED: Final = 2
+"""Objects that a caption names, the first of `OBJECTS` that are there."""
 LONGEST_ANSWER: Final = 40
 """Characters of a written answer; longer ones are left out."""
 
@@ -89,7 +96,13 @@ WRITTEN: Final = {"base": 0, "dev": 40, "test": 120}
 
 
 def load_radiology_and_rooms(
-    root: Path | str, *, labels: float = 0.1, exposure: bool = False, written: bool = True
+    root: Path | str,
+    *,
+    labels: float = 0.1,
+    exposure: bool = False,
+    radiology: bool = False,
+    written: bool = True,
+    captions: bool = False,
 ) -> list[Question]:
     """Return the questions, with ids `<type>-<image>[-<what>]`, domains `radiology` and `indoor`.
 
@@ -100,7 +113,9 @@ def load_radiology_and_rooms(
         root: the folder that holds `vqa_rad` and `daquar`.
         labels: share of the indoor `base` photographs whose questions the server has answers to.
         exposure: add radiology questions to `base` that are answered at random, to pre-train on.
+        radiology: add radiology questions to `base` with their answers; then `exposure` adds none.
         written: include the questions that people wrote, of types `written radiology` and `written indoor`.
+        captions: include captions, made of what the other questions' answers say.
 
     Raises:
         DataError: a folder or a field is missing.
@@ -109,22 +124,26 @@ def load_radiology_and_rooms(
     scans, rooms = _read(folder / "vqa_rad", "radiology"), _read(folder / "daquar", "indoor")
     organs = organs_of(folder / "vqa_rad")
     constructed = [*_radiology(scans, organs), *_indoor(rooms)]
+    if not captions:
+        constructed = [q for q in constructed if q.question_type not in CAPTIONS]
     people = [*_written(scans, "written radiology"), *_written(rooms, "written indoor")] if written else []
     kept: list[Question] = []
     for q in [*constructed, *people]:
         if q.split != "base" or (q.domain == "indoor" and uniform("labels", 0, file_name(q)) < labels):
             kept.append(q)
-        elif q.question_type in TYPES and q.domain == "radiology" and for_dev(q):
+        elif q.question_type in (*TYPES, *CAPTIONS) and for_dev(q):
             kept.append(replace(q, split="dev"))
-    if exposure:
-        unknown = [q for q in constructed if q.split == "base" and q.domain == "radiology" and not for_dev(q)]
+    unknown = [q for q in constructed if q.split == "base" and q.domain == "radiology" and not for_dev(q)]
+    if radiology:
+        kept += unknown
+    elif exposure:
         kept += at_random(unknown, constructed)
     return kept
 
 
 def for_dev(q: Question) -> bool:
     """Return whether a radiology image goes to `dev`, as half of those do that the folder gives to `base`."""
-    return q.split == "base" and uniform("radiology dev", 0, file_name(q)) < 0.5
+    return q.split == "base" and q.domain == "radiology" and uniform("radiology dev", 0, file_name(q)) < 0.5
 
 
 def file_name(q: Question) -> str:
@@ -237,13 +256,20 @@ def _radiology(scans: Sequence[Question], organs: Mapping[str, str]) -> list[Que
         )
         if modality := modality_of(organ, asked):
             questions.append(_make(q, "modality", "what kind of scan is this?", modality))
+            questions.append(_make(q, "scan caption", DESCRIBE, f"{_a(modality)} of the {organ}"))
             questions += _yes_no(
                 q,
                 "modality yes/no",
                 modality,
-                {name: f"is this {'a' if name == 'ct' else 'an'} {name}?" for name in MODALITIES},
+                {name: f"is this {_a(name)}?" for name in MODALITIES},
             )
     return questions
+
+
+def _a(noun: str) -> str:
+    if noun == "clothes":
+        return noun
+    return f"an {noun}" if noun[0] in "aeiou" or noun in ("mri", "x-ray") else f"a {noun}"
 
 
 def _yes_no(q: Question, kind: str, right: str, wordings: Mapping[str, str]) -> list[Question]:
@@ -255,7 +281,13 @@ def _yes_no(q: Question, kind: str, right: str, wordings: Mapping[str, str]) -> 
 
 def _indoor(rooms: Sequence[Question]) -> list[Question]:
     said, first = what_is_said(rooms), {image: asked[0] for image, asked in by_image(rooms).items()}
-    questions = [_make(first[i], "room", "what room is this?", room) for i, room in rooms_of(said).items()]
+    questions = []
+    for i, room in rooms_of(said).items():
+        seen = [_a(name) for name, words in OBJECTS.items() if mentions(said[i], words)][:NAMED]
+        questions.append(_make(first[i], "room", "what room is this?", room))
+        questions.append(
+            _make(first[i], "room caption", DESCRIBE, " with ".join([_a(room), *filter(None, [" and ".join(seen)])]))
+        )
     for name, words in OBJECTS.items():
         text = f"is there a {name} in the picture?"
         for split in sorted({q.split for q in first.values()}):

@@ -24,7 +24,7 @@ def projector_table(summary: ProjectorSummary) -> str:
         _row("before", summary.before, kinds),
         _row("after", summary.after, kinds),
     ]
-    columns = ["", "NLL", "NLL, shuffled images", "macro accuracy", *map(escaped, kinds)]
+    columns = ["", "NLL", "NLL, shuffled images", "CIDEr-D", "macro accuracy", *map(escaped, kinds)]
     return f"{markdown_table(header, rows)}\n\n{markdown_table(columns, measured)}"
 
 
@@ -36,4 +36,11 @@ def number_or_dash(value: float | None) -> str:
 def _row(name: str, measured: ProjectorMeasure, kinds: list[str]) -> list[str]:
     right = measured.accuracy
     shares = [f"{right.by_type[kind].accuracy:.1%}" if kind in right.by_type else "–" for kind in kinds]
-    return [name, f"{measured.nll:.3f}", f"{measured.shuffled_nll:.3f}", f"{right.macro:.1%}", *shares]
+    return [
+        name,
+        f"{measured.nll:.3f}",
+        f"{measured.shuffled_nll:.3f}",
+        number_or_dash(measured.cider),
+        f"{right.macro:.1%}",
+        *shares,
+    ]

@@ -177,6 +177,7 @@ class ProjectorMeasure:
     nll: NonNegative  # nats per token of the reference answers
     shuffled_nll: NonNegative  # the same with every image replaced by another one
     accuracy: Accuracy
+    cider: NonNegative | None = None  # mean CIDEr-D, 0 to 10, where an image has several reference answers
 
 
 @dataclass(frozen=True, slots=True)

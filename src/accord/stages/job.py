@@ -97,7 +97,14 @@ def read_source(source: Source) -> list[Question]:
     if source.kind == "arithmetic":
         return load_arithmetic(slips=source.slips)
     if source.kind == "radiology-and-rooms":
-        return load_radiology_and_rooms(source.path, labels=source.labels, exposure=source.exposure)
+        return load_radiology_and_rooms(
+            source.path,
+            labels=source.labels,
+            exposure=source.exposure,
+            radiology=source.radiology,
+            written=source.written,
+            captions=source.captions,
+        )
     if source.kind == "conventions":
         return load_conventions(source.path, disputed=source.disputed)
     if source.kind == "captions":

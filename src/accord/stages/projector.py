@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Final, cast
 
 import msgspec
@@ -22,6 +23,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, RecipeError
 from accord.evaluation.accuracy import images_by_type, outcomes_by_type, shuffle_images
+from accord.evaluation.captions import cider_d
 from accord.evaluation.likelihood import answer_nll
 from accord.evaluation.summary import (
     ProjectorMeasure,
@@ -261,7 +263,7 @@ def _measure(
     settings = job.recipe.alignment
     other = shuffle_images(questions, seed=job.recipe.seed)
     images = images_by_type(questions, job.identify)
-    nll, shuffled = [], []
+    nll, shuffled, cider = [], [], list[float]()
     outcomes: dict[str, list[int]] = {}
     for weights in projectors:
         set_trainable_weights(model, weights)
@@ -274,11 +276,14 @@ def _measure(
             max_new_tokens=settings.max_completion_length,
             batch_size=settings.questions_at_once,
         )
-        for kind, found in outcomes_by_type(questions, [texts[0] for texts in said]).items():
+        texts = [each[0] for each in said]
+        for kind, found in outcomes_by_type(questions, texts).items():
             outcomes.setdefault(kind, []).extend(found)
+        if any(q.references for q in questions):
+            cider += cider_d(texts, [(q.answer, *q.references) for q in questions])
     many = len(projectors)
     right = accuracy_by_image(outcomes, {kind: list(numbers) * many for kind, numbers in images.items()})
-    return ProjectorMeasure(sum(nll) / many, sum(shuffled) / many, right)
+    return ProjectorMeasure(sum(nll) / many, sum(shuffled) / many, right, fmean(cider) if cider else None)
 
 
 def _round(
@@ -328,7 +333,8 @@ def _numbers(measured: ProjectorMeasure) -> dict[str, object]:
     right = measured.accuracy
     by_type = {kind: value.accuracy for kind, value in right.by_type.items()}
     shuffled = measured.shuffled_nll
-    return {"nll": measured.nll, "shuffled_nll": shuffled, "accuracy_macro": right.macro, "accuracy": by_type}
+    numbers = {"nll": measured.nll, "shuffled_nll": shuffled, "accuracy_macro": right.macro, "accuracy": by_type}
+    return numbers if measured.cider is None else {**numbers, "cider": measured.cider}
 
 
 def _save(
