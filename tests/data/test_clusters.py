@@ -54,6 +54,12 @@ def test_no_cluster_is_empty(count, items, seed):
     assert sorted(spherical_kmeans(x, count, seed=seed).unique().tolist()) == list(range(count))
 
 
+def test_items_whose_cosines_tell_no_difference_are_dealt_out_all_the_same():
+    """They differ by 1e-6, and their cosines by 1e-12."""
+    nearly = torch.tensor([[1.0, 0.0], [1.0, 1e-6], [1.0, 2e-6], [1.0, 3e-6]], dtype=torch.float64)
+    assert sorted(spherical_kmeans(nearly, 4, seed=0).tolist()) == [0, 1, 2, 3]
+
+
 def test_as_many_clusters_as_items_that_differ_and_no_more():
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [0.0, 1.0], [-1.0, 0.0]])
     assert partition(spherical_kmeans(x, 3, seed=0)) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4})}

@@ -58,6 +58,10 @@ def test_a_digest_tells_a_frozen_statistic_and_not_the_projector(efficientnet):
     known = frozen_digest(model, processor)
     train_projector_alone(model, seed=1)
     assert torch.equal(frozen_digest(model, processor), known)
+    size, processor.image_processor.size = processor.image_processor.size, {"height": 32, "width": 32}
+    assert not torch.equal(frozen_digest(model, processor), known)
+    processor.image_processor.size = size
+    assert torch.equal(frozen_digest(model, processor), known)
     next(value for name, value in model.named_buffers() if name.endswith("running_mean")).add_(1.0)
     assert not torch.equal(frozen_digest(model, processor), known)
 

@@ -238,12 +238,14 @@ def test_a_site_with_too_little_stops_it_before_training(recipe, tmp_path):
         train(replace(recipe, sites=sites), tmp_path / "none")
 
 
-def test_a_recipe_that_cannot_be_done_is_refused(recipe):
+def test_a_recipe_that_cannot_be_done_is_refused(recipe, tmp_path):
     check_projector(recipe)
     local = with_projector(recipe, training="local")
     check_projector(local, alone=True)
     with pytest.raises(RecipeError, match=r'training = "local" leaves every site .* `accord pretrain-projector`'):
         check_projector(local)
+    with opened(local, tmp_path / "local") as job, pytest.raises(RecipeError, match=r'say training = "federated"'):
+        job.doing("align").__enter__()
     with pytest.raises(RecipeError, match=r"training = 'central' is a bound .* without --engine flare"):
         check_projector(with_projector(recipe, training="central"), elsewhere=True)
     with pytest.raises(RecipeError, match=r"trains no projector; add a \[projector\] table"):

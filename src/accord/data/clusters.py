@@ -142,6 +142,8 @@ def _seeds(unit: Tensor, count: int, generator: torch.Generator) -> list[int]:
     while len(chosen) < count:
         far = (1 - (unit @ unit[chosen].T).max(dim=1).values).clamp(min=0)
         far[far < 1e-9] = 0.0  # copies of what is chosen
+        if not far.any():  # what is left differs by less than a cosine shows
+            far = torch.ones_like(far).index_fill(0, torch.tensor(chosen), 0.0)
         chosen.append(int(torch.multinomial(far, 1, generator=generator)))
     return chosen
 

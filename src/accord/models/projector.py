@@ -90,12 +90,14 @@ def _initialise(projector: nn.Module) -> None:
 def frozen_digest(model: PreTrainedModel, processor: Processor) -> Tensor:
     """Return a SHA-256 of all that stays as it is while the projector is trained, as 32 bytes `[32]`.
 
-    Frozen weights and statistics of norms by name, type and value, vocabulary, and chat template: a projector fits
-    those of its training alone.
+    Frozen weights and statistics of norms by name, type and value, vocabulary, chat template, and the size and scale
+    of images: a projector fits those of its training alone.
     """
     digest, tokenizer = hashlib.sha256(), tokenizer_of(processor)
-    told = [sorted(tokenizer.get_vocab().items()), processor.chat_template]
-    digest.update(json.dumps(told, sort_keys=True).encode())
+    settings = processor.image_processor.to_dict()
+    images = {name: settings.get(name) for name in ("size", "crop_size", "rescale_factor", "image_mean", "image_std")}
+    told = [sorted(tokenizer.get_vocab().items()), processor.chat_template, images]
+    digest.update(json.dumps(told, sort_keys=True, default=dict).encode())
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     for name, weight in model.state_dict().items():
         if name not in trained:

@@ -157,6 +157,11 @@ class Job:
         later = BUILT_ON_IT[stage.split()[0]]
         made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
         if self.written is not None and stage != "projector":
+            if self.written.projector is not None and self.written.projector.training == "local":
+                raise RecipeError(
+                    'projector.training = "local" leaves every site a projector of its own, and none that a policy '
+                    'starts from; say training = "federated" in a recipe that trains more'
+                )
             self.need(PROJECTOR, "accord pretrain-projector RECIPE", "projector")
 
         def stale(other: str) -> bool:
