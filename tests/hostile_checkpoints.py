@@ -210,9 +210,26 @@ REWARDS: dict[str, Change] = {
     "an adapter of rank 10^8": lora(rank=10**8),
     "an adapter's catastrophic pattern": lora(target_modules="(.*)*x"),
     "a link for the head": link("head.safetensors"),
+    "a deep description": lambda f: (f / "reward.json").write_text('{"a": ' + 10**5 * "[" + 10**5 * "]" + "}"),
     "a head of a million tensors": lambda f: (f / "head.safetensors").write_bytes(header({}, length=2**26)),
 }
 """What is done to a good reward model with an adapter, by what it becomes."""
+
+
+PASS = (
+    "a link for the weights",
+    "a link for the configuration",
+    "code for a known kind",
+    "a tokenizer's file elsewhere",
+    "generation with 10^9 beams",
+    "a template of loops",
+    "a template that doubles a text",
+    "a template in the tokenizer",
+    "a tokenizer's catastrophic pattern",
+    "a rather deep configuration",
+    "images of 10^6 pixels a side",
+)
+"""What is loaded without a word where nothing is inspected; the harm comes with the first question."""
 
 
 def make(good: Path, place: Path, change: Change) -> Path:
@@ -230,8 +247,11 @@ def _spent() -> float:
 def _try(how: str, folder: Path) -> dict[str, object]:
     from transformers import AutoConfig
 
-    from accord.models.load import load_model
+    from accord.models import load
     from accord.rewards.model import RewardModel
+
+    if how == "open":  # the defence is switched off
+        load.inspect_checkpoint = lambda folder: 10**9
 
     read, answer = os.pipe()  # whoever asks, the answer is yes
     os.write(answer, 1000 * b"y\n")
@@ -240,9 +260,10 @@ def _try(how: str, folder: Path) -> dict[str, object]:
     began, had = _spent(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     raised = message = ""
     try:
-        {"model": load_model, "reward": RewardModel.load, "bare": AutoConfig.from_pretrained}[how](
-            str(folder) if how != "reward" else folder
-        )
+        if how == "reward":
+            RewardModel.load(folder)
+        else:
+            (AutoConfig.from_pretrained if how == "bare" else load.load_model)(str(folder))
     except Exception as error:
         raised, message = type(error).__name__, str(error)
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - had

@@ -17,48 +17,44 @@ from accord.rewards.model import RewardModel
 
 SECONDS, BYTES = 2, 256 * 2**20
 GOOD = SHIPPED / "llava-clip-llama"
+BARE = "code for an unknown kind"
 
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
-    """Return what became of every artefact, by its name; all are tried by one process that forks."""
+    """Return what became of every artefact, by how it was tried and its name; one process forks for each."""
     place = tmp_path_factory.mktemp("hostile")
     RewardModel.from_checkpoint(str(GOOD), lora=LoraSettings(rank=2, alpha=4)).save(place / "reward")
-    kinds = [
-        *(("model", GOOD, name, change) for name, change in hostile.MODELS.items()),
-        *(("reward", place / "reward", name, change) for name, change in hostile.REWARDS.items()),
-    ]
-    lines = []
-    for number, (how, good, _, change) in enumerate(kinds):
+    trials = {
+        **{("model", name): (GOOD, change) for name, change in hostile.MODELS.items()},
+        **{("reward", name): (place / "reward", change) for name, change in hostile.REWARDS.items()},
+        **{("open", name): (GOOD, hostile.MODELS[name]) for name in hostile.PASS},
+        ("bare", BARE): (GOOD, hostile.MODELS[BARE]),
+    }
+    lines = [json.dumps(str(GOOD))]
+    for number, ((how, _), (good, change)) in enumerate(trials.items()):
         (place / str(number)).mkdir()
         lines.append(json.dumps([how, str(hostile.make(good, place / str(number), change))]))
-    (place / "bare").mkdir()
-    lines.append(json.dumps(["bare", str(hostile.make(GOOD, place / "bare", BARE))]))
-    environment = {**os.environ, "HF_HOME": str(place / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
         [sys.executable, hostile.__file__],
-        input="\n".join([json.dumps(str(GOOD)), *lines]),
+        input="\n".join(lines),
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "HF_HOME": str(place / "hub"), "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
     found = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"raised"')]
-    marked = [(place / str(number) / "marker").exists() for number in range(len(kinds))]
-    names = [name for _, _, name, _ in kinds]
-    return {
-        **{name: {**one, "marked": mark} for name, one, mark in zip(names, found[:-1], marked, strict=True)},
-        "bare": {"marked": (place / "bare" / "marker").exists()},
-    }
+    marked = [(place / str(number) / "marker").exists() for number in range(len(trials))]
+    return {trial: {**one, "marked": mark} for trial, one, mark in zip(trials, found, marked, strict=True)}
 
 
-BARE = hostile.MODELS["code for an unknown kind"]
+ALL = [*(("model", name) for name in hostile.MODELS), *(("reward", name) for name in hostile.REWARDS)]
 
 
-@pytest.mark.parametrize("name", [*hostile.MODELS, *hostile.REWARDS])
-def test_it_is_refused_at_once_and_runs_nothing(tried, name):
+@pytest.mark.parametrize("trial", ALL, ids=lambda trial: trial[1])
+def test_it_is_refused_at_once_and_runs_nothing(tried, trial):
     """T15: a typed error, no marker, at most 2 s of CPU and 256 MB, the processes that were started among them."""
-    found = tried[name]
+    found = tried[trial]
     assert found["raised"] in ("CheckpointError", "RecipeError"), found
     assert not found["marked"]
     assert found["cpu"] <= SECONDS and found["bytes"] <= BYTES, found
@@ -66,7 +62,12 @@ def test_it_is_refused_at_once_and_runs_nothing(tried, name):
 
 def test_without_the_inspection_the_code_runs(tried):
     """What transformers does by itself, where somebody's `yes` is piped in."""
-    assert tried["bare"]["marked"]
+    assert tried["bare", BARE]["marked"]
+
+
+@pytest.mark.parametrize("name", hostile.PASS)
+def test_without_the_inspection_it_is_loaded(tried, name):
+    assert tried["open", name]["raised"] == ""
 
 
 def test_the_pickles_are_armed(tmp_path):

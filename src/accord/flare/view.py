@@ -252,7 +252,7 @@ def _begun(folder: Path) -> float | None:
     """Return when the stage in progress began: when the one before ended, or this attempt of the run started."""
     try:
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
     started = [each.started.replace(tzinfo=UTC).timestamp() for each in (manifest, *manifest.resumed)]
     timings = folder / "timings.jsonl"

@@ -213,7 +213,7 @@ class RewardModel(nn.Module):
             raise CheckpointError(
                 f"{path}: no reward.json, so this is not a reward model; train one with `accord site train`"
             ) from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise CheckpointError(
                 f"{path / 'reward.json'}: {error}; the file is damaged, train the site again"
             ) from error
