@@ -205,8 +205,12 @@ class RewardModel(nn.Module):
             CheckpointError: the folder is absent, is not a reward model, its parts do not fit together, or it is
                 refused (`accord.models.inspection`).
         """
-        if (path / "reward.json").is_file():
-            inspect_checkpoint(path)
+        try:
+            if (path / "reward.json").is_file():
+                inspect_checkpoint(path)
+        except CheckpointError as error:
+            reason = str(error).rpartition("; ")[0]
+            raise CheckpointError(f"{reason}; the file is damaged, train the site again") from error
         try:
             manifest = msgspec.json.decode((path / "reward.json").read_bytes(), type=_Manifest)
         except FileNotFoundError:
