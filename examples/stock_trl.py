@@ -49,8 +49,8 @@ def main() -> None:
     reward = open_reward(options.run)  # the one line
     with tempfile.TemporaryDirectory() as scratch:
         trainer = GRPOTrainer(
-            model=AutoModelForImageTextToText.from_pretrained(policy),
-            processing_class=AutoProcessor.from_pretrained(policy, padding_side="left"),
+            model=AutoModelForImageTextToText.from_pretrained(policy, trust_remote_code=False),
+            processing_class=AutoProcessor.from_pretrained(policy, padding_side="left", trust_remote_code=False),
             reward_funcs=reward,
             train_dataset=prompts(steps * rows // group),
             args=GRPOConfig(

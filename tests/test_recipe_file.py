@@ -146,6 +146,29 @@ def test_a_recipe_may_start_from_another(tmp_path):
         load_recipe(tmp_path / "wrong.toml")
 
 
+def test_bases_that_do_not_end(tmp_path):
+    """A circle is found under other spellings of a path, and a chain has a limit."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a.toml").write_text('base = "inner/../b.toml"\n')
+    (tmp_path / "b.toml").write_text('base = "./inner/../inner/../a.toml"\n')
+    with pytest.raises(RecipeError, match="is its own base"):
+        load_recipe(tmp_path / "a.toml")
+    for n in range(100):
+        (tmp_path / f"{n}.toml").write_text(f'base = "{n + 1}.toml"\n')
+    with pytest.raises(RecipeError, match=r"0\.toml stands on more than 16 others"):
+        load_recipe(tmp_path / "0.toml")
+    (tmp_path / "zero.toml").write_text('base = "/dev/zero"\n')
+    with pytest.raises(RecipeError, match=r"/dev/zero is no ordinary file"):
+        load_recipe(tmp_path / "zero.toml")
+
+
+@pytest.mark.parametrize("copies", [[10**8], [10**18], [600, 600]])
+def test_too_many_copies(copies):
+    sites = [{"name": str(n), "checkpoint": "accord/idefics3", "copies": each} for n, each in enumerate(copies)]
+    with pytest.raises(RecipeError, match=r"a recipe has at most 1,000 sites, got .* lower copies"):
+        recipe(sites=sites)
+
+
 def test_copies_of_a_site(tmp_path):
     file = tmp_path / "x.toml"
     file.write_text(

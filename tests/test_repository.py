@@ -59,14 +59,21 @@ def dangers(tree: ast.AST) -> Iterator[tuple[int, str]]:
             allowed = keywords.get("allow_pickle")
             if not (isinstance(allowed, ast.Constant) and allowed.value is False):
                 yield node.lineno, "numpy.load without allow_pickle=False"
-        if "trust_remote_code" in keywords:
-            yield node.lineno, "trust_remote_code"
+        trusted = keywords.get("trust_remote_code")
+        refused = isinstance(trusted, ast.Constant) and trusted.value is False
+        # Where nothing is said, transformers asks whether to run a checkpoint's code, and takes a piped `y` for a yes.
+        loads = isinstance(node.func, ast.Attribute) and node.func.attr in ("from_pretrained", "from_config")
+        if (trusted or loads) and not refused:
+            yield node.lineno, "a checkpoint without trust_remote_code=False"
         shell = keywords.get("shell")
         if isinstance(shell, ast.Constant) and shell.value is True:
             yield node.lineno, "shell=True"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+SCRIPTS = sorted([*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_source_never_runs_code_that_came_as_data(path: Path) -> None:
     assert list(dangers(ast.parse(path.read_text(encoding="utf-8")))) == []
 
@@ -84,6 +91,12 @@ def test_the_source_never_runs_code_that_came_as_data(path: Path) -> None:
         "eval(x)",
         "exec(x)",
         "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "AutoModel.from_pretrained(x, trust_remote_code=trusted)",
+        "AutoConfig.from_pretrained(x)",
+        "kind[0].from_pretrained(x)",
+        "type(model).from_pretrained(x, **options)",
+        "AutoModel.from_config(x)",
+        "pipeline(x, trust_remote_code=0)",
         "options = {'trust_remote_code': True}",
         "subprocess.run(x, shell=True)",
         "from marshal import loads",
@@ -94,10 +107,33 @@ def test_the_walk_finds_what_it_looks_for(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["model.eval()", "json.load(x)", "import numpy as np\nnp.load(x, allow_pickle=False)", "re.compile(x)"]
+    "code",
+    [
+        "model.eval()",
+        "json.load(x)",
+        "import numpy as np\nnp.load(x, allow_pickle=False)",
+        "re.compile(x)",
+        "AutoModel.from_pretrained(x, trust_remote_code=False)",
+    ],
 )
 def test_the_walk_lets_the_harmless_pass(code: str) -> None:
     assert not list(dangers(ast.parse(code)))
+
+
+def test_text_is_printed_where_it_is_cleaned() -> None:
+    """Elsewhere is no `print`, `typer.echo` or write to a standard stream: text from elsewhere steers nothing."""
+    found = {}
+    for path in SOURCES:
+        calls = [dotted(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        names = {c for c in calls if c in ("print", "typer.echo", "click.echo", "sys.stdout.write", "sys.stderr.write")}
+        if names:
+            found[str(path.relative_to(ROOT / "src/accord"))] = names
+    assert found == {
+        "terminal.py": {"typer.echo"},  # cleans
+        "cli.py": {"sys.stderr.write"},  # of a traceback, which is cleaned
+        "pipeline/apart.py": {"sys.stderr.write"},  # of a child's lines, which are cleaned
+        "pipeline/child.py": {"print"},  # JSON, to the process that started it
+    }
 
 
 def test_no_module_is_a_drawer() -> None:
@@ -106,7 +142,7 @@ def test_no_module_is_a_drawer() -> None:
 
 
 ORDER = (
-    *("version", "errors", "types", "progress", "toml", "runs"),
+    *("version", "errors", "terminal", "types", "progress", "toml", "runs"),
     *("data", "models", "rewards", "federation", "routing", "alignment", "evaluation"),
     *("recipe", "stages", "methods", "recipe_file", "plan", "pipeline", "flare", "cli"),
 )
@@ -196,8 +232,8 @@ def test_every_make_command_of_the_documents_exists(document: str) -> None:
 def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
-    wanted = {"help", "setup", "demo", "worlds", "test", "test-long", "lint", "format", "docs", "release", "clean"}
-    assert described == wanted == targets()
+    tests = {"test", "test-long", "audit", "lint"}
+    assert described == {"help", "setup", "demo", "worlds", *tests, "format", "docs", "release", "clean"} == targets()
 
 
 def test_ci_runs_the_tests() -> None:

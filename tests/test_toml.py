@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.errors import RecipeError
-from accord.toml import build, dump_toml, load_toml
+from accord.toml import _LONG_KEY, build, dump_toml, load_toml
 
 
 @dataclass(frozen=True)
@@ -217,3 +220,40 @@ def test_a_dumped_recipe_is_read_back_equal(recipe: Recipe) -> None:
     import tomllib
 
     assert build(Recipe, tomllib.loads(dump_toml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a = " + 200_000 * "[" + 200_000 * "]", "too deep"),
+        ("a = " + 100_000 * "{a = ", "too deep"),
+        (".".join(200_000 * ["a"]) + " = 1", "more than 32 parts in line 2"),
+        ('name = "x"\n[' + " . ".join(100 * ['"a"']) + "]", "more than 32 parts in line 2"),
+        ("a = " + 100_000 * "1", "is not TOML"),
+        ("#" + 2**20 * "x", "longer than 1,048,576 bytes"),
+        ("align.group_size = 9223372036854775808", "align.group_size must be a whole number, got 9223372036854775808"),
+        ("[shares]\na = 1" + 400 * "0", "shares.a must be a number"),
+    ],
+    ids=["arrays", "tables", "parts", "quoted parts", "digits", "bytes", "an integer", "a float"],
+)
+def test_a_bomb_is_refused_at_once(tmp_path: Path, text: str, said: str) -> None:
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load(tmp_path, text if "name" in text else f'name = "x"\n{text}')
+    assert time.process_time() - began < 2
+
+
+def test_the_pattern_of_long_keys_takes_no_time(tmp_path: Path) -> None:
+    """A long word, many quotes and many dots are none of them a key of many parts."""
+    began = time.process_time()
+    for text in ("x" * 10**6, '"' * 10**6, "." * 10**6, "a." * 31 + "b", "a b . " * 10**5):
+        assert not _LONG_KEY.search(text)
+    assert _LONG_KEY.search("a." * 32 + "b")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe"])
+def test_what_has_no_end_is_not_read(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="no ordinary file"):
+        load_toml(tmp_path / place)

@@ -30,11 +30,13 @@ import logging
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,6 +46,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
+from accord.terminal import CleanFormatter, clean, console, say, tell
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -64,12 +67,11 @@ app.command("provision")(provision_command)
 site_app.command("check")(site_check)
 site_app.command("join")(site_join)
 site_app.command("status")(site_status)
-console = Console(stderr=True, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"accord {VERSION}")
+        say(f"accord {VERSION}")
         raise typer.Exit
 
 
@@ -110,17 +112,17 @@ def main() -> None:
         again = [*sys.argv]
         if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
             again.append("--resume")
-        console.print(f"\nstopped; this goes on where it was: [bold]{escape(shlex.join(again))}[/]")
+        console.print(f"\nstopped; this goes on where it was: [bold]{escape(printable(shlex.join(again)))}[/]")
         raise SystemExit(130) from None
     except AccordError as error:
-        console.print(f"[bold red]error:[/] {escape(printable(str(error)))}")
+        tell(str(error), word="error:", style="bold red")
         raise SystemExit(2) from None
     except OSError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}; free space on the disk or correct the path")
+        tell(f"{error}; free space on the disk or correct the path", word="error:", style="bold red")
         raise SystemExit(2) from None
     except typer.TyperException as error:  # a wrong option or a missing argument
         if message := error.format_message().removesuffix("."):  # empty after help that was shown for want of a command
-            console.print(f"[bold red]error:[/] {escape(message)}; see accord --help")
+            tell(f"{message}; see accord --help", word="error:", style="bold red")
         raise SystemExit(2) from None
 
 
@@ -128,13 +130,18 @@ def _prepare() -> None:
     """Keep third parties' chatter out of the way, and show our own warnings as lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(CleanFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, DataWarning):
-            console.print(f"[yellow]warning:[/] {escape(printable(str(message)))}")
+            tell(str(message), word="warning:", style="yellow")
 
-    warnings.showwarning = show
+    def unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
+
+    warnings.showwarning, sys.excepthook = show, unforeseen
 
 
 def _settle(recipe: Recipe) -> None:
@@ -203,18 +210,14 @@ def _job(
 
             names, federation = [site.name for site in recipe.sites], FederationFile(folder)
 
-            def tell(line: str) -> None:
+            def tell_both(line: str) -> None:
                 federation.tell(line)
-                _tell(line, quiet=quiet)
+                if not quiet:
+                    tell(line, style="dim")
 
-            engine = stack.enter_context(open_engine(*kits, names, tell=tell))
+            engine = stack.enter_context(open_engine(*kits, names, tell=tell_both))
             stack.enter_context(federation.follow(engine))
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
-
-
-def _tell(line: str, *, quiet: bool) -> None:
-    if not quiet:
-        console.print(f"[dim]{escape(printable(line))}[/]", highlight=False)
 
 
 def _whole(
@@ -233,9 +236,9 @@ def _whole(
     with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits) as job:
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
-    typer.echo(account.verdict)
-    typer.echo(f"report: {page}")
-    typer.echo(f"aligned checkpoint: {page.parent / 'policy'}")
+    say(account.verdict)
+    say(f"report: {page}")
+    say(f"aligned checkpoint: {page.parent / 'policy'}")
 
 
 @app.command()
@@ -281,7 +284,7 @@ def plan(recipe: RecipeFile) -> None:
     from accord.plan import describe
     from accord.recipe_file import import_methods, load_recipe
 
-    typer.echo(describe(import_methods(load_recipe(recipe))))
+    say(describe(import_methods(load_recipe(recipe))))
 
 
 def _stage(
@@ -302,7 +305,7 @@ def _stage(
     resume = something_done(folder)
     with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, alone=alone, methods=methods) as job:
         stage(job)
-    typer.echo(f"done: {folder}")
+    say(f"done: {folder}")
 
 
 @site_app.command("train")
@@ -329,7 +332,7 @@ def pretrain_projector_command(recipe: RecipeFile, out: Out = None, seed: Seed =
 
     def stage(job: Job) -> None:
         check_projector(job.written or job.recipe, alone=True)
-        typer.echo(projector_table(pretrain_projector(job)))
+        say(projector_table(pretrain_projector(job)))
 
     _stage(recipe, out, seed, quiet, stage)
 
@@ -361,7 +364,7 @@ def evaluate_command(
         raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
     else:
         _hush()
-        typer.echo(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
+        say(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
 
 
 @app.command()
@@ -369,7 +372,7 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
     """Write a run's HTML page again."""
     from accord.evaluation.report import write_report
 
-    typer.echo(write_report(folder))
+    say(write_report(folder))
 
 
 @app.command("compare")
@@ -377,7 +380,7 @@ def compare_command(folders: Annotated[list[Path], typer.Argument(help="run fold
     """Print several runs as one Markdown table, seeds of one recipe with their mean and its interval."""
     from accord.evaluation.report import compare_runs
 
-    typer.echo(compare_runs(folders))
+    say(compare_runs(folders))
 
 
 @app.command("bench")
@@ -402,11 +405,11 @@ def bench_command(
     grid = plan_grid(recipes, seeds=chosen, out=out or Path("runs") / "bench", methods=names)
     _settle(grid[0].recipe)
 
-    def tell(line: str) -> None:
+    def tell_line(line: str) -> None:
         if not quiet:
-            console.print(escape(line), highlight=False)
+            tell(line)
 
-    typer.echo(bench(grid, jobs=jobs, bars=console.is_terminal and not quiet, tell=tell), nl=False)
+    say(bench(grid, jobs=jobs, bars=console.is_terminal and not quiet, tell=tell_line), end="")
 
 
 @app.command()
@@ -422,7 +425,7 @@ def preferences(
     from accord.stages.sites import write_site_preferences
 
     count = write_site_preferences(load_recipe(recipe), site, file, seed=seed, quiet=quiet)
-    typer.echo(f"{count} constructed pairs: {file}")
+    say(f"{count} constructed pairs: {file}")
 
 
 @app.command()
@@ -449,7 +452,7 @@ def pretrain(
             "give questions that split, or the source `fractions` such as { base = 0.2, … }"
         )
     for path in pretrain_families(out, questions, settings.pretrain, family or (), quiet=quiet):
-        typer.echo(path)
+        say(path)
 
 
 @app.command()
@@ -465,8 +468,8 @@ def judge(
     settings = load_recipe(recipe)
     _settle(settings)
     for name, share in make_judge(settings, out, quiet=quiet).by_type.items():
-        typer.echo(f"{name}: {share:.1%} of the pairs kept back")
-    typer.echo(out)
+        say(f"{name}: {share:.1%} of the pairs kept back")
+    say(out)
 
 
 if __name__ == "__main__":

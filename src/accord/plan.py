@@ -8,16 +8,16 @@ Sizes of checkpoints that are not on this machine are read from their names (`â€
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import safe_open
 
 from accord.errors import CheckpointError
 from accord.federation.projector import ProjectorConfig
 from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
+from accord.models.inspection import inspect_weights
 from accord.models.load import locate
 from accord.recipe import Recipe, SiteConfig
 
@@ -50,13 +50,7 @@ def size_of(checkpoint: str) -> Size:
     if files:
         total = 0
         for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    shape = tensors.get_slice(name).get_shape()
-                    count = 1
-                    for side in shape:
-                        count *= side
-                    total += count
+            total += sum(math.prod(shape) for shape in inspect_weights(file).values())
         return Size(float(total), "counted")
     named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", checkpoint, re.IGNORECASE)
     if named:

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
+MAX_SITES = 1000
+"""Of a recipe, copies among them."""
+
+MAX_BASES = 16
+"""Recipes on which one may stand, one on another."""
+
+
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe. `base = "other.toml"` in it starts from that recipe's settings: tables are merged, lists replaced.
 
@@ -48,6 +55,10 @@ def recipe_of(table: Mapping[str, object]) -> Recipe:
     """
     sites = table.get("sites")
     if isinstance(sites, list):
+        if (count := sum(map(_count, sites))) > MAX_SITES:
+            raise RecipeError(
+                f"a recipe has at most {MAX_SITES:,} sites, got {count:,} with their copies; lower copies"
+            )
         table = {**table, "sites": [copy for site in sites for copy in _copies(site)]}
     kinds = method_tables([])
     known = {*kinds, *(field.name for field in fields(Recipe))}
@@ -130,26 +141,35 @@ def _settings(table: Table[DataclassInstance], value: object) -> DataclassInstan
     return build(table.config, value, table.name)
 
 
+def _count(site: object) -> int:
+    """Return how many sites a table of `sites` stands for."""
+    if not isinstance(site, Mapping) or "copies" not in site:
+        return 1
+    count, name = site["copies"], site.get("name")
+    if type(count) is not int or count < 1:
+        raise RecipeError(f"copies of site {name!r} must be a whole number of at least 1, got {count!r}; correct it")
+    return count
+
+
 def _copies(site: object) -> list[object]:
     if not isinstance(site, Mapping) or "copies" not in site:
         return [site]
     own = {key: value for key, value in site.items() if key != "copies"}
-    count, name = site["copies"], site.get("name")
-    if type(count) is not int or count < 1:
-        raise RecipeError(f"copies of site {name!r} must be a whole number of at least 1, got {count!r}; correct it")
-    return [{**own, "name": f"{name}-{number}"} for number in range(1, count + 1)]
+    return [{**own, "name": f"{site.get('name')}-{number}"} for number in range(1, _count(site) + 1)]
 
 
 def _with_base(path: Path, before: tuple[Path, ...]) -> dict[str, object]:
-    if path in before:
+    if path.resolve() in before:
         raise RecipeError(f"recipe {path} is its own base, by way of {before[-1]}; remove one `base`")
+    if len(before) > MAX_BASES:
+        raise RecipeError(f"recipe {before[0]} stands on more than {MAX_BASES} others; merge some of them")
     table = load_toml(path)
     base = table.pop("base", None)
     if base is None:
         return table
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: base must be the path of a recipe, got {base!r}")
-    return _merged(_with_base(path.parent / base, (*before, path)), table)
+    return _merged(_with_base(path.parent / base, (*before, path.resolve())), table)
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

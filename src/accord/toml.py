@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -29,24 +30,56 @@ T = TypeVar("T", bound="DataclassInstance")
 TOP_LEVEL = "top level"
 """Metadata of a field whose tables stand at the top of the file beside its own; their owner reads them."""
 
+MAX_BYTES = 2**20
+"""Of a TOML file."""
+
+MAX_WHOLE = 2**63 - 1
+"""The largest whole number, as TOML itself says; Python would take any."""
+
+# The standard parser's time grows with the square of a key's parts: a megabyte of them takes hours.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""")
+
 
 def load_toml(path: Path | str) -> dict[str, object]:
-    """Read a TOML file.
+    """Read a TOML file, which may come from elsewhere: no file makes this hang, or take memory without a limit.
 
     Raises:
-        RecipeError: the file is absent, unreadable or not TOML; the message gives the line.
+        RecipeError: the file is absent, too long, no ordinary file, unreadable or not TOML; the message gives the line.
     """
     try:
+        if (
+            not Path(path).is_file() and not Path(path).is_dir() and Path(path).exists()
+        ):  # a device or a pipe has no end
+            raise RecipeError(f"recipe {path} is no ordinary file; pass the path of a TOML file")
+        with Path(path).open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"recipe {path} is longer than {MAX_BYTES:,} bytes; pass the path of a recipe")
         # Editors on Windows put a byte order mark before the text, which TOML does not allow.
-        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_toml(content.decode("utf-8-sig"), where=f"recipe {path}")
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path} does not exist; check the path") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"recipe {path} is not TOML: {error}; correct that line") from error
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}; pass a readable file") from error
+
+
+def parse_toml(text: str, *, where: str) -> dict[str, object]:
+    """Read TOML of at most `MAX_BYTES`; `where` it is from begins every message.
+
+    Raises:
+        RecipeError: it is not TOML, a key has too many parts, or it is nested too deep.
+    """
+    if long := _LONG_KEY.search(text):
+        line = text.count("\n", 0, long.start()) + 1
+        raise RecipeError(f"{where} has a key of more than 32 parts in line {line}; shorten it")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise RecipeError(f"{where} has lists or tables too deep within each other; flatten them") from error
+    except ValueError as error:  # TOMLDecodeError is one, and so is a number of too many digits
+        raise RecipeError(f"{where} is not TOML: {error}; correct that line") from error
 
 
 def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: Sequence[str] = ()) -> T:
@@ -118,6 +151,8 @@ def _convert(hint: object, value: object, place: str) -> object:
 
 def _scalar(kind: type, value: object) -> object:
     """Return `value` as a `kind`, or None if it is not one."""
+    if isinstance(value, int) and abs(value) > MAX_WHOLE:
+        return None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return None if math.isnan(value) else float(value)
     if kind is Path and isinstance(value, str | Path):

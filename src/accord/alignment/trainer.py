@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +46,7 @@ from accord.errors import DataWarning
 from accord.models.attention import can_share, skip_hidden
 from accord.models.encoder import Encoder, StateKey, prompt_words, state_key
 from accord.models.inputs import build_batch, chunks, completion_text
+from accord.models.inspection import inspect_checkpoint
 from accord.models.load import Processor, without_adapter
 from accord.models.prefix import Packed, pack, prefix_positions, take_images
 from accord.models.rollout import sample_completions
@@ -452,7 +454,10 @@ class SharedPrefixTrainer(GRPOTrainer):
         if isinstance(policy, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            saved = type(policy).from_pretrained(resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True)
+            inspect_checkpoint(Path(resume_from_checkpoint))
+            saved = type(policy).from_pretrained(
+                resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True, trust_remote_code=False
+            )
             policy.load_state_dict(saved.state_dict())
 
 

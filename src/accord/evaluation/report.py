@@ -37,7 +37,7 @@ from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, read_summary
 from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
-from accord.runs import stages_done, write_atomic
+from accord.runs import refuse_foreign, stages_done, write_atomic
 
 _STAGES = ("projector", "site", "router", "align", "evaluation")
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -62,7 +62,7 @@ def write_report(run: Path) -> Path:
 
     Raises:
         RunError: the folder or its summary is absent (naming the stage that is missing), a line or a field is damaged,
-            or a gallery image is absent, outside the folder, or neither PNG nor JPEG.
+            an entry is no file of the folder's own, or a gallery image is absent or neither PNG nor JPEG.
     """
     summary = _summary(run)
     metrics = read_metrics(run / "metrics.jsonl")
@@ -132,6 +132,7 @@ def _summary(run: Path) -> Summary:
         raise RunError(
             f"there is no run folder at {run}; check the path, or make one with `accord run recipe.toml --out {run}`"
         )
+    refuse_foreign(run)
     if (run / "summary.json").is_file():
         return read_summary(run / "summary.json")
     begun, done = stages_begun(run), stages_done(run)

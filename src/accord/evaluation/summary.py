@@ -405,7 +405,7 @@ def summary_schema() -> str:
 def _decode(data: bytes, path: Path) -> Summary:
     try:
         return msgspec.json.decode(data, type=Summary)
-    except msgspec.DecodeError as error:  # ValidationError, which names the field, is one of these
+    except (msgspec.DecodeError, RecursionError) as error:  # ValidationError, which names the field, is one of these
         raise RunError(
             f"{path} is not a summary of schema version 1: {error}; "
             "correct that field, or finish the run with this version of Accord to write the file anew"

@@ -165,7 +165,7 @@ def read_truth(path: Path) -> dict[str, tuple[str, ...]]:
         book = msgspec.json.decode(path.read_bytes(), type=dict[str, str | tuple[str, ...]])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: the site's reference answers are missing; {again}") from error
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the site's reference answers cannot be read ({error}); {again}") from error
     for key in book:
         if not re.fullmatch("[0-9a-f]{64}", key):

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 import torch
-from transformers import AutoConfig
 
 from accord.data.images import image_bytes, image_id, load_if_any
 from accord.data.questions import normalise_answer
@@ -33,7 +32,7 @@ from accord.federation.site import SiteRecord
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.service import alone, read_site_folder
 from accord.models.features import remember
-from accord.models.load import locate, parameter_count
+from accord.models.load import load_config, parameter_count
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
@@ -294,7 +293,7 @@ def _some_pairs(job: Job, name: str) -> list[PreferencePair]:
 
 def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     """Return what leaves the site, what enters and what stays, with amounts."""
-    config = AutoConfig.from_pretrained(locate(recipe.encoder_checkpoint))
+    config = load_config(recipe.encoder_checkpoint)
     network = RouterNetwork(config.get_text_config().hidden_size, len(recipe.sites), recipe.router)
     sent = to_bytes(trainable_weights(network), bits=recipe.router.aggregation.bits)
     router = f"{parameter_count(network):,} numbers, {_size(len(sent))}"

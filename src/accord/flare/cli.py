@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from accord.errors import RunError
+from accord.terminal import say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -41,9 +42,9 @@ def provision_command(
     for kit in provision(settings, out, authority=authority):
         to = organisations.get(kit.name, settings.server.org)
         use = {"server": "accord server start", "operator": "accord run"}.get(kit.name, "accord site join")
-        typer.echo(f"{kit}\tfor {to}: {use}")
+        say(f"{kit}\tfor {to}: {use}")
     if authority is None:
-        typer.echo(f"{out / 'authority'}\tstays with you alone: its key admits whomever it signs")
+        say(f"{out / 'authority'}\tstays with you alone: its key admits whomever it signs")
 
 
 @server_app.command("start")
@@ -69,12 +70,10 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
     try:
         _await_listener(server, process)
         if not stopped:
-            typer.echo(f"{server.consortium}: listening on {server.listen}:{server.port}; Ctrl-C stops it")
-            typer.echo(
-                f"certificate valid until {until:%Y-%m-%d}; logs in {server.path}: log.txt, log.json, console.log"
-            )
+            say(f"{server.consortium}: listening on {server.listen}:{server.port}; Ctrl-C stops it")
+            say(f"certificate valid until {until:%Y-%m-%d}; logs in {server.path}: log.txt, log.json, console.log")
             if server.listen.startswith("127.") and server.host not in ("localhost", server.listen):
-                typer.echo(f'only this machine reaches it: for {server.host}, provision with listen = "0.0.0.0"')
+                say(f'only this machine reaches it: for {server.host}, provision with listen = "0.0.0.0"')
         while process.poll() is None and not stopped:
             time.sleep(0.2)
     finally:
@@ -84,7 +83,7 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
             signal.signal(each, handler)
     if not stopped:
         raise RunError(f"FLARE's server ended with status {status}; see {server.path / 'console.log'}")
-    typer.echo("stopped")
+    say("stopped")
 
 
 def _refuse_taken_port(kit: Kit) -> None:

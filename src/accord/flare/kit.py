@@ -87,7 +87,7 @@ def kit_of(folder: Path | str) -> Kit:
             return Kit(path, "site", table["client"]["fqsn"], server["name"], host, int(port))
         listen = json.loads((path / "local" / "resources.json").read_text(encoding="utf-8"))["accord"]["listen"]
         return Kit(path, "server", server["admin_server"], server["name"], host, int(port), listen)
-    except (OSError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{folder}: its configuration is damaged ({error!r}); unpack the kit again") from error
 
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accord.errors import AccordError, RunError, printable
+from accord.terminal import say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -108,7 +109,7 @@ def site_join(
     if not quiet:
         words = [*(["--images", str(images)] if images is not None else []), str(kit), str(folder)]
         again = shlex.join([Path(sys.argv[0]).name, "site", "join", *words])
-        typer.echo(f"left; the same command comes back: {again}")
+        say(f"left; the same command comes back: {again}")
 
 
 def site_status(folder: SiteFolder) -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import socket
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -31,10 +30,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from accord.errors import RunError, printable
+from accord.errors import RecipeError, RunError, printable
 from accord.evaluation.trace import MetricsRow, read_metrics
 from accord.flare.state import Federation, SiteState, read_federation
-from accord.runs import read_lines, stage_of, stages_done, stages_planned
+from accord.runs import read_lines, refuse_foreign, stage_of, stages_done, stages_planned
+from accord.toml import load_toml
 
 SECONDS: Final = 1.0
 """Between two looks."""
@@ -92,8 +92,9 @@ def look(folder: Path) -> Glance:
     """Look into a run folder.
 
     Raises:
-        RunError: it is none, or a file in it is damaged.
+        RunError: it is none, or a file in it is damaged or no file of its own.
     """
+    refuse_foreign(folder)
     recipe = _recipe(folder)
     federation = read_federation(folder)
     metrics = folder / "metrics.jsonl"
@@ -242,8 +243,8 @@ def _recipe(folder: Path) -> _Recipe:
     if not file.is_file():
         raise RunError(f"{folder} holds no run (no recipe.toml); name the folder of one, such as runs/demo")
     try:
-        return msgspec.convert(tomllib.loads(file.read_text(encoding="utf-8")), type=_Recipe)
-    except (msgspec.ValidationError, tomllib.TOMLDecodeError) as error:
+        return msgspec.convert(load_toml(file), type=_Recipe)
+    except (msgspec.ValidationError, RecipeError) as error:
         raise RunError(f"{file} is no run's recipe ({error}); name the folder of a run") from error
 
 
@@ -251,7 +252,7 @@ def _begun(folder: Path) -> float | None:
     """Return when the stage in progress began: when the one before ended, or this attempt of the run started."""
     try:
         manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=_Manifest)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, RecursionError):
         return None
     started = [each.started.replace(tzinfo=UTC).timestamp() for each in (manifest, *manifest.resumed)]
     timings = folder / "timings.jsonl"

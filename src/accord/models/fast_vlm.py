@@ -126,8 +126,13 @@ def _build_smollm2(settings: FastVlmSettings, seed: int) -> tuple[PreTrainedMode
     check_release(file, data, SMOLLM2_SHA256, SMOLLM2_INSTALL)
     with tempfile.TemporaryDirectory() as folder:  # of mode 0700: what is loaded are the bytes that were checked
         Path(folder, file.name).write_bytes(data)
-        tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(folder, gguf_file=file.name))
-        language = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = cast(
+            PreTrainedTokenizerFast,
+            AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False),
+        )
+        language = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.image_token = IMAGE  # read by the processor
     tokenizer.padding_side = "left"

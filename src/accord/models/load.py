@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,18 +23,22 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
 from accord.errors import CheckpointError, RecipeError, check_least
+from accord.models.inspection import VALUES_PER_BYTE, inspect_checkpoint, no_larger_than
 from accord.models.pixels import process_once
 from accord.models.tower import pin
 from accord.runs import replace_folder
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 PREFIX = "accord/"
+FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
+"""What is fetched of a checkpoint on the hub; nothing else is read."""
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What makes a model's inputs: a processor of images and text, or the tokenizer of a text-only model."""
@@ -56,6 +60,12 @@ class LoraSettings:
         check_least(self, rank=1, alpha=1, dropout=0)
         if not self.dropout < 1:
             raise RecipeError(f"dropout must be below 1, got {self.dropout}; lower dropout")
+        # Python tries every way to match; a few unbounded parts side by side are as many as it can try.
+        if re.search(r"\)[*+{]", self.target_modules) or len(re.findall(r"[*+}]", self.target_modules)) > 4:
+            raise RecipeError(
+                f"target_modules must repeat no group and at most four parts, got {self.target_modules[:80]!r}; "
+                "name the modules as .*(one|another)"
+            )
 
 
 def locate(checkpoint: str) -> str:
@@ -93,14 +103,48 @@ def device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+@contextmanager
+def _inspected(checkpoint: str, revision: str) -> Iterator[tuple[str, int]]:
+    """Give a folder that was inspected, and the bytes of its weights; whatever reading it raises is typed.
+
+    Raises:
+        CheckpointError: the checkpoint is absent, incomplete or refused (`accord.models.inspection`).
+    """
+    place = locate(checkpoint)
+    try:
+        if not Path(place).is_dir():
+            place = snapshot_download(place, revision=revision, allow_patterns=[*FETCHED], ignore_patterns=["*/*"])
+        if Path(place, "adapter_config.json").exists():  # transformers would load the model that it names
+            raise CheckpointError(f"{checkpoint}: this is an adapter and no model; merge it into its base")
+        yield place, inspect_checkpoint(Path(place))
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or hostile folder makes transformers raise whatever it meets
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint}: cannot load the checkpoint ({reason}); check the name and that the folder is complete"
+        ) from error
+
+
+def load_config(checkpoint: str) -> PreTrainedConfig:
+    """Load the configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it is absent, damaged or refused.
+    """
+    with _inspected(checkpoint, "main") as (place, _):
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(place, trust_remote_code=False))
+
+
 def load_model(
     checkpoint: str, *, revision: str = "main", trainable: bool = False
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model that answers questions, about images or without any, onto `device()`, and its processor.
 
-    Code from the checkpoint is never run. The vision tower is frozen, and stays in evaluation mode through any
-    `model.train()`, unless the checkpoint's config.json says `"freeze_vision": false`, as those of models whose tower
-    is trained with the rest do (`accord.models.tower`). What is saved from the model says the same.
+    Code from the checkpoint is never run, and its folder is inspected before it is read (`accord.models.inspection`).
+    The vision tower is frozen, and stays in evaluation mode through any `model.train()`, unless the checkpoint's
+    config.json says `"freeze_vision": false`, as those of models whose tower is trained with the rest do
+    (`accord.models.tower`). What is saved from the model says the same.
 
     Args:
         checkpoint: what `locate` finds.
@@ -111,9 +155,8 @@ def load_model(
     Raises:
         CheckpointError: it is absent, incomplete, or of another kind (a vision-only model, or one that only reads).
     """
-    place = locate(checkpoint)
-    try:
-        config = AutoConfig.from_pretrained(place, revision=revision)
+    with _inspected(checkpoint, revision) as (place, weights):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         kinds = (AutoModelForImageTextToText, AutoProcessor), (AutoModelForCausalLM, AutoTokenizer)
         kind = next((each for each in kinds if type(config) in each[0]._model_mapping), None)
         if kind is None:
@@ -121,22 +164,18 @@ def load_model(
                 f"{checkpoint}: a {config.model_type!r} model cannot answer questions; "
                 "use a checkpoint that AutoModelForImageTextToText or AutoModelForCausalLM loads"
             )
-        processor = cast(Processor, kind[1].from_pretrained(place, revision=revision))
+        processor = cast(Processor, kind[1].from_pretrained(place, trust_remote_code=False))
         if isinstance(processor, PreTrainedTokenizerBase) and kind[1] is AutoTokenizer:
             _ready_tokenizer(checkpoint, processor)
-        loaded = kind[0].from_pretrained(
-            place,
-            revision=revision,
-            dtype=torch.float32 if trainable else "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with no_larger_than(checkpoint, VALUES_PER_BYTE * weights):
+            loaded = kind[0].from_pretrained(
+                place,
+                trust_remote_code=False,
+                dtype=torch.float32 if trainable else "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{checkpoint}: cannot load the checkpoint ({reason}); check the name and that the folder is complete"
-        ) from error
     if found["missing_keys"]:  # transformers draws these at random and goes on
         raise CheckpointError(
             f"{checkpoint}: {len(found['missing_keys'])} weights are missing, {min(found['missing_keys'])} first; "

@@ -29,6 +29,7 @@ from accord.runs import append_line, read_lines, stages_done
 from accord.stages import routing
 from accord.stages.job import Job
 from accord.stages.sites import check_sites
+from accord.terminal import clean
 
 POLL_SECONDS: Final = 0.1
 
@@ -137,7 +138,7 @@ def _start(job: Job, name: str) -> _Child:
         for line in process.stderr:
             said.append(line)
             if not job.quiet:
-                sys.stderr.write(line)
+                sys.stderr.write(clean(line))
                 sys.stderr.flush()
 
     thread = threading.Thread(target=relay, daemon=True)

@@ -40,7 +40,17 @@ from transformers.utils.hub import resolve_revision
 from accord.errors import CheckpointError
 from accord.models.attention import skip_hidden
 from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
-from accord.models.load import PREFIX, LoraSettings, Processor, add_lora, load_model, locate, without_adapter
+from accord.models.inspection import inspect_checkpoint, inspect_weights
+from accord.models.load import (
+    PREFIX,
+    LoraSettings,
+    Processor,
+    add_lora,
+    load_model,
+    locate,
+    lora_config,
+    without_adapter,
+)
 from accord.runs import replace_folder
 from accord.types import Prompt
 
@@ -192,15 +202,22 @@ class RewardModel(nn.Module):
         """Load what `save` wrote; the scores are identical.
 
         Raises:
-            CheckpointError: the folder is absent, is not a reward model, or its parts do not fit together.
+            CheckpointError: the folder is absent, is not a reward model, its parts do not fit together, or it is
+                refused (`accord.models.inspection`).
         """
+        try:
+            if (path / "reward.json").is_file():
+                inspect_checkpoint(path)
+        except CheckpointError as error:
+            reason = str(error).rpartition("; ")[0]
+            raise CheckpointError(f"{reason}; the file is damaged, train the site again") from error
         try:
             manifest = msgspec.json.decode((path / "reward.json").read_bytes(), type=_Manifest)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: no reward.json, so this is not a reward model; train one with `accord site train`"
             ) from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise CheckpointError(
                 f"{path / 'reward.json'}: {error}; the file is damaged, train the site again"
             ) from error
@@ -216,7 +233,7 @@ class RewardModel(nn.Module):
                 f"{path}: {place} is not the backbone that this reward model was trained on: its fingerprint is "
                 f"{found!s:.12}…, expected {manifest.fingerprint!s:.12}…; put that one back, or train the site again"
             )
-        backbone = _load_adapter(plain, path / "adapter") if manifest.lora else plain
+        backbone = _load_adapter(plain, path / "adapter", manifest.lora) if manifest.lora else plain
         base, fingerprint, lora = manifest.base, manifest.fingerprint, manifest.lora
         model = cls(backbone, processor, base=base, fingerprint=fingerprint, lora=lora, head=manifest.head)
         if model.features != manifest.hidden_size:
@@ -249,14 +266,19 @@ def _fingerprint(place: str, revision: str | None = None) -> str | None:
     return digest.hexdigest()
 
 
-def _load_adapter(plain: PreTrainedModel, folder: Path) -> PeftModel:
+def _load_adapter(plain: PreTrainedModel, folder: Path, settings: LoraSettings) -> PeftModel:
+    """Put a saved adapter on its backbone; what it is, our own description says and not PEFT's, which is not read."""
     try:
         if not (folder / "adapter_model.safetensors").is_file():  # PEFT would look for a pickle, then on the hub
             raise FileNotFoundError("adapter_model.safetensors is missing")
+        inspect_checkpoint(folder)
+        shapes = inspect_weights(folder / "adapter_model.safetensors")
+        if any(shape[0] != settings.rank for name, shape in shapes.items() if "lora_A" in name):
+            raise ValueError(f"its rank is not {settings.rank}")  # before so many weights are allocated
         with warnings.catch_warnings():
             # PEFT completes half an adapter with fresh weights and only warns.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(plain, str(folder))
+            return PeftModel.from_pretrained(plain, str(folder), config=lora_config(settings), trust_remote_code=False)
     except Exception as error:  # PEFT and safetensors raise whatever a damaged folder makes them raise
         raise CheckpointError(
             f"{folder}: cannot load the adapter ({error!s:.200}); the folder is damaged, train the site again"

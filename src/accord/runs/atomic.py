@@ -242,7 +242,7 @@ def parse_line(path: Path, number: int, line: bytes) -> dict[str, object]:
     """
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}, line {number}, is not JSON ({error}); remove that line") from error
     if not isinstance(record, dict):
         raise RunError(f"{path}, line {number}, is not a JSON object, got {line[:60]!r}; remove that line")
@@ -256,6 +256,8 @@ def read_json(path: Path) -> dict[str, object]:
         RunError: the file cannot be read, or holds none.
     """
     try:
+        if path.is_symlink():  # before the folder is known to be a run of ours
+            raise RunError("it is a link")
         return parse_line(path, 1, path.read_bytes())
     except (RunError, OSError) as error:
         raise RunError(f"{path} cannot be read: {error}; start anew with another --out") from error
@@ -271,5 +273,5 @@ def read_record(path: Path, kind: type[Record], *, remedy: str) -> Record | None
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         raise RunError(f"{path} is damaged or cannot be read ({error}); {remedy}") from error

@@ -131,7 +131,7 @@ def _flaw(folder: Path) -> str | None:
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in sealed.items()}
     except FileNotFoundError:
         return f"{MANIFEST}: missing"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST}: unreadable, {type(error).__name__}"
     found = _files(folder)
     for name, (size, _) in expected.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from typing import Final
+
+from accord.errors import RecipeError
+from accord.toml import parse_toml
 
 OF_NO_RESULT: Final = ("processes", "features")
 """Tables and settings of a recipe that change no byte of a result: a run goes on with other values of them."""
@@ -14,7 +16,7 @@ def first_difference(old: str, new: str) -> str | None:
     """Name the first setting in which two recipes differ; comments, layout and `OF_NO_RESULT` do not count."""
     try:
         before, after = _settings(old), _settings(new)
-    except tomllib.TOMLDecodeError:
+    except RecipeError:
         return None if old == new else _first_line(old, new)
     for key in [*before, *(key for key in after if key not in before)]:
         if key not in after:
@@ -27,7 +29,9 @@ def first_difference(old: str, new: str) -> str | None:
 
 
 def _settings(text: str) -> dict[str, str]:
-    return dict(_flat({key: value for key, value in tomllib.loads(text).items() if key not in OF_NO_RESULT}))
+    return dict(
+        _flat({key: value for key, value in parse_toml(text, where="the recipe").items() if key not in OF_NO_RESULT})
+    )
 
 
 def _first_line(old: str, new: str) -> str:

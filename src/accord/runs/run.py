@@ -39,6 +39,7 @@ from accord.runs.atomic import (
 from accord.runs.difference import first_difference
 from accord.runs.environment import environment, peak_memory_bytes
 from accord.runs.lock import locked
+from accord.runs.received import refuse_foreign
 
 
 class Run:
@@ -99,11 +100,13 @@ class Run:
         """Go on with an interrupted run: lock it, repair what a crash left, and keep what is done.
 
         Raises:
-            RunError: there is no run, it is in use, its recipe differs from `recipe_text`, or its files are damaged.
+            RunError: there is no run, it is in use, its recipe differs from `recipe_text`, or its files are damaged or
+                not its own.
         """
         path = Path(path)
         if not (path / "recipe.toml").is_file():
             raise RunError(f"{path} holds no run to resume (no recipe.toml); leave out --resume to start one there")
+        refuse_foreign(path)
         lock = locked(path)
         try:
             recipe = (path / "recipe.toml").read_text(encoding="utf-8")

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeAlias
 
-from rich.console import Console
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from accord import terminal
 from accord.alignment.grpo import AlignmentConfig, RewardFunction, align
 from accord.alignment.reward import FederatedReward, Mode, PerGroup, Scope, Waiting
 from accord.data.sampling import sample_questions
@@ -100,7 +100,7 @@ def reward_of(
     sources: Mapping[str, ImageSource] | None = None,
 ) -> FederatedReward:
     """Return the reward of a recipe's federation; `model` says which tokens end a completion."""
-    tell = _tell if rank_and_count()[0] == 0 else lambda _: None
+    tell = terminal.tell if rank_and_count()[0] == 0 else lambda _: None
     return FederatedReward(
         engine,
         router,
@@ -113,11 +113,6 @@ def reward_of(
         waiting=Waiting(recipe.routing.deadline, recipe.routing.quorum, tell),
         sources=sources,
     )
-
-
-def _tell(line: str) -> None:
-    """Say a line on standard error, above a progress bar if there is one."""
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def _end_tokens(model: PreTrainedModel) -> list[int]:

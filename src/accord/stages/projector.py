@@ -18,7 +18,7 @@ from typing import Final, cast
 import msgspec
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, RecipeError
@@ -39,7 +39,7 @@ from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig
 from accord.federation.rounds import Server, federated_rounds
 from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.generate import answer
-from accord.models.load import Processor, load_model, locate, save_model
+from accord.models.load import Processor, load_config, load_model, save_model
 from accord.models.projector import train_projector_alone
 from accord.progress import stage_bar
 from accord.recipe import Recipe
@@ -346,7 +346,7 @@ def _save(
     groups: Sequence[Sequence[str]],
 ) -> None:
     """Write the model in its checkpoint's own type: one, or one for every site that trained for itself."""
-    dtype = AutoConfig.from_pretrained(locate(recipe.policy.checkpoint)).dtype or torch.float32
+    dtype = load_config(recipe.policy.checkpoint).dtype or torch.float32
     model.to(dtype)  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
     for weights, sites in zip(ends, groups, strict=True):
         set_trainable_weights(model, weights)

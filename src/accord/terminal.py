@@ -1,0 +1,42 @@
+"""Print to a terminal: the one place where text from elsewhere loses what would steer a terminal or forge a line.
+
+A site chooses its name, a received run its recipe's, a checkpoint its error; any of them may hold escape sequences.
+Bars and tables that `rich` draws clean their texts themselves (`accord.progress`, `accord.flare`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from accord.errors import printable
+
+console = Console(stderr=True, soft_wrap=True)
+"""Standard error, where everything goes that is no result."""
+
+
+def clean(text: object) -> str:
+    """Return lines without control characters but tabs; bidirectional marks go, too."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
+
+
+def say(result: object, *, end: str = "\n") -> None:
+    """Print a result to standard output."""
+    typer.echo(clean(result) + end, nl=False)
+
+
+def tell(text: str, *, word: str = "", style: str = "") -> None:
+    """Print a line to standard error: a `word` in a style and a text, or a text in that style."""
+    line = Text.assemble((word, style), " ", printable(text)) if word else Text(printable(text), style=style)
+    console.print(line, highlight=False)
+
+
+class CleanFormatter(logging.Formatter):
+    """Format a record of a library's log, which may quote anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's lines, cleaned."""
+        return clean(super().format(record))
