@@ -13,7 +13,10 @@ captions in the same number of steps. A cell that `--out` holds is not run again
     kept             FedAvg of sites that keep AdamW's moments from round to round
     one-cosine       FedAvg, and the learning rate falls once over all rounds
     ours             both
-    rule+hostile     the rule, where the last site returns 20 times the opposite of its update and a distance of 0
+    rule+attack      the rule, where the last site sends what an attack of `accord.attacks.updates` makes of the
+                     updates, and a distance of 0: sign-flip, scale, huge, alie, ipm, norm-bounded; or `hostile`, 20
+                     times the opposite of its own
+    rule+attack+0    the same without a bound on the length of updates
 
 A column has the share of FedAvg's distance to `central` that a rule leaves, in NLL and in macro accuracy; p is of a
 paired t-test of macro accuracies against `fedavg` over at least five seeds.
@@ -26,19 +29,17 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import msgspec
 import torch
-from safetensors.torch import load, save
 
+from accord.attacks.updates import Attack, alie, hostile, huge, ipm, norm_bounded, scale, sign_flip
 from accord.evaluation.intervals import half_width, paired_p
 from accord.evaluation.markdown import markdown_table
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.projector import ProjectorConfig
 from accord.models.features import remember
 from accord.models.load import load_model
@@ -53,8 +54,15 @@ DEFAULT = (
     "none,local,fedavg,fedprox,moon,fedavgm,fedadam,task-arithmetic,ties,dare,cra,cra-relative,fed-cmp,fed-cmp-relative,"
     "fed-cmp-fixed,fed-cmp-late,fed-cmp-prose,kept,one-cosine,ours,central"
 )
-FACTOR = -20.0
-"""By which a hostile site multiplies its update."""
+ATTACKS: dict[str, Attack] = {
+    "hostile": partial(sign_flip, factor=20.0),
+    "sign-flip": sign_flip,
+    "scale": scale,
+    "huge": huge,
+    "alie": partial(alie, z=1.5),
+    "ipm": ipm,
+    "norm-bounded": norm_bounded,
+}
 
 
 def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
@@ -73,31 +81,22 @@ def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
     return replace(config, averaging=replace(averaging, **changes))
 
 
-def lying(honest: Callable[[UpdateRequest], UpdateReply]) -> Callable[[UpdateRequest], UpdateReply]:
-    """Return a site that pushes the other way, and says that its images and texts lie together."""
-
-    def answer(request: UpdateRequest) -> UpdateReply:
-        reply = honest(request)
-        change = {name: FACTOR * tensor for name, tensor in load(reply.change).items()}
-        return msgspec.structs.replace(reply, change=save(change), distance=0.0)
-
-    return answer
-
-
-def attacked(job: Job) -> InProcessEngine:
-    """Return what reaches the sites, of which the last lies."""
+def attacked(job: Job, attack: str) -> InProcessEngine:
+    """Return what reaches the sites, of which the last lies, and says that its images and texts lie together."""
     loaded = load_model(job.recipe.policy.checkpoint, trainable=True)
     train_projector_alone(loaded[0])
     sites = {site.name: projector_training(job, site.name, loaded) for site in job.recipe.sites}
-    last = [*sites][-1]
-    return InProcessEngine({name: lying(site) if name == last else site for name, site in sites.items()})
+    return InProcessEngine(hostile(sites, [*sites][-1:], ATTACKS[attack], distance=0.0))
 
 
 def cell(recipe: Recipe, rule: str, seed: int) -> dict[str, object]:
     """Train once; return what was measured."""
-    rule, _, attack = rule.partition("+")
+    rule, attack, bound = (rule + "++").split("+")[:3]
     assert recipe.projector is not None
     config = configured(recipe.projector, "fedavg" if rule == "none" else rule)
+    if bound:
+        aggregation = replace(config.averaging.aggregation, bound=float(bound))
+        config = replace(config, averaging=replace(config.averaging, aggregation=aggregation))
     if rule == "none":
         config = replace(config, averaging=replace(config.averaging, rounds=1))
     recipe = replace(recipe, seed=seed, projector=config)
@@ -107,7 +106,7 @@ def cell(recipe: Recipe, rule: str, seed: int) -> dict[str, object]:
         Run.create(Path(scratch) / "run", dump_recipe(recipe), seed=seed) as run,
         open_job(recipe, run, quiet=True) as job,
     ):
-        job.engine = attacked(job) if attack else None
+        job.engine = attacked(job, attack) if attack else None
         summary = pretrain_projector(job)
         counts = job.traffic.counts.values()
         sent = sum(count.bytes_to_site + count.bytes_from_site for count in counts)
