@@ -222,7 +222,7 @@ def test_a_loss_that_a_hostile_site_made_up_leaves_the_measures_readable(tmp_pat
 
 
 def test_a_projector_that_breaks_the_model_is_left_out(recipe, tmp_path, monkeypatch):
-    """Of two sites, b sends 3e38. Without a bound the probe leaves it out; without that, too, a is lost and the training ends."""
+    """Of two sites, b sends 3e38. Without a bound the probe leaves it out; without that a is lost, too."""
     aggregation = Aggregation(bound=0)
     recipe = with_projector(recipe, averaging=replace(recipe.projector.averaging, aggregation=aggregation))
 
@@ -238,7 +238,7 @@ def test_a_projector_that_breaks_the_model_is_left_out(recipe, tmp_path, monkeyp
     monkeypatch.setattr("accord.stages.projector.probe_of", lambda *_: None)
     with (
         pytest.warns(DataWarning, match="site (a sent an update that cannot be used|b sent an update that breaks)"),
-        pytest.raises(RunError, match="round 2 of the projector: 2 of 2 .* that of site b"),
+        pytest.raises(RunError, match=r"round 2 of the projector: 2 of 2 .* that of site b"),
     ):
         attacked(tmp_path / "open")
 
