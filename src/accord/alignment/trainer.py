@@ -144,7 +144,7 @@ class SharedPrefixTrainer(GRPOTrainer):
             self._metrics = copy.deepcopy(told)
             return self._completions(rows)
 
-        done = self._parking.do(inputs, self.num_generations, step)
+        done = self._parking.do(inputs, cast(int, self.num_generations), step)
         if self._parking.failures:
             self._metrics["train"]["failed"].append(len(self._parking.failures))
             self._metrics["train"]["parked"].append(len(self._parking.parked))
