@@ -78,7 +78,11 @@ Rule: TypeAlias = Literal[
 
 
 BOUND: Final = 5.0
-"""Times the round's median length that an update may have, unless a recipe says otherwise."""
+"""Times the round's median length that an update may have, unless a recipe says otherwise.
+
+Honest updates stay below: of three sites that hold one question type each, in 66 rounds of a router, of adapters and of
+a shared reward model, the longest had 3.3 times the median.
+"""
 
 
 @dataclass(frozen=True)
