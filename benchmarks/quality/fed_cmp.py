@@ -14,7 +14,10 @@ captions in the same number of steps. A cell that `--out` holds is not run again
     one-cosine       FedAvg, and the learning rate falls once over all rounds
     longer           FedAvg, and the server goes 1.5 times as far
     ours             all three, and sites weighted as by `cra-relative`
-    rule+hostile     the rule, where the last site returns 20 times the opposite of its update and a distance of 0
+    rule+attack      the rule, where the last site sends what an attack of `accord.attacks.updates` makes of the
+                     updates, and a distance of 0: sign-flip, scale, huge, alie, ipm, norm-bounded; or `hostile`, 20
+                     times the opposite of its own
+    rule+attack+0    the same without a bound on the length of updates
 
 With `--tune STEPS` the server goes on from each projector: it tunes language model and projector on its public
 questions, as an assistant is tuned on instructions after its projector is trained, and is measured again.
@@ -30,21 +33,19 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import msgspec
 import torch
-from safetensors.torch import load, save
 
+from accord.attacks.updates import Attack, alie, hostile, huge, ipm, norm_bounded, scale, sign_flip
 from accord.data.sampling import sample_questions
 from accord.evaluation.accuracy import outcomes_by_type
 from accord.evaluation.intervals import half_width, paired_p
 from accord.evaluation.markdown import markdown_table
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.projector import ProjectorConfig
 from accord.models.features import remember
 from accord.models.finetune import FineTuneConfig, finetune
@@ -64,8 +65,15 @@ DEFAULT = (
 FURTHER = 1.5
 """η of `longer` and `ours`."""
 
-FACTOR = -20.0
-"""By which a hostile site multiplies its update."""
+ATTACKS: dict[str, Attack] = {
+    "hostile": partial(sign_flip, factor=20.0),
+    "sign-flip": sign_flip,
+    "scale": scale,
+    "huge": huge,
+    "alie": partial(alie, z=1.5),
+    "ipm": ipm,
+    "norm-bounded": norm_bounded,
+}
 
 
 def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
@@ -86,24 +94,12 @@ def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
     return replace(config, averaging=replace(averaging, **changes))
 
 
-def lying(honest: Callable[[UpdateRequest], UpdateReply]) -> Callable[[UpdateRequest], UpdateReply]:
-    """Return a site that pushes the other way, and says that its images and texts lie together."""
-
-    def answer(request: UpdateRequest) -> UpdateReply:
-        reply = honest(request)
-        change = {name: FACTOR * tensor for name, tensor in load(reply.change).items()}
-        return msgspec.structs.replace(reply, change=save(change), distance=0.0)
-
-    return answer
-
-
-def attacked(job: Job) -> InProcessEngine:
-    """Return what reaches the sites, of which the last lies."""
+def attacked(job: Job, attack: str) -> InProcessEngine:
+    """Return what reaches the sites, of which the last lies, and says that its images and texts lie together."""
     loaded = load_model(job.recipe.policy.checkpoint, trainable=True)
     train_projector_alone(loaded[0])
     sites = {site.name: projector_training(job, site.name, loaded) for site in job.recipe.sites}
-    last = [*sites][-1]
-    return InProcessEngine({name: lying(site) if name == last else site for name, site in sites.items()})
+    return InProcessEngine(hostile(sites, [*sites][-1:], ATTACKS[attack], distance=0.0))
 
 
 def tuned(job: Job, rule: str, steps: int) -> float:
@@ -128,9 +124,12 @@ def tuned(job: Job, rule: str, steps: int) -> float:
 
 def cell(recipe: Recipe, rule: str, seed: int, tune: int = 0) -> dict[str, object]:
     """Train once; return what was measured."""
-    rule, _, attack = rule.partition("+")
+    rule, attack, bound = (rule + "++").split("+")[:3]
     assert recipe.projector is not None
     config = configured(recipe.projector, "fedavg" if rule == "none" else rule)
+    if bound:
+        aggregation = replace(config.averaging.aggregation, bound=float(bound))
+        config = replace(config, averaging=replace(config.averaging, aggregation=aggregation))
     if rule == "none":
         config = replace(config, averaging=replace(config.averaging, rounds=1))
     recipe = replace(recipe, seed=seed, projector=config)
@@ -140,7 +139,7 @@ def cell(recipe: Recipe, rule: str, seed: int, tune: int = 0) -> dict[str, objec
         Run.create(Path(scratch) / "run", dump_recipe(recipe), seed=seed) as run,
         open_job(recipe, run, quiet=True) as job,
     ):
-        job.engine = attacked(job) if attack else None
+        job.engine = attacked(job, attack) if attack else None
         summary = pretrain_projector(job)
         after = tuned(job, rule, tune) if tune and recipe.projector.training != "local" else None
         counts = job.traffic.counts.values()

@@ -211,6 +211,18 @@ def test_a_run_with_little_to_show(make_run: Callable[..., Path], make_summary: 
     assert "Gallery" not in re.findall(r"<h2>(.*?)</h2>", text)
 
 
+def test_prompts_that_failed_are_listed(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    assert "Prompts on which the alignment failed" not in _page(run)[0]
+    kept = run / "kept" / "stage" / "align"
+    kept.mkdir(parents=True)
+    failures = {"q<1>": {"tries": 3, "reason": "ImageError: <b>"}, "q2": {"tries": 1, "reason": "ValueError: once"}}
+    (kept / "failures.json").write_text(json.dumps(failures))
+    text, _ = _page(run)
+    assert "2 prompts made a step fail" in text and "1 of these failed three times and is no longer tried" in text
+    assert "q&lt;1&gt;" in text and "ImageError: &lt;b&gt;" in text and "ValueError: once" in text
+
+
 def test_a_site_without_a_ranking_has_a_dash(
     make_run: Callable[..., Path], make_summary: Callable[..., Summary]
 ) -> None:

@@ -50,7 +50,7 @@ def equal(k):
 
 def train(rule, rounds, weights=None, **settings):
     """Return a number, 0 at first, after each round; a round is the sites' changes of it, or (change, steps)."""
-    step, current, told = Aggregation(rule, **settings).start(0), change(0.0), []
+    step, current, told = Aggregation(rule, bound=0, **settings).start(0), change(0.0), []
     for sites in rounds:
         updates = [Update(change(s[0]), s[1]) if isinstance(s, tuple) else Update(change(s)) for s in sites]
         current = step(current, updates, weights or equal(len(sites)))
@@ -220,7 +220,7 @@ def test_median_by_hand(given, expected):
     """Coordinate by coordinate; of four the mean of the middle two, (2 + 6) / 2 and (−2 − 4) / 2."""
     assert median(given)["w"].tolist() == expected
     p = shares(list(range(1, 1 + len(given))))  # each site has one vote, whatever its n
-    step = Aggregation("median").start(0)
+    step = Aggregation("median", bound=0).start(0)
     assert step(change(0.0, 1.0), [Update(c) for c in given], p)["w"].tolist() == [expected[0], expected[1] + 1]
 
 

@@ -1,6 +1,6 @@
 import math
 import random
-from types import SimpleNamespace
+from types import MappingProxyType
 
 import numpy
 import pytest
@@ -89,15 +89,21 @@ def test_a_letter_is_a_token_of_every_family(family, checkpoints):
 def test_the_letter_shows_at_the_first_token_that_differs():
     # A tokeniser that begins an answer with a token for the space: [5, 65, 2] and [5, 66, 2].
     class Tokenizer:
-        eos_token = "."
+        eos_token, all_special_tokens, added_tokens_decoder = ".", (), MappingProxyType({})
+
+        def __len__(self):
+            return 128
 
         def __call__(self, texts, **_):
             return {"input_ids": [[5, ord(text[0]), 2] for text in texts]}
 
-    processor = SimpleNamespace(
-        tokenizer=Tokenizer(), chat_template=None, apply_chat_template=lambda turns, **_: str(len(turns))
-    )
-    assert letter_tokens(processor, vqa_prompt("?")) == (65, 66, 1)
+    class Processor:
+        tokenizer, chat_template = Tokenizer(), None
+
+        def apply_chat_template(self, turns, **_):
+            return str(len(turns))
+
+    assert letter_tokens(Processor(), vqa_prompt("?")) == (65, 66, 1)
 
 
 def test_the_log_odds_are_those_of_the_next_token(family, checkpoints, comparisons):

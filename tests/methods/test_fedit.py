@@ -4,8 +4,10 @@ from pytest import approx
 from safetensors.torch import load
 from torch import tensor
 
+from accord.attacks.updates import hostile, huge
 from accord.data.images import load_image
-from accord.errors import CheckpointError, DataError, DataWarning, RecipeError
+from accord.errors import CheckpointError, DataError, DataWarning, RecipeError, RunError
+from accord.federation.aggregation import Aggregation
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import Averaging
 from accord.federation.messages import UpdateReply, UpdateRequest
@@ -53,7 +55,7 @@ def tune(adapted):
         model, processor = adapted()
         sites = {name: LocalSupervised(model, processor, qs, config, algorithm) for name, qs in data.items()}
         start = trainable_weights(model)
-        server = algorithm.server(start)
+        server = algorithm.server(start, 0.0)
         engine = InProcessEngine(sites)
         averaged = federated_rounds(engine, "supervised", start, rounds, seed=0, server=server)
         return averaged, start, sites, server, engine
@@ -261,3 +263,43 @@ def test_a_negative_pull_is_refused():
         FedITConfig(mu=-0.1)
     with pytest.raises(RecipeError, match="sgd_learning_rate must be above 0"):
         FedITConfig(sgd_learning_rate=0)
+
+
+def test_an_adapter_that_breaks_the_model_is_left_out(adapted, ask):
+    """Without a bound, 3e38 in one of three adapters: as if that site had not answered. Not so without the probe."""
+    config = Averaging(rounds=2, local_steps=1, batch_size=1, learning_rate=1e-3, aggregation=Aggregation(bound=0))
+
+    def tuned(change, *, probed=True):
+        model, processor = adapted()
+        sites = {name: LocalSupervised(model, processor, [ask(0)], config, fedavg()) for name in "abc"}
+        engine = InProcessEngine(change(sites))
+        return train_supervised(engine, model, config, fedavg(), seed=0, processor=processor if probed else None)
+
+    def attacked(sites):
+        return hostile(sites, ["c"], huge, loss=1.0)
+
+    def silent(request):
+        raise RuntimeError("gone")
+
+    with pytest.warns(DataWarning, match=r"site c sent an update that breaks the supervised: .*; round . of the"):
+        defended = tuned(attacked).state_dict()
+    with pytest.warns(DataWarning, match="site c gave no answer"):
+        alone = tuned(lambda sites: {**sites, "c": silent}).state_dict()
+    assert same(defended, alone)
+    with (
+        pytest.warns(DataWarning, match=r"site [ab] sent an update that cannot be used"),
+        pytest.raises(RunError, match=r"2 of 3 sites failed .*\(a, b\).*that of site c"),
+    ):
+        tuned(attacked, probed=False)
+
+
+def test_a_huge_control_variate_is_shortened():
+    """1, 2 and 3e38 of one example each: five times the median is 10, so c = 13 / 3. Unbounded, it is 1e38."""
+
+    def mean(bound):
+        server = ControlVariates({"w": tensor(0.0)}, bound)
+        for site, value in (("a", 1.0), ("b", 2.0), ("c", 3e38)):
+            server.receive(site, 1, to_bytes({"w": tensor(value)}))
+        return load(server.send())["w"].item()
+
+    assert mean(5.0) == approx(13 / 3) and mean(0.0) == approx(1e38)

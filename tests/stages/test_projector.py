@@ -1,6 +1,7 @@
 """The stage that trains the policy's projector with all sites, before all others."""
 
 import json
+import math
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import fmean
@@ -9,11 +10,13 @@ import msgspec
 import pytest
 import torch
 
-from accord.errors import DataError, RecipeError, RunError
+from accord.attacks.updates import hostile, huge
+from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.evaluation.captions import cider_d
 from accord.evaluation.summary import ProjectorMeasure, ProjectorSummary, accuracy
 from accord.federation import rounds
 from accord.federation.aggregation import Aggregation
+from accord.federation.engine import InProcessEngine
 from accord.federation.messages import UpdateReply
 from accord.federation.projector import OnePass, ProjectorConfig
 from accord.federation.weights import trainable_weights
@@ -24,7 +27,15 @@ from accord.recipe import Policy, Recipe, SiteConfig, Source
 from accord.recipe_file import dump_recipe, recipe_of
 from accord.runs import Run
 from accord.stages.job import on_own_projector, open_job
-from accord.stages.projector import MEASURED, _measure, _round, check_projector, measured_projector, pretrain_projector
+from accord.stages.projector import (
+    MEASURED,
+    _measure,
+    _round,
+    check_projector,
+    measured_projector,
+    pretrain_projector,
+    projector_training,
+)
 from accord.toml import load_toml
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -227,6 +238,28 @@ def test_a_loss_that_a_hostile_site_made_up_leaves_the_measures_readable(tmp_pat
         (tmp_path / "projector").mkdir(exist_ok=True)
         (tmp_path / MEASURED).write_bytes(msgspec.json.encode(summary))
         assert measured_projector(tmp_path) == summary and told.loss == loss
+
+
+def test_a_projector_that_breaks_the_model_is_left_out(recipe, tmp_path, monkeypatch):
+    """Of two sites, b sends 3e38. Without a bound the probe leaves it out; without that a is lost, too."""
+    aggregation = Aggregation(bound=0)
+    recipe = with_projector(recipe, averaging=replace(recipe.projector.averaging, aggregation=aggregation))
+
+    def attacked(path):
+        with opened(recipe, path) as job:
+            sites = {name: projector_training(job, name) for name in "ab"}
+            job.engine = InProcessEngine(hostile(sites, ["b"], huge, loss=1.0, distance=0.0))
+            return pretrain_projector(job)
+
+    with pytest.warns(DataWarning, match=r"site b sent an update that breaks the projector: .*; round . of the"):
+        defended = attacked(tmp_path / "defended")
+    assert math.isfinite(defended.after.nll) and [set(each.sites) for each in defended.rounds] == [{"a"}] * 2
+    monkeypatch.setattr("accord.stages.projector.probe_of", lambda *_: None)
+    with (
+        pytest.warns(DataWarning, match="site (a sent an update that cannot be used|b sent an update that breaks)"),
+        pytest.raises(RunError, match=r"round 2 of the projector: 2 of 2 .* that of site b"),
+    ):
+        attacked(tmp_path / "open")
 
 
 def test_a_site_with_too_little_stops_it_before_training(recipe, tmp_path):

@@ -33,6 +33,7 @@ from accord.data.images import load_image
 from accord.data.sampling import draw_balanced
 from accord.models.finetune import SYMMETRIES, on_one_device, transform
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, without_adapter
+from accord.models.words import plain_prompt, plain_words
 from accord.types import PreferencePair
 
 Row = dict[str, object]
@@ -102,6 +103,7 @@ class AdapterDpo:
             )
         self._trainer.remove_callback(PrinterCallback)
         self._per_step = batch_size * accumulate
+        self._processor = processor
 
     @property
     def model(self) -> PeftModel:
@@ -133,7 +135,7 @@ class AdapterDpo:
         trainer = self._trainer
         trainer.args.learning_rate, trainer.args.weight_decay = learning_rate, weight_decay
         trainer.optimizer = None
-        trainer.train_dataset = _Drawn(pairs, steps * self._per_step, symmetries, random.Random(seed))
+        trainer.train_dataset = _Drawn(pairs, steps * self._per_step, symmetries, random.Random(seed), self._processor)
         for callback in callbacks:
             trainer.add_callback(callback)
         with placeholders_muted(without_adapter(self.model)):
@@ -159,7 +161,15 @@ class AdapterDpo:
 class _Drawn(Dataset[Row]):
     """The pairs of a whole training in their order, types equally often, each with the symmetry drawn for it."""
 
-    def __init__(self, pairs: Sequence[PreferencePair], count: int, symmetries: bool, generator: random.Random) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[PreferencePair],
+        count: int,
+        symmetries: bool,
+        generator: random.Random,
+        processor: Processor,
+    ) -> None:
+        self.processor = processor
         choices = len(SYMMETRIES) if symmetries else 1
         order = draw_balanced([pair.question_type for pair in pairs], count, generator)
         self.items = [(pairs[i], generator.randrange(choices)) for i in order]
@@ -170,8 +180,8 @@ class _Drawn(Dataset[Row]):
     def __getitem__(self, i: int) -> Row:
         pair, symmetry = self.items[i]
         return {
-            "prompt": [dict(message) for message in pair.prompt],
-            "chosen": [{"role": "assistant", "content": pair.chosen}],
-            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "prompt": [dict(message) for message in plain_prompt(self.processor, pair.prompt)],
+            "chosen": [{"role": "assistant", "content": plain_words(self.processor, pair.chosen)}],
+            "rejected": [{"role": "assistant", "content": plain_words(self.processor, pair.rejected)}],
             "images": [transform(load_image(image), symmetry) for image in pair.images],
         }

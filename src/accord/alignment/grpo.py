@@ -25,6 +25,7 @@ from typing import Literal, TypeAlias, cast
 import datasets  # type: ignore[import-untyped]
 import torch
 from peft import LoraConfig
+from PIL.Image import Image
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -37,6 +38,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from accord.alignment.parking import Parking
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
@@ -45,6 +47,7 @@ from accord.errors import DataError, DataWarning, RecipeError, check_least, chec
 from accord.models.encoder import Encoder
 from accord.models.finetune import on_one_device
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, placeholder_tokens
+from accord.models.words import plain_words
 from accord.types import ImageSource, Message, Prompt, Question
 
 MUTED = -1e4
@@ -135,12 +138,26 @@ def finite(reward: RewardFunction) -> RewardFunction:
     return checked
 
 
-def prompt_dataset(questions: Sequence[Question], count: int, generator: random.Random) -> datasets.Dataset:
+def prompt_dataset(
+    questions: Sequence[Question],
+    count: int,
+    generator: random.Random,
+    *,
+    processor: Processor | None = None,
+    keep_errors: bool = False,
+) -> datasets.Dataset:
     """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
 
     Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
     (`accord.data.images.load_image`): the policy sees the pixels that the sites see. Questions without images make no
     image column.
+
+    Args:
+        questions: what is asked.
+        count: rows.
+        generator: of the order.
+        processor: of the policy; its special tokens are neutralised in the questions (`accord.models.words`).
+        keep_errors: whether an image that cannot be read is its `DataError` in a row, and not raised.
 
     Raises:
         DataError: some questions have an image and others none.
@@ -163,7 +180,10 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
         }
     )
     columns = {
-        "prompt": [[{"role": "user", "content": q.text}] for q in questions],
+        "prompt": [
+            [{"role": "user", "content": q.text if processor is None else plain_words(processor, q.text)}]
+            for q in questions
+        ],
         **({"image": [used[source] for source in sources]} if sources else {}),
         "question_id": [q.id for q in questions],
         "question_type": [q.question_type for q in questions],
@@ -171,14 +191,25 @@ def prompt_dataset(questions: Sequence[Question], count: int, generator: random.
         "references": [list(q.references) for q in questions],
     }
     order = draw_balanced([q.question_type for q in questions], count, generator)
-    return datasets.Dataset.from_dict(columns, features=features).select(order).with_transform(_decoded)
+    return (
+        datasets.Dataset.from_dict(columns, features=features)
+        .select(order)
+        .with_transform(functools.partial(_decoded, keep_errors=keep_errors))
+    )
 
 
-def _decoded(rows: dict[str, list[dict[str, object]]]) -> dict[str, object]:
+def _decoded(rows: dict[str, list[dict[str, object]]], *, keep_errors: bool) -> dict[str, object]:
     if "image" not in rows:  # only other columns were asked for
         return dict(rows)
     sources = [cast(bytes | None, cell["bytes"]) or Path(str(cell["path"])) for cell in rows["image"]]
-    pictures = {source: load_image(source) for source in dict.fromkeys(sources)}  # the rows of a group share theirs
+    pictures: dict[bytes | Path, Image | DataError] = {}
+    for source in dict.fromkeys(sources):  # the rows of a group share theirs
+        try:
+            pictures[source] = load_image(source)
+        except DataError as error:
+            if not keep_errors:
+                raise
+            pictures[source] = error
     return {**rows, "image": [pictures[source] for source in sources]}
 
 
@@ -246,8 +277,7 @@ class _Record(TrainerCallback):
         record["routed"] = {
             name.removeprefix("routed/"): value for name, value in logs.items() if name.startswith("routed/")
         }
-        if "absent" in logs:
-            record["absent"] = logs["absent"]
+        record |= {name: logs[name] for name in ("absent", "failed", "parked") if name in logs}
         self.log(record)
 
 
@@ -350,6 +380,7 @@ def align(
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     encoder: Encoder | None = None,
+    failures: Path | None = None,
 ) -> PreTrainedModel:
     """Align `model` in place on the prompts of `questions`; return it, a LoRA adapter merged in.
 
@@ -369,11 +400,17 @@ def align(
         resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.runs.checkpoints`).
         encoder: what the reward's router reads completions with, if it does. Where it is the same model as the
             reference it is handed what the reference has computed.
+        failures: file that keeps which questions failed; with it they are left out (`accord.alignment.parking`), in one
+            process. None: what fails is raised.
 
     Raises:
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
     """
-    data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
+    dataset = functools.partial(prompt_dataset, processor=processor, keep_errors=failures is not None)
+    data = dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
+    parking = None
+    if failures is not None:
+        parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)
     extra: list[TrainerCallback] = [_Record(log), *callbacks]
     if measure is not None and config.evaluate_every:
         extra.append(_Curve(config.evaluate_every, measure, log))
@@ -386,6 +423,7 @@ def align(
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,
             encoder=encoder,
+            parking=parking,
             model=model,
             reward_funcs=finite(reward),
             args=arguments,

@@ -21,6 +21,7 @@ fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import split_tensor_dict
 
+from accord.alignment.parking import Parking
 from accord.data.images import picture_key
 from accord.errors import DataWarning
 from accord.models.attention import can_share, skip_hidden
@@ -93,13 +95,19 @@ class SharedPrefixTrainer(GRPOTrainer):
         *args: as `GRPOTrainer`.
         shared_prefix: False for the stock way.
         encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
+        parking: leaves out questions on which a step fails, in one process; None lets it fail.
         **settings: as `GRPOTrainer`.
     """
 
     args: GRPOConfig
 
     def __init__(
-        self, *args: object, shared_prefix: bool = True, encoder: Encoder | None = None, **settings: object
+        self,
+        *args: object,
+        shared_prefix: bool = True,
+        encoder: Encoder | None = None,
+        parking: Parking | None = None,
+        **settings: object,
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
         untold = self._untold = not (self.tools or self.environment_factories or self.rollout_func)
@@ -113,6 +121,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
+        self._parking = parking
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
@@ -129,6 +138,21 @@ class SharedPrefixTrainer(GRPOTrainer):
     # Rollouts: the images are taken out of the rows before TRL sees them, and kept once per prompt.
 
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
+        if self._parking is None or self._mode != "train":
+            return self._completions(inputs)
+        told = copy.deepcopy(self._metrics)  # what failed, or was tried by itself, leaves nothing there
+
+        def step(rows: list[Row]) -> dict[str, Any]:
+            self._metrics = copy.deepcopy(told)
+            return self._completions(rows)
+
+        done = self._parking.do(inputs, cast(int, self.num_generations), step)
+        if self._parking.failures:
+            self._metrics["train"]["failed"].append(len(self._parking.failures))
+            self._metrics["train"]["parked"].append(len(self._parking.parked))
+        return done
+
+    def _completions(self, inputs: list[Row]) -> dict[str, Any]:
         stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
         self._hides, self._given = self._shares, inputs
         if self._encoder is not None:

@@ -38,6 +38,7 @@ from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, read_summary
 from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
 from accord.runs import refuse_foreign, stages_done, write_atomic
+from accord.runs.failures import failures_of
 
 _STAGES = ("projector", "site", "router", "align", "evaluation")
 _IMAGE_TYPES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg"}
@@ -74,6 +75,7 @@ def write_report(run: Path) -> Path:
         figures=_figures(summary, metrics),
         controls=_controls(summary.evaluation),
         compared=_compared(summary.evaluation),
+        failed=failures_of(run),
         gallery=gallery,
         right=sum(example.after_right for example in gallery),
         types=list(summary.evaluation.aligned.by_type),

@@ -20,7 +20,9 @@
     fed-cmp, cra, …  sites weighted by their reliability, in a common basis that is smoothed over the rounds: see
                      `accord.federation.reliability`                              Xiong et al. 2026, arXiv 2603.26786
 
-Under any rule, `bound` shortens updates that are much longer than the others. The division by S_k is not Wang et al.'s:
+Under any rule, `bound` shortens updates that are much longer than the others: no site of three or more moves the
+weights by more than that many times what the others do. It stops a takeover and no lie: an update that is five times as
+long and opposite still outweighs two honest ones in a mean. The division by S_k is not Wang et al.'s:
 it lets sites work unequally, as in arXiv 2501.09946, whose formulas are not public. The first moments of Adam, Yogi and
 AMSGrad start at 0 and the second at τ², as in Reddi et al.; nothing is corrected for bias. Median and trimmed mean give
 all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD change a site's local steps, and are in
@@ -29,9 +31,10 @@ all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD change a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -74,6 +77,14 @@ Rule: TypeAlias = Literal[
 ]
 
 
+BOUND: Final = 5.0
+"""Times the round's median length that an update may have, unless a recipe says otherwise.
+
+Honest updates stay below: of three sites that hold one question type each, in 66 rounds of a router, of adapters and of
+a shared reward model, the longest had 3.3 times the median.
+"""
+
+
 @dataclass(frozen=True)
 class Aggregation:
     """How the server combines updates, and in how many bits weights and updates travel."""
@@ -86,7 +97,7 @@ class Aggregation:
     density: float = 0.2  # share of an update's entries that ties and dare keep
     trim: float = 0.2  # share of the sites that trimmed-mean leaves out at either end, one at least of three or more
     bits: Literal[16, 32] = 32  # of a number on its way
-    bound: float = 0.0  # times the round's median length, to which longer updates are shortened; 0 for any length
+    bound: float = BOUND  # times the round's median length, to which longer updates are shortened; 0 for any length
     reliability: Reliability | None = None  # settings of fed-cmp in the place of its own
 
     def __post_init__(self) -> None:
@@ -228,23 +239,39 @@ def bounded(updates: Sequence[Update], multiple: float) -> list[Update]:
         Δ_k ← Δ_k · min(1, multiple · median_j ‖Δ_j‖ / ‖Δ_k‖)
 
     Sun et al. 2019, arXiv 1911.07963 (norm thresholding). Differs: their threshold is fixed. Of an even number of
-    sites the lower of the middle two is the median, so that one of two cannot raise it.
+    sites the lower of the middle two is the median. One of two sites can so slow the other down, and can never drown
+    it: which of two is right, no length says. An update that is alone in its round is as long as it is.
     """
-    lengths = torch.stack([_flat(update.change).norm() for update in updates])
-    most = (multiple * lengths.median()).item()
+    lengths = [length_of(update.change) for update in updates]
+    most = multiple * lower_median(lengths)
     return [
-        update._replace(change={name: (d.double() * most / length).to(d.dtype) for name, d in update.change.items()})
+        update._replace(change={name: (d.double() * (most / length)).to(d.dtype) for name, d in update.change.items()})
         if length > most
         else update
-        for update, length in zip(updates, lengths.tolist(), strict=True)
+        for update, length in zip(updates, lengths, strict=True)
     ]
 
 
+def length_of(change: Weights) -> float:
+    """Return ‖Δ‖ over all parameters together."""
+    return float(_flat(change).norm())
+
+
+def lower_median(numbers: Sequence[float]) -> float:
+    """Return the median; of an even number the lower of the middle two."""
+    return sorted(numbers)[(len(numbers) - 1) // 2]
+
+
 class Bounded:
-    """A rule whose updates are shortened first, by `bounded`."""
+    """A rule whose updates are shortened first, by `bounded`.
+
+    Attributes:
+        shortened: ‖Δ_k‖ over the median length, of every update of the last round that was shortened, by its place.
+    """
 
     def __init__(self, rule: Aggregate, multiple: float) -> None:
         self.rule, self.multiple = rule, multiple
+        self.shortened: dict[int, float] = {}
 
     @property
     def diagnostics(self) -> list[Diagnosis]:
@@ -253,7 +280,15 @@ class Bounded:
 
     def __call__(self, previous: Weights, updates: Sequence[Update], weights: Sequence[float], /) -> dict[str, Tensor]:
         """Return w^{t+1}."""
-        return self.rule(previous, bounded(updates, self.multiple), weights)
+        shorter = bounded(updates, self.multiple)
+        lengths = [length_of(update.change) for update in updates]
+        median = lower_median(lengths)
+        self.shortened = {
+            k: length / median if median else math.inf
+            for k, (length, before, after) in enumerate(zip(lengths, updates, shorter, strict=True))
+            if after is not before
+        }
+        return self.rule(previous, shorter, weights)
 
 
 class Momentum:

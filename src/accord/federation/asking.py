@@ -62,6 +62,7 @@ def ask_checked(
     consequence: str,
     deadline: float | None = None,
     pause: Callable[[float], object] = time.sleep,
+    failed: set[str] | None = None,
 ) -> dict[str, Checked]:
     """Return what `check` made of each site's reply, by site; a site without a usable one is not in it.
 
@@ -76,6 +77,8 @@ def ask_checked(
         consequence: what follows from an absence, "the router was averaged without it", for the warning.
         deadline: seconds to wait for the sites.
         pause: waits for some seconds.
+        failed: gets the sites that were there and gave nothing usable. One that is gone or late is not among them, nor
+            one that does not do what is asked.
     """
     replies, seconds = engine.ask(requests, deadline=deadline), PAUSES[0]
     while replies and all(isinstance(reply, Absence) and reply.reason in MAY_RETURN for reply in replies.values()):
@@ -83,7 +86,14 @@ def ask_checked(
         pause(seconds)
         replies, seconds = engine.ask(requests, deadline=deadline), min(2 * seconds, PAUSES[1])
     _warn_absent(_absences(replies), consequence)
-    return _check(engine, requests, replies, check, what, consequence)
+    checked = _check(engine, requests, replies, check, what, consequence)
+    if failed is not None:
+        failed |= {
+            site
+            for site, reply in replies.items()
+            if (reply.reason in ("error", "invalid") if isinstance(reply, Absence) else site not in checked)
+        }
+    return checked
 
 
 def ask_meanwhile(

@@ -7,6 +7,10 @@ This one loop trains whatever is shared: MoR's router, adapters of the policy, s
 runs over the sites that answered. With `bits = 16` weights and updates travel as float16: the server keeps w^t in full,
 and sites start from what they read.
 
+Weights that are not finite, or under which the model's outputs on a probe are not, never become w^{t+1}: the round is
+taken back and done without the update that makes them so. Where more than half of the sites that are there fail or send
+nothing usable, the training ends: what is left over is not averaged alone.
+
 Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1. Differs: all sites take part in every round, as a few
 institutions can; the local optimiser is the algorithm's own; and n_k counts up to a limit. (Measured on easy-VQA with
 620, 1027 and 5321 questions, one seed: a shared reward model ranks the right answer first for 0.31 of 300 dev
@@ -16,19 +20,25 @@ as in SCAFFOLD, a `Server` says what goes down beside them and takes what comes 
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
-from accord.errors import ReplyError, RunError
-from accord.federation.aggregation import Aggregate, Update, fedavg, shares
+from accord.errors import DataWarning, ReplyError, RunError
+from accord.federation.aggregation import Aggregate, Update, fedavg, length_of, shares
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest, check_kind
 from accord.federation.weights import read_weights, to_bytes
+
+Probe: TypeAlias = Callable[[Mapping[str, Tensor]], bool]
+"""Whether the model's outputs on a few inputs are finite under these weights (`accord.federation.weights.probe_of`)."""
 
 
 class Server(Protocol):
@@ -62,6 +72,7 @@ def federated_rounds(
     sites: Sequence[str] | None = None,
     most: int = 0,
     server: Server | None = None,
+    probe: Probe | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
     on_replies: Callable[[int, Mapping[str, UpdateReply]], None] = lambda _round, _replies: None,
 ) -> dict[str, Tensor]:
@@ -80,14 +91,16 @@ def federated_rounds(
         sites: the sites that take part; None for all.
         most: the n_k that a site may claim, `Averaging.examples_at_most`; 0 for any.
         server: what is exchanged beside the weights.
-        on_round: told the round (from 1) and the mean loss of the sites that answered.
+        probe: tells weights that break the model, in the place of a check that they are finite alone.
+        on_round: told the round (from 1) and the mean loss of the sites whose updates were combined.
         on_replies: told the round and what each of these sites replied, by site in the order of `updates`, once the
             server has combined it.
 
     Raises:
-        RunError: no site answered in a round, or the updates together give weights that are not finite.
+        RunError: no site answered in a round; or more than half of those that were there failed, sent nothing usable,
+            or sent what breaks the model.
     """
-    current = dict(weights)
+    current, longest = dict(weights), ""
     for t in range(first, first + rounds):
         sent, beside = to_bytes(current, bits=bits), server.send() if server else b""
         requests, asked = {}, {}
@@ -111,27 +124,102 @@ def federated_rounds(
             return update, Update(change, update.steps, update.distance)
 
         consequence = f"round {t + 1} of the {task} goes on without it"
-        replied = ask_checked(engine, requests, check, what="an update", consequence=consequence)
-        replies = replied.values()
-        if not replies:
+        failed: set[str] = set()
+        replied = ask_checked(engine, requests, check, what="an update", consequence=consequence, failed=failed)
+        there = len(replied) + len(failed)
+        if longest or replied:
+            refuse_most(failed, there, f"round {t + 1} of the {task}", longest)
+        if not replied:
             raise RunError(
                 f"no site answered in round {t + 1} of {task!r}; check the sites' logs and start again with --resume"
             )
-        examples = [min(reply.examples, most or reply.examples) for reply, _ in replies]
-        current = aggregate(current, [update for _, update in replies], shares(examples))
-        if not all(weight.isfinite().all() for weight in current.values()):
-            largest = {
-                site: max(part.abs().max().item() for part in update.change.values())
-                for site, (_, update) in replied.items()
-            }
-            raise RunError(
-                f"round {t + 1} of the {task} gave weights that are not finite; the largest number in an update was "
-                f"that of site {max(largest, key=largest.__getitem__)}: look at it, or put bound = 3 into the table "
-                "`aggregation` of what is trained, which shortens such updates"
+        updates = {site: update for site, (_, update) in replied.items()}
+        examples = {site: min(reply.examples, most or reply.examples) for site, (reply, _) in replied.items()}
+        merged, broken = combine(aggregate, current, updates, examples, probe)
+        for site in broken:
+            engine.traffic.counts[site, task].absences += 1
+            warnings.warn(
+                f"site {site} sent an update that breaks the {task}: with it weights or outputs are not finite; "
+                f"{consequence}",
+                DataWarning,
+                stacklevel=2,
             )
-        on_replies(t + 1, {site: reply for site, (reply, _) in replied.items()})
-        on_round(t + 1, sum(reply.loss for reply, _ in replies) / len(replies))
+        refuse_most(failed | {*broken}, there, f"round {t + 1} of the {task}", longest)
+        assert merged is not None  # nothing broken is left over but where most are
+        current = merged
+        used = [site for site in replied if site not in broken]
+        for k, times in getattr(aggregate, "shortened", {}).items():
+            warnings.warn(
+                f"site {used[k]} sent an update {times:.3g} times as long as the median of round {t + 1} of the "
+                f"{task}, and it was shortened; "
+                + ("look at that site" if len(used) > 2 else "of two sites either may be wrong: look at both"),
+                DataWarning,
+                stacklevel=2,
+            )
+        longest = max(used, key=lambda site: length_of(updates[site].change))
+        on_replies(t + 1, {site: replied[site][0] for site in used})
+        on_round(t + 1, sum(replied[site][0].loss for site in used) / len(used))
     return current
+
+
+def combine(
+    aggregate: Aggregate,
+    current: Mapping[str, Tensor],
+    updates: Mapping[str, Update],
+    examples: Mapping[str, int],
+    probe: Probe | None = None,
+) -> tuple[dict[str, Tensor] | None, list[str]]:
+    """Return w^{t+1} of the updates that do not break the model, and the sites of those that do.
+
+    Where all together break it, the one is left out without which they do not, the longest first; if there is none, the
+    longest, and so on. What a rule remembers is that of the round that counts: it must be in its attributes.
+
+    Returns:
+        The weights, None where half of several updates are left out and the rest is broken still, and the sites.
+    """
+    state = getattr(aggregate, "__dict__", {})
+    remembered = copy.deepcopy(state)
+    lengths = {site: length_of(update.change) for site, update in updates.items()}
+
+    def attempt(sites: Sequence[str]) -> dict[str, Tensor] | None:
+        state.update(copy.deepcopy(remembered))
+        if not sites:
+            return None
+        try:
+            merged = aggregate(current, [updates[site] for site in sites], shares([examples[site] for site in sites]))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no decomposition of what was sent
+            return None
+        finite = all(bool(weight.isfinite().all()) for weight in merged.values())
+        return merged if finite and (probe is None or probe(merged)) else None
+
+    kept, broken = list(updates), list[str]()
+    while (merged := attempt(kept)) is None and 2 * len(broken) <= len(updates) and kept:
+        by_length = sorted(kept, key=lengths.__getitem__, reverse=True)
+        without = ([site for site in kept if site != each] for each in by_length)
+        tried = (each for each, rest in zip(by_length, without, strict=True) if attempt(rest) is not None)
+        broken.append(next(tried, by_length[0]))
+        kept.remove(broken[-1])
+    return merged, broken
+
+
+def refuse_most(failed: Collection[str], there: int, where: str, longest: str) -> None:
+    """End a training in which more than half of the `there` sites failed.
+
+    Raises:
+        RunError: names them, and `longest`, whose update was the longest before they failed.
+    """
+    if 2 * len(failed) <= there:
+        return
+    before = (
+        f"; the longest update of the round before was that of site {longest}, which may have broken what the others "
+        "were sent: look at it first"
+        if longest
+        else ""
+    )
+    raise RunError(
+        f"{where}: {len(failed)} of {there} sites failed or sent what cannot be used ({', '.join(sorted(failed))}), "
+        f"and what is left over is not averaged alone{before}; check the sites' logs and start again with --resume"
+    )
 
 
 def check_update(

@@ -5,7 +5,7 @@ Only what is trained travels, an adapter's parameters alone under LoRA, by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from safetensors.torch import load, save
@@ -28,6 +28,25 @@ def set_trainable_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> No
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         parameter.copy_(weights[name])
+
+
+def probe_of(model: nn.Module, outputs: Callable[[], Tensor]) -> Callable[[Mapping[str, Tensor]], bool]:
+    """Return what tells whether `outputs()`, which asks `model` about a few inputs, is finite under given weights.
+
+    The weights stay in `model`, as `set_trainable_weights` puts them there.
+    """
+
+    @torch.no_grad()
+    def finite(weights: Mapping[str, Tensor]) -> bool:
+        set_trainable_weights(model, weights)
+        training = model.training
+        model.eval()
+        try:
+            return bool(outputs().isfinite().all())
+        finally:
+            model.train(training)
+
+    return finite
 
 
 def to_bytes(weights: Mapping[str, Tensor], *, bits: int = 32) -> bytes:

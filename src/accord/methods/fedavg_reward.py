@@ -33,13 +33,14 @@ from accord.federation.local import Averaging, begin, finish, take_steps
 from accord.federation.messages import Task, UpdateReply, UpdateRequest
 from accord.federation.rounds import federated_rounds
 from accord.federation.site import LocalUpdate, Site
-from accord.federation.weights import set_trainable_weights, trainable_weights
+from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.methods.fedit import LocalSupervised, fedavg
 from accord.methods.method import Method, Table
 from accord.models.finetune import SYMMETRIES, transform
 from accord.models.generate import answer
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings
+from accord.models.made_up import made_up, made_up_loss
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import PairGroup, bradley_terry, group_pairs
@@ -171,7 +172,11 @@ def train_shared_reward(
         ("supervised", model.backbone, config.finetune),
         ("reward", model, config.averaging),
     ]
-    done = 0
+    done, batch = 0, made_up(model.processor).to(next(model.head.parameters()).device)
+    outputs: dict[Task, Callable[[], Tensor]] = {
+        "supervised": made_up_loss(model.backbone, model.processor),
+        "reward": lambda: model(batch),
+    }
     for task, part, settings in stages:
         if settings is None:
             continue
@@ -186,6 +191,7 @@ def train_shared_reward(
             bits=settings.aggregation.bits,
             first=done,
             most=most,
+            probe=probe_of(part, outputs[task]),
             on_round=on_round,
         )
         set_trainable_weights(part, averaged)

@@ -39,12 +39,13 @@ from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, take_steps
 from accord.federation.messages import Reply, UpdateReply, UpdateRequest, check_kind
-from accord.federation.rounds import federated_rounds
-from accord.federation.weights import to_bytes, trainable_weights
+from accord.federation.rounds import Probe, federated_rounds
+from accord.federation.weights import probe_of, to_bytes, trainable_weights
 from accord.methods.method import Method, Table
 from accord.models.finetune import SYMMETRIES, transform
 from accord.models.generate import answer
 from accord.models.load import LoraSettings, Processor, load_model, seeded_adapter
+from accord.models.made_up import made_up_loss
 from accord.progress import ProgressBarCallback
 from accord.stages.alignment import Aligned
 from accord.stages.job import Job
@@ -222,6 +223,7 @@ def train_selectors(
     config: FedBiscuitConfig,
     *,
     seed: int,
+    probe: Probe | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> list[Weights]:
     """Return `selectors` after their warm-up and the rounds in groups.
@@ -231,6 +233,7 @@ def train_selectors(
         selectors: U adapters to start from.
         config: settings.
         seed: of the sites' draws and of the order in which they are grouped.
+        probe: as in `federated_rounds`.
         on_round: told the round (from 1, the warm-up included) and the mean loss of the sites that answered.
 
     Raises:
@@ -252,6 +255,7 @@ def train_selectors(
                 first=done,
                 group=u,
                 most=config.averaging.examples_at_most,
+                probe=probe,
                 on_round=on_round,
             )
         done += config.warmup_rounds
@@ -279,6 +283,7 @@ def train_selectors(
                     group=u,
                     sites=sites,
                     most=config.averaging.examples_at_most,
+                    probe=probe,
                     on_round=lambda _, loss: losses.append(loss),  # noqa: B023
                 )
             except RunError as error:  # a group may be one site, which sits out this round
@@ -329,7 +334,10 @@ def train_biscuit(
         adapted = seeded_adapter(model, config.lora, seed * 101 + u)
         fresh.append(trainable_weights(adapted))
         adapted.unload()
-    selectors = train_selectors(engine, fresh, config, seed=seed, on_round=on_round)
+    adapted = seeded_adapter(model, config.lora, seed)
+    probe = probe_of(adapted, made_up_loss(adapted, processor))
+    selectors = train_selectors(engine, fresh, config, seed=seed, probe=probe, on_round=on_round)
+    adapted.unload()
     order = draw_balanced([q.question_type for q in questions], config.prompts, random.Random(seed))
     asked = [questions[i] for i in order]
     answers = answer(

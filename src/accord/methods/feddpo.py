@@ -28,9 +28,10 @@ from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, round_rate
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.rounds import federated_rounds
-from accord.federation.weights import set_trainable_weights, trainable_weights
+from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.methods.method import Method, Table
-from accord.models.load import LoraSettings, load_model, seeded_adapter
+from accord.models.load import LoraSettings, Processor, load_model, seeded_adapter
+from accord.models.made_up import made_up_loss
 from accord.stages.alignment import Aligned
 from accord.stages.job import Job
 from accord.stages.sites import site_pairs
@@ -94,6 +95,7 @@ def train_dpo(
     config: FedDpoConfig,
     *,
     seed: int,
+    processor: Processor | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> PreTrainedModel:
     """Return `model` with the adapter merged in that the sites of `engine` have trained.
@@ -103,10 +105,11 @@ def train_dpo(
         model: the base policy, changed in place.
         config: settings.
         seed: of the adapter's first weights and of the sites' draws.
+        processor: of the model; with it every average is tried on a made-up picture before it is used.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
     Raises:
-        RunError: no site answered in a round.
+        RunError: no site answered in a round, or most failed in one (`accord.federation.rounds`).
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
     """
     adapted = seeded_adapter(model, config.lora, seed)
@@ -119,6 +122,7 @@ def train_dpo(
         aggregate=config.averaging.aggregation.start(seed),
         bits=config.averaging.aggregation.bits,
         most=config.averaging.examples_at_most,
+        probe=None if processor is None else probe_of(adapted, made_up_loss(adapted, processor)),
         on_round=on_round,
     )
     set_trainable_weights(adapted, weights)
@@ -149,7 +153,7 @@ def dpo_together(job: Job, stage: str) -> Aligned:
         engine = open_training(
             job, lambda site: {"preference": LocalDpo(shared, site_pairs(job, site), config.averaging)}
         )
-        trained = train_dpo(engine, model, config, seed=job.recipe.seed, on_round=on_round)
+        trained = train_dpo(engine, model, config, seed=job.recipe.seed, processor=processor, on_round=on_round)
     shutil.rmtree(scratch, ignore_errors=True)
     return trained, processor
 

@@ -30,18 +30,19 @@ from transformers import PreTrainedModel, set_seed
 from accord.data.images import load_if_any
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least, check_positive
-from accord.federation.aggregation import mean, shares
+from accord.federation.aggregation import BOUND, Update, bounded, mean, shares
 from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, take_steps
 from accord.federation.messages import Task, UpdateReply, UpdateRequest
 from accord.federation.rounds import Server, federated_rounds
 from accord.federation.rules import LocalRule, Plain, Proximal
 from accord.federation.site import LocalUpdate
-from accord.federation.weights import read_weights, set_trainable_weights, to_bytes, trainable_weights
+from accord.federation.weights import probe_of, read_weights, set_trainable_weights, to_bytes, trainable_weights
 from accord.methods.method import Method, Table
 from accord.models.finetune import SYMMETRIES, transform
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings, Processor, add_lora, load_model, without_adapter
+from accord.models.made_up import made_up_loss
 from accord.recipe import Recipe
 from accord.stages.alignment import Aligned
 from accord.stages.job import Job
@@ -69,7 +70,7 @@ class Algorithm:
     """The two halves of an algorithm, and the optimiser of the local steps."""
 
     rule: Callable[[], LocalRule]
-    server: Callable[[Mapping[str, Tensor]], Server | None] = lambda weights: None  # made from w^0
+    server: Callable[[Mapping[str, Tensor], float], Server | None] = lambda weights, bound: None  # from w^0
     optimiser: type[torch.optim.AdamW] | type[torch.optim.SGD] = torch.optim.AdamW
 
 
@@ -111,18 +112,24 @@ class ControlVariates:
     """Keep c_k of every site that answered, and send c = Σ_k n_k c_k / Σ_k n_k (SCAFFOLD, the server's half).
 
     Differs: sites send c_k⁺ and not c_k⁺ − c_k, so that c stays the mean of the c_k when a reply is lost; and the mean
-    is weighted by n_k, as that of the weights is, and over the sites heard so far.
+    is weighted by n_k, as that of the weights is, and over the sites heard so far. A c_k that is much longer than the
+    others' is shortened as an update is, by `bound` (`accord.federation.aggregation`): c is in every site's steps.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], bound: float = BOUND) -> None:
+        self.bound = bound
         self.zero = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.sites: dict[str, tuple[int, dict[str, Tensor]]] = {}
 
     @property
     def mean(self) -> dict[str, Tensor]:
         """The control variate c of the server."""
-        heard = list(self.sites.values())
-        return mean([c for _, c in heard], shares([n for n, _ in heard])) if heard else self.zero
+        if not self.sites:
+            return self.zero
+        examples, own = zip(*self.sites.values(), strict=True)
+        updates = [Update(c) for c in own]
+        within = bounded(updates, self.bound) if self.bound else updates
+        return mean([update.change for update in within], shares(examples))
 
     def send(self) -> bytes:
         """Return c."""
@@ -236,6 +243,7 @@ def train_supervised(
     algorithm: Algorithm,
     *,
     seed: int,
+    processor: Processor | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> PreTrainedModel:
     """Tune what is trainable in `model` with the sites of `engine`; return it, a LoRA adapter merged in.
@@ -246,13 +254,14 @@ def train_supervised(
         config: settings, the same as the sites'.
         algorithm: the same as the sites'.
         seed: of the sites' draws.
+        processor: of the model; with it every average is tried on a made-up picture before it is used.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
     Raises:
-        RunError: no site answered in a round.
+        RunError: no site answered in a round, or most failed in one (`accord.federation.rounds`).
     """
     start = trainable_weights(model)
-    server = algorithm.server(start)
+    server = algorithm.server(start, config.aggregation.bound)
     tuned = federated_rounds(
         engine,
         "supervised",
@@ -263,6 +272,7 @@ def train_supervised(
         bits=config.aggregation.bits,
         most=config.examples_at_most,
         server=server,
+        probe=None if processor is None else probe_of(model, made_up_loss(model, processor)),
         on_round=on_round,
     )
     set_trainable_weights(model, tuned)
@@ -291,7 +301,9 @@ def tune_together(job: Job, stage: str, *, algorithm: Literal["fedavg", "fedprox
 
     with rounds_told(job, stage, settings.rounds) as on_round:
         engine = open_training(job, updates)
-        tuned = train_supervised(engine, adapted, settings, rule, seed=job.recipe.seed, on_round=on_round)
+        tuned = train_supervised(
+            engine, adapted, settings, rule, seed=job.recipe.seed, processor=processor, on_round=on_round
+        )
     return tuned, processor
 
 

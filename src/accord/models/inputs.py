@@ -3,7 +3,8 @@
 The candidates of a prompt share its image and its text. The processor runs once per prompt, the vision tower once per
 image. Where the attention allows it, all candidates stand behind one copy of the prompt (`accord.models.prefix`).
 Elsewhere each has a row of its own, and the image features are handed to the language model for every row through
-transformers' own `mm_encoder_outputs`:
+transformers' own `mm_encoder_outputs`. Words that a tokenizer would take for special tokens are neutralised here
+(`accord.models.words`):
 
     rows  n = 1 … N  (a prompt with one candidate)      image features  [P, tokens, D]  →  [N, tokens, D]  by index
 
@@ -28,6 +29,7 @@ from accord.errors import DataError
 from accord.models.attention import can_share
 from accord.models.load import Processor, tokenizer_of
 from accord.models.prefix import pack, prefix_positions
+from accord.models.words import plain_prompt, plain_words
 from accord.types import Message, Prompt, texts_of
 
 _Words: TypeAlias = tuple[tuple[tuple[str, str | tuple[tuple[tuple[str, str], ...], ...]], ...], ...]
@@ -125,9 +127,10 @@ def _hashable(turns: Sequence[Mapping[str, object]]) -> _Words | None:
 
 def _turns(processor: Processor, prompt: Prompt) -> list[dict[str, str]]:
     if isinstance(processor, PreTrainedTokenizerBase):  # the chat templates of text-only models take no blocks
-        return [{"role": str(message["role"]), "content": "".join(texts_of(message))} for message in prompt]
+        words = ((str(message["role"]), "".join(texts_of(message))) for message in prompt)
+        return [{"role": role, "content": plain_words(processor, text)} for role, text in words]
     # transformers types a turn's content as text, and takes blocks as well.
-    return cast(list[dict[str, str]], list(prompt))
+    return cast(list[dict[str, str]], plain_prompt(processor, prompt))
 
 
 def encode_prompts(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> BatchEncoding:

@@ -37,7 +37,7 @@ from accord.federation.engine import Engine
 from accord.federation.local import begin, finish, round_rate
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.rounds import federated_rounds
-from accord.federation.weights import set_trainable_weights, trainable_weights
+from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
 from accord.routing.router import RouterConfig, RouterNetwork
@@ -157,11 +157,13 @@ def fit_router(
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
     Raises:
-        RunError: no site answered in a round.
+        RunError: no site answered in a round, or most failed in one (`accord.federation.rounds`).
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         network = RouterNetwork(features, len(engine.sites), config)
+    # Whatever the hidden states, the router's first layer makes them of this size.
+    hidden = torch.randn(8, 4, features, generator=torch.Generator().manual_seed(0))
     counted = _Counted(engine.sites)
     weights = federated_rounds(
         engine,
@@ -173,6 +175,7 @@ def fit_router(
         bits=config.aggregation.bits,
         most=config.pairs_per_site,  # no site may claim more weight
         server=counted,
+        probe=probe_of(network, lambda: network(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))),
         on_round=on_round,
     )
     set_trainable_weights(network, weights)

@@ -36,6 +36,7 @@ from accord.routing.fusion import Fusion, mixture
 from accord.routing.router import Router
 from accord.runs import full_disk_told, write_atomic
 from accord.runs.checkpoints import keep_newest, newest_good, seal, step_of
+from accord.runs.failures import FAILURES
 from accord.stages.job import Job
 from accord.stages.sites import open_federation
 from accord.stages.traffic import SaveTraffic, load_traffic
@@ -210,7 +211,7 @@ def run_grpo(
 
     with (
         full_disk_told(out, clean=lambda: newest_good(out)),
-        ProgressBarCallback(stage, metrics=("reward", "kl"), quiet=job.quiet) as bar,
+        ProgressBarCallback(stage, metrics=("reward", "kl", "parked"), quiet=job.quiet) as bar,
     ):
         model = align(
             model,
@@ -231,6 +232,7 @@ def run_grpo(
             ],
             resume=last is not None,
             encoder=encoder,
+            failures=failures_file(job.path, stage),
         )
     if memory is not None:
         write_atomic(memory_file(job.path, stage), _to_bytes(memory))
@@ -246,6 +248,11 @@ def remembered(run: Path, stage: str) -> dict[str, Tensor] | None:
 def memory_file(run: Path, stage: str) -> Path:
     """Return where a run folder keeps what a reward had learnt when `stage` ended; gone once that is done no longer."""
     return run / "kept" / "stage" / stage / MEMORY
+
+
+def failures_file(run: Path, stage: str) -> Path:
+    """Return where a run folder keeps which questions failed in `stage`, as long as `memory_file` is kept."""
+    return run / "kept" / "stage" / stage / FAILURES
 
 
 def _to_bytes(memory: Memory) -> bytes:

@@ -36,10 +36,11 @@ from accord.federation.aggregation import Aggregation, shares
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import UpdateReply
 from accord.federation.projector import LocalProjector, OnePass, ProjectorConfig, SameBase
-from accord.federation.rounds import Server, federated_rounds
-from accord.federation.weights import set_trainable_weights, trainable_weights
+from accord.federation.rounds import Probe, Server, federated_rounds
+from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.models.generate import answer
 from accord.models.load import Processor, load_config, load_model, save_model
+from accord.models.made_up import made_up_loss
 from accord.models.projector import train_projector_alone
 from accord.progress import stage_bar
 from accord.recipe import Recipe
@@ -134,6 +135,7 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
         if config.training != "federated":  # whoever trains alone keeps what it has trained
             averaging = replace(averaging, aggregation=Aggregation())
         engine, groups = _open(job, config, model, processor)
+        probe = probe_of(model, made_up_loss(model, processor))
         base = None if job.engine is None else SameBase(model, processor)  # sites of this process share the model
         with stage_bar("projector", config.averaging.rounds * len(groups), quiet=job.quiet) as advance:
             before = _measure(job, questions, model, processor, [start])
@@ -144,7 +146,9 @@ def pretrain_projector(job: Job) -> ProjectorSummary:
                     if len(groups) == 1:
                         _log(job, number, each)
 
-                end, told = _train(engine, sites, start, averaging, seed=seed, server=base, on_round=on_round)
+                end, told = _train(
+                    engine, sites, start, averaging, seed=seed, server=base, probe=probe, on_round=on_round
+                )
                 ends.append(end)
                 rounds = _beside(rounds, told)
         if len(groups) > 1:
@@ -179,6 +183,7 @@ def _train(
     *,
     seed: int,
     server: Server | None,
+    probe: Probe,
     on_round: Callable[[int, ProjectorRound], None],
 ) -> tuple[dict[str, Tensor], list[ProjectorRound]]:
     """Return what `sites` make of the weights `start` together, and what every round was like."""
@@ -200,6 +205,7 @@ def _train(
         sites=sites,
         most=averaging.examples_at_most,
         server=server,
+        probe=probe,
         on_replies=note,
     )
     return end, told
