@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from accord.data.decoder import Decoder
 from accord.errors import DataError, RunError
 from accord.federation.answering import key_of, question_key, write_truth
+from accord.federation.batches import Opening
 from accord.federation.engine import Outbox, Traffic
 from accord.federation.messages import (
     AnswerItem,
@@ -29,6 +31,7 @@ from accord.federation.messages import (
     AnswerRequest,
     Card,
     CardRequest,
+    Declined,
     MissingImages,
     Refusal,
     ScoreItem,
@@ -151,7 +154,9 @@ def trained(tmp_path_factory, square, write_recipe):
 
 @pytest.fixture(scope="module")
 def site(trained):
-    return open_site_folder(trained[1], "colour")
+    """As `join` opens it: images are decoded in a child."""
+    with Decoder() as decoder:
+        yield open_site_folder(trained[1], "colour", opening=Opening(decoder))
 
 
 @pytest.fixture
@@ -566,8 +571,10 @@ def test_no_planted_secret_leaves(tmp_path, square, write_recipe, serve, monkeyp
         left.append(ask(service, score_request(square)))
         monkeypatch.setattr(site.reward_model, "score", score)
         bad = ScoreRequest("b", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
-        left += [ask(service, message) for message in (bad, UpdateRequest("u", "reward", 0, b"", 0), b"rubbish")]
+        left += [ask(service, message) for message in (UpdateRequest("u", "reward", 0, b"", 0), b"rubbish")]
         assert all(isinstance(decode_reply(reply), Refusal) for reply in left)
+        left.append(ask(service, bad))
+        assert decode_reply(left[-1]) == ScoreReply("b", [[]], {0: Declined.IMAGE})
         whole = score_request(square)
         left += [ask(service, message) for message in (whole, router, CardRequest("c"))]
         left.append(ask(service, ScoreRequest("m", {}, score_request(square, colours=("pink",)).items)))
@@ -653,7 +660,7 @@ def test_join_and_leave(joined, trained, sockets, square, monkeypatch):
         time.sleep(0.5)
         return echo(request)
 
-    def open_slow(*_):
+    def open_slow(*_, **__):
         site = Site("colour", None)
         site.answer = slow
         return site
