@@ -18,6 +18,7 @@ from accord.data.image_text import PROMPT
 from accord.data.preferences import NegativeMix
 from accord.data.sites import SiteShare
 from accord.errors import RecipeError, check_least, check_positive
+from accord.federation.limits import Budget, Limits
 from accord.federation.messages import ScoreRange
 from accord.federation.projector import ProjectorConfig
 from accord.models.features import FeatureConfig
@@ -113,6 +114,8 @@ class SiteConfig:
     lora: LoraSettings | None = None  # train the reward model as an adapter
     answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
+    limits: Limits = Limits()  # of one request from another organisation
+    budget: Budget = Budget()  # of the queries that it answers to another organisation
 
     def __post_init__(self) -> None:
         """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""

@@ -173,7 +173,7 @@ def test_hostile_text_stays_text(make_run: Callable[..., Path], make_summary: Ca
         sites=(dataclasses.replace(full.sites[0], name=HOSTILE, architecture=HOSTILE),),
         evaluation=EvaluationSummary(hostile, hostile, hostile, hostile, {HOSTILE: hostile}),
         routing={HOSTILE: {HOSTILE: 1.0}},
-        traffic=(TrafficRow(HOSTILE, HOSTILE, 1, 10, 10, 1),),
+        traffic=(TrafficRow(HOSTILE, HOSTILE, 1, 10, 10, 1, 7),),
         seconds={HOSTILE: 1.0},
     )
     row = {

@@ -276,6 +276,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "ProjectorSummary": {"silos"},
         "Accuracy": {"images", "macro_error"},
         "TypeAccuracy": {"effective_n"},
+        "TrafficRow": {"refused"},
     }
     named = {f.name for f in dataclasses.fields(make_summary())}
     assert set(definitions["Summary"]["required"]) == named - optional["Summary"]

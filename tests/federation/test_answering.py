@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from accord.errors import CheckpointError, DataError, ImageError
+from accord.errors import CheckpointError
 from accord.federation.answering import (
     Answerer,
     key_of,
@@ -15,7 +15,7 @@ from accord.federation.answering import (
     truth_book,
     write_truth,
 )
-from accord.federation.messages import MAX_ANSWER, AnswerItem, ScoreItem, image_name, to_turns
+from accord.federation.messages import MAX_ANSWER, AnswerItem, Declined, ScoreItem, image_name, to_turns
 from accord.models.generate import answer
 from accord.models.load import load_model
 from accord.types import prompt_of, vqa_prompt
@@ -70,15 +70,16 @@ def test_the_answers_are_the_greedy_ones(answerer, loads, llava, ask, square):
     assert loads == [llava]
 
 
-def test_a_text_only_model_answers_questions_without_images(texts_only, ask, square):
+def test_a_text_only_model_answers_questions_without_images(texts_only, ask, square, caplog):
     """Those of the evaluation; asked about an image it answers nothing."""
     questions = [replace(ask(n, text=f"{n} plus 2?"), image=None) for n in range(3)]
     items = [AnswerItem(None, to_turns(prompt_of(q))) for q in questions]
     answerer = Answerer(lambda: load_model(texts_only), max_new_tokens=4)
     assert answerer(items, {}) == [said for (said,) in answer(*load_model(texts_only), questions, max_new_tokens=4)]
     red = square("red")
-    with pytest.raises(DataError, match="a text-only model was asked about an image"):
-        answerer([AnswerItem(image_name(red), to_turns(vqa_prompt("what?")))], {image_name(red): red})
+    pictured = AnswerItem(image_name(red), to_turns(vqa_prompt("what?")))
+    assert answerer([pictured], {image_name(red): red}) == [Declined.ERROR]
+    assert "a text-only model was asked about an image" in caplog.text
 
 
 class Counting(Answerer):
@@ -118,9 +119,13 @@ def test_a_long_answer_is_cut(llava, monkeypatch):
     assert Answerer(lambda: (model, processor), max_new_tokens=1)(words("say x"), {}) == ["x" * MAX_ANSWER]
 
 
-def test_an_image_that_cannot_be_read(answerer):
-    with pytest.raises(ImageError):
-        answerer([AnswerItem("bad", to_turns(vqa_prompt("what?")))], {"bad": b"GIF89a"})
+def test_an_image_that_cannot_be_read(answerer, square):
+    """Its question is refused, each time anew; the others are answered."""
+    turns = to_turns(vqa_prompt("what?"))
+    items = [AnswerItem("bad", turns), AnswerItem("good", turns), AnswerItem("bad", turns)]
+    said = answerer(items, {"bad": b"GIF89a", "good": square("red")})
+    assert said[0] is said[2] is Declined.IMAGE and said[1] == answerer(items[1:2], {})[0]
+    assert list(answerer._known) == [key_of(items[1])]
 
 
 def test_a_disputed_question_has_no_reference_answer():

@@ -7,12 +7,17 @@ from accord.federation.asking import ask_checked, ask_scores
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
     Absence,
+    AnswerItem,
+    AnswerReply,
+    AnswerRequest,
     CardRequest,
+    Declined,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
     UpdateReply,
     UpdateRequest,
+    check_answers,
     image_name,
 )
 
@@ -99,3 +104,27 @@ def test_where_nobody_can_be_reached_all_are_asked_again():
             engine, requests, lambda request, reply: reply.loss, what="an update", consequence="", pause=pauses.append
         )
     assert found == {"a": 0.5, "b": 0.5} and pauses == [1.0, 2.0]
+
+
+def test_questions_that_a_site_refuses_are_absences_there_and_are_counted():
+    """Of three questions a site answers one; the warning says how many it refused, and for what."""
+    refused = {0: Declined.IMAGE, 2: Declined.BUDGET}
+    engine = InProcessEngine({"a": lambda r: ScoreReply(r.id, [[], [2.0], []], refused)})
+    items = [ScoreItem(None, [], ["red"])] * 3
+    with pytest.warns(DataWarning) as told:
+        found = ask_scores(engine, {"a": ScoreRequest("s", {}, items)}, consequence="so be it")
+    assert found == {"a": [None, [2.0], None]}
+    assert [str(warning.message) for warning in told] == [
+        "site a refused 2 of 3 questions (1 for its budget, 1 for its image); so be it"
+    ]
+    count = engine.traffic.counts["a", "score"]
+    assert (count.messages, count.absences, count.refused) == (1, 1, 2)
+
+
+def test_answers_that_a_site_refuses_are_none():
+    engine = InProcessEngine({"a": lambda r: AnswerReply(r.id, ["left", ""], {1: Declined.LIMIT})})
+    asked = {"a": AnswerRequest("q", {}, [AnswerItem(None, [])] * 2)}
+    with pytest.warns(DataWarning, match=r"refused 1 of 2 questions \(1 for its limit\); so be it"):
+        found = ask_checked(engine, asked, check_answers, what="answers", consequence="so be it")
+    assert found == {"a": ["left", None]}
+    assert (engine.traffic.counts["a", "answer"].absences, engine.traffic.counts["a", "answer"].refused) == (1, 1)

@@ -17,6 +17,7 @@ from accord.federation.messages import (
     AnswerRequest,
     Card,
     CardRequest,
+    Declined,
     ImageBlock,
     MissingImages,
     ScoreItem,
@@ -36,6 +37,7 @@ from accord.federation.messages import (
     from_turns,
     image_name,
     reply_limit,
+    text_bytes,
     to_turns,
 )
 from accord.types import vqa_prompt
@@ -57,6 +59,8 @@ REPLIES = [
     UpdateReply("r1", b"change", 20, 0.5, b"beside", 3),
     UpdateReply("r2", b"change", 20, 0.5, distance=14.5),
     CARD,
+    ScoreReply("s1", [[0.1, -2.0], []], {1: Declined.BUDGET}),
+    AnswerReply("a1", ["", ""], {0: Declined.IMAGE, 1: Declined.ERROR}),
 ]
 
 FIELDS = {
@@ -70,11 +74,11 @@ FIELDS = {
     "ScoreItem": {"image": str | None, "prompt": list[Turn], "candidates": list[str]},
     "AnswerRequest": {"id": str, "images": dict[str, bytes], "items": list[AnswerItem]},
     "AnswerItem": {"image": str | None, "prompt": list[Turn]},
-    "AnswerReply": {"id": str, "answers": list[str]},
+    "AnswerReply": {"id": str, "answers": list[str], "refused": dict[int, Declined]},
     "Turn": {"role": typing.Literal["system", "user", "assistant"], "content": str | list[ImageBlock | TextBlock]},
     "ImageBlock": {},
     "TextBlock": {"text": str},
-    "ScoreReply": {"id": str, "scores": list[list[float]]},
+    "ScoreReply": {"id": str, "scores": list[list[float]], "refused": dict[int, Declined]},
     "MissingImages": {"id": str, "images": list[str]},
     "Refusal": {"id": str, "reason": typing.Literal["error", "refused", "invalid", "gone"]},
     "UpdateRequest": {
@@ -319,8 +323,10 @@ def test_good_answers_pass():
         (AnswerReply("a1", [""] * 3), "answers to 3 questions, expected 2"),
         (AnswerReply("a1", ["", "x" * (MAX_ANSWER + 1)]), "an answer of 257 characters, at most 256"),
         (ScoreReply("a1", [[0.0], [0.0]]), "expected answers, got a ScoreReply"),
+        (AnswerReply("a1", ["", "x"], {1: Declined.IMAGE}), "question 1 of 2 is refused, and .* answered"),
+        (AnswerReply("a1", ["", ""], {2: Declined.IMAGE}), "question 2 of 2 is refused, and is none"),
     ],
-    ids=["id", "too few", "too many", "long", "type"],
+    ids=["id", "too few", "too many", "long", "type", "refused and answered", "beyond the end"],
 )
 def test_answers_that_must_not_be_used(reply, message):
     with pytest.raises(ReplyError, match=message):
@@ -358,6 +364,33 @@ def test_a_score_that_is_not_finite_makes_the_site_absent_for_its_group_alone(ba
     assert check_scores(REQUEST, sent) == [None, [1.0, 2.0]]
 
 
+def test_a_question_that_is_refused_is_absent_alone():
+    sent = decode_reply(encode(ScoreReply("s1", [[], [1.0, 2.0]], {0: Declined.IMAGE})))
+    assert check_scores(REQUEST, sent) == [None, [1.0, 2.0]]
+    said = decode_reply(encode(AnswerReply("a1", ["left", ""], {1: Declined.BUDGET})))
+    assert check_answers(ANSWER, said) == ["left", None]
+
+
+def test_where_nothing_is_refused_the_reply_has_not_a_byte_more():
+    plain = {"type": "scores", "id": "s1", "scores": [[0.0, 1.0]]}
+    assert encode(ScoreReply("s1", [[0.0, 1.0]])) == msgspec.msgpack.encode(plain)
+
+
+def test_a_request_of_a_million_images_is_not_read():
+    """Each entry is eight bytes, and 200 in memory; the rest of a request counts without its images and weights."""
+    many = raw(REQUEST, images={f"{n:x}": b"" for n in range(100_000)})
+    with pytest.raises(ReplyError, match="length <= 65536"):
+        decode_request(many)
+    twice = raw(REQUEST, images={"a": b"x" * 1000, "b": b"y" * 1000})
+    assert text_bytes(twice) == len(raw(REQUEST, images={})) - 1
+    assert text_bytes(raw(ROUTER, weights=b"w" * 1000)) == len(raw(ROUTER, weights=b"")) - 4
+    pack = msgspec.msgpack.encode  # a key that comes twice, of which a reader sees the last: both count
+    doubled = b"\x82" + pack("items") + pack(["x" * 900]) + pack("items") + pack([])
+    assert text_bytes(doubled) == len(doubled)
+    with pytest.raises(ReplyError, match="cannot read a message"):
+        text_bytes(pack([1]))
+
+
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
@@ -368,8 +401,18 @@ def test_a_score_that_is_not_finite_makes_the_site_absent_for_its_group_alone(ba
         (ScoreReply("s1", [[0.0, 0.0], [0.0] * 3]), "3 scores for 2 candidates"),
         (ScoreReply("s1", [[0.0, -10_001.0], [0.0, 0.0]]), "of -1e.04, beyond the limits of -10000 and 10000"),
         (CARD, "expected scores, got a Card"),
+        (
+            ScoreReply("s1", [[0.0, 0.0], [0.0, 0.0]], {1: Declined.LIMIT}),
+            "question 1 of 2 is refused, and .* answered",
+        ),
+        (ScoreReply("s1", [[0.0, 0.0], [0.0, 0.0]], {2: Declined.LIMIT}), "question 2 of 2 is refused, and is none"),
+        (ScoreReply("s1", [[0.0, 0.0], []], {-1: Declined.LIMIT}), "question -1 of 2 is refused, and is none"),
+        (ScoreReply("s1", [[0.0, 0.0], []], {0: Declined.LIMIT}), "question 0 of 2 is refused"),
     ],
-    ids=["id", "too few", "too many", "short group", "long group", "range", "type"],
+    ids=[
+        *("id", "too few", "too many", "short group", "long group", "range", "type"),
+        *("refused and scored", "beyond the end", "before the start", "another"),
+    ],
 )
 def test_scores_that_must_not_be_used(reply, message):
     with pytest.raises(ReplyError, match=message):
@@ -415,6 +458,9 @@ def test_an_honest_reply_is_within_its_limit():
     answers = AnswerReply("a1", ["🙂" * MAX_ANSWER] * len(ANSWER.items))
     none_kept = MissingImages("a1", [image_name(b"")] * len(ANSWER.items))
     assert max(len(encode(answers)), len(encode(none_kept))) <= reply_limit(ANSWER)
+    many = ScoreRequest("s1", {}, [ScoreItem(None, [], ["x"])] * 70_000)
+    refused = ScoreReply("s1", [[]] * 70_000, dict.fromkeys(range(70_000), Declined.BUDGET))
+    assert len(encode(refused)) <= reply_limit(many)
     many = AnswerRequest("a1", {}, ANSWER.items * 500)
     assert len(encode(AnswerReply("a1", ["🙂" * MAX_ANSWER] * 1000))) <= reply_limit(many) < 1_100_000
     update = UpdateRequest("r", "router", 0, b"w" * 10_000, 1, b"s" * 10_000)

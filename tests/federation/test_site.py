@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load
 
 from accord.data.images import load_image
-from accord.errors import ImageError, RecipeError, ReplyError
+from accord.errors import RecipeError, ReplyError
 from accord.federation.answering import question_key
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import (
@@ -13,6 +13,8 @@ from accord.federation.messages import (
     AnswerRequest,
     Card,
     CardRequest,
+    Declined,
+    Refusal,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
@@ -59,6 +61,8 @@ def request_(square):
 
 class Fixed:
     """A reward model whose standardised scores are written down."""
+
+    rows_at_once = 512
 
     def score(self, prompts, images, completions):
         return [torch.tensor([-3.0, 0.5, 7.0][: len(group)]) for group in completions]
@@ -241,16 +245,45 @@ def test_special_tokens_in_a_candidate_or_a_question_leave_the_others_scores(rew
     assert [told[0][0], told[0][2]] == pytest.approx(honest[0], abs=1e-3)
     assert all(torch.tensor(scores).isfinite().all() for scores in told) and len(told[0]) == 3
     monkeypatch.setattr("accord.models.inputs.plain_prompt", lambda _, prompt: list(prompt))
-    with pytest.raises((ValueError, RuntimeError, IndexError)):
-        site.scores(poison)
+    assert Declined.ERROR in site.scores(poison)
 
 
-def test_an_image_that_cannot_be_read_is_an_absence(caplog):
-    bad = ScoreRequest("s1", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
+def test_an_image_that_cannot_be_read_costs_its_question_alone(request_, caplog):
+    bad = ScoreItem(image_name(b"GIF89a"), COLOUR, ["x"])
+    first, second = request_.items
+    asked = ScoreRequest("s1", {bad.image: b"GIF89a", **request_.images}, [bad, first, bad, second])
+    reply = InProcessEngine({"colour": Site("colour", Fixed()).answer}).ask({"colour": asked})["colour"]
+    assert reply == ScoreReply("s1", [[], [-3.0, 0.5, 7.0], [], [-3.0]], {0: Declined.IMAGE, 2: Declined.IMAGE})
+    assert check_scores(asked, reply) == [None, [-3.0, 0.5, 7.0], None, [-3.0]]
+    assert len(caplog.records) == 1  # it was looked at once
+
+
+class Fails(Fixed):
+    """A reward model that fails on a candidate, as on text that only its own template may hold."""
+
+    def score(self, prompts, images, completions):
+        if any("<image>" in text for group in completions for text in group):
+            raise ValueError("number of images does not match number of special image tokens")
+        return super().score(prompts, images, completions)
+
+
+def test_a_question_on_which_the_model_fails_costs_no_other(request_, caplog):
+    """Where it fails on all, the request is answered by an error, as when the model is broken."""
+    hostile = ScoreItem(None, WORDS, ["<image>"])
+    site = Site("colour", Fails())
+    asked = ScoreRequest("s1", request_.images, [request_.items[0], hostile])
+    assert site.answer(asked) == ScoreReply("s1", [[-3.0, 0.5, 7.0], []], {1: Declined.ERROR})
+    assert site.answer(ScoreRequest("s1", {}, [hostile, hostile])) == Refusal("s1", "error")
+
+
+def test_questions_that_are_declined_are_not_looked_at(request_):
+    """The scores of the others, and their places, are what they are without the declined one."""
     site = Site("colour", Fixed())
-    with pytest.raises(ImageError):
-        site.answer(bad)
-    assert InProcessEngine({"colour": site.answer}).ask({"colour": bad}) == {"colour": Absence("colour", "error")}
+    site.declined = lambda asked: {0: Declined.LIMIT} if len(asked.items) > 1 else {}
+    assert site.answer(request_) == ScoreReply("s1", [[], [-3.0]], {0: Declined.LIMIT})
+    asked = AnswerRequest("a1", request_.images, [AnswerItem(item.image, item.prompt) for item in request_.items])
+    site.answerer = Says()
+    assert site.answer(asked) == AnswerReply("a1", ["", "Red."], {0: Declined.LIMIT}) and site.answerer.asked == [1]
 
 
 def test_a_text_only_site_scores_questions_without_images(texts_only):

@@ -1,6 +1,7 @@
 """A site's service, asked over its real socket: the answers, the ledger, and what never leaves (threats T17, T22)."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
@@ -20,15 +21,19 @@ import pytest
 import torch
 from safetensors.torch import load
 
+from accord.data.decoder import Decoder
 from accord.errors import DataError, RunError
 from accord.federation.answering import key_of, question_key, write_truth
+from accord.federation.batches import Opening
 from accord.federation.engine import Outbox, Traffic
+from accord.federation.limits import Budget, Limits
 from accord.federation.messages import (
     AnswerItem,
     AnswerReply,
     AnswerRequest,
     Card,
     CardRequest,
+    Declined,
     MissingImages,
     Refusal,
     ScoreItem,
@@ -47,9 +52,9 @@ from accord.federation.site import Site
 from accord.flare import service as module
 from accord.flare.frames import connect, receive_frame, send_frame
 from accord.flare.kit import Kit
-from accord.flare.ledger import Entry, read_running, site_log, status
+from accord.flare.ledger import Entry, read_ledger, read_running, site_log, status
 from accord.flare.service import SiteService, join, open_site_folder
-from accord.flare.site_cli import _sentence
+from accord.flare.site_cli import _sentence, _spent
 from accord.pipeline import Job, train_site
 from accord.recipe_file import dump_recipe, load_recipe
 from accord.routing.router import RouterNetwork
@@ -151,7 +156,9 @@ def trained(tmp_path_factory, square, write_recipe):
 
 @pytest.fixture(scope="module")
 def site(trained):
-    return open_site_folder(trained[1], "colour")
+    """As `join` opens it: images are decoded in a child."""
+    with Decoder() as decoder:
+        yield open_site_folder(trained[1], "colour", opening=Opening(decoder))
 
 
 @pytest.fixture
@@ -457,6 +464,139 @@ def test_a_line_that_a_crash_left_is_cut(serve, square, tmp_path):
     assert line["kind"] == "score"
 
 
+def test_a_limit_refuses_the_question_and_a_budget_too(serve, square, site):
+    """Two candidates a question: five queries are two questions, and one is left; the status tells."""
+    service = serve(site, limits=Limits(characters=100), budget=Budget(per_run=5, per_image=3))
+    long = score_request(square, colours=("red",), text="x" * 100)
+    assert decode_reply(ask(service, long)) == ScoreReply("s", [[]], {0: Declined.LIMIT})
+    first = decode_reply(ask(service, score_request(square, colours=("red", "blue", "green"))))
+    assert [len(group) for group in first.scores] == [2, 2, 0] and first.refused == {2: Declined.BUDGET}
+    again = decode_reply(ask(service, answer_request(square, colours=("red", "blue"))))
+    assert again.refused == {1: Declined.BUDGET} and len(again.answers) == 2
+    lines = read_lines(service.folder / "ledger.jsonl")
+    assert [(line["queries"], line["refused"]) for line in lines] == [(0, 1), (4, 1), (1, 1)]
+    assert lines[1]["by_image"] == {image_name(square(colour))[:16]: 2 for colour in ("red", "blue")}
+    (service.folder / "recipe.toml").write_text("")
+    module.Running("colour", 1, "", str(service.path), budget=service.spent.budget).write(service.folder)
+    found = status(service.folder)
+    assert (found.spent.run, found.queries_today, found.refused) == (5, 5, 3)
+    assert _spent(found) == "5 of 5, today 5, about one image at most 3 of 3"
+    assert ", 1 refused: answered" in _sentence(found.last)
+
+
+def test_a_budget_survives_a_restart(serve, square):
+    """Four of six are spent; the next service knows it, and the day's budget begins anew where the lines are old."""
+    first = serve(echo_site(), budget=Budget(per_run=6))
+    ask(first, score_request(square))
+    first.__exit__(None, None, None)
+    second = serve(echo_site(), budget=Budget(per_run=6))
+    assert decode_reply(ask(second, score_request(square, "t"))).refused == {1: Declined.BUDGET}
+    second.__exit__(None, None, None)
+    ledger = second.folder / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"time": "20', '"time": "19'))
+    third = serve(echo_site(), budget=Budget(per_day=3))
+    assert third.spent.run == 6 and decode_reply(ask(third, score_request(square, "u"))).refused == {1: Declined.BUDGET}
+
+
+def echo_site():
+    """A site that scores every candidate by one half, and keeps to what its service refuses."""
+
+    class Half:
+        rows_at_once = 512
+
+        def score(self, prompts, images, completions):
+            return [torch.full((len(group),), 0.5) for group in completions]
+
+    return Site("colour", Half())
+
+
+def test_requests_that_come_too_fast(serve, square):
+    """Two a minute: of the third every question is refused, and a card is."""
+    service = serve(echo_site(), limits=Limits(requests_per_minute=2))
+    for name in ("a", "b"):
+        assert decode_reply(ask(service, score_request(square, name))).refused == {}
+    refused = {0: Declined.LIMIT, 1: Declined.LIMIT}
+    assert decode_reply(ask(service, score_request(square, "c"))) == ScoreReply("c", [[], []], refused)
+    assert decode_reply(ask(service, CardRequest("d"))) == Refusal("d", "refused")
+
+
+def test_a_request_with_too_much_text_is_not_read(serve, square):
+    service = serve(echo_site(), limits=Limits(message_text=2000))
+    long = score_request(square, text="x" * 2000)
+    assert decode_reply(ask(service, long)) == Refusal("", "invalid")
+    images = {**score_request(square).images, "0" * 64: b"x" * 5000}
+    many = msgspec.structs.replace(score_request(square), images=images)
+    assert decode_reply(ask(service, many)) == Refusal("s", "invalid")  # read, and one image is not what its name says
+    assert decode_reply(ask(service, score_request(square))).refused == {}
+
+
+def test_a_budget_holds_to_the_unit_when_many_ask_at_once(serve, square):
+    """T21: eight threads ask 160 questions of one candidate; 100 queries are answered, not one more or less."""
+    service, answered = serve(echo_site(), budget=Budget(per_day=100)), []
+    whole = score_request(square)
+    one = [msgspec.structs.replace(item, candidates=["red"]) for item in whole.items]
+
+    def drive(n):
+        for m in range(10):
+            reply = decode_reply(ask(service, msgspec.structs.replace(whole, id=f"{n}-{m}", items=one)))
+            answered.append(sum(map(len, reply.scores)))
+
+    threads = [threading.Thread(target=drive, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = read_lines(service.folder / "ledger.jsonl")
+    assert sum(answered) == sum(line["queries"] for line in lines) == service.spent.run == 100
+    assert sum(line["refused"] for line in lines) == 60
+
+
+SERVE = """
+import sys, threading
+from pathlib import Path
+import torch
+from accord.federation.limits import Budget
+from accord.federation.site import Site
+from accord.flare.service import SiteService
+
+class Half:
+    rows_at_once = 512
+    def score(self, prompts, images, completions):
+        return [torch.full((len(group),), 0.5) for group in completions]
+
+with SiteService(Site("colour", Half()), Path(sys.argv[1]), Path(sys.argv[2]), budget=Budget(per_run=int(sys.argv[3]))):
+    print("ready", flush=True)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.slow
+def test_a_budget_holds_when_the_service_is_killed(square, tmp_path, sockets):
+    """Four times killed -9 while it answers: what came back is never more than the ledger says, and that than 200."""
+    whole = score_request(square, colours=("red",))
+    one = [ScoreItem(None, whole.items[0].prompt, ["red"])]
+    came, path = [], sockets / "colour.sock"
+    for death in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, str(tmp_path), str(path), "200"], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        killer = threading.Timer(0.3, process.kill)
+        if death < 4:
+            killer.start()
+        with contextlib.suppress(OSError, EOFError):
+            for n in range(300):
+                with connect(path, timeout=20) as connection:
+                    send_frame(connection, encode(ScoreRequest(f"{death}-{n}", {}, one)))
+                    came.append(sum(map(len, decode_reply(receive_frame(connection)).scores)))
+        killer.cancel()
+        process.kill()
+        process.communicate()
+        spent = sum(entry.queries for entry in read_ledger(tmp_path))
+        assert sum(came) <= spent <= 200
+    assert spent == 200 and sum(came) >= 200 - 4
+
+
 HOSTILE = ("\r\n", "\x1b[31m", "\u202e", "\0", '}{"level"', "\u2028", "\x7f", "\x9b2J", "\ud7ff\ufeff")
 
 
@@ -566,8 +706,10 @@ def test_no_planted_secret_leaves(tmp_path, square, write_recipe, serve, monkeyp
         left.append(ask(service, score_request(square)))
         monkeypatch.setattr(site.reward_model, "score", score)
         bad = ScoreRequest("b", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
-        left += [ask(service, message) for message in (bad, UpdateRequest("u", "reward", 0, b"", 0), b"rubbish")]
+        left += [ask(service, message) for message in (UpdateRequest("u", "reward", 0, b"", 0), b"rubbish")]
         assert all(isinstance(decode_reply(reply), Refusal) for reply in left)
+        left.append(ask(service, bad))
+        assert decode_reply(left[-1]) == ScoreReply("b", [[]], {0: Declined.IMAGE})
         whole = score_request(square)
         left += [ask(service, message) for message in (whole, router, CardRequest("c"))]
         left.append(ask(service, ScoreRequest("m", {}, score_request(square, colours=("pink",)).items)))
@@ -653,7 +795,7 @@ def test_join_and_leave(joined, trained, sockets, square, monkeypatch):
         time.sleep(0.5)
         return echo(request)
 
-    def open_slow(*_):
+    def open_slow(*_, **__):
         site = Site("colour", None)
         site.answer = slow
         return site

@@ -26,6 +26,14 @@ def test_loading_goes_on_in_the_same_counts(job, tmp_path):
     assert job.traffic.counts["a", "score"] == Count(2, 20, 2, 0)
 
 
+def test_refused_questions_are_kept(job, tmp_path):
+    job.traffic.counts["a", "score"] = Count(1, 10, 1, 1, 3)
+    job.traffic.counts["b", "score"] = Count(1, 10, 1, 1)
+    write_traffic(job, tmp_path / "traffic.json")
+    load_traffic(job, tmp_path / "traffic.json")
+    assert traffic_rows(job.traffic) == [("a", "score", 1, 10, 1, 1, 3), ("b", "score", 1, 10, 1, 1)]
+
+
 def test_without_a_file_there_was_no_traffic(job, tmp_path):
     job.traffic.add("a", "score", 10, 1, absent=False)
     load_traffic(job, tmp_path / "none.json")

@@ -13,6 +13,7 @@ levels white.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import warnings
@@ -142,14 +143,12 @@ def _decode(image: Image.Image, source: ImageSource) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # unreadable camera metadata says nothing about the pixels
-        image = image.copy()
+    with contextlib.suppress(Exception):  # unreadable camera metadata says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)  # a copy of a large image is large
     if image.mode.startswith("I"):
-        levels = np.clip(np.asarray(image, dtype=np.int64), 0, 65_535) // 257
+        levels = np.asarray(image).clip(0, 65_535) // 257
         image = Image.fromarray(levels.astype(np.uint8))
     if "A" in image.mode or "transparency" in image.info:
-        layer = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")

@@ -220,6 +220,7 @@ def _traffic_totals(traffic: Sequence[TrafficRow]) -> TrafficRow:
         bytes_to_site=sum(row.bytes_to_site for row in traffic),
         bytes_from_site=sum(row.bytes_from_site for row in traffic),
         absences=sum(row.absences for row in traffic),
+        refused=sum(row.refused for row in traffic),
     )
 
 

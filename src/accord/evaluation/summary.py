@@ -128,6 +128,7 @@ class TrafficRow:
     bytes_to_site: Count
     bytes_from_site: Count
     absences: Count
+    refused: Count = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,13 +27,14 @@ from typing import Final
 
 import msgspec
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from accord.data.images import load_image
 from accord.data.questions import normalise_answer
 from accord.errors import CheckpointError
-from accord.federation.messages import MAX_ANSWER, AnswerItem, ScoreItem, from_turns
+from accord.federation.batches import Opening, in_batches
+from accord.federation.messages import MAX_ANSWER, AnswerItem, Declined, ScoreItem, from_turns
 from accord.models.generate import complete
 from accord.models.load import Processor
 from accord.runs import write_atomic
@@ -73,6 +74,7 @@ class Answerer:
         max_new_tokens: length limit of an answer.
         batch_size: questions at once.
         remember: how many answers to keep; the one that was asked for longest ago goes first.
+        opening: how images are opened.
     """
 
     def __init__(
@@ -82,11 +84,13 @@ class Answerer:
         max_new_tokens: int,
         batch_size: int = 128,
         remember: int = REMEMBERED,
+        opening: Opening | None = None,
     ) -> None:
         self._load = load
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.remember = remember
+        self.opening = opening or Opening()
         self._known: OrderedDict[str, str] = OrderedDict()
 
     @cached_property
@@ -94,8 +98,8 @@ class Answerer:
         model, processor = self._load()
         return model.eval().requires_grad_(False), processor
 
-    def __call__(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str]:
-        """Return the answer to every item's question, of at most `MAX_ANSWER` characters.
+    def __call__(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str | Declined]:
+        """Return the answer to every item's question, of at most `MAX_ANSWER` characters, or why there is none.
 
         Args:
             items: what is asked.
@@ -103,32 +107,34 @@ class Answerer:
 
         Raises:
             CheckpointError: the model cannot be loaded.
-            DataError: an image cannot be read, or the model takes none.
         """
         keys = [key_of(item) for item in items]
-        answers = {key: self._known[key] for key in keys if key in self._known}
+        answers: dict[str, str | Declined] = {key: self._known[key] for key in keys if key in self._known}
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in answers}
         for with_image in (True, False):  # a batch takes one for each prompt, or none
             wanted = {key: item for key, item in new.items() if (item.image is not None) is with_image}
             answers |= zip(wanted, self._generate(list(wanted.values()), images), strict=True)
         for key in keys:
-            self._known[key] = answers[key]
-            self._known.move_to_end(key)
+            if not isinstance(said := answers[key], Declined):
+                self._known[key] = said
+                self._known.move_to_end(key)
         while len(self._known) > self.remember:
             self._known.popitem(last=False)
         return [answers[key] for key in keys]
 
-    def _generate(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str]:
+    def _generate(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str | Declined]:
         """Answer items that all have an image, or all have none."""
-        said: list[str] = []
-        for start in range(0, len(items), self.batch_size):
-            chunk = items[start : start + self.batch_size]
-            model, processor = self._loaded
-            pictures = [None if item.image is None else load_image(images[item.image]) for item in chunk]
-            prompts = [from_turns(item.prompt) for item in chunk]
+        if not items:
+            return []
+        model, processor = self._loaded
+
+        def said(items: Sequence[ScoreItem | AnswerItem], pictures: Sequence[Image | None]) -> list[str]:
+            prompts = [from_turns(item.prompt) for item in items]
             how = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-            said += [text[:MAX_ANSWER] for text in complete(model, processor, prompts, pictures, **how)]
-        return said
+            return [text[:MAX_ANSWER] for text in complete(model, processor, prompts, pictures, **how)]
+
+        sizes = [1] * len(items)
+        return in_batches(said, items, images, opening=self.opening, sizes=sizes, rows=self.batch_size)
 
 
 def truth_book(known: Iterable[tuple[str, Sequence[str]]]) -> dict[str, tuple[str, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,13 +21,22 @@ import msgspec
 
 from accord.errors import CheckpointError, DataWarning, ReplyError
 from accord.federation.engine import Engine, kind_of
-from accord.federation.messages import MAX_SCORE, Absence, Reply, Request, ScoreRequest, check_scores
+from accord.federation.messages import (
+    MAX_SCORE,
+    Absence,
+    AnswerReply,
+    Reply,
+    Request,
+    ScoreReply,
+    ScoreRequest,
+    check_scores,
+)
 
 Asked = TypeVar("Asked", bound=Request)
 Checked = TypeVar("Checked")
 Replies: TypeAlias = Mapping[str, Reply | Absence]
 Scores: TypeAlias = list[list[float] | None]
-"""Of every item of a request; None for an item with a score that is not finite."""
+"""Of every item of a request; None for an item that was refused, or with a score that is not finite."""
 
 MAY_RETURN: Final = ("gone", "late")
 """Reasons of an absence that waiting may end."""
@@ -93,6 +103,10 @@ def ask_checked(
             for site, reply in replies.items()
             if (reply.reason in ("error", "invalid") if isinstance(reply, Absence) else site not in checked)
         }
+    for site in checked:
+        engine.traffic.counts[site, kind_of(requests[site])].absences += bool(
+            _refused(engine, site, replies[site], consequence)
+        )
     return checked
 
 
@@ -147,8 +161,9 @@ def ask_scores(
         absent = {site: absence for site, absence in absent.items() if site not in replies} | _absences(replies)
         given = _check(engine, asked, replies, check, "scores", consequence)
         for site, of_site in given.items():
-            if None in of_site:
-                engine.traffic.counts[site, "score"].absences += 1
+            engine.traffic.counts[site, "score"].absences += None in of_site
+            refused = _refused(engine, site, replies[site], consequence)
+            if of_site.count(None) > refused:
                 _warn(site, "sent a score that is not finite", consequence)
         scores |= given
         may_return = [site for site, absence in absent.items() if absence.reason in MAY_RETURN]
@@ -188,6 +203,18 @@ def _check(
             engine.traffic.counts[site, kind_of(requests[site])].absences += 1
             _warn(site, f"sent {what} that cannot be used ({error})", consequence)
     return checked
+
+
+def _refused(engine: Engine, site: str, reply: Reply | Absence, consequence: str) -> int:
+    """Count and tell the questions that a usable reply refuses; return their number."""
+    if not isinstance(reply, ScoreReply | AnswerReply) or not reply.refused:
+        return 0
+    kind, size = ("score", len(reply.scores)) if isinstance(reply, ScoreReply) else ("answer", len(reply.answers))
+    engine.traffic.counts[site, kind].refused += len(reply.refused)
+    reasons = Counter(why.value for why in reply.refused.values())
+    told = ", ".join(f"{count} for its {reason}" for reason, count in sorted(reasons.items()))
+    _warn(site, f"refused {len(reply.refused)} of {size} questions ({told})", consequence)
+    return len(reply.refused)
 
 
 def _absences(replies: Replies) -> dict[str, Absence]:

@@ -31,12 +31,16 @@ from accord.federation.messages import (
     decode_request,
     encode,
     image_name,
+    text_bytes,
 )
 
 logger = logging.getLogger(__name__)
 
 CACHE_BYTES: Final = 256 * 2**20
 """Of compressed images: some thousands of photographs."""
+
+LIBRARY_BYTES: Final = 256 * 2**20
+"""Of a site's own files that one request may have read; what is over is asked for, and a message has no room for it."""
 
 
 class ImageCache:
@@ -96,28 +100,50 @@ class Endpoint:
         site: its name, for the log.
         answer: answers a request, `Site.answer`; what it raises becomes a `Refusal`.
         cache: of images.
+        text: bytes of a request at most, beside its images and weights; a longer one is not read. None for any number.
     """
 
-    def __init__(self, site: str, answer: Callable[[Request], Reply], cache: ImageCache | None = None) -> None:
+    def __init__(
+        self,
+        site: str,
+        answer: Callable[[Request], Reply],
+        cache: ImageCache | None = None,
+        *,
+        text: int | None = None,
+    ) -> None:
         self.site = site
         self.answer = answer
         self.cache = ImageCache() if cache is None else cache
+        self.text = text
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, data: bytes) -> bytes:
         """Return the reply's bytes; never raises."""
-        name = ""
+        return self.reply(self.read(data))
+
+    def read(self, data: bytes) -> Request | None:
+        """Return the request in a message; None where there is none that may be read."""
+        try:
+            if self.text is not None and text_bytes(data) > self.text:
+                raise ReplyError(f"a request with more than {self.text} bytes of text")
+            return decode_request(data)
+        except ReplyError:
+            logger.warning("site %s refused a request of %d bytes", self.site, len(data))
+            return None
+
+    def reply(self, request: Request | None) -> bytes:
+        """Return the bytes of the reply to a request; never raises."""
+        if request is None:
+            return encode(Refusal("", "invalid"))
         with self._one_at_a_time:
             try:
-                request = decode_request(data)
-                name = request.id
                 return encode(self._reply(request))
             except ReplyError:
-                logger.warning("site %s refused a request of %d bytes", self.site, len(data))
-                return encode(Refusal(name, "invalid"))
+                logger.warning("site %s refused a request of kind %s", self.site, type(request).__name__)
+                return encode(Refusal(request.id, "invalid"))
             except Exception:  # whatever a site's own code raises must neither stop the run nor leave the site
                 logger.exception("site %s could not answer", self.site)
-                return encode(Refusal(name, "error"))
+                return encode(Refusal(request.id, "error"))
 
     def _reply(self, request: Request) -> Reply:
         if isinstance(request, WithImages):
@@ -130,10 +156,13 @@ class Endpoint:
 
     def _images(self, request: WithImages) -> dict[str, bytes]:
         check_images(request.images)
-        images = dict(request.images)
+        images, size = dict(request.images), 0
         for name in {item.image: None for item in request.items}:
-            if name is not None and name not in images and (kept := self.cache.get(name)) is not None:
+            if name is None or name in images or size > LIBRARY_BYTES:
+                continue
+            if (kept := self.cache.get(name)) is not None:
                 images[name] = kept
+                size += len(kept)
         for name, data in request.images.items():
             self.cache.put(name, data)
         return images

@@ -52,6 +52,7 @@ class Count:
     bytes_to_site: int = 0
     bytes_from_site: int = 0
     absences: int = 0
+    refused: int = 0  # questions of requests whose others were answered
 
 
 @dataclass

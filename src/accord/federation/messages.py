@@ -22,11 +22,12 @@ site keeps it for later requests as long as its cache has room.
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -59,6 +60,9 @@ class ScoreItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     candidates: list[str]
 
 
+Images: TypeAlias = Annotated[dict[str, bytes], msgspec.Meta(max_length=65_536)]
+"""Images by name. A longer mapping is refused before it is read: an empty entry takes 37 times its bytes in memory."""
+
 Judge: TypeAlias = Literal["reward", "answer"]
 """What judges a candidate at a site: its reward model, or whether its own model's answer is the same, 1 or 0."""
 
@@ -67,17 +71,27 @@ class ScoreRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     """Ask a site how good candidate answers are."""
 
     id: str
-    images: dict[str, bytes]  # those of the items' images that the site need not have
+    images: Images  # those of the items' images that the site need not have
     items: list[ScoreItem]
     judge: Judge = "reward"
     truth: bool = False  # where the site owns the reference answer: whether the candidate is that, 1 or 0, in its place
 
 
-class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="scores"):
-    """Standardised scores, in the order of the request."""
+class Declined(enum.Enum):
+    """Why a site does not answer one question of a request, of which it answers the others."""
+
+    IMAGE = "image"  # cannot be decoded within the site's memory and time
+    LIMIT = "limit"  # more than the site takes in one request, or in a minute
+    BUDGET = "budget"  # more than the site answers in a day, in a run or about one image
+    ERROR = "error"  # the site's model failed on it
+
+
+class ScoreReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="scores"):
+    """Standardised scores, in the order of the request; none for a question that is refused."""
 
     id: str
     scores: list[list[float]]
+    refused: dict[int, Declined] = {}  # by the question's place
 
 
 class MissingImages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="missing_images"):
@@ -98,15 +112,16 @@ class AnswerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     """Ask what a site's own model says to questions; their reference answers stay where they are."""
 
     id: str
-    images: dict[str, bytes]
+    images: Images
     items: list[AnswerItem]
 
 
-class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="answers"):
-    """The site's answers, in the order of the request."""
+class AnswerReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="answers"):
+    """The site's answers, in the order of the request; an empty text for a question that is refused."""
 
     id: str
     answers: list[str]
+    refused: dict[int, Declined] = {}  # by the question's place
 
 
 Task: TypeAlias = Literal["router", "means", "reward", "supervised", "preference", "selector", "projector"]
@@ -213,7 +228,17 @@ MAX_ANSWER = 256
 MAX_NAME = 100
 """Characters of an architecture's or a question type's name."""
 
+
+class _Stored(msgspec.Struct):
+    """What of a request takes no more memory than it has bytes."""
+
+    images: msgspec.Raw = msgspec.Raw()
+    weights: msgspec.Raw = msgspec.Raw()
+    state: msgspec.Raw = msgspec.Raw()
+
+
 _encoder = msgspec.msgpack.Encoder()
+_stored = msgspec.msgpack.Decoder(_Stored)
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 
@@ -230,6 +255,16 @@ def decode_request(data: bytes) -> Request:
         ReplyError: it is not one of the closed set.
     """
     return cast(Request, _decode(_requests, data))
+
+
+def text_bytes(data: bytes) -> int:
+    """Return how many bytes of a message are neither images nor weights: those take twenty times as many in memory.
+
+    Raises:
+        ReplyError: it is no mapping.
+    """
+    stored = _decode(_stored, data)
+    return len(data) - sum(len(bytes(part)) for part in (stored.images, stored.weights, stored.state))
 
 
 def decode_reply(data: bytes) -> Reply:
@@ -331,7 +366,9 @@ def check_card(request: CardRequest, reply: Reply) -> Card:
 def check_scores(
     request: ScoreRequest, reply: Reply, low: float = -MAX_SCORE, high: float = MAX_SCORE
 ) -> list[list[float] | None]:
-    """Validate a site's scores before use; a group with a non-finite score becomes None: the site is absent for it.
+    """Validate a site's scores before use; None stands for a group that was refused or has a score that is not finite.
+
+    The site is absent for that group.
 
     Raises:
         ReplyError: wrong type, request id, or shape, or a score outside `low` to `high`, the range that was agreed.
@@ -339,8 +376,12 @@ def check_scores(
     reply = check_kind(request, reply, ScoreReply, "scores")
     if len(reply.scores) != len(request.items):
         raise ReplyError(f"scores for {len(reply.scores)} questions, expected {len(request.items)}")
+    _check_refused(request, reply)
     checked: list[list[float] | None] = []
-    for item, scores in zip(request.items, reply.scores, strict=True):
+    for n, (item, scores) in enumerate(zip(request.items, reply.scores, strict=True)):
+        if n in reply.refused:
+            checked.append(None)
+            continue
         if len(scores) != len(item.candidates):
             raise ReplyError(f"{len(scores)} scores for {len(item.candidates)} candidates")
         if not all(map(math.isfinite, scores)):
@@ -353,8 +394,10 @@ def check_scores(
     return checked
 
 
-def check_answers(request: AnswerRequest, reply: Reply) -> list[str]:
-    """Validate a site's answers before they are graded. They may hold any character: compare them, never print them.
+def check_answers(request: AnswerRequest, reply: Reply) -> list[str | None]:
+    """Validate a site's answers before they are graded; None stands for a question that was refused.
+
+    They may hold any character: compare them, never print them.
 
     Raises:
         ReplyError: wrong type, request id or number, or an answer of more than `MAX_ANSWER` characters.
@@ -365,4 +408,12 @@ def check_answers(request: AnswerRequest, reply: Reply) -> list[str]:
     longest = max(map(len, reply.answers), default=0)
     if longest > MAX_ANSWER:
         raise ReplyError(f"an answer of {longest} characters, at most {MAX_ANSWER} are allowed")
-    return reply.answers
+    _check_refused(request, reply)
+    return [None if n in reply.refused else answer for n, answer in enumerate(reply.answers)]
+
+
+def _check_refused(request: WithImages, reply: ScoreReply | AnswerReply) -> None:
+    given: Sequence[object] = reply.scores if isinstance(reply, ScoreReply) else reply.answers
+    for n in reply.refused:
+        if not 0 <= n < len(request.items) or given[n]:
+            raise ReplyError(f"question {n} of {len(request.items)} is refused, and is none of them or answered")

@@ -175,10 +175,12 @@ def _ask(engine: Engine, by_rank: Sequence[Mapping[str, WithImages]], deadline: 
         for n in asking[site]:
             request = by_rank[n][site]
             end = start + len(request.items)
+            if isinstance(said, ScoreReply | AnswerReply):
+                refused = {n - start: why for n, why in said.refused.items() if start <= n < end}
             if isinstance(said, ScoreReply):
-                answers[n].replies[site] = ScoreReply(request.id, said.scores[start:end])
+                answers[n].replies[site] = ScoreReply(request.id, said.scores[start:end], refused)
             elif isinstance(said, AnswerReply):
-                answers[n].replies[site] = AnswerReply(request.id, said.answers[start:end])
+                answers[n].replies[site] = AnswerReply(request.id, said.answers[start:end], refused)
             else:
                 answers[n].absences[site] = cast(Absence, said)
             start = end

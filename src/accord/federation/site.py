@@ -14,22 +14,25 @@ score, or the same comparison with the answer of the site's own model (`accord.f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
-from accord.data.images import load_image
 from accord.errors import ReplyError
 from accord.federation.answering import Answerer, key_of, matches
+from accord.federation.batches import Opening, in_batches
 from accord.federation.messages import (
     AnswerItem,
     AnswerReply,
-    AnswerRequest,
     Card,
     CardRequest,
+    Declined,
+    Refusal,
     Reply,
     Request,
     ScoreItem,
@@ -39,6 +42,7 @@ from accord.federation.messages import (
     Task,
     UpdateReply,
     UpdateRequest,
+    WithImages,
     from_turns,
 )
 from accord.models.load import parameter_count
@@ -76,6 +80,11 @@ class Site:
         answerer: this site's own model; None refuses whatever needs its answers.
         truth: the reference answers that this site owns, one or several to a question, by
             `accord.federation.answering.question_key`.
+        opening: how the images of requests are opened.
+
+    Attributes:
+        declined: which questions of a request are refused before anything is computed, by place, and why; none, unless
+            whoever serves the site sets limits.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Site:
         updates: Mapping[Task, LocalUpdate] | None = None,
         answerer: Answerer | None = None,
         truth: Mapping[str, tuple[str, ...]] | None = None,
+        opening: Opening | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -96,6 +106,8 @@ class Site:
         self.updates = updates or {}
         self.answerer = answerer
         self.truth = truth or {}
+        self.opening = opening or Opening()
+        self.declined: Callable[[WithImages], Mapping[int, Declined]] = lambda _: {}
 
     def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -103,10 +115,8 @@ class Site:
         Raises:
             ReplyError: the request is not one that this site answers.
         """
-        if isinstance(request, ScoreRequest):
-            return ScoreReply(request.id, self.scores(request))
-        if isinstance(request, AnswerRequest):
-            return AnswerReply(request.id, self._own(request.items, request.images))
+        if isinstance(request, WithImages):
+            return self._each(request)
         if isinstance(request, UpdateRequest):
             if request.task not in self.updates:
                 raise ReplyError(f"site {self.name} does not train a shared model for {request.task!r}")
@@ -115,7 +125,29 @@ class Site:
             return self.card(request)
         raise ReplyError(f"site {self.name} does not answer a {type(request).__name__}")
 
-    def scores(self, request: ScoreRequest) -> list[list[float]]:
+    def _each(self, request: WithImages) -> Reply:
+        """Answer the questions that are not refused; a request of which the model could answer none is an error."""
+        refused = dict(self.declined(request))
+        asked = [n for n in range(len(request.items)) if n not in refused]
+        part = msgspec.structs.replace(request, items=[request.items[n] for n in asked])
+        scores: dict[int, list[float]] = {}
+        answers: dict[int, str] = {}
+        given = self.scores(part) if isinstance(part, ScoreRequest) else self._own(part.items, part.images)
+        for n, value in zip(asked, given, strict=True):
+            if isinstance(value, Declined):
+                refused[n] = value
+            elif isinstance(value, str):
+                answers[n] = value
+            else:
+                scores[n] = value
+        places = range(len(request.items))
+        if places and all(refused.get(n) is Declined.ERROR for n in places):
+            return Refusal(request.id, "error")
+        if isinstance(request, ScoreRequest):
+            return ScoreReply(request.id, [scores.get(n, []) for n in places], refused)
+        return AnswerReply(request.id, [answers.get(n, "") for n in places], refused)
+
+    def scores(self, request: ScoreRequest) -> list[list[float] | Declined]:
         """Judge the candidates of every item, in the agreed range: a reward model's scores are standardised before.
 
         A score that is not finite leaves as NaN: in the range, an infinity would be the best or the worst of scores.
@@ -133,28 +165,37 @@ class Site:
         ]
         if self.score_range is not None:
             low, high = self.score_range.low, self.score_range.high
-            scored = [torch.where(s.isfinite(), s.clamp(low, high), torch.nan) for s in scored]
-        return [s.tolist() for s in scored]
+            scored = [
+                s if isinstance(s, Declined) else torch.where(s.isfinite(), s.clamp(low, high), torch.nan)
+                for s in scored
+            ]
+        return [s if isinstance(s, Declined) else s.tolist() for s in scored]
 
-    def _by_reward(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor]:
+    def _by_reward(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor | Declined]:
         if not items:
             return []
-        opened = {name: load_image(images[name]) for name in {item.image: None for item in items} if name is not None}
+        sizes, rows = [len(item.candidates) for item in items], self.reward_model.rows_at_once
+        return in_batches(self._rewards, items, images, opening=self.opening, sizes=sizes, rows=rows)
+
+    def _rewards(self, items: Sequence[ScoreItem], pictures: Sequence[Image | None]) -> list[Tensor]:
         scores = self.reward_model.score(
-            [from_turns(item.prompt) for item in items],
-            [None if item.image is None else opened[item.image] for item in items],
-            [item.candidates for item in items],
+            [from_turns(item.prompt) for item in items], pictures, [item.candidates for item in items]
         )
         if self.score_range is not None and self.score_range.form == "sigmoid":
             low, high = self.score_range.low, self.score_range.high
             scores = [torch.where(s.isfinite(), low + (high - low) * s.sigmoid(), torch.nan) for s in scores]
         return scores
 
-    def _by_answer(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor]:
+    def _by_answer(self, items: Sequence[ScoreItem], images: Mapping[str, bytes]) -> list[Tensor | Declined]:
         said = self._own(items, images)
-        return [matches(item.candidates, answer) for item, answer in zip(items, said, strict=True)]
+        return [
+            answer if isinstance(answer, Declined) else matches(item.candidates, answer)
+            for item, answer in zip(items, said, strict=True)
+        ]
 
-    def _own(self, items: Sequence[ScoreItem] | Sequence[AnswerItem], images: Mapping[str, bytes]) -> list[str]:
+    def _own(
+        self, items: Sequence[ScoreItem] | Sequence[AnswerItem], images: Mapping[str, bytes]
+    ) -> list[str | Declined]:
         if self.answerer is None:
             raise ReplyError(f"site {self.name} answers no questions with its own model")
         return self.answerer(items, images)

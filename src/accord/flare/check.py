@@ -273,7 +273,11 @@ def check_answerer(job: Job, name: str, answerer: Answerer) -> Finding:
         return _problem("own answers", error)
     if not few:
         return Finding("own answers", "given to the server's questions; there are none here to try it on")
-    right = sum(normalise_answer(a) == normalise_answer(q.answer) for a, q in zip(said, few, strict=True))
+    given = [(a, q) for a, q in zip(said, few, strict=True) if isinstance(a, str)]
+    if len(given) < len(few):
+        text = f"{len(few) - len(given)} of {len(few)} of its own questions could not be answered"
+        return Finding("own answers", text, "see the warnings above, and train the site again with `accord site train`")
+    right = sum(normalise_answer(a) == normalise_answer(q.answer) for a, q in given)
     return Finding("own answers", f"right to {right / len(few):.0%} of {len(few)} of its own questions")
 
 

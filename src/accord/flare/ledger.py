@@ -1,7 +1,8 @@
 """What a site writes down: a line for every request, and what they add up to.
 
     {"time": "2026-11-21T20:15:02Z", "kind": "score", "id": "score-7-colour", "images": 3, "questions": 8,
-     "candidates": 64, "bytes_in": 41873, "bytes_out": 655, "seconds": 0.81, "outcome": "answered"}
+     "candidates": 64, "bytes_in": 41873, "bytes_out": 655, "seconds": 0.81, "outcome": "answered", "queries": 64,
+     "refused": 0, "by_image": {}}
 
 `ledger.jsonl` holds counts: no text of a prompt or an answer, no file's name; the server chooses the ids, of which
 letters and digits are kept. `site.log` takes what Accord logs, as lines of JSON; an error's traceback in it may name a
@@ -26,6 +27,7 @@ from typing import Final, Literal, TypeAlias, cast
 import msgspec
 
 from accord.errors import RunError
+from accord.federation.limits import Budget, Spent
 from accord.flare.frames import connect
 from accord.runs import append_line, read_lines, write_atomic
 
@@ -50,6 +52,10 @@ class Entry:
     bytes_out: int
     seconds: float
     outcome: Outcome
+    queries: int = 0  # scores and answers that left
+    refused: int = 0  # questions that were not answered, of a request whose others were
+    by_image: dict[str, int] = field(default_factory=dict)  # queries, by the first digits of an image's name; where a
+    # budget asks for it
 
 
 def note(folder: Path, entry: Entry) -> None:
@@ -59,6 +65,18 @@ def note(folder: Path, entry: Entry) -> None:
         RunError: it cannot be written.
     """
     append_line(folder / "ledger.jsonl", asdict(entry))
+
+
+def read_ledger(folder: Path) -> list[Entry]:
+    """Return the lines of the folder's ledger.
+
+    Raises:
+        RunError: one is not the ledger's.
+    """
+    try:
+        return msgspec.convert(read_lines(folder / "ledger.jsonl"), list[Entry])
+    except msgspec.ValidationError as error:
+        raise RunError(f"{folder / 'ledger.jsonl'}: a line is not the ledger's ({error}); remove it") from error
 
 
 def mend(folder: Path) -> None:
@@ -87,6 +105,9 @@ class Status:
     bytes_out: int = 0
     bytes_in_today: int = 0  # today by UTC
     bytes_out_today: int = 0
+    refused: int = 0  # questions
+    budget: Budget = Budget()  # of the last start
+    spent: Spent = field(default_factory=lambda: Spent(Budget()))
     last: Entry | None = None
 
     def add(self, entry: Entry) -> None:
@@ -99,7 +120,14 @@ class Status:
         if entry.time[:10] == now()[:10]:
             self.bytes_in_today += entry.bytes_in
             self.bytes_out_today += entry.bytes_out
+        self.refused += entry.refused
+        self.spent.add(entry.time[:10], entry.queries, entry.by_image)
         self.last = entry
+
+    @property
+    def queries_today(self) -> int:
+        """How many queries were answered today, by UTC."""
+        return self.spent.today if self.spent.day == now()[:10] else 0
 
     @property
     def failed(self) -> int:
@@ -118,6 +146,7 @@ class Running:
     flare: tuple[int, float] | None = (
         None  # FLARE's client: its process id, and when it began, which tells it from others
     )
+    budget: Budget = Budget()
 
     def write(self, folder: Path) -> None:
         """Write it to the folder."""
@@ -144,15 +173,12 @@ def status(folder: Path) -> Status:
         raise RunError(f"{folder} is no site's folder (no recipe.toml); name the one that `accord site train` wrote")
     found = Status()
     if (started := read_running(folder)) is not None:
-        found.name, found.since = started.name, started.since
+        found.name, found.since, found.budget = started.name, started.since, started.budget
         with contextlib.suppress(OSError):
             connect(Path(started.socket), timeout=5.0).close()
             found.running = True
-    for line in read_lines(folder / "ledger.jsonl"):
-        try:
-            found.add(msgspec.convert(line, Entry))
-        except msgspec.ValidationError as error:
-            raise RunError(f"{folder / 'ledger.jsonl'}: a line is not the ledger's ({error}); remove it") from error
+    for entry in read_ledger(folder):
+        found.add(entry)
     return found
 
 

@@ -5,6 +5,8 @@
 This process never talks to a network: bytes come and go over a Unix socket that this user alone may enter, and FLARE's
 client is its child. One request is answered at a time, in one thread, and the result is the in-process engine's, bit
 by bit. A line of the ledger (`accord.flare.ledger`) is written before a reply leaves; where it cannot be, none leaves.
+So what was spent of a budget is never less than what left, however the process ends: a query of which the line is
+written and the reply is lost counts.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -27,25 +30,34 @@ from typing import TYPE_CHECKING, Final, cast
 
 import torch
 
-from accord.errors import ReplyError, RunError
+from accord.data.decoder import Decoder
+from accord.errors import RunError
+from accord.federation.batches import Opening
 from accord.federation.endpoint import Endpoint, ImageCache, image_library
 from accord.federation.engine import kind_of
+from accord.federation.limits import NAME, Budget, Limits, Rate, Spent, queries
 from accord.federation.messages import (
+    AnswerItem,
+    AnswerReply,
+    Declined,
     MissingImages,
     Refusal,
+    Reply,
+    Request,
+    ScoreItem,
+    ScoreReply,
     ScoreRequest,
     Task,
     UpdateReply,
     UpdateRequest,
     WithImages,
     decode_reply,
-    decode_request,
     encode,
 )
 from accord.federation.site import LocalUpdate, Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
-from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_running, site_log
+from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_ledger, read_running, site_log
 from accord.models.features import remember
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
@@ -106,7 +118,7 @@ def alone(recipe: Recipe, name: str) -> Job:
     return Job(recipe, cast(Run, None), quiet=True, alone=name)
 
 
-def open_site_folder(folder: Path, name: str) -> Site:
+def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None) -> Site:
     """Open the site that `accord site train RECIPE NAME --out FOLDER` made, ready to answer as the in-process engine's.
 
     Pairs of its own are read at once, so that a fault in them shows now; constructed ones when the router is trained.
@@ -127,7 +139,7 @@ def open_site_folder(folder: Path, name: str) -> Site:
     updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
     if recipe.projector is not None:
         updates["projector"] = WhenAsked(partial(projector_training, job, name))
-    return open_site(recipe, folder, name, scores=recipe.scores, updates=updates)
+    return open_site(recipe, folder, name, scores=recipe.scores, updates=updates, opening=opening)
 
 
 class SiteService:
@@ -140,6 +152,8 @@ class SiteService:
         limit: bytes of a request at most.
         patience: seconds in which a connection must bring its request, or take its reply.
         cache: of images.
+        limits: of a request; None for none.
+        budget: of queries, by the ledger.
         on_entry: told every line of the ledger.
     """
 
@@ -152,10 +166,17 @@ class SiteService:
         limit: int = MAX_FRAME,
         patience: float = PATIENCE,
         cache: ImageCache | None = None,
+        limits: Limits | None = None,
+        budget: Budget | None = None,
         on_entry: Callable[[Entry], None] = lambda _: None,
     ) -> None:
         self.folder, self.path, self.limit, self.patience = folder, path, limit, patience
-        self.endpoint = Endpoint(site.name, site.answer, cache)
+        self.limits = limits
+        self.spent = Spent(budget or Budget())
+        self._rate = None if limits is None else Rate(limits.requests_per_minute)
+        self._busy = False  # of the request in hand
+        site.declined = self._declined
+        self.endpoint = Endpoint(site.name, site.answer, cache, text=None if limits is None else limits.message_text)
         self._on_entry = on_entry
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -170,6 +191,8 @@ class SiteService:
             RunError: another process listens there.
         """
         mend(self.folder)
+        for entry in read_ledger(self.folder):
+            self.spent.add(entry.time[:10], entry.queries, entry.by_image)
         self._listener = listen(self.path)
         self._listener.settimeout(0.2)  # closing a socket wakes no thread that waits in accept
         self._accepting = threading.Thread(target=self._accept, name="accept", daemon=True)
@@ -239,17 +262,46 @@ class SiteService:
     def _answer(self, data: bytes, connection: socket.socket) -> bytes:
         """Return the reply's bytes, once the ledger has its line; without a line nothing leaves but a refusal."""
         start = time.monotonic()
-        kind, name, images, questions, candidates = _describe(data, self.endpoint)
-        reply = b"" if _gone(connection) else self.endpoint(data)
-        seconds = round(time.monotonic() - start, 3)
-        shown = re.sub(r"[^A-Za-z0-9._:-]", "?", name[:48])
-        counts = (images, questions, candidates, len(data), len(reply))
+        request = self.endpoint.read(data)
+        kind, name, images, questions, candidates = _describe(request, self.endpoint)
+        reply = b"" if _gone(connection) else self._reply(request)
+        said = decode_reply(reply) if reply else None
+        by_image, refused = _answered(request, said)
+        entry = Entry(
+            now(),
+            kind,
+            re.sub(r"[^A-Za-z0-9._:-]", "?", name[:48]),
+            images,
+            questions,
+            candidates,
+            len(data),
+            len(reply),
+            round(time.monotonic() - start, 3),
+            _outcome(said),
+            queries=by_image.total(),
+            refused=refused,
+            by_image={image: n for image, n in by_image.items() if image} if self.spent.budget.per_image else {},
+        )
         try:
-            self._note(Entry(now(), kind, shown, *counts, seconds, _outcome(reply)))
+            self._note(entry)
         except RunError:
             logger.exception("the ledger cannot be written, and so nothing is answered")
             return encode(Refusal(name, "error"))
+        self.spent.add(entry.time[:10], entry.queries, entry.by_image)
         return reply
+
+    def _reply(self, request: Request | None) -> bytes:
+        self._busy = self._rate is not None and self._rate.over()
+        if self._busy and request is not None and not isinstance(request, WithImages):
+            return encode(Refusal(request.id, "refused"))
+        return self.endpoint.reply(request)
+
+    def _declined(self, request: WithImages) -> dict[int, Declined]:
+        """Return which questions of a request are refused before anything is computed."""
+        if self._busy:
+            return dict.fromkeys(range(len(request.items)), Declined.LIMIT)
+        over = {} if self.limits is None else self.limits.declined(request)
+        return over | self.spent.declined(request, now()[:10], over)
 
     def _note(self, entry: Entry) -> None:
         with self._lock:
@@ -257,11 +309,9 @@ class SiteService:
             self._on_entry(entry)
 
 
-def _describe(data: bytes, endpoint: Endpoint) -> tuple[str, str, int, int, int]:
+def _describe(request: Request | None, endpoint: Endpoint) -> tuple[str, str, int, int, int]:
     """Return a request's kind and id, and its numbers of new images, questions and candidates."""
-    try:
-        request = decode_request(data)
-    except ReplyError:
+    if request is None:
         return "", "", 0, 0, 0
     kind = kind_of(request)
     if not isinstance(request, WithImages):
@@ -271,13 +321,27 @@ def _describe(data: bytes, endpoint: Endpoint) -> tuple[str, str, int, int, int]
     return kind, request.id, new, len(request.items), candidates
 
 
-def _outcome(reply: bytes) -> Outcome:
-    if not reply:
+def _answered(request: Request | None, reply: Reply | None) -> tuple[Counter[str], int]:
+    """Return the queries that a reply answers, by the first digits of their image, and how many questions it refuses.
+
+    Those without an image count under the empty name.
+    """
+    if not isinstance(request, WithImages) or not isinstance(reply, ScoreReply | AnswerReply):
+        return Counter(), 0
+    by_image: Counter[str] = Counter()
+    items: Sequence[ScoreItem | AnswerItem] = request.items
+    for n, item in enumerate(items):
+        if n not in reply.refused:
+            by_image[(item.image or "")[:NAME]] += queries(item)
+    return by_image, len(reply.refused)
+
+
+def _outcome(reply: Reply | None) -> Outcome:
+    if reply is None:
         return "gone"
-    decoded = decode_reply(reply)
-    if isinstance(decoded, Refusal):
-        return decoded.reason
-    return "missing images" if isinstance(decoded, MissingImages) else "answered"
+    if isinstance(reply, Refusal):
+        return reply.reason
+    return "missing images" if isinstance(reply, MissingImages) else "answered"
 
 
 def _gone(connection: socket.socket) -> bool:
@@ -322,19 +386,21 @@ def join(
     if name not in (None, found.name):
         raise RunError(f"{kit} is the kit of site {found.name}, and the server asks no site {name}; leave the name out")
     check_certificate(found)
-    read_site_folder(folder, found.name)
+    config = alone(read_site_folder(folder, found.name), found.name).site(found.name)
     stop = stop or threading.Event()
     path = socket_folder(found.path) / f"{found.name}.sock"
     with Run.resume(folder, (folder / "recipe.toml").read_text(encoding="utf-8")), site_log(folder):
         if (before := read_running(folder)) is not None and before.flare is not None:
             end(*before.flare)  # a service that was killed left it behind
-        running = Running(found.name, os.getpid(), now(), str(path))
+        limits, budget = config.limits, config.budget
+        running = Running(found.name, os.getpid(), now(), str(path), budget=budget)
         cache = ImageCache(library=image_library(images)) if images is not None else None
-        site = open_site_folder(folder, found.name)
-        service = SiteService(site, folder, path, cache=cache, on_entry=on_entry)
+        decoder = Decoder(memory=limits.image_memory, pixels=limits.image_pixels)
+        site = open_site_folder(folder, found.name, opening=Opening(decoder, limits.pixels))
+        service = SiteService(site, folder, path, cache=cache, limits=limits, budget=budget, on_entry=on_entry)
         flare = FlareClient(start_command(found), start_environment(found), found.path / "flare.log", on_flare)
         # FLARE goes last: it carries the reply in hand.
-        with _leaving(stop), flare, service:
+        with decoder, _leaving(stop), flare, service:
             on_start(found)
             flare.keep(stop, lambda each: replace(running, flare=each).write(folder))
         running.write(folder)

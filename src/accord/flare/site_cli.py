@@ -202,8 +202,21 @@ def _page(status: Status) -> Table:
         ("images received", f"{status.images:,}"),
         ("bytes in", f"{status.bytes_in:,}, today {status.bytes_in_today:,}"),
         ("bytes that left", f"{status.bytes_out:,}, today {status.bytes_out_today:,}"),
+        ("queries answered", _spent(status)),
+        ("questions refused", f"{status.refused:,}"),
         ("last request", _sentence(status.last) if status.last else "–"),
     )
+
+
+def _spent(status: Status) -> str:
+    def of(spent: int, most: int) -> str:
+        return f"{spent:,} of {most:,}" if most else f"{spent:,}"
+
+    budget, spent = status.budget, status.spent
+    words = f"{of(spent.run, budget.per_run)}, today {of(status.queries_today, budget.per_day)}"
+    if budget.per_image:
+        words += f", about one image at most {of(max(spent.by_image.values(), default=0), budget.per_image)}"
+    return words
 
 
 def _rows(*rows: tuple[str, str]) -> Table:
@@ -221,4 +234,6 @@ def _sentence(entry: Entry) -> str:
         what += f", {entry.questions} questions, {entry.candidates} candidates, {entry.images} new images"
     elif entry.kind == "answer":
         what += f" by its own model, {entry.questions} questions, {entry.images} new images"
+    if entry.refused:
+        what += f", {entry.refused} refused"
     return f"{entry.time} {what}: {entry.outcome}; {entry.bytes_in} B in, {entry.bytes_out} B out, {entry.seconds} s"

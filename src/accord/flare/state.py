@@ -170,7 +170,7 @@ class FederationFile:
             totals[site] = [a + b for a, b in zip(totals[site], (messages, absences, down, up), strict=True)]
 
         for file in sorted((self._folder / "traffic").glob("*.json")):
-            for site, _, messages, down, up, absences in json.loads(file.read_bytes()):
+            for site, _, messages, down, up, absences, *_ in json.loads(file.read_bytes()):
                 add(site, messages, absences, down, up)
         for (site, _), count in list(engine.traffic.counts.items()):  # the engine adds to it meanwhile
             add(site, count.messages, count.absences, count.bytes_to_site, count.bytes_from_site)

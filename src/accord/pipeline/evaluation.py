@@ -139,7 +139,7 @@ def _summary(
         compare=compared,
     )
     traffic = tuple(
-        TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
+        TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences, c.refused)
         for (site, kind), c in sorted(job.traffic.counts.items())
     )
     return Summary(

@@ -25,6 +25,7 @@ Absent is not zero: a site that answered nothing has a row of NaN, no competence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,8 +150,9 @@ def grade(engine: Engine, questions: Sequence[Question], *, deadline: float | No
     correct = torch.full((len(engine.sites), len(questions)), torch.nan, dtype=torch.double)
     for k, site in enumerate(engine.sites):
         if site in answers:
-            given = [normalise_answer(answer) for answer in answers[site]]
-            correct[k] = torch.tensor([g in w for g, w in zip(given, wanted, strict=True)], dtype=torch.double)
+            given = [None if answer is None else normalise_answer(answer) for answer in answers[site]]
+            graded = [math.nan if g is None else float(g in w) for g, w in zip(given, wanted, strict=True)]
+            correct[k] = torch.tensor(graded, dtype=torch.double)
     return correct
 
 
@@ -233,9 +235,8 @@ class CompetenceRouter:
         self.calls = int(state["calls"])
 
     def _renew(self, fresh: Tensor) -> None:
-        """Take what was measured anew; a site that did not answer this time keeps what was known of it."""
-        silent = fresh.isnan().all(dim=1, keepdim=True)
-        self.graph = replace(self.graph, correct=torch.where(silent, self.graph.correct, fresh))
+        """Take what was measured anew; where a site did not answer this time, what was known of it is kept."""
+        self.graph = replace(self.graph, correct=torch.where(fresh.isnan(), self.graph.correct, fresh))
 
 
 class RandomExperts:

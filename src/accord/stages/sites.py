@@ -22,6 +22,7 @@ from accord.data.questions import uniform
 from accord.data.sites import check_disjoint
 from accord.errors import CheckpointError, DataError, RecipeError, RunError
 from accord.federation.answering import Answerer, question_key, read_truth, truth_book, write_truth
+from accord.federation.batches import Opening
 from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import ScoreRange, Task
 from accord.federation.site import LocalUpdate, Site, SiteRecord
@@ -312,6 +313,7 @@ def open_site(
     scores: ScoreRange | None,
     standardised: bool = True,
     updates: Mapping[Task, LocalUpdate] | None = None,
+    opening: Opening | None = None,
 ) -> Site:
     """Start a site with the reward model that it left in its part of the run folder.
 
@@ -325,6 +327,7 @@ def open_site(
         scores: the range to which its scores are clipped; None for none.
         standardised: whether its scores are standardised.
         updates: what is trained at it, by task.
+        opening: how the images of requests are opened.
 
     Raises:
         CheckpointError: the reward model or the reference answers cannot be loaded, or the model that answers questions
@@ -342,12 +345,13 @@ def open_site(
         msgspec.json.decode(record.read_bytes(), type=SiteRecord) if record.is_file() else None,
         score_range=scores,
         updates=updates,
-        answerer=_answerer(recipe, config, folder) if config.answers else None,
+        answerer=_answerer(recipe, config, folder, opening) if config.answers else None,
         truth=read_truth(folder / "truth.json") if config.answers or config.owns else None,
+        opening=opening,
     )
 
 
-def _answerer(recipe: Recipe, site: SiteConfig, folder: Path) -> Answerer:
+def _answerer(recipe: Recipe, site: SiteConfig, folder: Path, opening: Opening | None) -> Answerer:
     place = site.checkpoint if site.finetune is None else str(folder / "model")
     if site.finetune is not None and not Path(place).is_dir():
         raise CheckpointError(
@@ -358,6 +362,7 @@ def _answerer(recipe: Recipe, site: SiteConfig, folder: Path) -> Answerer:
         partial(load_model, place),
         max_new_tokens=recipe.alignment.max_completion_length,
         batch_size=recipe.alignment.questions_at_once,
+        opening=opening,
     )
 
 

@@ -13,26 +13,28 @@ from accord.federation.engine import Engine, Traffic
 from accord.runs import write_atomic
 from accord.stages.job import Job
 
-Row: TypeAlias = tuple[str, str, int, int, int, int]
-"""Site, kind, messages, bytes to the site, bytes from it, absences."""
+Row: TypeAlias = tuple[str, str, int, int, int, int] | tuple[str, str, int, int, int, int, int]
+"""Site, kind, messages, bytes to the site, bytes from it, absences; refused questions where there are any."""
 
 
 def traffic_rows(traffic: Traffic) -> list[Row]:
     """Return the counts as rows for a file."""
-    return [
-        (site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
-        for (site, kind), c in sorted(traffic.counts.items())
-    ]
+    rows: list[Row] = []
+    for (site, kind), c in sorted(traffic.counts.items()):
+        row = (site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences)
+        rows.append((*row, c.refused) if c.refused else row)
+    return rows
 
 
 def add_rows(traffic: Traffic, rows: Sequence[Row]) -> None:
     """Add the counts of `rows` to `traffic`."""
-    for site, kind, messages, down, up, absences in rows:
+    for site, kind, messages, down, up, absences, *refused in rows:
         count = traffic.counts[site, kind]
         count.messages += messages
         count.bytes_to_site += down
         count.bytes_from_site += up
         count.absences += absences
+        count.refused += sum(refused)
 
 
 def add_stage(job: Job, stage: str) -> None:
@@ -72,9 +74,7 @@ def load_traffic(job: Job, path: Path) -> None:
     """Replace the current counts by those of a file; without it they are zero."""
     job.traffic.counts.clear()
     if path.is_file():
-        for site, kind, messages, down, up, absences in cast(list[Row], json.loads(path.read_text())):
-            count = job.traffic.counts[site, kind]
-            count.messages, count.bytes_to_site, count.bytes_from_site, count.absences = messages, down, up, absences
+        add_rows(job.traffic, cast(list[Row], json.loads(path.read_text())))
 
 
 def save_traffic(job: Job, stage: str) -> None:
