@@ -12,6 +12,7 @@ from typing import Literal
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
+from accord.attacks.scores import Attack
 from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
 from accord.data.image_text import PROMPT
@@ -110,6 +111,7 @@ class SiteConfig:
     lora: LoraSettings | None = None  # train the reward model as an adapter
     answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
+    attack: Attack | None = None  # a trial: this site lies, as `accord.attacks.scores` says
 
     def __post_init__(self) -> None:
         """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""

@@ -248,6 +248,9 @@ class _Record(TrainerCallback):
         }
         if "absent" in logs:
             record["absent"] = logs["absent"]
+        for kind in ("trust", "influence"):  # of methods that defend against sites that lie
+            if told := {name.removeprefix(f"{kind}/"): v for name, v in logs.items() if name.startswith(f"{kind}/")}:
+                record[kind] = told
         self.log(record)
 
 

@@ -63,6 +63,14 @@ class LocalUpdate(Protocol):
         ...
 
 
+class Lie(Protocol):
+    """What a site sends in place of its scores: a trial of what the federation bears (`accord.attacks.scores`)."""
+
+    def __call__(self, request: ScoreRequest, scores: Sequence[Sequence[float]], /) -> list[list[float]]:
+        """Return scores of the same shape."""
+        ...
+
+
 class Site:
     """Answer requests with a reward model.
 
@@ -76,6 +84,7 @@ class Site:
         answerer: this site's own model; None refuses whatever needs its answers.
         truth: the reference answers that this site owns, one or several to a question, by
             `accord.federation.answering.question_key`.
+        lie: changes its scores before they leave; None for an honest site.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class Site:
         updates: Mapping[Task, LocalUpdate] | None = None,
         answerer: Answerer | None = None,
         truth: Mapping[str, tuple[str, ...]] | None = None,
+        lie: Lie | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -96,6 +106,7 @@ class Site:
         self.updates = updates or {}
         self.answerer = answerer
         self.truth = truth or {}
+        self.lie = lie
 
     def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -104,7 +115,8 @@ class Site:
             ReplyError: the request is not one that this site answers.
         """
         if isinstance(request, ScoreRequest):
-            return ScoreReply(request.id, self.scores(request))
+            scores = self.scores(request)
+            return ScoreReply(request.id, self.lie(request, scores) if self.lie else scores)
         if isinstance(request, AnswerRequest):
             return AnswerReply(request.id, self._own(request.items, request.images))
         if isinstance(request, UpdateRequest):
