@@ -157,11 +157,11 @@ def shown(values: Sequence[float]) -> str:
 
 def canaries_needed() -> str:
     """Return the table of docs/liars.md: how often a site is set aside in a type within so many canaries of it."""
-    counts = (6, 9, 12, 16, 24, 32, 48)
-    rows = {"flips every order": 0.1, "flips half": 0.3, "near chance, below": 0.45, "knows nothing": 0.5}
-    rows |= {"weak": 0.6, "fair": 0.7, "good": 0.9}
+    counts = (9, 12, 16, 24, 32, 48)
+    rows = {"flips every order": 0.0, "flips, and is sometimes wrong itself": 0.1, "flips most": 0.3}
+    rows |= {"knows nothing": 0.5, "knows a little": 0.6, "knows much": 0.9}
     lines = [
-        [name, f"{100 * accuracy:.0f} %", *(f"{100 * alarms(accuracy, n):.2g} %" for n in counts)]
+        [name, f"{100 * accuracy:.0f} %", *(f"{float(f'{100 * alarms(accuracy, n):.2g}'):g} %" for n in counts)]
         for name, accuracy in rows.items()
     ]
     return markdown_table(["a site that", "ranks right", *(f"{n} canaries" for n in counts)], lines)
