@@ -105,6 +105,24 @@ def test_trust_by_hand():
     assert trust.weights(["number"])[0, 1] == 0  # worse than chance over all types
 
 
+def test_who_knows_little_moves_little():
+    """One of two sites is set aside: the other has all the weight, and rewards are as small as its trust.
+
+    By hand: 3 / 6 after a wrong one, whose weight is 0; then, after a right one, 4 / (6 + 63/64) in the long memory.
+    A new type has a newcomer's trust.
+    """
+    trust = Trust(["a", "b"], KINDS, CONFIG)
+    with pytest.warns(DataWarning, match="set aside"):
+        learnt(trust, "a", "shape", *[0.0] * 11)
+    assert trust.confidence(["shape", "number"]).tolist() == approx([1.0, 1.0])
+    learnt(trust, "b", "shape", 0.0)
+    assert trust.estimate()[1, 2].item() == approx(0.5) and trust.confidence(["shape"]).tolist() == approx([0.0])
+    learnt(trust, "b", "shape", 1.0)
+    m = 4 / (6 + 63 / 64)
+    odds = torch.tensor(m / (1 - m)).log().item() / torch.tensor(1.5).log().item()
+    assert 0 < odds < 1 and trust.confidence(["shape"]).tolist() == approx([odds])
+
+
 def test_quick_to_lose_and_slow_to_gain():
     """After 64 right ones it takes 12 wrong ones to be nobody, and more than twice as many right ones to be heard."""
     trust = Trust(["a"], ("colour",), CONFIG)

@@ -233,6 +233,9 @@ class FederatedReward:
         scores = self._scores(query, self._patience(query), replies)
         cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
         fused = self._fuse(groups, scores, self._trusted(groups, routed, log_metric), cut, log_metric)
+        if self.canaries is not None:
+            sure = self.canaries.trust.confidence([group.kind for group in groups]).tolist()
+            fused = [rewards * share for rewards, share in zip(fused, sure, strict=True)]
         for k, site in enumerate(self.engine.sites):
             log_metric(f"routed/{site}", routed[:, k].mean().item())
         rewards: list[float | None] = []

@@ -6,12 +6,16 @@
     m_n          (3 + S) / (5 + S + F)                                  mean of the posterior Beta(3 + S, 2 + F)
     m            min(m_16, m_64)                                        quick to lose, slow to gain
     τ            max(0, log(m / (1 − m)))                               multiplied into the routing weight
+    c            min(1, max_k τ_k / log(3/2))                           multiplied into the rewards of a prompt
 
 A site's trust is of a question type: an honest specialist keeps its own though it is at chance elsewhere. In a type
 without canaries all sites have the prior's trust but those that are set aside over all types together. Log odds are
 the weights of the best vote of independent judges (Nitzan and Paroush 1982, https://doi.org/10.2307/2526438); the Beta
 posterior and its forgetting are Jøsang and Ismail's reputation (2002), two memories at once are ours. The prior,
 Beta(3, 2), trusts newcomers alike and a little: the first requests are weighted by the router alone.
+
+Weights are relative: where the site that knows a type is set aside, another that is right 51 times in 100 would have
+all of them. So rewards shrink by c where no site is trusted as much as a newcomer.
 
 A site whose short memory is more than `alarm` posterior deviations below ½ is set aside: its τ is 0 in that type, and
 the operator is told. It goes on being asked, for else it would know, and could show no evidence; it is readmitted once
@@ -135,6 +139,10 @@ class Trust:
         odds = (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
         rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
         return odds.T[rows]
+
+    def confidence(self, kinds: Sequence[str]) -> Tensor:
+        """Return c `[N]` in 0..1 for questions of these types: the best site's trust, as a share of a newcomer's."""
+        return (self.weights(kinds).amax(dim=1) / math.log(PRIOR[0] / PRIOR[1])).clamp(max=1)
 
     def summary(self) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
         """Return m of every site by type, and the types in which each is set aside."""
