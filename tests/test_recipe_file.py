@@ -94,7 +94,10 @@ def test_a_method_without_its_table_is_read_back_equal():
         ({"fedgrpo": {"auxiliary": 5, "neighbours": 6}}, "[fedgrpo] neighbours must be at most auxiliary = 5, got 6"),
         ({"fedgrpo": 3}, "fedgrpo must be a table, got 3; write it as [fedgrpo]"),
         ({"fedgrpo": [{}]}, "fedgrpo must be a table, got [{}]; write it as [fedgrpo]"),
-        ({"fedgrop": {}}, "fedgrop is not a setting; did you mean fedgrpo? valid at the top: alignment, compare"),
+        (
+            {"fedgrop": {}},
+            "fedgrop is not a setting; did you mean fedgrpo? valid at the top: alignment, canaries, compare",
+        ),
         ({"fed-it": {}}, "fed-it is not a setting; did you mean fedit? valid at the top"),
         ({"aligment": {}}, "aligment is not a setting; did you mean alignment?"),
         ({"tables": {"fedit": {}}}, "tables is not a setting"),

@@ -12,6 +12,7 @@ from typing import Literal
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import Mode, Scope
+from accord.attacks.scores import Attack
 from accord.data.captions import Judgements
 from accord.data.dealing import Dealing
 from accord.data.image_text import PROMPT
@@ -116,6 +117,7 @@ class SiteConfig:
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
     limits: Limits = Limits()  # of one request from another organisation
     budget: Budget = Budget()  # of the queries that it answers to another organisation
+    attack: Attack | None = None  # a trial: this site lies, as `accord.attacks.scores` says
 
     def __post_init__(self) -> None:
         """Refuse a share that cannot be dealt out, and a share of flipped pairs or of owned answers that is none."""

@@ -271,7 +271,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
     schema = json.loads(summary_schema())
     definitions = schema["$defs"]
     optional = {  # older files have no such field
-        "Summary": {"competence", "method", "projector"},
+        "Summary": {"competence", "method", "projector", "trust"},
         "ProjectorRound": {"beta", "cosine", "lag"},
         "ProjectorSummary": {"silos"},
         "Accuracy": {"images", "macro_error"},

@@ -27,6 +27,7 @@ from accord.methods import (
     means,
     mor,
     needed,
+    robust,
     server_alone,
     single,
 )
@@ -39,7 +40,7 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, gates, means, fedgrpo, fusions, single, fedavg_reward),
+    *(mor, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
     *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")

@@ -278,6 +278,9 @@ class _Record(TrainerCallback):
             name.removeprefix("routed/"): value for name, value in logs.items() if name.startswith("routed/")
         }
         record |= {name: logs[name] for name in ("absent", "failed", "parked") if name in logs}
+        for kind in ("trust", "influence"):  # of methods that defend against sites that lie
+            if told := {name.removeprefix(f"{kind}/"): v for name, v in logs.items() if name.startswith(f"{kind}/")}:
+                record[kind] = told
         self.log(record)
 
 

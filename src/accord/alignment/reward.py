@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeAlias, cast
 
@@ -39,11 +39,13 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
 from accord.data.questions import normalise_answer
-from accord.errors import DataError
+from accord.errors import DataError, RunError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRange, ScoreRequest, image_name, to_turns
+from accord.routing.canaries import Canaries, Hidden
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
+from accord.routing.robust import capped
 from accord.routing.router import Router
 from accord.types import ImageSource, Message, Prompt
 
@@ -62,6 +64,7 @@ class Group:
     data: bytes | None  # the image as it travels
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
+    kind: str = ""  # question type, where the rows have that column
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class ScoreQuery:
     groups: Sequence[Group]
     weights: Tensor  # [M, K] over the distinct completions of all groups
     requests: dict[str, ScoreRequest]
-    places: dict[str, list[list[int]]]  # of every item of a site's request, its rows of `weights`
+    places: dict[str, list[list[int]]]  # of every item of a site's request, its rows of `weights`; a canary has none
+    hidden: dict[str, list[Hidden]] = field(default_factory=dict)  # the canaries of every site's request
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class PerGroup:
         judge: what judges a candidate at a site, its reward model or its own answer.
         truth: whether a site that owns the reference answer of a question judges by that.
         form: weight of a further reward, 1 for a completion that ended and says something, else 0.
+        cap: largest share of one site in what moves the policy in a step (`accord.routing.robust.capped`); 1 for none.
     """
 
     fusion: Fusion
@@ -91,6 +96,7 @@ class PerGroup:
     judge: Judge = "reward"
     truth: bool = False
     form: float = 0.0
+    cap: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,11 @@ class FederatedReward:
         missing: what a completion gets that no site scored (see the module's docstring).
         sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
             as PNG.
+        canaries: hidden questions in every request, whose answers tell whom to trust: that is multiplied into the
+            router's weights, by which the sites are still asked.
+
+    Raises:
+        RunError: there are canaries, and several processes ask together.
     """
 
     __name__ = "federation"  # TRL names its metrics after it
@@ -158,7 +169,12 @@ class FederatedReward:
         waiting: Waiting = Waiting(),
         missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
+        canaries: Canaries | None = None,
     ) -> None:
+        if canaries is not None and engine.processes > 1:
+            raise RunError(
+                f"canaries are one process's, and {engine.processes} ask together; start the alignment as one process"
+            )
         self.engine = engine
         self.router = router
         self.mode = mode
@@ -170,6 +186,7 @@ class FederatedReward:
         self.waiting = waiting
         self.missing = missing
         self.sources = sources or {}
+        self.canaries = canaries
         self._asked = 0
         self._started: _Started | None = None
 
@@ -187,7 +204,7 @@ class FederatedReward:
         self._end()
         if self.engine.processes > 1:
             return
-        query = self._route_and_query(self.group(prompts, completions, columns))
+        query = self._with_canaries(self._route_and_query(self.group(prompts, completions, columns)))
         replies = ask_meanwhile(self.engine, query.requests, deadline=self.waiting.deadline)
         self._started = _Started(prompts, completions, query, replies)
 
@@ -211,11 +228,14 @@ class FederatedReward:
         if started is not None and started.prompts is prompts and started.completions is completions:
             query, replies = started.query, started.replies.result()
         else:
-            query, replies = self._route_and_query(self.group(prompts, completions, columns)), None
+            query, replies = self._with_canaries(self._route_and_query(self.group(prompts, completions, columns))), None
         groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
         cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
-        fused = self._fuse(groups, scores, routed, cut)
+        fused = self._fuse(groups, scores, self._trusted(groups, routed, log_metric), cut, log_metric)
+        if self.canaries is not None:
+            sure = self.canaries.trust.confidence([group.kind for group in groups]).tolist()
+            fused = [rewards * share for rewards, share in zip(fused, sure, strict=True)]
         for k, site in enumerate(self.engine.sites):
             log_metric(f"routed/{site}", routed[:, k].mean().item())
         rewards: list[float | None] = []
@@ -234,17 +254,19 @@ class FederatedReward:
     ) -> list[Group]:
         """Split rows into groups: consecutive rows with the same conversation and the same image, at most G."""
         ids = cast(Sequence[str] | None, columns.get("question_id"))
+        kinds = cast(Sequence[str] | None, columns.get("question_type"))
         groups: list[Group] = []
         most = self.per_group.size if self.per_group else 0
         key: object = None
         texts: list[str] = []
         opening: tuple[Prompt, Image | None, bytes | None] | None = None
+        kind = ""
 
         def close() -> None:
             if opening is not None:
                 distinct = tuple(dict.fromkeys(texts))
                 position = {text: i for i, text in enumerate(distinct)}
-                groups.append(Group(*opening, distinct, tuple(position[text] for text in texts)))
+                groups.append(Group(*opening, distinct, tuple(position[text] for text in texts), kind))
 
         for n, prompt in enumerate(prompts):
             image = _image_of(prompt, n, columns)
@@ -255,6 +277,7 @@ class FederatedReward:
                 close()
                 source = self.sources.get(ids[n]) if ids is not None else None
                 opening, texts, key = (plain, image, _travelling(image, source)), [], this
+                kind = "" if kinds is None else kinds[n]
             texts.append(_text_of(completions[n]))
         close()
         return groups
@@ -303,26 +326,59 @@ class FederatedReward:
                 requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, judge, truth)
         return ScoreQuery(groups, weights, requests, places)
 
+    def _with_canaries(self, query: ScoreQuery) -> ScoreQuery:
+        """Mix canaries into the requests, if there are any."""
+        if self.canaries is None:
+            return query
+        requests, hidden = self.canaries.mix(query.requests)
+        places = {}
+        for site, of_site in query.places.items():
+            at = {each.position for each in hidden.get(site, ())}
+            ordinary = iter(of_site)
+            places[site] = [[] if n in at else next(ordinary) for n in range(len(requests[site].items))]
+        return replace(query, requests=requests, places=places, hidden=hidden)
+
+    def _trusted(self, groups: Sequence[Group], weights: Tensor, log_metric: Callable[[str, float], None]) -> Tensor:
+        """Return the routing weights `[M, K]` times what canaries have told of the sites."""
+        if self.canaries is None:
+            return weights
+        trust = self.canaries.trust.weights([group.kind for group in groups]).to(weights.dtype)
+        for k, site in enumerate(self.engine.sites):
+            log_metric(f"trust/{site}", (trust[:, k] / trust.sum(dim=1).clamp(min=1e-9)).mean().item())
+        return weights * trust.repeat_interleave(torch.tensor([len(group.candidates) for group in groups]), dim=0)
+
     def _cut_off(self, count: int, completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
         """Return of every completion whether it ended for want of room."""
         if completion_ids is None or not self.end_tokens:
             return [False] * count
         return [not self.end_tokens.intersection(ids) for ids in completion_ids]
 
-    def _fuse(self, groups: Sequence[Group], scores: Tensor, weights: Tensor, cut: Sequence[bool]) -> list[Tensor]:
+    def _fuse(
+        self,
+        groups: Sequence[Group],
+        scores: Tensor,
+        weights: Tensor,
+        cut: Sequence[bool],
+        log_metric: Callable[[str, float], None],
+    ) -> list[Tensor]:
         """Return the rewards `[G]` of every group from scores and weights `[M, K]` of the distinct completions."""
         sizes = [len(group.candidates) for group in groups]
         rows = [torch.tensor(group.rows) for group in groups]
         if self.per_group is None:
             fused = self.fusion(scores, weights).split(sizes)
             return [of_group[index] for of_group, index in zip(fused, rows, strict=True)]
-        rewards, done = [], 0
+        judged, done = list[tuple[Tensor, Tensor]](), 0
         for own, trust, index in zip(scores.split(sizes), weights.split(sizes), rows, strict=True):
             of_rows, ended = own[index], ~torch.tensor(cut[done : done + len(index)])[:, None]
             if self.scores is not None:  # before they are compared: what is fixed afterwards is on another scale
                 of_rows = of_rows.where(ended | of_rows.isnan(), self.scores.low)
-            rewards.append(self.per_group.fusion(of_rows, trust[index]))
+            judged.append((of_rows, trust[index]))
             done += len(index)
+        if self.per_group.cap == 1:
+            return [self.per_group.fusion(of_rows, trust) for of_rows, trust in judged]
+        rewards, influence = capped(self.per_group.fusion, judged, self.per_group.cap)
+        for site, share in zip(self.engine.sites, influence.tolist(), strict=True):
+            log_metric(f"influence/{site}", share)
         return rewards
 
     def _patience(self, query: ScoreQuery) -> Patience:
@@ -339,6 +395,8 @@ class FederatedReward:
             patience=patience,
             limits=(self.scores.low, self.scores.high) if self.scores else (-MAX_SCORE, MAX_SCORE),
         )
+        if self.canaries is not None and query.hidden:
+            self.canaries.learn(query.hidden, given)
         return self._table(query, given)
 
     def _table(self, query: ScoreQuery, given: Mapping[str, Scores]) -> Tensor:
@@ -347,7 +405,7 @@ class FederatedReward:
         for site, of_site in given.items():
             k = list(self.engine.sites).index(site)
             for rows, values in zip(query.places[site], of_site, strict=True):
-                if values is not None:
+                if values is not None and rows:
                     scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
         return scores
 

@@ -1,1 +1,1 @@
-"""Sites that lie, for tests and benchmarks, and for whoever wants to try a federation of their own."""
+"""Attacks of a federation's own members, for tests, benchmarks and a trial of one's own: scores, pairs, and updates."""

@@ -237,6 +237,41 @@ def comparison_bars(compare: Mapping[str, Accuracy], *, highlight: str = "", wid
         return svg(figure, "comparison", "Macro accuracy of the methods compared, with 95 % intervals")
 
 
+def breakdown_curves(
+    panels: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], *, width: float = WIDE
+) -> str:
+    """Draw what is left of a measure as sites lie: a panel an attack, a line a method, the number of liars across.
+
+    Args:
+        panels: by attack and method, mean and half interval by the number of liars; 0 for no interval.
+        width: in inches.
+    """
+    if not panels:
+        return ""
+    with matplotlib.rc_context(STYLE):
+        across = max(1, round(width / 2.5))
+        down = math.ceil(len(panels) / across)
+        figure, _ = canvas(width, 2.1 * down + 0.5, axes=False)
+        grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flatten()
+        names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+        marks = zip(itertools.cycle((AFTER, *_TYPE_COLOURS)), itertools.cycle(_SILO_MARKS), strict=False)
+        looks = dict(zip(names, marks, strict=False))
+        for axes, (attack, lines) in zip(grid, panels.items(), strict=False):
+            axes.set_title(short(attack))
+            axes.grid(axis="y")
+            for name, points in lines.items():
+                (colour, mark), liars = looks[name], sorted(points)
+                middle, half = ([points[n][place] for n in liars] for place in (0, 1))
+                axes.errorbar(liars, middle, half, color=colour, marker=mark, markersize=4.5, linewidth=1.3, label=name)
+            axes.set_xticks(sorted({n for points in lines.values() for n in points}))
+            axes.set_xlabel("sites that lie")
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        handles = {label: h for axes in grid for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4 if width > 5 else 2)
+        return svg(figure, "breakdown", "Accuracy against the number of sites that lie, by attack and method")
+
+
 def silo_scatter(silos: Mapping[str, Sequence[Sequence[float]]], *, width: float = WIDE) -> str:
     """Draw where each site's items lie on two axes (points), with how many there are; a site's colour has its mark.
 

@@ -198,6 +198,15 @@ class ProjectorSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class TrustSummary:
+    """What hidden questions told of the sites: how many there were, and by site and question type what came of them."""
+
+    canaries: Count
+    sites: Mapping[str, Mapping[str, Share]]  # share of wrong answers ranked below the right one, as it was in the end
+    aside: Mapping[str, tuple[str, ...]]  # question types in which a site ranked them worse than chance
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run states about itself; `docs/summary.md` explains each field."""
 
@@ -223,6 +232,7 @@ class Summary:
     competence: CompetenceSummary | None = None
     method: str = "routed"  # what the policy was aligned by
     projector: ProjectorSummary | None = None  # None where the policy's own was kept
+    trust: TrustSummary | None = None  # None where no hidden questions were asked
 
 
 def headline(evaluation: EvaluationSummary, traffic: Sequence[TrafficRow]) -> dict[str, dict[str, Any]]:

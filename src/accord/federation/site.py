@@ -67,6 +67,14 @@ class LocalUpdate(Protocol):
         ...
 
 
+class Lie(Protocol):
+    """What a site sends in place of its scores: a trial of what the federation bears (`accord.attacks.scores`)."""
+
+    def __call__(self, request: ScoreRequest, scores: Sequence[Sequence[float]], /) -> list[list[float]]:
+        """Return scores of the same shape."""
+        ...
+
+
 class Site:
     """Answer requests with a reward model.
 
@@ -81,6 +89,7 @@ class Site:
         truth: the reference answers that this site owns, one or several to a question, by
             `accord.federation.answering.question_key`.
         opening: how the images of requests are opened.
+        lie: changes its scores before they leave; None for an honest site.
 
     Attributes:
         declined: which questions of a request are refused before anything is computed, by place, and why; none, unless
@@ -98,6 +107,7 @@ class Site:
         answerer: Answerer | None = None,
         truth: Mapping[str, tuple[str, ...]] | None = None,
         opening: Opening | None = None,
+        lie: Lie | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -108,6 +118,7 @@ class Site:
         self.truth = truth or {}
         self.opening = opening or Opening()
         self.declined: Callable[[WithImages], Mapping[int, Declined]] = lambda _: {}
+        self.lie = lie
 
     def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -144,6 +155,10 @@ class Site:
         if places and all(refused.get(n) is Declined.ERROR for n in places):
             return Refusal(request.id, "error")
         if isinstance(request, ScoreRequest):
+            if self.lie is not None:
+                known = sorted(scores)
+                judged = msgspec.structs.replace(request, items=[request.items[n] for n in known])
+                scores = dict(zip(known, self.lie(judged, [scores[n] for n in known]), strict=True))
             return ScoreReply(request.id, [scores.get(n, []) for n in places], refused)
         return AnswerReply(request.id, [answers.get(n, "") for n in places], refused)
 

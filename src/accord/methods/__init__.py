@@ -30,6 +30,7 @@ from accord.methods import (
     gates,
     means,
     mor,
+    robust,
     server_alone,
     single,
 )
@@ -42,6 +43,7 @@ METHODS: Final[dict[str, Method]] = {
     **means.METHODS,
     **fedgrpo.METHODS,
     **fusions.METHODS,
+    **robust.METHODS,
     **single.METHODS,
     **fedavg_reward.METHODS,
     **fedit.METHODS,

@@ -32,6 +32,7 @@ from accord.models.generate import answer
 from accord.models.load import Processor, load_model
 from accord.progress import ProgressBarCallback
 from accord.recipe import Recipe
+from accord.routing.canaries import Canaries
 from accord.routing.fusion import Fusion, mixture
 from accord.routing.router import Router
 from accord.runs import full_disk_told, write_atomic
@@ -58,6 +59,7 @@ def federated_reward(
     scores: ScoreRange | Literal["recipe"] | None = "recipe",
     standardised: bool = True,
     engine: Engine | None = None,
+    canaries: Canaries | None = None,
 ) -> FederatedReward:
     """Make the sites of a job a reward function.
 
@@ -71,6 +73,7 @@ def federated_reward(
         scores: the range to which the sites clip; by default the recipe's.
         standardised: whether the sites standardise their scores.
         engine: carries the questions; by default the federation is opened.
+        canaries: as `FederatedReward`.
     """
     chosen = job.recipe.scores if scores == "recipe" else scores
     return reward_of(
@@ -84,6 +87,7 @@ def federated_reward(
         per_group=per_group,
         scores=chosen,
         sources={q.id: q.image for q in job.questions["public"] if q.image is not None},
+        canaries=canaries,
     )
 
 
@@ -99,6 +103,7 @@ def reward_of(
     fusion: Fusion = mixture,
     per_group: PerGroup | None = None,
     sources: Mapping[str, ImageSource] | None = None,
+    canaries: Canaries | None = None,
 ) -> FederatedReward:
     """Return the reward of a recipe's federation; `model` says which tokens end a completion."""
     tell = terminal.tell if rank_and_count()[0] == 0 else lambda _: None
@@ -113,6 +118,7 @@ def reward_of(
         end_tokens=_end_tokens(model),
         waiting=Waiting(recipe.routing.deadline, recipe.routing.quorum, tell),
         sources=sources,
+        canaries=canaries,
     )
 
 

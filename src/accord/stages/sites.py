@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import msgspec
 from peft import PeftModel
 from transformers import PreTrainedModel, set_seed
 
+from accord.attacks.scores import Liar, poisoned
 from accord.data.captions import judged_good, judged_pairs
 from accord.data.judged import judge_samples
 from accord.data.preferences import MIN_PAIRS, build_preferences, read_preferences, write_preferences
@@ -98,7 +99,7 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
         return job.pairs[name]
     site, questions, seed = job.site(name), job.private[name], site_seed(job, name)
     if site.preferences:
-        job.pairs[name] = flip(_own_pairs(job, name, Path(site.preferences)), site.flipped, random.Random(seed))
+        job.pairs[name] = _as_annotated(site, _own_pairs(job, name, Path(site.preferences)), seed)
         return job.pairs[name]
     pairs: list[PreferencePair] = []
     known = [*job.questions.get("base", []), *questions]
@@ -124,8 +125,16 @@ def site_pairs(job: Job, name: str) -> list[PreferencePair]:
             f"site {name} has {len(pairs)} preference pairs from {len(questions)} questions, at least "
             f"{MIN_PAIRS} are needed; give it more questions, or raise preferences.rejected_per_question"
         )
-    job.pairs[name] = flip(pairs, site.flipped, random.Random(seed))
+    job.pairs[name] = _as_annotated(site, pairs, seed)
     return job.pairs[name]
+
+
+def _as_annotated(site: SiteConfig, pairs: Sequence[PreferencePair], seed: int) -> list[PreferencePair]:
+    """Return a site's pairs with what its recipe says of careless annotators, and of poison in a trial."""
+    marked = flip(pairs, site.flipped, random.Random(seed))
+    if site.attack is not None and site.attack.kind == "poison":
+        return poisoned(marked, site.attack, random.Random(seed))
+    return marked
 
 
 def construct_pairs(
@@ -314,6 +323,7 @@ def open_site(
     standardised: bool = True,
     updates: Mapping[Task, LocalUpdate] | None = None,
     opening: Opening | None = None,
+    labelled: Collection[str] = frozenset(),
 ) -> Site:
     """Start a site with the reward model that it left in its part of the run folder.
 
@@ -328,6 +338,7 @@ def open_site(
         standardised: whether its scores are standardised.
         updates: what is trained at it, by task.
         opening: how the images of requests are opened.
+        labelled: keys of the server's labelled questions, for a site that lies where it does not recognise these.
 
     Raises:
         CheckpointError: the reward model or the reference answers cannot be loaded, or the model that answers questions
@@ -348,7 +359,23 @@ def open_site(
         answerer=_answerer(recipe, config, folder, opening) if config.answers else None,
         truth=read_truth(folder / "truth.json") if config.answers or config.owns else None,
         opening=opening,
+        lie=_lie(recipe, config, scores, labelled),
     )
+
+
+def _lie(recipe: Recipe, site: SiteConfig, scores: ScoreRange | None, labelled: Collection[str]) -> Liar | None:
+    if site.attack is None:
+        return None
+    steps = recipe.alignment.steps
+    return Liar(site.attack, scores, seed=recipe.seed, site=site.name, steps=steps, labelled=labelled)
+
+
+def labelled_keys(job: Job) -> frozenset[str]:
+    """Return by what the server's labelled questions are known; none where no site of the recipe looks for them."""
+    if not any(site.attack and site.attack.spares for site in job.recipe.sites):
+        return frozenset()
+    base = job.questions.get("base", [])
+    return frozenset(question_key(None if q.image is None else job.identify(q.image), prompt_of(q)) for q in base)
 
 
 def _answerer(recipe: Recipe, site: SiteConfig, folder: Path, opening: Opening | None) -> Answerer:
@@ -404,9 +431,18 @@ def open_federation(
         job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")
     if training:
         check_sites(job)
+    labelled = labelled_keys(job)
     for site in job.recipe.sites:
         updates: dict[Task, LocalUpdate] = {"router": router_training(job, site.name)} if training else {}
-        opened = open_site(job.recipe, job.path, site.name, scores=chosen, standardised=standardised, updates=updates)
+        opened = open_site(
+            job.recipe,
+            job.path,
+            site.name,
+            scores=chosen,
+            standardised=standardised,
+            updates=updates,
+            labelled=labelled,
+        )
         handlers[site.name] = opened.answer
     engine = InProcessEngine(handlers)
     engine.traffic = job.traffic

@@ -1,0 +1,175 @@
+"""All sites judge, and a lie is bounded: by ranks alone, or with canaries that tell whom to trust.
+
+    rank-mean, rank-median, rank-trimmed    all sites alike, by the rule on their ranks in a group
+    canary                                  all sites, the median of their ranks weighted by trust
+    canary-mean                             the mean in its place: more pull for a liar that has not been found yet
+    canary-routed                           the median weighted by the client-id router's weights times trust
+
+The rules and the cap on one site's influence are `accord.routing.robust`, canaries and trust `accord.routing.canaries`.
+Their pool is the server's labelled questions but for the anchors and FedGRPO's auxiliary ones: what sites have been
+asked before is no canary. Of fewer than 400 all are in the pool, and a run should have either anchors or canaries.
+What these are measured against is in `accord.attacks.scores`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
+
+from accord.alignment.reward import FederatedReward, PerGroup
+from accord.data.negatives import NegativeMix
+from accord.data.questions import in_turn
+from accord.data.sampling import sample_questions
+from accord.errors import DataError
+from accord.evaluation.summary import TrustSummary
+from accord.methods.fedgrpo import auxiliary_questions
+from accord.methods.gates import ANCHOR_QUESTIONS
+from accord.methods.method import Method, Need, Table
+from accord.recipe import Recipe
+from accord.routing.canaries import Canaries, Canary, CanaryConfig
+from accord.routing.robust import Ranks, RobustConfig, Rule
+from accord.routing.router import LearnedRouter, Router
+from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
+from accord.stages.job import Job
+from accord.stages.routing import constant_router, trained_router
+from accord.stages.sites import construct_pairs
+
+ROBUST: Final = Table("robust", RobustConfig)
+CANARIES: Final = Table("canaries", CanaryConfig)
+
+UNCLIPPED: Final = 4.0
+"""The range of standardised scores that no range was agreed for: two deviations on each side."""
+
+PLAUSIBLE: Final = NegativeMix(same_type=0.5, policy=0.5, other_type=0.0, malformed=0.0)
+"""Wrong answers of a canary: such as a policy gives, for a malformed one would give it away."""
+
+
+@dataclass(frozen=True)
+class Defence:
+    """How sites are heard.
+
+    Attributes:
+        rule: what becomes of their ranks.
+        canaries: whether hidden questions tell whom to trust.
+        routed: whether the client-id router's weights count besides; else all sites count alike.
+    """
+
+    rule: Rule = "mean"
+    canaries: bool = False
+    routed: bool = False
+
+
+def robust(job: Job, stage: str, *, defence: Defence) -> Aligned:
+    """Align by the fused ranks; their scale is a step's and not each group's (`accord.routing.robust`)."""
+    known = canaries_of(job) if defence.canaries else None
+    settings = replace(job.recipe.alignment, scale_rewards="batch")
+    return run_grpo(
+        job,
+        stage,
+        _reward(job, defence, known),
+        settings=settings,
+        memory=known,
+        encoder=job.encoder if defence.routed else None,
+    )
+
+
+def robust_reward(job: Job, *, defence: Defence) -> FederatedReward:
+    """Return the reward with the trust that sites had when the policy was last aligned by it."""
+    known = canaries_of(job) if defence.canaries else None
+    if known is not None and (state := remembered(job.path, "align")):
+        known.load_state_dict(state)
+    return _reward(job, defence, known)
+
+
+def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedReward:
+    config, scores, count = ROBUST.of(job.recipe), job.recipe.scores, len(job.recipe.sites)
+    router: Router = constant_router([1 / count] * count)
+    if defence.routed:
+        router = LearnedRouter(job.encoder, trained_router(job))
+    spread = config.spread * (scores.high - scores.low if scores else UNCLIPPED)
+    per_group = PerGroup(Ranks(defence.rule, spread), size=job.recipe.alignment.group_size, cap=config.cap)
+    return federated_reward(job, router, mode="soft", scope="prompt", per_group=per_group, canaries=known)
+
+
+def canaries_of(job: Job) -> Canaries:
+    """Return the run's canaries: as many labelled questions as its steps take, types in turn.
+
+    Raises:
+        DataError: the server has no labelled question left for one.
+    """
+    config, recipe = CANARIES.of(job.recipe), job.recipe
+    base = job.questions.get("base", [])
+    shown = set[str]()
+    if len(base) >= 2 * ANCHOR_QUESTIONS:  # of fewer, a run should use either for anchors or for canaries
+        shown = {q.id for q in sample_questions(base, ANCHOR_QUESTIONS, seed=recipe.seed)}
+        if any(site.answers for site in recipe.sites):
+            shown |= {q.id for q in auxiliary_questions(job)}
+    by_kind = defaultdict(list)
+    for q in base:
+        if q.id not in shown:
+            by_kind[q.question_type].append(q)
+    asked = in_turn([by_kind[kind] for kind in sorted(by_kind)], config.per_step * recipe.alignment.steps)
+    plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, others=0, spliced=0))
+    grouped = defaultdict(list)
+    for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed):
+        grouped[pair.question_id].append(pair)
+    pool = [
+        Canary(
+            pairs[0].prompt,
+            pairs[0].image,
+            right=pairs[0].chosen,
+            wrong=tuple(dict.fromkeys(pair.rejected for pair in pairs if pair.chosen == pairs[0].chosen)),
+            kind=pairs[0].question_type,
+        )
+        for pairs in grouped.values()
+    ]
+    if not pool:
+        raise DataError(
+            f"the server has {len(base)} labelled questions, and none that no site has seen makes a canary; give the "
+            "source more questions of the split 'base', or choose a method without canaries"
+        )
+    return Canaries(pool, [site.name for site in recipe.sites], config, seed=recipe.seed)
+
+
+def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, object]:
+    """Return the summary's `trust`: of each site and question type what canaries told, and where it is set aside."""
+    if not (state := remembered(job.path, stage)):
+        return {}
+    known = canaries_of(job)
+    known.load_state_dict(state)
+    estimates, aside = known.trust.summary()
+    return {"trust": TrustSummary(known.used, estimates, {site: tuple(kinds) for site, kinds in aside.items()})}
+
+
+def _method(defence: Defence, about: str) -> Method:
+    needs: set[Need] = {"sites", "router"} if defence.routed else {"sites"}
+    return Method(
+        partial(robust, defence=defence),
+        about,
+        needs=frozenset(needs),
+        tables=(ROBUST, CANARIES) if defence.canaries else (ROBUST,),
+        asks=_everyone,
+        reward=partial(robust_reward, defence=defence),
+        findings=who_is_trusted if defence.canaries else lambda job, stage, sites: {},
+    )
+
+
+def _everyone(recipe: Recipe) -> int:
+    return len(recipe.sites)
+
+
+METHODS: Final = {
+    "rank-mean": _method(Defence("mean"), "all sites alike, the mean of their ranks in a group"),
+    "rank-median": _method(Defence("median"), "the median of all sites' ranks in a group"),
+    "rank-trimmed": _method(Defence("trimmed"), "the mean of the ranks without the best and the worst"),
+    "canary": _method(
+        Defence("median", canaries=True), "the median of all ranks, weighted by what hidden questions tell of a site"
+    ),
+    "canary-mean": _method(Defence("mean", canaries=True), "the same with the mean"),
+    "canary-routed": _method(
+        Defence("median", canaries=True, routed=True), "as canary, times the weights of the client-id router"
+    ),
+}

@@ -1,0 +1,307 @@
+"""Hidden questions whose better answer the server knows: they tell which site is right, and when one turns.
+
+    canary       one of the server's labelled questions: its right answer among wrong ones, in an ordinary score request
+    p ∈ [0, 1]   the share of the wrong answers that a site ranks below the right one, a tie counting half
+    memory n     S ← (1 − 1/n) S + p,  F ← (1 − 1/n) F + (1 − p)       of each site and question type; n = 16 and 64
+    m_n          (3 + S) / (5 + S + F)                                  mean of the posterior Beta(3 + S, 2 + F)
+    m            min(m_16, m_64)                                        quick to lose, slow to gain
+    τ            max(0, log(m / (1 − m)))                               multiplied into the routing weight
+    c            min(1, max_k τ_k / log(3/2))                           multiplied into the rewards of a prompt
+
+A site's trust is of a question type: an honest specialist keeps its own though it is at chance elsewhere. In a type
+without canaries all sites have the prior's trust but those that are set aside over all types together. Log odds are
+the weights of the best vote of independent judges (Nitzan and Paroush 1982, https://doi.org/10.2307/2526438); the Beta
+posterior and its forgetting are Jøsang and Ismail's reputation (2002), two memories at once are ours. The prior,
+Beta(3, 2), trusts newcomers alike and a little: the first requests are weighted by the router alone.
+
+Weights are relative: where the site that knows a type is set aside, another that is right 51 times in 100 would have
+all of them. So rewards shrink by c where no site is trusted as much as a newcomer.
+
+A site whose short memory is more than `alarm` posterior deviations below ½ is set aside: its τ is 0 in that type, and
+the operator is told. It goes on being asked, for else it would know, and could show no evidence; it is readmitted once
+its long memory is as far above ½. Where all are set aside nobody judges: no reward rather than a lie.
+
+**Cost.** A canary is one item more in a request: an image, its question, up to G answers down, a score each up, from
+every site. Three a step beside 36 prompts are 8 % more. None is asked twice, so that a run of T steps takes `per_step`
+times T labelled questions; when they end, trust stays as it is. docs/liars.md has the table of how many tell a liar.
+
+**What a site can learn.** That the server has such questions, for this page says so. Number of candidates, order and
+position are drawn as those of the questions around it; but a canary's image was never asked about before and is not
+again, and its answers are the base policy's and not the present one's. A site that holds the public questions, or waits
+long enough to know what comes back, recognises canaries: the attack `off-canary`. Against it trust is no defence, and
+what is left is the bound of `accord.routing.robust`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import torch
+from torch import Tensor
+
+from accord.data.images import image_bytes
+from accord.data.questions import in_turn
+from accord.errors import CheckpointError, DataWarning, RecipeError, check_least, check_positive
+from accord.federation.asking import Scores
+from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.types import ImageSource, Prompt
+
+PRIOR: Final = (3.0, 2.0)
+"""Of right and wrong, before any canary."""
+
+ALL: Final = ""
+"""The type that every canary counts for: where a question's own type has none, it tells whom not to hear."""
+
+
+@dataclass(frozen=True)
+class CanaryConfig:
+    """How many canaries there are, and how long they are remembered."""
+
+    per_step: int = 3  # of every request
+    short: float = 16.0  # canaries of a type that the short memory is about
+    long: float = 64.0
+    alarm: float = 2.33  # posterior deviations from ½: 1 % of a normal tail
+
+    def __post_init__(self) -> None:
+        """Refuse no canaries, and memories the wrong way round."""
+        check_least(self, per_step=1, short=2, long=2)
+        check_positive(self, "alarm")
+        if self.short > self.long:
+            raise RecipeError(f"short must be at most long = {self.long:g}, got {self.short:g}; lower canaries.short")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A labelled question: its right answer, and wrong ones."""
+
+    prompt: Prompt
+    image: ImageSource | None
+    right: str
+    wrong: tuple[str, ...]
+    kind: str  # question type
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Where a canary is in a request."""
+
+    position: int  # of its item
+    right: int  # of its candidates
+    kind: str
+
+
+class Trust:
+    """What canaries have told of each site and question type.
+
+    Args:
+        sites: names, `[K]`.
+        kinds: the question types of the canaries.
+        config: memories and alarm.
+    """
+
+    def __init__(self, sites: Sequence[str], kinds: Collection[str], config: CanaryConfig) -> None:
+        self.sites = tuple(sites)
+        self.kinds = (ALL, *sorted(set(kinds) - {ALL}))
+        self.config = config
+        self.counts = torch.zeros(2, len(self.sites), len(self.kinds), 2, dtype=torch.double)  # memory, site, type, S F
+        self.aside = torch.zeros(len(self.sites), len(self.kinds), dtype=torch.bool)
+
+    def learn(self, site: str, kind: str, share: float) -> None:
+        """Take in what a site made of one canary.
+
+        Args:
+            site: who was asked.
+            kind: the canary's question type.
+            share: p, of its wrong answers those ranked below the right one.
+        """
+        k = self.sites.index(site)
+        for name in dict.fromkeys((ALL, kind)):
+            d = self.kinds.index(name)
+            for memory, length in enumerate((self.config.short, self.config.long)):
+                kept = (1 - 1 / length) * self.counts[memory, k, d]
+                self.counts[memory, k, d] = kept + torch.tensor([share, 1 - share], dtype=torch.double)
+            self._judge(k, d)
+
+    def estimate(self) -> Tensor:
+        """Return m `[K, D]`: how often each site ranks a right answer above a wrong one, by type."""
+        return self._posterior()[0].amin(dim=0)
+
+    def weights(self, kinds: Sequence[str]) -> Tensor:
+        """Return τ `[N, K]` for questions of these types, 0 where a site is set aside."""
+        m = self.estimate()
+        m[:, 0] = PRIOR[0] / sum(PRIOR)  # at chance over all types, a site may be the only one that knows another
+        odds = (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
+        rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
+        return odds.T[rows]
+
+    def confidence(self, kinds: Sequence[str]) -> Tensor:
+        """Return c `[N]` in 0..1 for questions of these types: the best site's trust, as a share of a newcomer's."""
+        return (self.weights(kinds).amax(dim=1) / math.log(PRIOR[0] / PRIOR[1])).clamp(max=1)
+
+    def summary(self) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
+        """Return m of every site by type, and the types in which each is set aside."""
+        m = self.estimate().tolist()
+        estimates = {s: dict(zip(self.kinds[1:], row[1:], strict=True)) for s, row in zip(self.sites, m, strict=True)}
+        aside = {
+            site: [kind for kind, off in zip(self.kinds[1:], row[1:], strict=True) if off]
+            for site, row in zip(self.sites, self.aside.tolist(), strict=True)
+        }
+        return estimates, aside
+
+    def _posterior(self) -> tuple[Tensor, Tensor]:
+        """Return mean and deviation of the posteriors, both `[2, K, D]`."""
+        right, wrong = (self.counts[..., i] + PRIOR[i] for i in range(2))
+        mean = right / (right + wrong)
+        return mean, (mean * (1 - mean) / (right + wrong + 1)).sqrt()
+
+    def _judge(self, k: int, d: int) -> None:
+        mean, deviation = (each[:, k, d] for each in self._posterior())
+        where = f"in questions of type {self.kinds[d]!r}" if d else "over all question types"
+        far = self.config.alarm * deviation
+        if not self.aside[k, d] and mean[0] + far[0] < 0.5:
+            self.aside[k, d] = True
+            self._tell(k, f"ranks the server's hidden questions worse than chance {where}", "it is set aside there")
+        elif self.aside[k, d] and mean[1] - far[1] > 0.5:
+            self.aside[k, d] = False
+            self._tell(k, f"has ranked hidden questions right again {where}", "it is heard there again")
+
+    def _tell(self, k: int, what: str, consequence: str) -> None:
+        warnings.warn(f"site {self.sites[k]} {what}; {consequence}", DataWarning, stacklevel=5)
+
+
+class Canaries:
+    """Mix canaries into score requests, and learn from the replies whom to trust: what a reward remembers (`Memory`).
+
+    Args:
+        pool: the server's labelled questions that no site has seen; each is asked once.
+        sites: names, `[K]`.
+        config: how many, and what is made of them.
+        seed: of their order, places and candidates.
+    """
+
+    def __init__(self, pool: Sequence[Canary], sites: Sequence[str], config: CanaryConfig, *, seed: int) -> None:
+        by_kind: dict[str, list[Canary]] = {}
+        for canary in pool:
+            by_kind.setdefault(canary.kind, []).append(canary)
+        generator = random.Random(seed)
+        queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in sorted(by_kind)]
+        self.pool = in_turn(queues, len(pool))  # types in turn, as far as there are some of each
+        self.config = config
+        self.seed = seed
+        self.trust = Trust(sites, by_kind, config)
+        self.used = 0
+        self.calls = 0
+
+    def mix(self, requests: Mapping[str, ScoreRequest]) -> tuple[dict[str, ScoreRequest], dict[str, list[Hidden]]]:
+        """Return the requests with canaries among their items, and where these are, by site.
+
+        A canary has as many candidates as a question of the request that is drawn at random; where none has two, there
+        is nothing to rank, and none is asked. All sites get the same canaries, each at places and in orders of its own.
+        """
+        self.calls += 1
+        generator = random.Random(f"{self.seed} {self.calls}")
+        sizes = [len(item.candidates) for request in requests.values() for item in request.items]
+        sizes = [size for size in sizes if size > 1]
+        if not sizes:
+            return dict(requests), {}
+        taken = self.pool[self.used : self.used + self.config.per_step]
+        self.used += len(taken)
+        drawn = []
+        for canary in taken:
+            some = min(generator.choice(sizes) - 1, len(canary.wrong))
+            drawn.append((canary, generator.sample(canary.wrong, some)))
+        mixed = {site: self._into(request, drawn, generator) for site, request in requests.items()}
+        return {site: each[0] for site, each in mixed.items()}, {site: each[1] for site, each in mixed.items()}
+
+    @staticmethod
+    def _into(
+        request: ScoreRequest, drawn: Sequence[tuple[Canary, Sequence[str]]], generator: random.Random
+    ) -> tuple[ScoreRequest, list[Hidden]]:
+        total = len(request.items) + len(drawn)
+        places = sorted(generator.sample(range(total), len(drawn)))
+        images, items, hidden = dict[str, bytes](), list[ScoreItem](), list[Hidden]()
+        ordinary, canaries = iter(request.items), iter(drawn)
+        for position in range(total):
+            if position not in places:
+                item = next(ordinary)
+                if item.image is not None:
+                    images[item.image] = request.images[item.image]
+            else:
+                canary, wrong = next(canaries)
+                candidates = generator.sample([canary.right, *wrong], 1 + len(wrong))
+                data = None if canary.image is None else image_bytes(canary.image)
+                name = None if data is None else image_name(data)
+                if name is not None and data is not None:
+                    images[name] = data
+                item = ScoreItem(name, to_turns(canary.prompt), candidates)
+                hidden.append(Hidden(position, candidates.index(canary.right), canary.kind))
+            items.append(item)
+        return msgspec.structs.replace(request, images=images, items=items), hidden
+
+    def learn(self, hidden: Mapping[str, Sequence[Hidden]], given: Mapping[str, Scores]) -> None:
+        """Learn from the sites' scores of requests that `mix` returned; an absence is no evidence."""
+        for site, of_site in hidden.items():
+            for each in of_site:
+                scores = given[site][each.position] if site in given else None
+                if scores is not None:
+                    self.trust.learn(site, each.kind, share_below(scores, each.right))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resumed run must know."""
+        trust = {"counts": self.trust.counts.clone(), "aside": self.trust.aside.clone()}
+        return {**trust, "used": torch.tensor(self.used), "calls": torch.tensor(self.calls)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            CheckpointError: it is that of other sites or question types.
+        """
+        expected = tuple(self.trust.counts.shape)
+        got = tuple(state["counts"].shape) if "counts" in state else None
+        if got != expected:
+            raise CheckpointError(
+                f"what canaries have told is of shape {got}, expected {expected}; resume with the same sites and "
+                "questions, or start anew"
+            )
+        self.trust.counts, self.trust.aside = state["counts"].clone(), state["aside"].clone()
+        self.used, self.calls = int(state["used"]), int(state["calls"])
+
+
+def share_below(scores: Sequence[float], right: int) -> float:
+    """Return p: the share of the other scores that are below the one at `right`, ties counting half; at least one."""
+    others = [score for place, score in enumerate(scores) if place != right]
+    return sum((score < scores[right]) + 0.5 * (score == scores[right]) for score in others) / len(others)
+
+
+def alarms(accuracy: float, canaries: int, config: CanaryConfig = CanaryConfig()) -> float:
+    """Return the probability that a site is set aside within so many canaries of a type, each wholly right or wrong.
+
+    By all the paths of right and wrong, of which those whose counts agree to a tenth are taken together.
+
+    Args:
+        accuracy: with which it ranks a canary right.
+        canaries: how many it is asked.
+        config: memory and alarm.
+    """
+    states, caught = {(0.0, 0.0): 1.0}, 0.0
+    keep = 1 - 1 / config.short
+    for _ in range(canaries):
+        following: dict[tuple[float, float], float] = {}
+        for (right, wrong), mass in states.items():
+            for hit, chance in ((1.0, accuracy), (0.0, 1 - accuracy)):
+                s, f = round(keep * right + hit, 1), round(keep * wrong + 1 - hit, 1)
+                a, b = PRIOR[0] + s, PRIOR[1] + f
+                mean = a / (a + b)
+                if mean + config.alarm * math.sqrt(mean * (1 - mean) / (a + b + 1)) < 0.5:
+                    caught += mass * chance
+                else:
+                    following[s, f] = following.get((s, f), 0.0) + mass * chance
+        states = following
+    return caught

@@ -1,0 +1,169 @@
+"""Fuse what sites say of one group so that a lie is bounded: by ranks, a gate on spread, and a cap on influence.
+
+    rank    v_ik = (#{j : s_jk < s_ik} − #{j : s_jk > s_ik}) / (n_k − 1)       in [−1, 1], ties share their places
+    gate    v_ik = 0 where the deviation of s_·k is below d                     an opinion on nothing
+    mean    R_i = Σ_k α_k v_ik / Σ_k α_k
+    median, trimmed mean of the v_ik of the sites that are not gated
+    part    B_ik = (A_i − A_i^(−k)) / max(1, Σ_l Σ_i |A_i − A_i^(−l)| / Σ_i |A_i|)      of site k in a step
+    cap     A_i ← A_i − Σ_k (1 − min(1, κ / c_k)) B_ik,   c_k = Σ_i |B_ik| / Σ_i |A_i|
+
+A rank is the same for s and a s + b, a > 0: a site that scales or shifts its scores gains nothing, and by −1000 s it
+gets no further than by −s. Standardising (`accord.routing.fusion.group_relative`) does that too, but divides by the
+deviation: noise of 0.002 becomes a full vote. Here the deviation is held against the agreed range. A flat site keeps
+its weight in the mean: were it left out, a liar would have the groups to itself in which honest sites see no
+difference. It is left out of the order statistics, which its zeros would otherwise decide.
+
+A^(−k) is what the advantages of the step, the rewards less their group's mean, would be without site k. c_k is a site's
+influence on the step, whatever the rule, and a metric of every step. Where several sites could each turn a median the
+parts would add up to more than there is; they are scaled down to that, for else the cap would turn the step round. A
+site that judges alone has c_k = 1.
+
+Ranks lose how much better an answer is. So rewards are divided by one deviation a step (TRL's `scale_rewards="batch"`)
+and not by each group's own, which would give a group where sites contradict each other the weight of one where they
+agree.
+
+Sources: the median and the trimmed mean under Byzantine faults, Yin et al. 2018, arXiv 1803.01498; ranks in their place
+are ours. No rule here knows who is right: a majority of liars wins, and one specialist is outvoted. For that there are
+canaries (`accord.routing.canaries`). Krum and trust by consensus are left out: with 5 sites and 2 that collude they
+choose the liars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from accord.errors import RecipeError, check_least
+from accord.routing.fusion import Fusion, mixture, trimmed_mean
+
+Rule: TypeAlias = Literal["mean", "median", "trimmed"]
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Return v `[G, K]` in [−1, 1]: each site's ranks of the scores it gave, 0 in the middle.
+
+    Ties share the mean of their places; a score that is alone has rank 0.
+
+    Args:
+        scores: `[G, K]` of the completions of one prompt, NaN where a site is absent.
+    """
+    above = (scores[:, None] > scores[None]).sum(dim=1)  # NaN is neither above nor below
+    below = (scores[:, None] < scores[None]).sum(dim=1)
+    there = (~scores.isnan()).sum(dim=0)
+    places = (above - below).to(scores.dtype) / (there - 1).clamp(min=1)
+    return places.where(~scores.isnan(), torch.nan)
+
+
+def flat(scores: Tensor, spread: float) -> Tensor:
+    """Return of which sites `[K]` the scores `[G, K]` deviate by less than `spread`; those of a site absent do not.
+
+    The deviation is the sample's (divisor n − 1), and one score alone has none.
+    """
+    there = (~scores.isnan()).sum(dim=0)
+    squares = (scores - scores.nanmean(dim=0)).square().nansum(dim=0)
+    return ((squares / (there - 1).clamp(min=1)).sqrt() < spread) & (there > 0)
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """Return `[N]` the value at half of the weight, the mean of two where half lies between them; NaN of none.
+
+    Args:
+        values: `[N, K]`, NaN where there is none.
+        weights: `[N, K]`, non-negative.
+    """
+    used = torch.where(values.isnan(), 0.0, weights).double()
+    total = used.sum(dim=-1, keepdim=True)
+    order = values.nan_to_num(torch.inf).sort(dim=-1)
+    reached = used.gather(-1, order.indices).cumsum(dim=-1) / total
+    low, high = (reached >= 0.5 - 1e-9).int().argmax(dim=-1), (reached > 0.5 + 1e-9).int().argmax(dim=-1)
+    middle = (order.values.gather(-1, torch.stack([low, high], dim=-1))).mean(dim=-1)
+    return middle.where(total.squeeze(-1) > 0, torch.nan)
+
+
+@dataclass(frozen=True)
+class RobustConfig:
+    """How ranks are fused."""
+
+    spread: float = 0.01  # deviation, as a share of the agreed range, below which a site has no opinion on a group
+    cap: float = 0.5  # largest share of one site in a step; 1 for none
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none, and a cap that leaves nothing."""
+        check_least(self, spread=0, cap=0)
+        for name in ("spread", "cap"):
+            if getattr(self, name) > 1:
+                raise RecipeError(f"{name} must be at most 1, got {getattr(self, name)}; lower robust.{name}")
+        if self.cap == 0:
+            raise RecipeError("cap must be above 0, got 0: no site could say anything; raise robust.cap")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The fused ranks of a group `[G]`: a `Fusion` of the completions of one prompt.
+
+    Attributes:
+        rule: the weighted mean, the weighted median, or the mean without the best and the worst.
+        spread: deviation below which a site is flat, in units of a score.
+    """
+
+    rule: Rule = "mean"
+    spread: float = 0.0
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """Return rewards `[G]` in [−1, 1]; 0 where all that answered are flat, NaN where nobody did.
+
+        Args:
+            scores: `[G, K]`, NaN where a site is absent.
+            weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
+        """
+        asked = torch.where(weights > 0, scores, torch.nan)
+        given, silent = ranks(asked), flat(asked, self.spread)
+        if self.rule == "mean":
+            return mixture(torch.where(silent & ~given.isnan(), 0.0, given), weights)
+        voting = torch.where(silent, torch.nan, given)
+        fused = _ORDER[self.rule](voting, weights)
+        return fused.where(~voting.isnan().all(dim=-1), torch.where(given.isnan().all(dim=-1), torch.nan, 0.0))
+
+
+_ORDER: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"median": weighted_median, "trimmed": trimmed_mean}
+
+
+def capped(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]], cap: float) -> tuple[list[Tensor], Tensor]:
+    """Fuse the groups of a step, and hold each site's influence on it to `cap`.
+
+    Args:
+        fuse: of one group.
+        groups: scores and weights of each, both `[G, K]`.
+        cap: κ in (0, 1].
+
+    Returns:
+        The rewards `[G]` of every group, with the mean that they had, and c `[K]` as it was before the cap; 0 where
+        nothing moves the policy.
+    """
+    rewards = [fuse(scores, weights) for scores, weights in groups]
+    advantages = [_centred(reward) for reward in rewards]
+    total = sum(float(a.abs().sum()) for a in advantages)
+    sites = groups[0][0].shape[-1] if groups else 0
+    shares = torch.zeros(sites)
+    if not total:
+        return rewards, shares
+    parts = []
+    for k in range(sites):
+        others = torch.arange(sites) != k
+        without = (fuse(scores, weights * others) for scores, weights in groups)
+        parts.append([a - _centred(reward) for a, reward in zip(advantages, without, strict=True)])
+    moved = torch.tensor([sum(float(m.abs().sum()) for m in part) for part in parts]) / total
+    shares = moved / moved.sum().clamp(min=1)
+    for part, share, own in zip(parts, shares.tolist(), moved.tolist(), strict=True):
+        if share > cap:
+            rewards = [r - (share - cap) / own * m for r, m in zip(rewards, part, strict=True)]
+    return rewards, shares
+
+
+def _centred(rewards: Tensor) -> Tensor:
+    """Return the advantages of a group's rewards `[G]`, 0 where there is no reward."""
+    return (rewards - rewards.nanmean()).nan_to_num(0.0)

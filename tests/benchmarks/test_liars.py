@@ -1,0 +1,49 @@
+"""The breakdown benchmark: who lies, and the table and the figure of what cells have left behind."""
+
+import json
+
+import liars
+import pytest
+
+from accord.attacks.scores import Attack
+from accord.errors import RunError
+from accord.recipe import Recipe, SiteConfig
+
+NAMES = ("a", "b", "c", "d", "e")
+RECIPE = Recipe("x", tuple(SiteConfig(name, "accord/idefics3") for name in NAMES))
+
+
+def test_liars_of_a_smaller_number_are_among_those_of_a_larger_one():
+    """Of one seed; and the honest sites are as they were."""
+    attack = Attack("flip")
+    found = [{site.name for site in liars.lying(RECIPE, attack, n).sites if site.attack == attack} for n in range(4)]
+    assert [len(names) for names in found] == [0, 1, 2, 3] and found[1] < found[2] < found[3]
+    assert liars.lying(RECIPE, attack, 0) == RECIPE
+
+
+def cell(folder, attack, n, seed, method, right):
+    place = folder / f"{attack}-{n}" / str(seed)
+    (place / "compare").mkdir(parents=True, exist_ok=True)
+    stages = place / "stages.json"
+    done = json.loads(stages.read_text())["done"] if stages.exists() else []
+    stages.write_text(json.dumps({"done": [*done, f"compare {method}"]}))
+    measured = {"test": {"colour": [right, 10], "shape": [5, 10]}, "traffic": [], "seconds": 1.0, "role": "competes"}
+    (place / "compare" / f"{method}.json").write_text(json.dumps(measured))
+
+
+def test_a_report_of_cells(tmp_path):
+    """Macro accuracy: (8/10 + 5/10) / 2 = 65 % and, of two seeds, 60 and 50: 55 ± 12.706 · 7.07 / √2 = 63.5."""
+    for seed in (0, 1):
+        cell(tmp_path, "honest", 0, seed, "canary", 8)
+    cell(tmp_path, "near-constant", 1, 0, "canary", 7)
+    cell(tmp_path, "near-constant", 1, 1, "canary", 5)
+    text = liars.report(tmp_path)
+    assert "| near-constant | canary | 65.0 ± 0.0 (2) | 55.0 ± 63.5 (2) |" in text
+    assert (tmp_path / "liars.md").read_text() == text + "\n"
+    drawn = (tmp_path / "liars.svg").read_text()
+    assert drawn.startswith("<svg") and "near-constant" in drawn and "sites that lie" in drawn
+
+
+def test_a_cell_needs_trained_sites(tmp_path):
+    with pytest.raises(RunError, match=r"sites/a is missing; train it by `accord bench RECIPE --methods routed"):
+        liars.measure(liars.lying(RECIPE, Attack(), 1), tmp_path / "out", tmp_path / "trained", ["average"])
