@@ -26,6 +26,7 @@ from accord.models.features import FeatureConfig
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.models.pretrain import PretrainConfig
+from accord.rewards.private import Privacy
 from accord.rewards.train import RewardConfig
 from accord.routing.router import RouterConfig
 from accord.toml import TOP_LEVEL
@@ -113,6 +114,7 @@ class SiteConfig:
     finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
+    privacy: Privacy | None = None  # train its head with differential privacy, on the backbone as it is
     answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
     limits: Limits = Limits()  # of one request from another organisation
@@ -126,6 +128,19 @@ class SiteConfig:
             raise RecipeError(
                 f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
             )
+        if self.privacy is not None:
+            tuned = {
+                "finetune": self.finetune is not None,
+                "lora": self.lora is not None,
+                "reward_model.head": self.reward_model.head != "linear",
+            }
+            for name, there in tuned.items():
+                untuned = '"linear"' if name == "reward_model.head" else "false"
+                if there:
+                    raise RecipeError(
+                        f"site {self.name!r} has privacy, which covers a linear head on a backbone that never saw the "
+                        f"site's data, and {name} would train more; set {name} = {untuned}, or leave privacy out"
+                    )
         for name, share in (("flipped", self.flipped), ("owns", self.owns)):
             if not 0 <= share <= 1:
                 raise RecipeError(f"{name} must be in [0, 1], got {share}; correct it")

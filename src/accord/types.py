@@ -67,6 +67,7 @@ class PreferencePair:
     question_id: str
     question_type: str = ""
     constructed: bool = False
+    person: str = ""  # whose preference, or whose picture, it is: the unit of privacy, where that is a person
 
     @property
     def image(self) -> ImageSource | None:

@@ -275,6 +275,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "ProjectorRound": {"beta", "cosine", "lag"},
         "ProjectorSummary": {"silos"},
         "Accuracy": {"images", "macro_error"},
+        "SiteSummary": {"privacy"},
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},
     }

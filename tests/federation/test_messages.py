@@ -40,6 +40,7 @@ from accord.federation.messages import (
     text_bytes,
     to_turns,
 )
+from accord.rewards.certificate import Certificate, Uncovered, Unit
 from accord.types import vqa_prompt
 
 TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
@@ -53,6 +54,23 @@ ROUTER = UpdateRequest("r1", "router", 2, b"weights", 7)
 NARROW = UpdateRequest("u1", "preference", 2, b"weights", 7, b"beside", 1, 16)
 REQUESTS = [REQUEST, JUDGED, ANSWER, ROUTER, NARROW, CardRequest("c1")]
 CARD = Card("c1", "LlavaForConditionalGeneration", 9, 5, 20, True, {"colour": 0.75})
+PROOF = Certificate(
+    id="0123456789abcdef",
+    epsilon=3.0,
+    total=8.0,
+    delta=1e-6,
+    unit="pair",
+    sampling=0.2,
+    steps=100,
+    clip=0.5,
+    sigma=1.8,
+    projection=1.5,
+    standardisation=4.1,
+    noise="SHAKE-256",
+    version="0.1.0",
+    uncovered=("counts", "settings"),
+)
+PRIVATE = msgspec.structs.replace(CARD, privacy=PROOF)
 REPLIES = [
     ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),
     AnswerReply("a1", ["links 🙂", ""]),
@@ -61,6 +79,7 @@ REPLIES = [
     CARD,
     ScoreReply("s1", [[0.1, -2.0], []], {1: Declined.BUDGET}),
     AnswerReply("a1", ["", ""], {0: Declined.IMAGE, 1: Declined.ERROR}),
+    PRIVATE,
 ]
 
 FIELDS = {
@@ -109,6 +128,23 @@ FIELDS = {
         "pairs": int,
         "constructed": bool,
         "ranking": dict[str, float],
+        "privacy": Certificate | None,
+    },
+    "Certificate": {
+        "id": str,
+        "epsilon": float,
+        "total": float,
+        "delta": float,
+        "unit": Unit,
+        "sampling": float,
+        "steps": int,
+        "clip": float,
+        "sigma": float,
+        "projection": float,
+        "standardisation": float,
+        "noise": typing.Literal["SHAKE-256"],
+        "version": str,
+        "uncovered": tuple[Uncovered, ...],
     },
 }
 """Everything that can cross the border. Whoever adds a field here has read the threat model."""
@@ -147,7 +183,8 @@ def test_the_set_is_closed():
 
 def test_no_reply_can_hold_a_pair_or_an_image():
     """Text that leaves a site: a request's id, names of images it was asked about, what its model says to the server's
-    questions, an architecture, names of question types. Bytes: what changed in shared weights."""
+    questions, an architecture, names of question types,
+    a certificate's random id and version. Bytes: what changed in shared weights."""
     fields = reachable(messages.Reply, {})
     texts = {(kind, name) for kind, named in fields.items() for name, hint in named.items() if "str" in str(hint)}
     assert texts == {
@@ -160,12 +197,41 @@ def test_no_reply_can_hold_a_pair_or_an_image():
         ("Card", "id"),
         ("Card", "architecture"),
         ("Card", "ranking"),
+        ("Certificate", "id"),
+        ("Certificate", "version"),
         ("Refusal", "id"),
     }
     assert [(kind, name) for kind, named in fields.items() for name, hint in named.items() if "bytes" in str(hint)] == [
         ("UpdateReply", "change"),
         ("UpdateReply", "state"),
     ]
+
+
+def test_a_card_without_a_certificate_has_not_a_byte_for_it():
+    assert b"privacy" not in encode(CARD)
+    assert check_card(CardRequest("c1"), PRIVATE) == PRIVATE
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"id": "\x1b[2J"},
+        {"id": "0" * 17},
+        {"version": "<b>"},
+        {"noise": "Mersenne Twister"},
+        {"unit": "hospital"},
+        {"uncovered": ["nothing at all"]},
+        {"epsilon": -1.0},
+        {"epsilon": math.nan},
+        {"sigma": math.inf},
+        {"more": 1},
+    ],
+)
+def test_a_certificate_that_must_not_be_shown(wrong):
+    """Its texts are of a closed form, its numbers are numbers: nothing else in it could reach the report."""
+    forged = raw(PRIVATE, type="card_reply", privacy={**msgspec.to_builtins(PROOF), **wrong})
+    with pytest.raises(ReplyError):
+        check_card(CardRequest("c1"), decode_reply(forged))
 
 
 @pytest.mark.parametrize("union", [messages.Request, messages.Reply])

@@ -1,9 +1,9 @@
 """Read, write and construct preference pairs in TRL's conversational preference form.
 
 One row is `{"prompt": [messages], "chosen": [message], "rejected": [message], "images": [image]}`, what TRL's trainers
-take for a vision-language model, with `question_id`, `question_type` and `constructed` beside it where known. On disk
-it is a JSON Lines file with relative image paths, or a folder of the `datasets` library. Plain strings instead of
-messages are read too.
+take for a vision-language model, with `question_id`, `question_type`, `constructed` and `person` beside it where known.
+On disk it is a JSON Lines file with relative image paths, or a folder of the `datasets` library. Plain strings instead
+of messages are read too.
 
 A pair whose answers agree once normalised is left out: it carries no preference, and its Bradley-Terry loss is log 2
 whatever the model says.
@@ -36,7 +36,7 @@ __all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
 REQUIRED = ("prompt", "chosen", "rejected")
-OPTIONAL = ("question_id", "question_type", "constructed")
+OPTIONAL = ("question_id", "question_type", "constructed", "person")
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
@@ -202,6 +202,7 @@ def _columns(pair: PreferencePair) -> dict[str, object]:
         "question_id": pair.question_id,
         "question_type": pair.question_type,
         "constructed": pair.constructed,
+        **({"person": pair.person} if pair.person else {}),
     }
 
 
@@ -250,6 +251,7 @@ def _pair(where: str, row: Row, images: ImageCell | None) -> PreferencePair:
         question_id="" if row.get("question_id") is None else str(row["question_id"]),
         question_type=str(row.get("question_type") or ""),
         constructed=row.get("constructed") is True,
+        person="" if row.get("person") is None else str(row["person"]),
     )
 
 

@@ -37,6 +37,7 @@ from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import Accuracy, EvaluationSummary, Summary, TrafficRow, read_summary
 from accord.evaluation.trace import GalleryRow, MetricsRow, read_gallery, read_metrics, stages_begun
+from accord.rewards.certificate import UNCOVERED
 from accord.runs import refuse_foreign, stages_done, write_atomic
 from accord.runs.failures import failures_of
 
@@ -79,6 +80,7 @@ def write_report(run: Path) -> Path:
         gallery=gallery,
         right=sum(example.after_right for example in gallery),
         types=list(summary.evaluation.aligned.by_type),
+        uncovered=UNCOVERED,
         competence="" if summary.competence is None else tell_competence(summary.competence),
         ranked_types=list(dict.fromkeys(name for site in summary.sites for name in site.ranking.by_type)),
         traffic=summary.traffic,

@@ -30,6 +30,7 @@ import msgspec
 
 from accord.errors import DataError, RunError
 from accord.evaluation.clusters import clustered_error, effective_number
+from accord.rewards.certificate import Certificate
 from accord.runs import write_atomic
 
 Z_95 = 1.959963984540054
@@ -96,6 +97,7 @@ class SiteSummary:
     questions: Count
     pairs: Count
     ranking: Ranking
+    privacy: Certificate | None = None  # the guarantee that its reward model carries, if any
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from typing import Annotated, Literal, TypeAlias, TypeVar, cast
 import msgspec
 
 from accord.errors import RecipeError, ReplyError
+from accord.rewards.certificate import Certificate
 from accord.types import Prompt
 
 
@@ -160,7 +161,7 @@ class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     id: str
 
 
-class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card_reply"):
+class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="card_reply"):
     """What a site says of itself: sizes and quality, nothing of its content."""
 
     id: str
@@ -170,6 +171,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="card_re
     pairs: int
     constructed: bool
     ranking: dict[str, float]
+    privacy: Certificate | None = None  # the guarantee that its reward model carries, if any
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
@@ -348,8 +350,8 @@ def check_card(request: CardRequest, reply: Reply) -> Card:
     """Validate what a site says of itself before it is shown.
 
     Raises:
-        ReplyError: wrong type or request id, a count below 0, a share outside 0 to 1, or text that is long or cannot be
-            printed.
+        ReplyError: wrong type or request id, a count below 0, a share outside 0 to 1, text that is long or cannot be
+            printed, or a certificate with a number that is none.
     """
     reply = check_kind(request, reply, Card, "a card")
     if min(reply.parameters, reply.questions, reply.pairs) < 0:
@@ -360,6 +362,10 @@ def check_card(request: CardRequest, reply: Reply) -> Card:
     for text in (reply.architecture, *reply.ranking):
         if len(text) > MAX_NAME or not text.isprintable():
             raise ReplyError(f"a name {text[:40]!a}, which must be printable and of {MAX_NAME} characters at most")
+    if reply.privacy is not None:
+        for number in msgspec.structs.astuple(reply.privacy):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ReplyError(f"a certificate of privacy with the number {number}")
     return reply
 
 

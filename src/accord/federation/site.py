@@ -46,6 +46,7 @@ from accord.federation.messages import (
     from_turns,
 )
 from accord.models.load import parameter_count
+from accord.rewards.certificate import Certificate
 from accord.rewards.model import RewardModel
 
 
@@ -57,6 +58,7 @@ class SiteRecord:
     pairs: int = 0
     constructed: bool = False  # whether its pairs were built from reference answers
     ranking: Mapping[str, float] = field(default_factory=dict)  # by question type, on its held-out questions
+    privacy: Certificate | None = None
 
 
 class LocalUpdate(Protocol):
@@ -225,4 +227,5 @@ class Site:
             pairs=self.record.pairs,
             constructed=self.record.constructed,
             ranking=dict(self.record.ranking),
+            privacy=self.record.privacy,
         )

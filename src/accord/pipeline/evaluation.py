@@ -125,6 +125,7 @@ def _summary(
                 questions=card.questions,
                 pairs=card.pairs,
                 ranking=Ranking(macro, card.ranking),
+                privacy=card.privacy,
             )
         )
     manifest = json.loads((job.path / "manifest.json").read_text())

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,7 +133,7 @@ class RewardModel(nn.Module):
         if lora is None:
             return cls(*load_model(checkpoint, trainable=True), head=head)
         named = checkpoint.startswith(PREFIX) or not Path(locate(checkpoint)).is_dir()
-        fingerprint = _fingerprint(checkpoint) if named else None
+        fingerprint = checkpoint_fingerprint(checkpoint) if named else None
         model, processor = load_model(checkpoint, revision=fingerprint or "main")
         base = checkpoint if named else None
         return cls(add_lora(model, lora), processor, base=base, fingerprint=fingerprint, lora=lora, head=head)
@@ -150,23 +150,42 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return raw scores `[N]` in float32."""
+        return cast(Tensor, self.head(self.last_states(batch)).squeeze(-1))
+
+    def last_states(self, batch: Batch) -> Tensor:
+        """Return what the head reads, h_last `[N, D]`, in float32."""
         inner = cast(PreTrainedModel, self._plain.base_model)
         inputs, where = shared_inputs(inner, batch)
         hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
         last = where.gather(1, batch.last_token[:, None]).squeeze(1)
-        return cast(Tensor, self.head(hidden[last].float()).squeeze(-1))
+        return cast(Tensor, hidden[last].float())
 
-    @torch.no_grad()
     def score(
         self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
     ) -> list[Tensor]:
         """Return one tensor of standardised scores per prompt, `[len(completions[p])]`, in evaluation mode."""
+        return [self.standardisation(raw) for raw in self._of_each(self, prompts, images, completions)]
+
+    def states(
+        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
+    ) -> list[Tensor]:
+        """Return what the head reads of every answer, per prompt `[len(completions[p]), D]`, in evaluation mode."""
+        return self._of_each(self.last_states, prompts, images, completions)
+
+    @torch.no_grad()
+    def _of_each(
+        self,
+        of: Callable[[Batch], Tensor],
+        prompts: Sequence[Prompt],
+        images: Sequence[Image | None],
+        completions: Sequence[Sequence[str]],
+    ) -> list[Tensor]:
         out: list[Tensor] = []
         with _evaluating(self):
             for span in chunks([len(c) for c in completions], self.rows_at_once):
                 batch = build_batch(self.processor, prompts[span], images[span], completions[span])
-                raw = self(batch.to(self._plain.device)).cpu()
-                out.extend(self.standardisation(raw).split([len(c) for c in completions[span]]))
+                found = of(batch.to(self._plain.device)).cpu()
+                out.extend(found.split([len(c) for c in completions[span]]))
         return out
 
     def save(self, path: Path) -> None:
@@ -188,7 +207,7 @@ class RewardModel(nn.Module):
                 self.standardisation,
                 self.lora,
                 self.base,
-                self.fingerprint if self.base else _fingerprint(str(folder / "backbone")),
+                self.fingerprint if self.base else checkpoint_fingerprint(str(folder / "backbone")),
                 self.rows_at_once,
                 self.kind,
             )
@@ -227,7 +246,7 @@ class RewardModel(nn.Module):
             )
         place = manifest.base or str(path / "backbone")
         plain, processor = load_model(place, revision=manifest.fingerprint or "main")
-        found = _fingerprint(place, manifest.fingerprint)
+        found = checkpoint_fingerprint(place, manifest.fingerprint)
         if manifest.fingerprint not in (None, found):
             raise CheckpointError(
                 f"{path}: {place} is not the backbone that this reward model was trained on: its fingerprint is "
@@ -254,7 +273,7 @@ class RewardModel(nn.Module):
         return model.eval()
 
 
-def _fingerprint(place: str, revision: str | None = None) -> str | None:
+def checkpoint_fingerprint(place: str, revision: str | None = None) -> str | None:
     """Return the SHA-256 over a folder's weight files, or the commit that `revision` is on the hub, None if unknown."""
     folder = Path(locate(place))
     if not folder.is_dir():

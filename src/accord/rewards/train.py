@@ -177,6 +177,20 @@ def keep_back(
     )
 
 
+def check_images(pairs: Sequence[PreferencePair]) -> None:
+    """Refuse pairs about several images.
+
+    Raises:
+        DataError: names the question of the first.
+    """
+    for pair in pairs:
+        if len(pair.images) > 1:
+            raise DataError(
+                f"the pair of question {pair.question_id!r} has {len(pair.images)} images, and a reward model takes "
+                "one; give it one image, or leave it out"
+            )
+
+
 class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
     """All groups of a training, each with the rejected answers and the symmetry drawn for it.
 
@@ -279,12 +293,7 @@ def train_reward_model(
         raise DataError(
             "cannot train a reward model on 0 preference pairs; give the site pairs or questions to build them from"
         )
-    for pair in pairs:
-        if len(pair.images) > 1:
-            raise DataError(
-                f"the pair of question {pair.question_id!r} has {len(pair.images)} images, and a reward model takes "
-                "one; give it one image, or leave it out"
-            )
+    check_images(pairs)
     bare = sum(pair.image is None for pair in pairs) + sum(q.image is None for q in held_out)
     if bare not in (0, len(pairs) + len(held_out)):
         raise DataError(

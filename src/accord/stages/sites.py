@@ -37,6 +37,7 @@ from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
 from accord.stages.job import Job
+from accord.stages.private import settle_site, train_private_reward_model
 from accord.types import PreferencePair, Question, Subject, prompt_of
 
 
@@ -48,26 +49,31 @@ def train_site(job: Job, name: str) -> None:
         questions, pairs = job.private[name], site_pairs(job, name)
         folder = job.path / "sites" / name
         shutil.rmtree(folder / "model", ignore_errors=True)
-        model, ranking = fit_reward_model(
-            job,
-            name,
-            site.checkpoint,
-            site.finetune,
-            site.reward_model,
-            lora=site.lora,
-            questions=questions,
-            pairs=pairs,
-            held_out=[q for q in job.questions["dev"] if job.shares[name].wants(q)],
-            seed=seed,
-            keep=folder / "model" if site.answers else None,
-            log=lambda record: job.log({"stage": "site", "site": name, **record}),
-        )
-        model.save(folder / "reward")
+        ranking: dict[str, float] = {}
+        certificate = train_private_reward_model(job, name, pairs) if site.privacy else None
+        if certificate is None:
+            model, ranking = fit_reward_model(
+                job,
+                name,
+                site.checkpoint,
+                site.finetune,
+                site.reward_model,
+                lora=site.lora,
+                questions=questions,
+                pairs=pairs,
+                held_out=[q for q in job.questions["dev"] if job.shares[name].wants(q)],
+                seed=seed,
+                keep=folder / "model" if site.answers else None,
+                log=lambda record: job.log({"stage": "site", "site": name, **record}),
+            )
+            model.save(folder / "reward")
         (folder / "truth.json").unlink(missing_ok=True)
         if site.answers or site.owns:
             write_truth(folder / "truth.json", site_truth(job, name))
-        record = SiteRecord(len(questions), len(pairs), any(pair.constructed for pair in pairs), ranking)
+        record = SiteRecord(len(questions), len(pairs), any(pair.constructed for pair in pairs), ranking, certificate)
         write_atomic(folder / "card.json", msgspec.json.format(msgspec.json.encode(record)))
+        if certificate is not None:
+            settle_site(job, name, certificate)
 
 
 def site_seed(job: Job, name: str) -> int:

@@ -1,0 +1,109 @@
+"""How much noise a guarantee needs, and how much of a budget is spent: privacy loss distributions, by dp-accounting.
+
+What reads private data is a list of mechanisms, each of which is
+
+    releases   of the Gaussian mechanism, noise σ times the sensitivity, at a sampling rate q (1: without sampling)
+
+and the ε of all of them together at δ is that of their composition, bounded from above on a grid of privacy losses.
+Sources: Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380), as dp-accounting computes
+it. Neighbours differ in one unit that counts for nothing; for the Gaussian mechanism that is adding or removing one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from accord.errors import RecipeError
+from accord.rewards.private import Privacy, Sigmas
+
+
+class Mechanism(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """So many releases of the Gaussian mechanism on a Poisson sample."""
+
+    sigma: float
+    sampling: float = 1.0
+    releases: int = 1
+
+
+PROJECTION, STANDARDISATION = 0.2, 0.1
+"""Shares of the budget, in 1/σ² of the one Gaussian release that would spend it all."""
+
+_GRID = 1e-3
+"""Distance of the privacy losses on the grid; the ε on a coarser grid is an upper bound, too."""
+
+
+def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> float:
+    """Return the ε at `delta` of mechanisms on the same data together; infinite where one adds no noise.
+
+    Raises:
+        RecipeError: dp-accounting is not installed.
+    """
+    if not mechanisms:
+        return 0.0
+    if any(each.sigma <= 0 for each in mechanisms):
+        return math.inf
+    try:
+        import dp_accounting
+        from dp_accounting.pld import PLDAccountant
+    except ImportError as error:
+        raise RecipeError(
+            'privacy is accounted by dp-accounting, which is not installed; pip install "accord[privacy]"'
+        ) from error
+    accountant = PLDAccountant(value_discretization_interval=_GRID)
+    for each in mechanisms:
+        event = dp_accounting.GaussianDpEvent(each.sigma)
+        if each.sampling < 1:
+            event = dp_accounting.PoissonSampledDpEvent(each.sampling, event)
+        accountant.compose(event, each.releases)
+    return float(accountant.get_epsilon(delta))
+
+
+def mechanisms_of(privacy: Privacy, sigmas: Sigmas) -> list[Mechanism]:
+    """Return what a training reads the private data by."""
+    projection = [Mechanism(sigmas.projection)] if privacy.dimensions else []
+    training = Mechanism(sigmas.gradient, privacy.sampling, privacy.steps)
+    return [training, *projection, Mechanism(sigmas.standardisation, releases=4)]
+
+
+def calibrate(privacy: Privacy, spent: Sequence[Mechanism] = ()) -> Sigmas:
+    """Return the least noise with which a training, and what was spent before it, are (ε, δ)-private together.
+
+    The projection and the standardisation get fixed shares of what is left of the budget, and the steps the rest.
+
+    Args:
+        privacy: the guarantee and the settings.
+        spent: what read the same data before.
+
+    Raises:
+        RecipeError: nothing is left.
+    """
+    before = epsilon_of(spent, privacy.delta)
+    whole = _least(lambda sigma: epsilon_of([*spent, Mechanism(sigma)], privacy.delta), privacy, before)
+    projection, standardisation = whole / math.sqrt(PROJECTION), whole / math.sqrt(STANDARDISATION / 4)
+
+    def total(sigma: float) -> float:
+        return epsilon_of([*spent, *mechanisms_of(privacy, Sigmas(sigma, projection, standardisation))], privacy.delta)
+
+    return Sigmas(_least(total, privacy, before), projection, standardisation)
+
+
+def _least(total: Callable[[float], float], privacy: Privacy, before: float) -> float:
+    """Return the least σ with which `total` is within ε, to a thousandth, by bisection of its logarithm."""
+    if before > 0.99 * privacy.epsilon:
+        raise RecipeError(
+            f"of the budget ε = {privacy.epsilon:g} at δ = {privacy.delta:g}, ε = {before:.3g} is spent, too little "
+            "is left for another training; raise privacy.epsilon, or keep the model that was trained"
+        )
+    high = 1.0
+    while total(high) > privacy.epsilon:
+        high *= 2
+    low = high / 2
+    while low > 1e-3 and total(low) <= privacy.epsilon:
+        low, high = low / 2, low
+    while high > 1.001 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if total(middle) > privacy.epsilon else (low, middle)
+    return high

@@ -1,0 +1,49 @@
+"""The guarantee that a reward model carries, as a site's card and the report state it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, TypeAlias
+
+import msgspec
+
+Unit: TypeAlias = Literal["pair", "question", "person"]
+"""What the guarantee protects as a whole."""
+
+Uncovered: TypeAlias = Literal["counts", "making", "shared training", "gates", "answers", "other runs", "settings"]
+
+UNCOVERED: Final[dict[Uncovered, str]] = {
+    "counts": "the numbers of its questions, pairs and units",
+    "making": "how its pairs were made of its questions: a wrong answer may be the right one to another question",
+    "shared training": "what it sends where it trains a router, a projector, an adapter or a shared reward model",
+    "gates": "sums and quantiles of its prompts, which the methods means, means-abstain and routed-abstain ask for",
+    "answers": "answers of its own model, and reference answers that it owns",
+    "other runs": "other runs on the same data: the ledger is of this run alone; name one in privacy.ledger",
+    "settings": "a choice of the settings, or of the seed, by what the model did",
+}
+"""What may touch a site's private data, and its certificate says nothing about."""
+
+
+NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
+Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The guarantee that a reward model carries: (ε, δ)-differential privacy of its unit, by zeroing out.
+
+    It covers the weights, the standardisation, and hence every score: DP-SGD on a linear head over frozen features.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]  # of the ledger's entry: random
+    epsilon: Positive  # of this training
+    total: Positive  # ε of everything in the ledger up to it
+    delta: Positive
+    unit: Unit
+    sampling: Positive  # Poisson: each unit in a step with this probability
+    steps: Annotated[int, msgspec.Meta(gt=0)]
+    clip: Positive
+    sigma: Positive  # of the noise of each step, over the clip
+    projection: NonNegative  # noise of the release that the features are projected by; 0 for no projection
+    standardisation: Positive  # noise of each of the four releases that scores are standardised by
+    noise: Literal["SHAKE-256"]  # what it is drawn from
+    version: Annotated[str, msgspec.Meta(pattern="^[0-9A-Za-z.+-]{1,40}$")]  # of Accord
+    uncovered: tuple[Uncovered, ...]

@@ -1,0 +1,264 @@
+"""A reward model with a guarantee: a Bradley–Terry head on frozen features, trained by DP-SGD.
+
+    x_i = (φ(c_i) − φ(r_i)) / |·|                       φ the frozen backbone's last state, of chosen and rejected
+    M   = Σ_u clip_1(Σ_{i∈u} x_i x_iᵀ) + σ_M Z          Z symmetric, its upper triangle standard normal
+    P   = V Λ^(−1/2)                                    of the k largest eigenvalues of M; no more is read from x
+    z_i = Pᵀ x_i / |·|
+    g_u = clip_C(Σ_{i∈u} −σ(−θᵀ z_i) z_i)               one unit's contribution: a pair's, a question's, a person's
+    θ  ←  θ − η (Σ_{u∈S} g_u + σ C ξ) / (q U)           S: every unit with probability q; ξ standard normal
+    w   = P θ̄                                           θ̄ the mean of the second half of the iterates
+
+The head is the ordinary linear one, R = w · φ: nothing that loads, scores or serves a reward model can tell it from
+another. The guarantee is (ε, δ)-differential privacy under zeroing out: two data sets are neighbours where one unit's
+pairs count for nothing in one of them; the number U of units is public. By post-processing it holds for every score
+that the model ever gives. Which iterate is taken is no choice of the data's, and mean and deviation of the scores are
+released with noise, too (`private_standardisation`).
+
+Sources: Abadi et al. 2016 (arXiv 1607.00133, algorithm 1) for DP-SGD; Dwork et al. 2014
+(https://doi.org/10.1145/2591796.2591883) for M; Kairouz et al. 2021 (arXiv 2103.00039, definition 1.1) for neighbours
+by zeroing out. Differs: one vector per pair is clipped, and not one for each of its two answers, whose gradients would
+count twice; whitening by P; a fixed step size, since a tuned one would be paid for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accord.data.images import load_if_any
+from accord.errors import DataError, RecipeError, check_least, check_positive
+from accord.rewards.certificate import Unit
+from accord.rewards.model import RewardModel, Standardisation
+from accord.rewards.noise import SecretNoise
+from accord.types import PreferencePair
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """The guarantee that a site's reward model gives, and how it is trained for it."""
+
+    epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
+    delta: float = 1e-6  # δ
+    unit: Unit = "pair"
+    ledger: str = ""  # file of what was spent; empty for one in the run's folder, which other runs do not see
+    dimensions: int = 32  # k; 0 for none, the features as they are
+    sampling: float = 0.2  # q
+    steps: int = 100
+    learning_rate: float = 16.0  # η, of gradients that are at most C long
+    clip: float = 0.5  # C; the gradient of a pair is ½ long at the first step
+
+    def __post_init__(self) -> None:
+        """Refuse a guarantee that is none, and settings that train nothing."""
+        check_positive(self, "epsilon", "delta", "sampling", "learning_rate", "clip")
+        check_least(self, dimensions=0, steps=1)
+        for name in ("delta", "sampling"):
+            if getattr(self, name) > (1 if name == "sampling" else 0.1):
+                raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
+
+
+@dataclass(frozen=True)
+class Sigmas:
+    """Standard deviations of the noise over the sensitivity of what it is added to; 0 adds none, for tests."""
+
+    gradient: float  # σ, at every step
+    projection: float  # σ_M
+    standardisation: float  # of each of four releases
+
+
+def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
+    """Return which unit each pair belongs to, `[N]`, counted from 0 in order of first appearance.
+
+    Raises:
+        DataError: the unit is a person, and a pair does not say whose it is.
+    """
+    if unit == "pair":
+        return torch.arange(len(pairs))
+    names = [pair.person if unit == "person" else pair.question_id for pair in pairs]
+    if nameless := sum(not name for name in names):
+        raise DataError(
+            f"{nameless} of {len(pairs)} pairs have no {unit}, which is the unit of privacy; add the column {unit!r} "
+            'to the preferences, or set unit = "pair"'
+        )
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([places[name] for name in names])
+
+
+def pair_features(
+    model: RewardModel,
+    pairs: Sequence[PreferencePair],
+    *,
+    prompts_at_once: int = 32,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Return φ of the chosen and the rejected answer of every pair, `[N, 2, D]`, on the CPU.
+
+    Every answer to a question is computed once, however many pairs it is in.
+
+    Args:
+        model: whose backbone computes φ.
+        pairs: N pairs.
+        prompts_at_once: questions in one go.
+        on_batch: told how many pairs were just computed.
+    """
+    asked: dict[str, list[int]] = defaultdict(list)
+    for n, pair in enumerate(pairs):
+        asked[pair.question_id].append(n)
+    groups = list(asked.values())
+    found = torch.empty(len(pairs), 2, model.features)
+    for start in range(0, len(groups), prompts_at_once):
+        chunk = groups[start : start + prompts_at_once]
+        answers = [list(dict.fromkeys(a for n in g for a in (pairs[n].chosen, pairs[n].rejected))) for g in chunk]
+        first = [pairs[group[0]] for group in chunk]
+        states = model.states([pair.prompt for pair in first], [load_if_any(pair.image) for pair in first], answers)
+        for group, given, state in zip(chunk, answers, states, strict=True):
+            place = {answer: n for n, answer in enumerate(given)}
+            for n in group:
+                found[n] = state[[place[pairs[n].chosen], place[pairs[n].rejected]]]
+        on_batch(sum(map(len, chunk)))
+    return found
+
+
+def to_sphere(rows: Tensor) -> Tensor:
+    """Scale every row to length 1; a row of zeros stays one."""
+    scaled: Tensor = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return scaled
+
+
+def clip_rows(rows: Tensor, limit: float) -> Tensor:
+    """Shorten every row of `[U, D]` that is longer than `limit` to it."""
+    clipped: Tensor = rows * (limit / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+    return clipped
+
+
+def contributions(theta: Tensor, rows: Tensor, unit: Tensor, units: int, clip: float) -> Tensor:
+    """Return what each unit adds to the gradient of Bradley–Terry, `[U, k]`, none longer than `clip`.
+
+        g_u = clip_C(Σ_{i∈u} −σ(−θᵀ z_i) z_i)
+
+    Args:
+        theta: the head, `[k]`.
+        rows: z, `[N, k]`.
+        unit: of every row, `[N]`, from 0 to U − 1.
+        units: U.
+        clip: C.
+    """
+    gradients = -torch.sigmoid(-(rows @ theta))[:, None] * rows
+    return clip_rows(rows.new_zeros(units, rows.shape[1]).index_add_(0, unit, gradients), clip)
+
+
+def private_projection(rows: Tensor, unit: Tensor, dimensions: int, sigma: float, noise: SecretNoise) -> Tensor:
+    """Return P `[D, k]`: whitened principal directions of unit vectors, from their noisy second moments.
+
+    An eigenvalue is no smaller here than what noise alone would give, 2 σ_M √D.
+
+    Args:
+        rows: x, `[N, D]`, none longer than 1.
+        unit: of every row, `[N]`.
+        dimensions: k; 0 returns the identity, and reads nothing.
+        sigma: σ_M; M changes by 1 at most (Frobenius) where a unit is zeroed out.
+        noise: draws Z.
+    """
+    features = rows.shape[1]
+    if not dimensions:
+        return torch.eye(features, dtype=rows.dtype)
+    if len(rows) == int(unit.max()) + 1:  # each alone: |x xᵀ| = |x|² needs no clipping
+        moments = rows.T @ rows
+    else:
+        outer = [rows[unit == u].T @ rows[unit == u] for u in range(int(unit.max()) + 1)]
+        moments = torch.stack([each / each.norm().clamp_min(1) for each in outer]).sum(dim=0)
+    if sigma:
+        drawn = noise.normal(features, features).triu()
+        moments += sigma * (drawn + drawn.triu(1).T)
+    values, vectors = torch.linalg.eigh(moments)
+    kept = min(dimensions, features)
+    least = max(2 * sigma * math.sqrt(features), 1e-6 * float(values[-1]), 1e-12)
+    projection: Tensor = vectors.flip(1)[:, :kept] / values.flip(0)[:kept].clamp_min(least).sqrt()
+    return projection
+
+
+def private_head(
+    features: Tensor,
+    unit: Tensor,
+    privacy: Privacy,
+    sigmas: Sigmas,
+    noise: SecretNoise,
+    *,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Train the head by DP-SGD; return w `[D]`.
+
+    Args:
+        features: φ of chosen and rejected, `[N, 2, D]`.
+        unit: of every pair, `[N]`.
+        privacy: settings.
+        sigmas: of the noise, which `accord.rewards.accounting.calibrate` finds.
+        noise: draws the noise and the samples; of a key that was never used.
+        on_step: called after every step, told nothing.
+    """
+    rows = to_sphere((features[:, 0] - features[:, 1]).double())
+    projection = private_projection(rows, unit, privacy.dimensions, sigmas.projection, noise)
+    rows, units = to_sphere(rows @ projection), int(unit.max()) + 1
+    theta = rows.new_zeros(rows.shape[1])
+    total, averaged = torch.zeros_like(theta), 0
+    for step in range(privacy.steps):
+        drawn = noise.uniform(units) < privacy.sampling
+        mine = drawn[unit]
+        gradient = contributions(theta, rows[mine], unit[mine], units, privacy.clip).sum(dim=0)
+        gradient = gradient + sigmas.gradient * privacy.clip * noise.normal(len(theta))
+        theta = theta - privacy.learning_rate * gradient / (privacy.sampling * units)
+        if 2 * step >= privacy.steps - 1:
+            total, averaged = total + theta, averaged + 1
+        on_step()
+    return projection @ (total / averaged)
+
+
+_OCTAVES = range(-30, 11)
+"""Powers of two that the spread of a pair's scores may have."""
+
+_PLACES = 64
+"""How many bins of eight spreads the middle of the scores may lie from 0, on either side."""
+
+
+def private_standardisation(scores: Tensor, unit: Tensor, sigma: float, noise: SecretNoise) -> Standardisation:
+    """Return mean and deviation of raw scores, by four releases with Gaussian noise.
+
+        S  =  2^(the fullest octave of |s_c − s_r| / 2)         from a histogram
+        B  =  the fullest bin of (s_c + s_r) / 2, 8 S wide      from a histogram; its middle is b
+        μ  =  b + 16 S mean clip_1((s − b) / 16 S)              over both scores of every pair
+        σ² =  64 S² mean clip_1((s − μ) / 8 S)²                 no less than (S / 2)²
+
+    A unit adds the mean over its pairs to each, a vector no longer than 1.
+
+    Args:
+        scores: raw, of chosen and rejected, `[N, 2]`.
+        unit: of every pair, `[N]`.
+        sigma: noise over sensitivity, of each release.
+        noise: draws it.
+    """
+    units = int(unit.max()) + 1
+    share = 1 / torch.bincount(unit)[unit].double()  # of a pair in its unit
+    half, middle = (scores[:, 0] - scores[:, 1]).double().abs() / 2, scores.double().mean(dim=1)
+
+    def histogram(index: Tensor, bins: int) -> Tensor:
+        filled = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, share)
+        return filled + sigma * noise.normal(bins)
+
+    octave = half.clamp_min(2.0 ** _OCTAVES[0]).log2().floor().long().clamp(_OCTAVES[0], _OCTAVES[-1])
+    spread = 2.0 ** (_OCTAVES[0] + int(histogram(octave - _OCTAVES[0], len(_OCTAVES)).argmax()))
+    width = 8 * spread
+    place = (middle / width).round().clamp(-_PLACES, _PLACES).long() + _PLACES
+    centre = width * (int(histogram(place, 2 * _PLACES + 1).argmax()) - _PLACES)
+
+    def mean(values: Tensor) -> float:
+        """Release the mean over units of what is in [−1, 1]."""
+        return float(((values.mean(dim=1) * share).sum() + sigma * noise.normal(1)) / units)
+
+    moved = (scores.double() - centre) / (2 * width)
+    centre += 2 * width * min(1.0, max(-1.0, mean(moved.clamp(-1, 1))))
+    variance = width**2 * mean(((scores.double() - centre) / width).clamp(-1, 1).square())
+    return Standardisation(centre, math.sqrt(max(variance, spread**2 / 4)))

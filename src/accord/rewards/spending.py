@@ -1,0 +1,161 @@
+"""A site's ledger of what its private data have paid for reward models.
+
+    spend     under a lock: read the ledger, calibrate the noise to what is left, write the entry, give out its key
+    train     by `accord.rewards.private`, with the noise of that key
+    settle    once model and card are written: the key is erased
+
+The entry is on disk before the first private number is read, so a training that is killed stays paid for. While its
+key is there, the same training of the same data may be done again at no price: from one key it draws the same samples
+and the same noise, so that of all attempts one result leaves the site, and it is the one that was paid for. An entry
+fits only where pairs, backbone, settings and version are the same, since one noise on two data sets would show their
+difference. Once the key is erased nothing can be done again, nor can who takes the ledger take the noise away.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from accord.errors import RecipeError, RunError
+from accord.rewards.accounting import Mechanism, calibrate, epsilon_of, mechanisms_of
+from accord.rewards.certificate import Certificate, Uncovered, Unit
+from accord.rewards.noise import GENERATOR, new_key
+from accord.rewards.private import Privacy, Sigmas
+from accord.runs import write_atomic
+from accord.version import VERSION
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One training in the ledger."""
+
+    id: str
+    fingerprint: str  # of pairs, backbone, settings and version; stays at the site
+    unit: Unit
+    delta: float
+    sigmas: Sigmas
+    mechanisms: tuple[Mechanism, ...]
+    key: str  # hexadecimal; empty once settled
+
+    @property
+    def settled(self) -> bool:
+        """Whether the training is over, and cannot be done again."""
+        return not self.key
+
+
+class _Ledger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: Literal["accord-privacy-ledger-1"] = "accord-privacy-ledger-1"
+    entries: tuple[Entry, ...] = ()
+
+
+def read_entries(path: Path) -> tuple[Entry, ...]:
+    """Return the trainings that a ledger holds, the oldest first; none where there is no file.
+
+    Raises:
+        RunError: it cannot be read. Nothing may be spent then: what was, is not known.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Ledger).entries
+    except FileNotFoundError:
+        return ()
+    except (OSError, msgspec.MsgspecError) as error:
+        raise RunError(
+            f"{path}: the privacy ledger cannot be read ({error}), so that nobody knows what is spent; put a copy back"
+        ) from error
+
+
+def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
+    """Write down that a training will spend what is left of the budget, and return its entry with its key.
+
+    An entry of the same training that is not settled is returned as it is.
+
+    Args:
+        path: the ledger, a file that its owner alone may read.
+        privacy: the guarantee, for everything in the ledger together.
+        fingerprint: of all that the training's result depends on.
+
+    Raises:
+        RecipeError: the budget is spent, or earlier entries protect another unit.
+        RunError: the ledger cannot be read or written; nothing was spent.
+    """
+    with _locked(path):
+        entries = read_entries(path)
+        for entry in entries:
+            if entry.fingerprint == fingerprint and not entry.settled:
+                return entry
+        if units := {entry.unit for entry in entries} - {privacy.unit}:
+            raise RecipeError(
+                f"{path} accounts for every {units.pop()}, and privacy.unit is {privacy.unit!r}, which does not add up "
+                "with it; keep the unit, or name another ledger for other data"
+            )
+        sigmas = calibrate(privacy, [each for entry in entries for each in entry.mechanisms])
+        entry = Entry(
+            os.urandom(8).hex(),
+            fingerprint,
+            privacy.unit,
+            privacy.delta,
+            sigmas,
+            tuple(mechanisms_of(privacy, sigmas)),
+            new_key().hex(),
+        )
+        _write(path, (*entries, entry))
+        return entry
+
+
+def settle(path: Path, entry: str) -> None:
+    """Erase the key of the training with this id, whose result is written."""
+    with _locked(path):
+        found = read_entries(path)
+        _write(path, [msgspec.structs.replace(each, key="") if each.id == entry else each for each in found])
+
+
+def certify(path: Path, privacy: Privacy, entry: Entry, *, uncovered: Sequence[Uncovered]) -> Certificate:
+    """Return the certificate of a training: what it spent, and all entries up to it together."""
+    entries = read_entries(path)
+    upto = entries[: [each.id for each in entries].index(entry.id) + 1]
+    return Certificate(
+        id=entry.id,
+        epsilon=epsilon_of(entry.mechanisms, privacy.delta),
+        total=epsilon_of([each for before in upto for each in before.mechanisms], privacy.delta),
+        delta=privacy.delta,
+        unit=privacy.unit,
+        sampling=privacy.sampling,
+        steps=privacy.steps,
+        clip=privacy.clip,
+        sigma=entry.sigmas.gradient,
+        projection=entry.sigmas.projection if privacy.dimensions else 0.0,
+        standardisation=entry.sigmas.standardisation,
+        noise=GENERATOR,
+        version=VERSION,
+        uncovered=tuple(uncovered),
+    )
+
+
+def fingerprint_of(*parts: object) -> str:
+    """Return a SHA-256 over parts that JSON can hold."""
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _write(path: Path, entries: Sequence[Entry]) -> None:
+    write_atomic(path, msgspec.json.format(msgspec.json.encode(_Ledger(entries=tuple(entries)))), mode=0o600)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time read and write the ledger; the system frees the lock however this process ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RunError(f"{path}: the privacy ledger cannot be opened ({error}); check privacy.ledger") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

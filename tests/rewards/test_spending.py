@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import msgspec
+import pytest
+
+from accord.errors import RecipeError, RunError
+from accord.rewards import spending
+from accord.rewards.accounting import epsilon_of
+from accord.rewards.certificate import UNCOVERED, Certificate, Uncovered
+from accord.rewards.private import Privacy, Sigmas
+from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
+
+pytest.importorskip("dp_accounting")
+
+PRIVACY = Privacy(epsilon=2.0, steps=10, dimensions=0)
+TIGHT = Sigmas(gradient=2.0, projection=5.0, standardisation=40.0)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return tmp_path / "site" / "privacy.json"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Noise that was calibrated before: what is tested here is the book-keeping."""
+    monkeypatch.setattr(spending, "calibrate", lambda privacy, spent: TIGHT)
+
+
+def test_it_is_written_before_anything_is_trained(ledger, quick):
+    entry = spend(ledger, PRIVACY, "pairs")
+    (found,) = read_entries(ledger)
+    assert found == entry and not entry.settled and len(bytes.fromhex(entry.key)) == 32
+    assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
+
+
+def test_the_same_training_goes_on_at_no_price_until_it_is_settled(ledger, quick):
+    entry = spend(ledger, PRIVACY, "pairs")
+    assert spend(ledger, PRIVACY, "pairs") == entry and len(read_entries(ledger)) == 1
+    settle(ledger, entry.id)
+    (settled,) = read_entries(ledger)
+    assert settled.settled and settled.mechanisms == entry.mechanisms
+    assert entry.key not in ledger.read_text()
+    again = spend(ledger, PRIVACY, "pairs")
+    assert again.id != entry.id and again.key != entry.key and len(read_entries(ledger)) == 2
+
+
+def test_other_data_are_another_training(ledger, quick):
+    """One noise on two data sets would show their difference."""
+    one, other = spend(ledger, PRIVACY, "pairs"), spend(ledger, PRIVACY, "others")
+    assert one.key != other.key and len(read_entries(ledger)) == 2
+    assert fingerprint_of(["a"], {"b": 1}) != fingerprint_of(["a"], {"b": 2})
+
+
+def test_what_is_over_the_budget_is_refused_and_costs_nothing(ledger):
+    """T18: the first training takes all of it; no second one does, of any data, until the site raises the budget."""
+    entry = spend(ledger, PRIVACY, "pairs")
+    assert 1.9 < epsilon_of(entry.mechanisms, PRIVACY.delta) <= 2
+    settle(ledger, entry.id)
+    before = ledger.read_bytes()
+    for data in ("pairs", "others"):
+        with pytest.raises(RecipeError, match=r"of the budget ε = 2 at δ = 1e-06, ε = 2 is spent"):
+            spend(ledger, PRIVACY, data)
+    assert ledger.read_bytes() == before
+    larger = replace(PRIVACY, epsilon=4.0)
+    second = spend(ledger, larger, "pairs")
+    found = certify(ledger, larger, second, uncovered=["counts"])
+    assert 3.9 < found.total <= 4 and found.epsilon < found.total and found.uncovered == ("counts",)
+    assert certify(ledger, larger, entry, uncovered=[]).total == pytest.approx(2, rel=0.01)
+
+
+def test_a_ledger_has_one_unit(ledger, quick):
+    spend(ledger, PRIVACY, "pairs")
+    with pytest.raises(RecipeError, match=r"accounts for every pair, and privacy\.unit is 'person'"):
+        spend(ledger, replace(PRIVACY, unit="person"), "others")
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"format": "x"}', b'{"format": "accord-privacy-ledger-1", "x": 1}'])
+def test_with_a_damaged_ledger_nothing_is_spent(ledger, quick, damage):
+    spend(ledger, PRIVACY, "pairs")
+    ledger.write_bytes(damage)
+    with pytest.raises(RunError, match="nobody knows what is spent"):
+        spend(ledger, PRIVACY, "others")
+    assert ledger.read_bytes() == damage
+
+
+def test_two_that_spend_at_once_take_turns(ledger, quick):
+    threads = [threading.Thread(target=spend, args=(ledger, PRIVACY, f"data {n}")) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({entry.key for entry in read_entries(ledger)}) == 8
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from accord.rewards import spending
+from accord.rewards.private import Privacy, Sigmas
+spending.calibrate = lambda privacy, spent: Sigmas(2.0, 5.0, 40.0)
+entry = spending.spend(Path(sys.argv[1]), Privacy(epsilon=2.0, steps=10, dimensions=0), "pairs")
+print(entry.id, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_training_that_is_killed_stays_paid_for(ledger, quick):
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(ledger)], stdout=subprocess.PIPE, text=True)
+    try:
+        spent = child.stdout.readline().strip()
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    (entry,) = read_entries(ledger)
+    assert entry.id == spent and not entry.settled
+    assert spend(ledger, PRIVACY, "pairs").id == spent  # and the lock went with the process
+    assert len(read_entries(ledger)) == 1
+
+
+def test_a_certificate_says_what_it_is(ledger, quick):
+    entry = spend(ledger, PRIVACY, "pairs")
+    found = certify(ledger, PRIVACY, entry, uncovered=list(UNCOVERED))
+    assert (found.sigma, found.projection, found.standardisation) == (2.0, 0.0, 40.0)
+    assert (found.unit, found.sampling, found.steps, found.clip) == ("pair", 0.2, 10, 0.5)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Certificate) == found
+    assert set(UNCOVERED) == set(Uncovered.__args__)
+    assert "pairs" not in json.loads(msgspec.json.encode(found)).values()  # the fingerprint stays at the site

@@ -1,0 +1,180 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from accord.data.images import load_image
+from accord.errors import DataError, RecipeError
+from accord.federation.messages import CardRequest
+from accord.models.finetune import FineTuneConfig
+from accord.models.load import LoraSettings
+from accord.recipe import SiteConfig
+from accord.recipe_file import recipe_of
+from accord.rewards.accounting import epsilon_of
+from accord.rewards.certificate import Certificate
+from accord.rewards.private import Privacy, Sigmas
+from accord.rewards.spending import read_entries
+from accord.rewards.train import RewardConfig
+from accord.stages import private
+from accord.stages.sites import open_site, train_site
+from accord.toml import dump_toml
+from accord.types import vqa_prompt
+
+pytest.importorskip("dp_accounting")
+
+COLOURS = ("red", "blue", "green", "yellow")
+PRIVACY = Privacy(epsilon=4.0, steps=10, dimensions=4)
+
+
+@pytest.fixture
+def settle(job, prefer, llava):
+    """Return a function that gives site `a` pairs of its own and a guarantee; it returns the site's folder."""
+
+    def give(privacy=PRIVACY, **fields):
+        site = SiteConfig("a", llava, finetune=None, privacy=privacy, **fields)
+        job.recipe = replace(job.recipe, sites=(site, job.recipe.sites[1]))
+        job.questions = {"private": [], "public": [], "dev": [], "test": []}
+        vars(job)["private"] = {"a": [], "b": []}
+        job.pairs["a"] = [prefer(n, COLOURS[n % 4], COLOURS[(n + 1) % 4]) for n in range(24)]
+        return job.path / "sites" / "a"
+
+    return give
+
+
+def score(job, square):
+    site = open_site(job.recipe, job.path, "a", scores=None)
+    return site, site.reward_model.score([vqa_prompt("what colour?")], [load_image(square("red"))], [COLOURS])[0]
+
+
+def test_a_private_site_is_a_site_like_any_other(job, settle, square):
+    """Its model is a linear head on the backbone as it came; its card bears what the ledger says."""
+    folder = settle()
+    train_site(job, "a")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("card.json", "privacy.json", "privacy.json.lock", "reward")
+    ]
+    site, scores = score(job, square)
+    assert scores.shape == (4,) and scores.isfinite().all() and scores.std() > 0
+    assert site.reward_model.kind == "linear" and site.reward_model.head.bias.item() == 0
+    card = site.card(CardRequest("c"))
+    (entry,) = read_entries(folder / "privacy.json")
+    assert card.privacy.id == entry.id and entry.settled and card.ranking == {}
+    assert 3.9 < card.privacy.epsilon == card.privacy.total <= 4
+    assert set(card.privacy.uncovered) == {*("counts", "shared training", "gates", "settings", "making", "other runs")}
+    assert entry.fingerprint not in (folder / "card.json").read_text()
+
+
+def test_scores_cost_nothing(job, settle, square):
+    """T18: the ledger is not opened to answer, so that a million scores leave ε where it was."""
+    folder = settle()
+    train_site(job, "a")
+    ledger = folder / "privacy.json"
+    before, spent = ledger.read_bytes(), ledger.stat().st_mtime_ns
+    site, _ = score(job, square)
+    for _ in range(3):
+        site.reward_model.score([vqa_prompt("what colour?")], [load_image(square("blue"))], [[*COLOURS] * 5])
+    assert ledger.read_bytes() == before and ledger.stat().st_mtime_ns == spent
+    entry = read_entries(ledger)[0]
+    assert epsilon_of(entry.mechanisms, 1e-6) == site.card(CardRequest("c")).privacy.epsilon
+
+
+def test_it_is_not_trained_twice_for_one_price(job, settle):
+    settle()
+    train_site(job, "a")
+    with pytest.raises(RecipeError, match=r"ε = 4 is spent"):
+        train_site(job, "a")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, settle, square, monkeypatch):
+    """By the key that the entry holds until the end; a kill after the card trains nothing again."""
+    folder = settle()
+
+    def killed(*_, **__):
+        raise Killed
+
+    for place in ("private_head", "private_standardisation", "certify"):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(private, place, killed)
+            train_site(job, "a")
+        (entry,) = read_entries(folder / "privacy.json")
+        assert not entry.settled and not (folder / "card.json").exists()
+    _, there = score(job, square)  # written before the certificate
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(private, "settle", killed)
+        train_site(job, "a")
+    _, once = score(job, square)
+    assert torch.equal(there, once)
+    with monkeypatch.context() as patch:
+        patch.setattr(private, "private_head", killed)
+        train_site(job, "a")
+    _, again = score(job, square)
+    assert torch.equal(once, again)
+    (settled,) = read_entries(folder / "privacy.json")
+    assert settled.id == entry.id and settled.settled
+
+
+def test_a_shared_ledger_sees_other_runs(job, settle, tmp_path):
+    folder = settle(replace(PRIVACY, ledger=str(tmp_path / "all.json")))
+    train_site(job, "a")
+    assert not (folder / "privacy.json").exists() and len(read_entries(tmp_path / "all.json")) == 1
+    certificate = json.loads((folder / "card.json").read_text())["privacy"]
+    assert "other runs" not in certificate["uncovered"]
+    for path in folder.iterdir():  # as in a new run folder
+        path.unlink() if path.is_file() else None
+    with pytest.raises(RecipeError, match="is spent"):
+        train_site(job, "a")
+
+
+def test_persons_are_protected_where_the_pairs_name_them(job, settle):
+    settle(replace(PRIVACY, unit="person"))
+    with pytest.raises(DataError, match="24 of 24 pairs have no person"):
+        train_site(job, "a")
+    job.pairs["a"] = [replace(pair, person=f"p{n % 6}") for n, pair in enumerate(job.pairs["a"])]
+    train_site(job, "a")
+    card = json.loads((job.path / "sites" / "a" / "card.json").read_text())
+    assert card["privacy"]["unit"] == "person"
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"finetune": FineTuneConfig()}, "finetune"),
+        ({"lora": LoraSettings()}, "lora"),
+        ({"reward_model": RewardConfig(head="mlp")}, "reward_model.head"),
+    ],
+)
+def test_what_trains_more_than_a_head_is_refused(fields, named):
+    with pytest.raises(RecipeError, match=f"site 'a' has privacy.*{named} would train more"):
+        SiteConfig("a", "x", privacy=Privacy(), **{"finetune": None, **fields})
+
+
+def test_a_recipe_says_it_in_one_line():
+    table = {
+        "name": "a",
+        "checkpoint": "x",
+        "finetune": False,
+        "privacy": {"epsilon": 8, "delta": 1e-6, "unit": "pair"},
+    }
+    recipe = recipe_of({"name": "x", "sites": [table]})
+    assert recipe.sites[0].privacy == Privacy(8.0, 1e-6, "pair")
+    assert 'unit = "pair"' in dump_toml(recipe)
+    with pytest.raises(RecipeError, match="unit"):
+        recipe_of({"name": "x", "sites": [{**table, "privacy": {"unit": "patient"}}]})
+
+
+def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
+    """Of one seed, one recipe and the same pairs in two runs the models differ: the server knows all three."""
+    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda privacy, spent: Sigmas(2.0, 2.0, 2.0))
+    folder = settle()
+    train_site(job, "a")
+    _, one = score(job, square)
+    (folder / "privacy.json").unlink()
+    train_site(job, "a")
+    _, other = score(job, square)
+    assert not torch.allclose(one, other)
+    assert Certificate.__struct_config__.forbid_unknown_fields
