@@ -129,7 +129,7 @@ def test_nobody_is_known_to_be_good(make_run: Callable[..., Path], make_summary:
 
 def test_how_the_projector_was_trained(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
     """A row a round, a site that was absent, and where there are silos a figure of them; hostile names stay text."""
-    measure = ProjectorMeasure(1.25, 2.5, accuracy({HOSTILE: (1, 2)}))
+    measure = ProjectorMeasure(1.25, 2.5, accuracy({HOSTILE: (1, 2)}), 0.5)
     rounds = (
         ProjectorRound(-3.0, {HOSTILE: ProjectorSite(4, 0.5, 7.25, 0.75), "b": ProjectorSite(4, 0.5, None, 0.25)}),
         ProjectorRound(0.5, {HOSTILE: ProjectorSite(4, 0.5, 7.25, 1.0)}, beta=0.5, cosine=0.25, lag=0.75),

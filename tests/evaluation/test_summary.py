@@ -274,6 +274,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "Summary": {"competence", "method", "projector", "trust"},
         "ProjectorRound": {"beta", "cosine", "lag"},
         "ProjectorSummary": {"silos"},
+        "ProjectorMeasure": {"cider"},
         "Accuracy": {"images", "macro_error"},
         "SiteSummary": {"privacy"},
         "TypeAccuracy": {"effective_n"},

@@ -233,7 +233,7 @@ def test_a_loss_that_a_hostile_site_made_up_leaves_the_measures_readable(tmp_pat
     right = accuracy({"colour": (1, 2)})
     for loss in (-1.0, 1.7e308):
         told = _round({name: UpdateReply("r", b"", 1, loss, distance=1.7e308) for name in "ab"}, 0, [])
-        measure = ProjectorMeasure(1.0, 2.0, right)
+        measure = ProjectorMeasure(1.0, 2.0, right, None)
         summary = ProjectorSummary("x", "federated", "fedavg", "plain", "keep", 1, measure, measure, (told,))
         (tmp_path / "projector").mkdir(exist_ok=True)
         (tmp_path / MEASURED).write_bytes(msgspec.json.encode(summary))
