@@ -57,6 +57,7 @@ from accord.recipe_file import dump_recipe, load_recipe
 from accord.runs import Run
 from accord.stages.job import PROJECTOR, Job, open_job
 from accord.stages.projector import pretrain_projector, projector_training
+from accord.stages.traffic import add_stage
 
 DEFAULT = (
     "none,local,fedavg,fedprox,moon,fedavgm,fedadam,task-arithmetic,ties,dare,cra,cra-relative,fed-cmp,fed-cmp-relative,"
@@ -107,7 +108,7 @@ def tuned(job: Job, rule: str, steps: int) -> float:
     recipe = job.written
     assert recipe is not None and recipe.projector is not None
     drawn = rule == "none"
-    model, processor = load_model(recipe.policy.checkpoint if drawn else job.path / PROJECTOR, trainable=True)
+    model, processor = load_model(recipe.policy.checkpoint if drawn else str(job.path / PROJECTOR), trainable=True)
     if drawn:
         trained = [p for p in model.parameters() if p.requires_grad]
         train_projector_alone(model, seed=recipe.seed)
@@ -142,6 +143,7 @@ def cell(recipe: Recipe, rule: str, seed: int, tune: int = 0) -> dict[str, objec
         job.engine = attacked(job, attack) if attack else None
         summary = pretrain_projector(job)
         after = tuned(job, rule, tune) if tune and recipe.projector.training != "local" else None
+        add_stage(job, "projector")
         counts = job.traffic.counts.values()
         sent = sum(count.bytes_to_site + count.bytes_from_site for count in counts)
     measured = summary.before if rule == "none" else summary.after
