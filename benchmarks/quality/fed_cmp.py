@@ -97,7 +97,7 @@ def configured(config: ProjectorConfig, rule: str) -> ProjectorConfig:
 
 def attacked(job: Job, attack: str) -> InProcessEngine:
     """Return what reaches the sites, of which the last lies, and says that its images and texts lie together."""
-    loaded = load_model(job.recipe.policy.checkpoint, trainable=True)
+    loaded = load_model((job.written or job.recipe).policy.checkpoint, trainable=True)
     train_projector_alone(loaded[0])
     sites = {site.name: projector_training(job, site.name, loaded) for site in job.recipe.sites}
     return InProcessEngine(hostile(sites, [*sites][-1:], ATTACKS[attack], distance=0.0))
