@@ -50,8 +50,7 @@ with Decoder() as decoder:
     resource.setrlimit(resource.RLIMIT_AS, (size + budget * 2**20,) * 2)
     reply = decode_reply(endpoint(open(large, "rb").read()))
     answered = len(reply.scores) - len(reply.refused) if isinstance(reply, ScoreReply) else 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"answered": answered, "grown": most - before}))
+    print(json.dumps({"answered": answered, "grown": megabytes("VmHWM") - before}))
 """
 
 

@@ -19,6 +19,7 @@ from accord.federation.messages import (
     AnswerRequest,
     Card,
     CardRequest,
+    Declined,
     Refusal,
     ScoreItem,
     ScoreReply,
@@ -178,9 +179,10 @@ def test_each_request_came_to_its_end(conversation):
         "answers": AnswerReply,
         "truth": ScoreReply,
         "model fails": "error",
-        "no image": "error",
+        "no image": ScoreReply,  # its one question is refused
         "service gone": "gone",
     }
+    assert came["no image"].refused == {0: Declined.IMAGE}
 
 
 def test_no_secret_leaves(conversation, planted, wire):
@@ -188,7 +190,7 @@ def test_no_secret_leaves(conversation, planted, wire):
     came, left = conversation
     root, secrets = planted
     assert [type(decode_reply(reply)) for reply in left] == [
-        *(Refusal, Card, UpdateReply, ScoreReply, AnswerReply, ScoreReply, Refusal, Refusal)
+        *(Refusal, Card, UpdateReply, ScoreReply, AnswerReply, ScoreReply, Refusal, ScoreReply)
     ]
     assert check_answers(AnswerRequest("answers", {}, [HELD, HELD]), came["answers"]) == came["answers"].answers
     assert came["truth"].scores == [[0.0, 1.0, 0.0]]  # the secret was guessed by the server: that much is told
