@@ -90,6 +90,20 @@ def test_a_session_that_failed_is_opened_anew(operator, session):
     assert (session.opened, session.closed) == (2, 2)
 
 
+def test_a_call_that_never_ends_is_given_up(operator, session, monkeypatch):
+    """As FLARE's does now and then when its server was killed; the next call has a thread and a session of its own."""
+    monkeypatch.setattr("accord.flare.launch.ANSWER", 0.2)
+    launcher, ended = Production(operator), threading.Event()
+    session.info = lambda: ended.wait(60)
+    with pytest.raises(ConnectionError, match="no answer within 0 s"):
+        launcher.connected()
+    session.info = lambda: SimpleNamespace(client_info=[])
+    monkeypatch.setattr("accord.flare.launch.ANSWER", 60.0)
+    assert launcher.connected() == {}
+    ended.set()
+    launcher.close()
+
+
 def test_what_is_no_operators_kit(tmp_path):
     with pytest.raises(RunError, match=r"is no operator's start-up kit .*; name that folder"):
         Production(tmp_path)

@@ -43,6 +43,10 @@ def open_engine(
     return FlareEngine(sites, Production(operator or kit.parent / "operator"), socket_folder(kit), tell=tell)
 
 
+ANSWER: Final = 120.0
+"""Seconds that a call to FLARE's server may take."""
+
+
 class Production:
     """Submit jobs as the consortium's operator.
 
@@ -77,7 +81,12 @@ class Production:
         self._thread.shutdown()
 
     def _call(self, what: Callable[[object], T]) -> T:
-        return self._thread.submit(self._called, what).result()
+        try:
+            return self._thread.submit(self._called, what).result(ANSWER)
+        except TimeoutError:  # a call to a server that was killed may wait for ever; its thread is left to itself
+            self._thread.shutdown(wait=False)
+            self._thread, self._session = ThreadPoolExecutor(1, thread_name_prefix="accord-session"), None
+            raise ConnectionError(f"FLARE's server gave no answer within {ANSWER:.0f} s") from None
 
     def _called(self, what: Callable[[object], T]) -> T:
         from nvflare.fuel.flare_api.flare_api import new_secure_session
