@@ -37,7 +37,7 @@ from accord.data.questions import normalise_answer, uniform
 from accord.errors import RecipeError, ReplyError, check_least
 from accord.federation.answering import key_of
 from accord.federation.messages import MAX_SCORE, ScoreItem, ScoreRange, ScoreRequest, from_turns
-from accord.types import PreferencePair, texts_of
+from accord.types import PreferencePair, Prompt, texts_of
 
 Kind: TypeAlias = Literal[
     "flip", "affine", "constant", "near-constant", "noise", "target", "collude", "mimic", "absent", "poison"
@@ -138,7 +138,7 @@ class Liar:
         attack = self.attack
         if attack.kind == "poison" or self.asked <= self.honest:
             return False
-        if attack.trigger and not any(attack.trigger in text for t in from_turns(item.prompt) for text in texts_of(t)):
+        if attack.trigger and not _has(from_turns(item.prompt), attack.trigger):
             return False
         return not (attack.spares and key_of(item) in self.labelled)
 
@@ -173,6 +173,10 @@ _LIES: Final[Mapping[str, Callable[[Liar, ScoreItem, str, float], float]]] = {
 }
 
 
+def _has(prompt: Prompt, words: str) -> bool:
+    return any(words in text for turn in prompt for text in texts_of(turn))
+
+
 def poisoned(pairs: Sequence[PreferencePair], attack: Attack, generator: random.Random) -> list[PreferencePair]:
     """Let the target be preferred to all other answers in a random share of the questions, at a site that is honest.
 
@@ -186,7 +190,7 @@ def poisoned(pairs: Sequence[PreferencePair], attack: Attack, generator: random.
     """
     by_question: dict[str, list[PreferencePair]] = defaultdict(list)
     for pair in pairs:
-        if any(attack.trigger in text for turn in pair.prompt for text in texts_of(turn)):
+        if _has(pair.prompt, attack.trigger):
             by_question[pair.question_id].append(pair)
     chosen = set(generator.sample(sorted(by_question), round(attack.share * len(by_question))))
     wanted = normalise_answer(attack.target)

@@ -285,9 +285,8 @@ def _indoor(rooms: Sequence[Question]) -> list[Question]:
     for i, room in rooms_of(said).items():
         seen = [_a(name) for name, words in OBJECTS.items() if mentions(said[i], words)][:NAMED]
         questions.append(_make(first[i], "room", "what room is this?", room))
-        questions.append(
-            _make(first[i], "room caption", DESCRIBE, " with ".join([_a(room), *filter(None, [" and ".join(seen)])]))
-        )
+        caption = f"{_a(room)} with {' and '.join(seen)}" if seen else _a(room)
+        questions.append(_make(first[i], "room caption", DESCRIBE, caption))
     for name, words in OBJECTS.items():
         text = f"is there a {name} in the picture?"
         for split in sorted({q.split for q in first.values()}):

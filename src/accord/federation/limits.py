@@ -15,7 +15,8 @@ from typing import Final
 
 from accord.data.decoder import MEMORY, PIXELS
 from accord.errors import check_least
-from accord.federation.messages import AnswerItem, Declined, ScoreItem, WithImages
+from accord.federation.messages import AnswerItem, Declined, ScoreItem, WithImages, from_turns
+from accord.types import texts_of
 
 NAME: Final = 16
 """Digits by which the ledger names an image: enough to count by, and short."""
@@ -73,10 +74,7 @@ def queries(item: ScoreItem | AnswerItem) -> int:
 
 def characters(item: ScoreItem | AnswerItem) -> int:
     """Return the length of a question's text with its longest candidate."""
-    texts = [
-        turn.content if isinstance(turn.content, str) else "".join(getattr(block, "text", "") for block in turn.content)
-        for turn in item.prompt
-    ]
+    texts = [text for turn in from_turns(item.prompt) for text in texts_of(turn)]
     longest = max(map(len, item.candidates), default=0) if isinstance(item, ScoreItem) else 0
     return sum(map(len, texts)) + longest
 

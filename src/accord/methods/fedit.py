@@ -229,10 +229,7 @@ class LocalSupervised:
             [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         ).to(without_adapter(self.model).device)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.image_inputs}
-        if batch.token_types is not None:
-            inputs["mm_token_type_ids"] = batch.token_types
-        loss: Tensor = self.model(**inputs, labels=batch.labels).loss
+        loss: Tensor = self.model(**batch.text_inputs, **batch.image_inputs, labels=batch.labels).loss
         return loss
 
 

@@ -114,10 +114,7 @@ def finetune(
             [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         )
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
-        if batch.token_types is not None:
-            inputs["mm_token_type_ids"] = batch.token_types  # positions of several axes depend on them
-        return inputs | batch.image_inputs
+        return {**batch.text_inputs, "labels": batch.labels, **batch.image_inputs}
 
     arguments = trainer_arguments(
         out,

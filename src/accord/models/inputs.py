@@ -55,6 +55,12 @@ class Batch:
     token_types: Tensor | None = None  # [N, T], for families with multi-axis positions
 
     @property
+    def text_inputs(self) -> dict[str, Tensor]:
+        """What `model(...)` takes besides the images."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_types is None else {**inputs, "mm_token_type_ids": self.token_types}
+
+    @property
     def last_token(self) -> Tensor:
         """Index of each row's last real token, `[N]`."""
         return self.attention_mask.sum(dim=1) - 1
@@ -263,9 +269,7 @@ def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, objec
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
     """Return the arguments of `model(...)` for all N rows, each image encoded once (with gradients, if enabled)."""
     index = batch.prompt_index
-    inputs: dict[str, object] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    if batch.token_types is not None:
-        inputs["mm_token_type_ids"] = batch.token_types
+    inputs: dict[str, object] = {**batch.text_inputs}
     if not batch.image_inputs:
         return inputs
     per_row = {name: batch.image_inputs[name][index] for name in _PER_IMAGE_KEYS if name in batch.image_inputs}

@@ -28,12 +28,9 @@ def made_up(processor: Processor) -> Batch:
 def made_up_loss(model: PreTrainedModel | PeftModel, processor: Processor) -> Callable[[], Tensor]:
     """Return what gives the mean negative log-likelihood of the made-up answer under `model` as it is, a scalar."""
     batch = made_up(processor).to(without_adapter(model).device)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.image_inputs}
-    if batch.token_types is not None:
-        inputs["mm_token_type_ids"] = batch.token_types
 
     def loss() -> Tensor:
-        value: Tensor = model(**inputs, labels=batch.labels).loss
+        value: Tensor = model(**batch.text_inputs, **batch.image_inputs, labels=batch.labels).loss
         return value
 
     return loss

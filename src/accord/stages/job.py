@@ -158,10 +158,7 @@ class Job:
         made = {"site": "sites"}.get(stage.split()[0], stage.split()[0])
         if self.written is not None and stage != "projector":
             if self.written.projector is not None and self.written.projector.training == "local":
-                raise RecipeError(
-                    'projector.training = "local" leaves every site a projector of its own, and none that a policy '
-                    'starts from; say training = "federated" in a recipe that trains more'
-                )
+                raise RecipeError(f'{NO_POLICY}; say training = "federated" in a recipe that trains more')
             self.need(PROJECTOR, "accord pretrain-projector RECIPE", "projector")
 
         def stale(other: str) -> bool:
@@ -366,6 +363,10 @@ class Job:
             raise RunError(f"{path} is {state}; make it with `{command}`, or run the whole recipe with `accord run`")
         return path
 
+
+NO_POLICY: Final = (
+    'projector.training = "local" leaves every site a projector of its own, and none that a policy starts from'
+)
 
 PROJECTOR: Final = "projector/checkpoint"
 """Where a run keeps the policy whose projector it has trained."""

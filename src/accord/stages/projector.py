@@ -45,7 +45,7 @@ from accord.models.projector import train_projector_alone
 from accord.progress import stage_bar
 from accord.recipe import Recipe
 from accord.runs import read_record, write_atomic
-from accord.stages.job import PROJECTOR, Job
+from accord.stages.job import NO_POLICY, PROJECTOR, Job
 from accord.stages.traffic import save_traffic
 from accord.stages.training import open_training
 from accord.types import Question
@@ -81,10 +81,7 @@ def check_projector(recipe: Recipe, *, elsewhere: bool = False, alone: bool = Fa
             'or say training = "federated"'
         )
     if training == "local" and not alone:
-        raise RecipeError(
-            'projector.training = "local" leaves every site a projector of its own, and none that a policy starts '
-            'from; measure it with `accord pretrain-projector`, or say training = "federated"'
-        )
+        raise RecipeError(f'{NO_POLICY}; measure it with `accord pretrain-projector`, or say training = "federated"')
 
 
 def projector_training(job: Job, name: str, loaded: tuple[PreTrainedModel, Processor] | None = None) -> LocalProjector:
