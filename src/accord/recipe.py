@@ -114,7 +114,7 @@ class SiteConfig:
     finetune: FineTuneConfig | None = FineTuneConfig()  # of its backbone, before the head
     reward_model: RewardConfig = RewardConfig()
     lora: LoraSettings | None = None  # train the reward model as an adapter
-    privacy: Privacy | None = None  # train its head with differential privacy, on the backbone as it is
+    privacy: Privacy | None = None  # train its head, or with `lora` an adapter, with differential privacy
     answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
     limits: Limits = Limits()  # of one request from another organisation
@@ -129,16 +129,18 @@ class SiteConfig:
                 f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
             )
         if self.privacy is not None:
-            tuned = {
-                "finetune": self.finetune is not None,
-                "lora": self.lora is not None,
-                "reward_model.head": self.reward_model.head != "linear",
+            labels = self.privacy.unit == "label"
+            more = {
+                "finetune": (self.finetune is not None, "false"),
+                "lora": (labels and self.lora is not None, "false"),
+                "lora.dropout": (self.lora is not None and self.lora.dropout > 0, "0"),
+                "reward_model.head": (self.reward_model.head != "linear", '"linear"'),
             }
-            for name, there in tuned.items():
-                untuned = '"linear"' if name == "reward_model.head" else "false"
+            for name, (there, untuned) in more.items():
                 if there:
+                    covered = "a linear head" if labels else "a linear head, and an adapter without dropout,"
                     raise RecipeError(
-                        f"site {self.name!r} has privacy, which covers a linear head on a backbone that never saw the "
+                        f"site {self.name!r} has privacy, which covers {covered} on a backbone that never saw the "
                         f"site's data, and {name} would train more; set {name} = {untuned}, or leave privacy out"
                     )
         for name, share in (("flipped", self.flipped), ("owns", self.owns)):

@@ -276,6 +276,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "ProjectorSummary": {"silos"},
         "ProjectorMeasure": {"cider"},
         "Accuracy": {"images", "macro_error"},
+        "Certificate": {"way", "flip"},
         "SiteSummary": {"privacy"},
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},

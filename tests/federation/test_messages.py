@@ -40,7 +40,7 @@ from accord.federation.messages import (
     text_bytes,
     to_turns,
 )
-from accord.rewards.certificate import Certificate, Uncovered, Unit
+from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.types import vqa_prompt
 
 TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
@@ -60,12 +60,14 @@ PROOF = Certificate(
     total=8.0,
     delta=1e-6,
     unit="pair",
+    way="head",
     sampling=0.2,
     steps=100,
     clip=0.5,
     sigma=1.8,
     projection=1.5,
     standardisation=4.1,
+    flip=0.0,
     noise="SHAKE-256",
     version="0.1.0",
     uncovered=("counts", "settings"),
@@ -136,12 +138,14 @@ FIELDS = {
         "total": float,
         "delta": float,
         "unit": Unit,
+        "way": Way,
         "sampling": float,
         "steps": int,
         "clip": float,
         "sigma": float,
         "projection": float,
         "standardisation": float,
+        "flip": float,
         "noise": typing.Literal["SHAKE-256"],
         "version": str,
         "uncovered": tuple[Uncovered, ...],
@@ -220,6 +224,13 @@ def test_a_card_without_a_certificate_has_not_a_byte_for_it():
         {"version": "<b>"},
         {"noise": "Mersenne Twister"},
         {"unit": "hospital"},
+        {"way": "prayer"},
+        {"sigma": 0.0},
+        {"delta": 0.0},
+        {"unit": "label"},
+        {"unit": "label", "way": "labels", "flip": 0.0, "uncovered": ["inputs"]},
+        {"unit": "label", "way": "labels", "flip": 0.1},
+        {"unit": "label", "way": "labels", "flip": 0.5, "uncovered": ["inputs"]},
         {"uncovered": ["nothing at all"]},
         {"epsilon": -1.0},
         {"epsilon": math.nan},

@@ -118,6 +118,66 @@ def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, sett
     assert settled.id == entry.id and settled.settled
 
 
+def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle, square, monkeypatch):
+    """A kill costs once, the retry is the same model, and what is loaded scores as what was trained."""
+    folder = settle(replace(PRIVACY, steps=2, sampling=0.5), lora=LoraSettings(rank=2, alpha=4))
+
+    def killed(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(private, "certify", killed)
+        train_site(job, "a")
+    _, first = score(job, square)
+    train_site(job, "a")
+    site, again = score(job, square)
+    assert torch.equal(first, again) and again.std() > 0
+    assert (folder / "reward" / "adapter").is_dir() and site.reward_model.head.bias.item() == 0
+    (entry,) = read_entries(folder / "privacy.json")
+    assert entry.settled and [each.releases for each in entry.mechanisms] == [2, 4]  # no projection is paid for
+    proof = site.card(CardRequest("c")).privacy
+    assert (proof.way, proof.steps, proof.sampling, proof.projection) == ("adapter", 2, 0.5, 0.0)
+    assert 3.9 < proof.total == epsilon_of(entry.mechanisms, 1e-6) <= 4
+    with pytest.raises(RecipeError, match="is spent"):
+        train_site(job, "a")
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_labels_alone_are_protected(job, settle, square, stages):
+    """The certificate says so; ε is spent without δ, and once."""
+    folder = settle(Privacy(epsilon=1.0, unit="label", steps=10, stages=stages, dimensions=4))
+    train_site(job, "a")
+    site, scores = score(job, square)
+    assert scores.isfinite().all() and scores.std() > 0
+    proof = site.card(CardRequest("c")).privacy
+    assert (proof.way, proof.unit, proof.delta) == ("labels", "label", 0.0) and "inputs" in proof.uncovered
+    assert proof.epsilon == proof.total == pytest.approx(1.0) and proof.flip == pytest.approx(0.2689, abs=1e-4)
+    with pytest.raises(RecipeError, match="is spent"):
+        train_site(job, "a")
+    assert len(read_entries(folder / "privacy.json")) == 1
+
+
+def test_labels_are_flipped_before_anything_reads_them(job, settle, monkeypatch):
+    """What features are computed of, and the head is trained on, are the pairs that the key has turned round."""
+    settle(Privacy(epsilon=1.0, unit="label", steps=2, dimensions=4))
+    seen = []
+    monkeypatch.setattr(private, "draw_flips", lambda count, *_: torch.arange(count) % 2 == 0)
+    compute = private.pair_features
+    monkeypatch.setattr(private, "pair_features", lambda m, pairs, **k: seen.extend(pairs) or compute(m, pairs, **k))
+    train_site(job, "a")
+    expected = [(p.rejected, p.chosen) if n % 2 == 0 else (p.chosen, p.rejected) for n, p in enumerate(job.pairs["a"])]
+    assert [(pair.chosen, pair.rejected) for pair in seen] == expected
+
+
+def test_a_ledger_of_pairs_takes_no_labels(job, settle):
+    """One says what a whole pair is hidden by, the other what its label alone is: they do not add up."""
+    settle()
+    train_site(job, "a")
+    settle(Privacy(epsilon=20.0, unit="label", steps=2))
+    with pytest.raises(RecipeError, match=r"accounts for every pair, and privacy\.unit is 'label'"):
+        train_site(job, "a")
+
+
 def test_a_shared_ledger_sees_other_runs(job, settle, tmp_path):
     folder = settle(replace(PRIVACY, ledger=str(tmp_path / "all.json")))
     train_site(job, "a")
@@ -144,13 +204,14 @@ def test_persons_are_protected_where_the_pairs_name_them(job, settle):
     ("fields", "named"),
     [
         ({"finetune": FineTuneConfig()}, "finetune"),
-        ({"lora": LoraSettings()}, "lora"),
+        ({"lora": LoraSettings(dropout=0.1)}, "lora.dropout"),
+        ({"lora": LoraSettings(), "privacy": Privacy(unit="label")}, "lora"),
         ({"reward_model": RewardConfig(head="mlp")}, "reward_model.head"),
     ],
 )
-def test_what_trains_more_than_a_head_is_refused(fields, named):
+def test_what_trains_more_than_is_covered_is_refused(fields, named):
     with pytest.raises(RecipeError, match=f"site 'a' has privacy.*{named} would train more"):
-        SiteConfig("a", "x", privacy=Privacy(), **{"finetune": None, **fields})
+        SiteConfig("a", "x", **{"privacy": Privacy(), "finetune": None, **fields})
 
 
 def test_a_recipe_says_it_in_one_line():

@@ -5,6 +5,7 @@ What reads private data is a list of mechanisms, each of which is
     releases   of the Gaussian mechanism, noise σ times the sensitivity, at a sampling rate q (1: without sampling)
 
 and the ε of all of them together at δ is that of their composition, bounded from above on a grid of privacy losses.
+Randomised response on labels costs log (1 − f) / f each time, without δ; a ledger holds it or the other, never both.
 Sources: Koskela et al. 2020 (arXiv 1906.03049); Doroshenko et al. 2022 (arXiv 2207.04380), as dp-accounting computes
 it. Neighbours differ in one unit that counts for nothing; for the Gaussian mechanism that is adding or removing one.
 """
@@ -20,12 +21,13 @@ from accord.errors import RecipeError
 from accord.rewards.private import Privacy, Sigmas
 
 
-class Mechanism(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """So many releases of the Gaussian mechanism on a Poisson sample."""
+class Mechanism(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """So many releases of the Gaussian mechanism on a Poisson sample, or randomised response on every label."""
 
     sigma: float
     sampling: float = 1.0
     releases: int = 1
+    flip: float = 0.0  # f of randomised response; 0 for the Gaussian mechanism
 
 
 PROJECTION, STANDARDISATION = 0.2, 0.1
@@ -43,6 +45,8 @@ def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> float:
     """
     if not mechanisms:
         return 0.0
+    if all(each.flip for each in mechanisms):
+        return sum(each.releases * math.log((1 - each.flip) / each.flip) for each in mechanisms)
     if any(each.sigma <= 0 for each in mechanisms):
         return math.inf
     try:
@@ -61,8 +65,19 @@ def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> float:
     return float(accountant.get_epsilon(delta))
 
 
+def label_mechanism(privacy: Privacy, spent: Sequence[Mechanism] = ()) -> Mechanism:
+    """Return randomised response with all of ε that `spent` has left: f = 1 / (1 + e^ε).
+
+    Raises:
+        RecipeError: nothing is left.
+    """
+    before = epsilon_of(spent, 0.0)
+    _check_left(privacy, before)
+    return Mechanism(0.0, flip=1 / (1 + math.exp(min(privacy.epsilon - before, 50.0))))
+
+
 def mechanisms_of(privacy: Privacy, sigmas: Sigmas) -> list[Mechanism]:
-    """Return what a training reads the private data by."""
+    """Return what a training reads the private data by, in DP-SGD."""
     projection = [Mechanism(sigmas.projection)] if privacy.dimensions else []
     training = Mechanism(sigmas.gradient, privacy.sampling, privacy.steps)
     return [training, *projection, Mechanism(sigmas.standardisation, releases=4)]
@@ -92,11 +107,7 @@ def calibrate(privacy: Privacy, spent: Sequence[Mechanism] = ()) -> Sigmas:
 
 def _least(total: Callable[[float], float], privacy: Privacy, before: float) -> float:
     """Return the least σ with which `total` is within ε, to a thousandth, by bisection of its logarithm."""
-    if before > 0.99 * privacy.epsilon:
-        raise RecipeError(
-            f"of the budget ε = {privacy.epsilon:g} at δ = {privacy.delta:g}, ε = {before:.3g} is spent, too little "
-            "is left for another training; raise privacy.epsilon, or keep the model that was trained"
-        )
+    _check_left(privacy, before)
     high = 1.0
     while total(high) > privacy.epsilon:
         high *= 2
@@ -107,3 +118,11 @@ def _least(total: Callable[[float], float], privacy: Privacy, before: float) -> 
         middle = math.sqrt(low * high)
         low, high = (middle, high) if total(middle) > privacy.epsilon else (low, middle)
     return high
+
+
+def _check_left(privacy: Privacy, before: float) -> None:
+    if before > 0.99 * privacy.epsilon:
+        raise RecipeError(
+            f"of the budget ε = {privacy.epsilon:g} at δ = {privacy.delta:g}, ε = {before:.3g} is spent, too little "
+            "is left for another training; raise privacy.epsilon, or keep the model that was trained"
+        )

@@ -37,28 +37,37 @@ from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.noise import SecretNoise
 from accord.types import PreferencePair
 
+RATE = 16.0
+"""Step size of the head, where `privacy.learning_rate` is 0."""
+
 
 @dataclass(frozen=True)
 class Privacy:
     """The guarantee that a site's reward model gives, and how it is trained for it."""
 
     epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
-    delta: float = 1e-6  # δ
+    delta: float = 1e-6  # δ; with the unit "label" it is 0, whatever is here
     unit: Unit = "pair"
     ledger: str = ""  # file of what was spent; empty for one in the run's folder, which other runs do not see
     dimensions: int = 32  # k; 0 for none, the features as they are
     sampling: float = 0.2  # q
     steps: int = 100
-    learning_rate: float = 16.0  # η, of gradients that are at most C long
+    stages: int = 1  # with the unit "label": 2 for PROPS
+    learning_rate: float = 0.0  # η; 0 for 16, of gradients at most C long, with a head, and 0.01 (Adam) with an adapter
     clip: float = 0.5  # C; the gradient of a pair is ½ long at the first step
 
     def __post_init__(self) -> None:
         """Refuse a guarantee that is none, and settings that train nothing."""
-        check_positive(self, "epsilon", "delta", "sampling", "learning_rate", "clip")
-        check_least(self, dimensions=0, steps=1)
+        check_positive(self, "epsilon", "delta", "sampling", "clip")
+        check_least(self, dimensions=0, steps=1, learning_rate=0, stages=1)
         for name in ("delta", "sampling"):
             if getattr(self, name) > (1 if name == "sampling" else 0.1):
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
+        if self.stages > (2 if self.unit == "label" else 1):
+            raise RecipeError(
+                f"stages must be 1, or 2 with the unit 'label', got {self.stages} with {self.unit!r}; lower "
+                "privacy.stages"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
     Raises:
         DataError: the unit is a person, and a pair does not say whose it is.
     """
-    if unit == "pair":
+    if unit in ("pair", "label"):
         return torch.arange(len(pairs))
     names = [pair.person if unit == "person" else pair.question_id for pair in pairs]
     if nameless := sum(not name for name in names):
@@ -210,7 +219,7 @@ def private_head(
         mine = drawn[unit]
         gradient = contributions(theta, rows[mine], unit[mine], units, privacy.clip).sum(dim=0)
         gradient = gradient + sigmas.gradient * privacy.clip * noise.normal(len(theta))
-        theta = theta - privacy.learning_rate * gradient / (privacy.sampling * units)
+        theta = theta - (privacy.learning_rate or RATE) * gradient / (privacy.sampling * units)
         if 2 * step >= privacy.steps - 1:
             total, averaged = total + theta, averaged + 1
         on_step()

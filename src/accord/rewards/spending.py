@@ -24,8 +24,8 @@ from typing import Literal
 import msgspec
 
 from accord.errors import RecipeError, RunError
-from accord.rewards.accounting import Mechanism, calibrate, epsilon_of, mechanisms_of
-from accord.rewards.certificate import Certificate, Uncovered, Unit
+from accord.rewards.accounting import Mechanism, calibrate, epsilon_of, label_mechanism, mechanisms_of
+from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.rewards.noise import GENERATOR, new_key
 from accord.rewards.private import Privacy, Sigmas
 from accord.runs import write_atomic
@@ -94,14 +94,19 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
                 f"{path} accounts for every {units.pop()}, and privacy.unit is {privacy.unit!r}, which does not add up "
                 "with it; keep the unit, or name another ledger for other data"
             )
-        sigmas = calibrate(privacy, [each for entry in entries for each in entry.mechanisms])
+        before = [each for entry in entries for each in entry.mechanisms]
+        if privacy.unit == "label":
+            sigmas, mechanisms = Sigmas(0.0, 0.0, 0.0), [label_mechanism(privacy, before)]
+        else:
+            sigmas = calibrate(privacy, before)
+            mechanisms = mechanisms_of(privacy, sigmas)
         entry = Entry(
             os.urandom(8).hex(),
             fingerprint,
             privacy.unit,
             privacy.delta,
             sigmas,
-            tuple(mechanisms_of(privacy, sigmas)),
+            tuple(mechanisms),
             new_key().hex(),
         )
         _write(path, (*entries, entry))
@@ -115,22 +120,27 @@ def settle(path: Path, entry: str) -> None:
         _write(path, [msgspec.structs.replace(each, key="") if each.id == entry else each for each in found])
 
 
-def certify(path: Path, privacy: Privacy, entry: Entry, *, uncovered: Sequence[Uncovered]) -> Certificate:
+def certify(
+    path: Path, privacy: Privacy, entry: Entry, *, way: Way = "head", uncovered: Sequence[Uncovered]
+) -> Certificate:
     """Return the certificate of a training: what it spent, and all entries up to it together."""
     entries = read_entries(path)
     upto = entries[: [each.id for each in entries].index(entry.id) + 1]
+    labels = way == "labels"
     return Certificate(
         id=entry.id,
         epsilon=epsilon_of(entry.mechanisms, privacy.delta),
         total=epsilon_of([each for before in upto for each in before.mechanisms], privacy.delta),
-        delta=privacy.delta,
+        delta=0.0 if labels else privacy.delta,
         unit=privacy.unit,
-        sampling=privacy.sampling,
+        way=way,
+        sampling=1.0 if labels else privacy.sampling,
         steps=privacy.steps,
-        clip=privacy.clip,
+        clip=0.0 if labels else privacy.clip,
         sigma=entry.sigmas.gradient,
         projection=entry.sigmas.projection if privacy.dimensions else 0.0,
         standardisation=entry.sigmas.standardisation,
+        flip=entry.mechanisms[0].flip,
         noise=GENERATOR,
         version=VERSION,
         uncovered=tuple(uncovered),
