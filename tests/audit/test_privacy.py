@@ -17,7 +17,7 @@ pytest.importorskip("dp_accounting")
 SITE = Privacy(dimensions=0, steps=60, sampling=0.05, learning_rate=8.0)
 PAID = Sigmas(gradient=1.5, projection=0.0, standardisation=0.0)
 STATED = epsilon_of([Mechanism(1.5, 0.05, 60)], 1e-6)
-"""ε of `PAID` at δ = 1e-6, 1.95: 60 releases at a rate of 0.05."""
+"""ε of `PAID` at δ = 1e-6, 1.55: 60 releases at a rate of 0.05."""
 
 SEEDS = range(5)
 
