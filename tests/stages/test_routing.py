@@ -89,7 +89,7 @@ def audited(job, ask, **settings):
 
 
 def test_the_audits_questions_are_labelled_ones_of_each_sites_kinds(job, ask):
-    """Site a holds colour and site b number: of each up to four questions, none of size, and each kind weighs a half."""
+    """Site a holds colour and site b number: of each four questions at most, none of size; each kind weighs a half."""
     audit = audited(job, ask, audit=4)
     assert {site: own.tolist() for site, own in audit.own.items()} == {
         "a": [True] * 4 + [False] * 3,

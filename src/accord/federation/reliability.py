@@ -53,6 +53,7 @@ Matching: TypeAlias = Literal["index", "hungarian", "procrustes"]
 Variant: TypeAlias = Literal[
     "cra",
     "cra-relative",
+    "cra-capped",
     "fed-cmp",
     "fed-cmp-relative",
     "fed-cmp-updates",
@@ -108,6 +109,7 @@ VARIANTS: Final[Mapping[str, Reliability]] = MappingProxyType(
     {
         "cra": Reliability(momentum="none"),
         "cra-relative": Reliability(momentum="none", distances="relative"),
+        "cra-capped": Reliability(momentum="none", distances="relative", cap=0.3),
         "magnitude": Reliability(momentum="none", weights="magnitude"),
         "quality": Reliability(momentum="none", weights="quality"),
         "fed-cmp": Reliability(),
