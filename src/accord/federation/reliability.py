@@ -109,7 +109,7 @@ VARIANTS: Final[Mapping[str, Reliability]] = MappingProxyType(
     {
         "cra": Reliability(momentum="none"),
         "cra-relative": Reliability(momentum="none", distances="relative"),
-        "cra-capped": Reliability(momentum="none", distances="relative", cap=0.3),
+        "cra-capped": Reliability(momentum="none", distances="relative", cap=0.25),
         "magnitude": Reliability(momentum="none", weights="magnitude"),
         "quality": Reliability(momentum="none", weights="quality"),
         "fed-cmp": Reliability(),
