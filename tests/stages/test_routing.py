@@ -101,6 +101,16 @@ def test_the_audits_questions_are_labelled_ones_of_each_sites_kinds(job, ask):
     assert (-losses[0]).exp() + (-losses[4]).exp() == pytest.approx(1.0)
 
 
+def test_a_kind_that_base_lacks_is_audited_by_dev(job, ask):
+    """Base has colour alone: its three questions, and dev's two about number. Dev's about colour are not needed."""
+    audited(job, ask)
+    job.questions = {
+        "base": [ask(n, "red") for n in range(3)],
+        "dev": [ask(3, "red"), ask(4, answer="two", question_type="number"), ask(5, answer="one", question_type="number")],
+    }
+    assert {site: int(own.sum()) for site, own in audit_of(job).own.items()} == {"a": 3, "b": 2}
+
+
 def test_no_audit(job, ask):
     assert audited(job, ask, audit=0) is None
     assert audited(job, ask, leave_out=True).leaves_out

@@ -78,15 +78,18 @@ class RouterMeasured:
 def audit_of(job: Job) -> Audit | None:
     """Return the audit of the router's training by the server's labelled questions; None where there are none.
 
-    They are of the split `base`, or of `dev` where the server has no such; of each kind that a site holds some.
+    They are of each kind that a site holds: of the split `base`, or of `dev` where that has none of the kind.
     """
     count = job.recipe.router.audit
     if not count:
         return None
-    by_kind = defaultdict(list)
-    for q in job.questions.get("base") or job.questions["dev"]:
-        if any(share.wants(q) for share in job.shares.values()):
-            by_kind[f"{q.domain}/{q.question_type}"].append(q)
+    by_kind: dict[str, list[Question]] = {}
+    for split in ("dev", "base"):
+        found = defaultdict(list)
+        for q in job.questions.get(split, []):
+            if any(share.wants(q) for share in job.shares.values()):
+                found[f"{q.domain}/{q.question_type}"].append(q)
+        by_kind |= found
     asked = [(kind, q) for kind in sorted(by_kind) for q in sample_questions(by_kind[kind], count, seed=0)]
     if not asked:
         return None
