@@ -6,6 +6,7 @@
     ├── RecipeError       a recipe or a command-line value
     ├── CheckpointError   a model folder that is absent, incomplete or of the wrong kind
     ├── RunError          a run folder: exists, is locked, cannot be written
+    ├── QuorumError       too few sites answered, and none is to be waited for
     └── ReplyError        a site's reply that must not be used
 
 A site that is late or silent is not an exception: it is an `accord.federation.messages.Absence`.
@@ -36,6 +37,10 @@ class CheckpointError(AccordError):
 
 class RunError(AccordError):
     """A run folder exists already, is in use, or cannot be written."""
+
+
+class QuorumError(AccordError):
+    """Too few sites answered a step's questions, and those that did not would not come back by waiting."""
 
 
 class ReplyError(AccordError):

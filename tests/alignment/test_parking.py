@@ -8,7 +8,7 @@ import torch
 
 from accord.alignment.grpo import AlignmentConfig, align
 from accord.alignment.parking import Parking
-from accord.errors import DataError, DataWarning, ImageError, RunError
+from accord.errors import DataError, DataWarning, ImageError, QuorumError, RunError
 from accord.models.load import load_model
 from accord.runs.failures import FAILURES, TRIES, failures_of, read_failures
 from accord.types import Question
@@ -252,3 +252,19 @@ def test_a_reward_that_always_raises_ends_the_run(run, tmp_path):
     with pytest.raises(TypeError, match="a bug"):
         run(reward=broken)
     assert failures_of(tmp_path / "out") == {}
+
+
+def test_a_quorum_that_no_question_reaches_is_no_questions_fault(parking):
+    """All of three fail together and alone: the step, two halves, and two of the pair; then the run ends."""
+    step = Step(*(q.id for q in QUESTIONS), error=QuorumError)
+    with pytest.raises(QuorumError):
+        parking.do(rows(0, 1, 2), G, step)
+    assert len(step.asked) == 5 and not parking.failures
+
+
+def test_a_question_that_all_sites_refuse_is_parked_and_no_more(parking):
+    """One question costs the quorum of the step, and is replaced; where it is a step of its own, too."""
+    with pytest.warns(DataWarning, match="'q1' was left out of a step: .* .QuorumError: q1 is poison"):
+        parking.do(rows(0, 1, 2), G, Step("q1", error=QuorumError))
+    with pytest.warns(DataWarning, match="'q1' was left out"):
+        assert "q1" not in parking.do(rows(1), G, Step("q1", error=QuorumError))[0]

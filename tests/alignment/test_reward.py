@@ -14,9 +14,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from accord.alignment.reward import FederatedReward, PerGroup, Waiting
 from accord.data.images import load_image
-from accord.errors import DataError, DataWarning, RunError
+from accord.errors import DataError, DataWarning, QuorumError, RunError
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import CardRequest, ScoreReply, ScoreRequest, from_turns, image_name
+from accord.federation.messages import CardRequest, Declined, ScoreReply, ScoreRequest, from_turns, image_name
 from accord.federation.ranks import OneConnection
 from accord.federation.site import ScoreRange, Site
 from accord.models.encoder import Encoder
@@ -524,16 +524,54 @@ def test_pauses_grow_to_a_minute_and_a_word_comes_now_and_then():
 )
 @absent
 def test_a_site_that_fails_is_not_waited_for(there, caplog):
-    reward, pauses, told = waiting(spy(there=there), 1.0)
+    """Half of the weight answered: with that quorum the step goes on, with one above it fails at once."""
+    reward, pauses, told = waiting(spy(there=there), 0.5)
     assert ask(reward, ["a", "b"]) == [1.0, None]
     assert (pauses, told) == ([], [])
+    reward, pauses, told = waiting(spy(there=there), 0.51)
+    with pytest.raises(QuorumError, match=r"50% of what was asked .* quorum of 51%.*refused all: there\)"):
+        ask(reward, ["a", "b"])
+    assert (pauses, told) == ([], [])
+
+
+def refusing(request):
+    """A site whose budget is spent."""
+    refused = dict.fromkeys(range(len(request.items)), Declined.BUDGET)
+    return ScoreReply(request.id, [[] for _ in request.items], refused)
+
+
+def test_where_all_refuse_the_run_stops_and_says_why():
+    """Without a quorum every reward is None, and GRPO would go on with nothing."""
+    everybody = spy(here=refusing, there=refusing)
+    reward, pauses, _ = waiting(everybody, 0.9)
+    with (
+        pytest.warns(DataWarning, match=r"site (here|there) refused . of . questions \(. for its budget\)"),
+        pytest.raises(QuorumError, match=r"0% of what was asked .* refused all: here, there\).* limits and budgets"),
+    ):
+        ask(reward, ["a", "b", "c"])
+    assert pauses == [] and len(everybody.asked) == 1
+    with pytest.warns(DataWarning):
+        assert ask(waiting(everybody, 0.0)[0], ["a", "b", "c"]) == [None] * 3
+
+
+def test_one_that_may_come_back_is_waited_for_and_one_that_refuses_is_not():
+    """There comes back after a try; here refuses two of three rows, which leaves a third: below one half."""
+    reward, pauses, _ = waiting(Away({"there": 1}, here=refusing), 0.5)
+    with (
+        pytest.warns(DataWarning, match="site here refused 1 of 1 questions"),
+        pytest.raises(QuorumError, match=r"33% .* refused all: here\)"),
+    ):
+        ask(reward, ["a", "b", "c"])
+    assert pauses == [1.0]
 
 
 @absent
 def test_a_site_that_comes_back_broken_ends_the_wait(caplog):
-    reward, pauses, told = waiting(Away({"there": 1}, there=gone), 1.0)
-    assert ask(reward, ["a", "b"]) == [1.0, None]
-    assert pauses == [1.0] and told[-1] == "the wait for sites is over"
+    """One of two rows is there's: at a quorum of .51 it is waited for, and when it fails so does the step."""
+    reward, pauses, told = waiting(Away({"there": 1}, there=gone), 0.51)
+    with pytest.raises(QuorumError, match="50% of what was asked"):
+        ask(reward, ["a", "b"])
+    assert pauses == [1.0] and told == ["too few sites answered: waiting for there; Ctrl-C ends the run"]
 
 
 @pytest.fixture

@@ -15,12 +15,14 @@ import pytest
 from accord.errors import RunError
 from accord.evaluation.report import compare_runs, write_report
 from accord.evaluation.summary import (
+    AuditedSite,
     EvaluationSummary,
     ProjectorMeasure,
     ProjectorRound,
     ProjectorSite,
     ProjectorSummary,
     Ranking,
+    RouterSummary,
     Summary,
     TrafficRow,
     accuracy,
@@ -125,6 +127,19 @@ def test_nobody_is_known_to_be_good(make_run: Callable[..., Path], make_summary:
     text, page = _page(make_run(summary=make_summary(competence=known)))
     assert "No answers came from a" in page.words and "Best at" not in page.words
     assert 'aria-label="Which of the server' not in text
+
+
+def test_who_may_be_poisoning_the_router(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    """Each judged site has a row, and one that was named a sentence; nothing of it without an audit."""
+    audit = {HOSTILE: AuditedSite(-1.25, 0.5, 3), "b": AuditedSite(2.0, -0.25, 0)}
+    router = dataclasses.replace(make_summary().router or RouterSummary(2, 0.5, 10), audit=audit)
+    text, page = _page(make_run("with", summary=make_summary(router=router)))
+    _assert_self_contained(text, page)
+    assert "<h2>The router's audit</h2>" in text and "was named after round 3." in page.words
+    assert "-1.25" in page.words and "No site was named" not in page.words
+    honest = dataclasses.replace(router, audit={"b": audit["b"]})
+    assert "No site was named." in _page(make_run("honest", summary=make_summary(router=honest)))[1].words
+    assert "The router's audit" not in _page(make_run("without"))[0]
 
 
 def test_how_the_projector_was_trained(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:

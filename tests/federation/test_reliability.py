@@ -524,3 +524,19 @@ def test_a_bound_shows_the_diagnostics_of_its_rule():
 def test_a_bound_that_cannot_work(bound):
     with pytest.raises(RecipeError, match="bound must be"):
         Aggregation(bound=bound)
+
+
+@pytest.mark.parametrize(
+    ("rule", "bound", "moved"), [("cra-relative", 2.0, -1), ("cra-capped", 5.0, -1), ("cra-capped", 2.0, 1)]
+)
+def test_a_capped_weight_and_a_bound_together_hold_a_hostile_site(rule, bound, moved):
+    """Four of five sites send 1, the last −20 and a distance of 0 where the others say 1, which α = 1 makes e¹·²⁵.
+
+    Shortened to 2 its raw weight is 2 e¹·²⁵ against 4, .64: it turns the sum round. At ¼ it sends −¼ b against ¾: round
+    with b = 5, and ¼ forward with b = 2.
+    """
+    sent = [Update({"w": tensor([[1.0]])}, distance=1.0)] * 4 + [Update({"w": tensor([[-20.0]])}, distance=0.0)]
+    result = Aggregation(rule, bound=bound).start(0)({"w": torch.zeros(1, 1)}, sent, [0.2] * 5)["w"].item()
+    assert result * moved > 0
+    if moved > 0:
+        assert result == approx(0.25)

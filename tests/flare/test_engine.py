@@ -9,12 +9,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
-from accord.errors import RunError
+from accord.alignment.reward import FederatedReward, Waiting
+from accord.errors import DataWarning, QuorumError, RunError
 from accord.federation.messages import (
     Absence,
     Card,
     CardRequest,
+    Declined,
+    Refusal,
     ScoreItem,
     ScoreReply,
     ScoreRequest,
@@ -534,6 +538,49 @@ def test_a_deadline_holds_where_the_relay_reads_nothing(start, jobs):
     assert all(isinstance(reply, Absence) for reply in replies.values())
     jobs.script = honest
     assert said(engine.ask(cards(), deadline=5)) == ALL
+
+
+def test_where_all_sites_refuse_a_step_fails_and_says_why(start, jobs):
+    """They are there and answer at once, with a refusal or with none of the questions: nobody is waited for."""
+
+    def refusing(connection, ask):
+        request = decode_request(ask.message)
+        none = ScoreReply(request.id, [[] for _ in request.items], dict.fromkeys(range(1), Declined.BUDGET))
+        tell(connection, Answer(ask.number, encode(Refusal(request.id, "refused") if ask.site == "shape" else none)))
+
+    jobs.script = refusing
+    pauses = []
+    reward = FederatedReward(
+        start(),
+        lambda prompts, images, completions: torch.full((sum(map(len, completions)), 3), 1 / 3),
+        mode="soft",
+        waiting=Waiting(quorum=0.9, pause=pauses.append),
+    )
+    with (
+        pytest.warns(DataWarning, match="(refused 1 of 1 questions|gave no answer)"),
+        pytest.raises(QuorumError, match=r"0% of what was asked .* quorum of 90%.* refused all: colour, shape, yes-no"),
+    ):
+        reward([[{"role": "user", "content": "Which?"}]] * 2, ["a", "b"])
+    assert pauses == [] and len(jobs.asked) == 3
+
+
+def test_connections_that_wait_at_the_servers_socket_are_bounded(start, jobs, sockets):
+    """Nobody accepts while no segment begins: some are held by the system, and no further one gets in."""
+    engine, waiting = start(), []
+    with pytest.raises((BlockingIOError, TimeoutError)):
+        for _ in range(1000):
+            waiting.append(connect(sockets / SERVER_SOCKET, timeout=0.2))
+    assert len(waiting) <= frames.WAITING + 1
+    assert said(engine.ask(cards())) == ALL  # they are cleared away where a segment begins
+    for each in waiting:
+        each.close()
+
+
+def test_a_relays_first_word_is_short(start, jobs, monkeypatch):
+    """One that announces 200 MB is let go before a byte is kept of it."""
+    jobs.hello = lambda connection, sites: connection.sendall((200 * 10**6).to_bytes(8, "big"))
+    with pytest.raises(RunError, match="no site could be reached"):
+        start(give_up=0.5).ask(cards())
 
 
 def test_questions_from_two_threads(start, jobs):

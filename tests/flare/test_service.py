@@ -188,6 +188,13 @@ def serve(tmp_path, sockets):
             service.__exit__(None, None, None)
 
 
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def ask(service, message):
     with connect(service.path, timeout=20) as connection:
         send_frame(connection, message if isinstance(message, bytes) else encode(message))
@@ -424,6 +431,65 @@ def test_who_has_left_is_not_worked_for(serve, square):
         line["id"]: (line["outcome"], line["bytes_out"]) for line in read_lines(service.folder / "ledger.jsonl")
     }
     assert outcomes["second"] == ("gone", 0) and outcomes["first"][0] == "answered"
+
+
+def test_connections_are_bounded(serve, square, monkeypatch):
+    """Three that say nothing are open: the fourth is closed at once. When one has gone, the next is answered."""
+    monkeypatch.setattr(module, "CONNECTIONS", 3)
+    service = serve(echo)
+    idle = [connect(service.path, timeout=5) for _ in range(3)]
+    until(lambda: len(service._reading) == 3)
+    for _ in range(5):
+        with connect(service.path, timeout=5) as further:
+            assert further.recv(1) == b""
+    assert len(service._reading) == 3
+    idle.pop().close()
+    until(lambda: len(service._reading) == 2)
+    assert isinstance(decode_reply(ask(service, score_request(square))), ScoreReply)
+    for each in idle:
+        each.close()
+
+
+def test_requests_that_wait_are_bounded_by_their_bytes(serve, square, monkeypatch):
+    """One is in hand and one waits; a third would be more than is held, and is dropped before it comes."""
+    free, begun = threading.Event(), threading.Event()
+
+    def answer(request):
+        begun.set()
+        assert free.wait(10)
+        return echo(request)
+
+    message = encode(score_request(square))
+    monkeypatch.setattr(module, "HELD", 2 * len(message))
+    service, replies = serve(answer), []
+    asking = [threading.Thread(target=lambda: replies.append(ask(service, message))) for _ in range(2)]
+    for thread in asking:
+        thread.start()
+    until(lambda: begun.is_set() and len(service._held) == 2)
+    with connect(service.path, timeout=5) as third:
+        third.sendall(len(message).to_bytes(8, "big"))
+        assert third.recv(1) == b""
+    assert sum(service._held.values()) == 2 * len(message)
+    free.set()
+    for thread in asking:
+        thread.join()
+    assert len(replies) == 2
+    until(lambda: not service._held)
+    assert isinstance(decode_reply(ask(service, message)), ScoreReply)
+
+
+def test_a_request_that_trickles_is_dropped_when_its_time_is_over(serve):
+    """A byte every 50 ms never lets a single wait pass 300 ms; the whole must come in that time."""
+    service = serve(echo, patience=0.3)
+    start = time.monotonic()
+    with connect(service.path, timeout=5) as slow:
+        slow.sendall((100).to_bytes(8, "big"))
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                slow.sendall(b"x")
+                time.sleep(0.05)
+    assert time.monotonic() - start < 3
+    until(lambda: not service._reading)
 
 
 def test_closing_finishes_the_request_in_hand(serve, square):

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from accord.errors import DataError, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreRange
+from accord.methods import fedgrpo as module
 from accord.methods.fedgrpo import (
     SETTINGS,
     FedGrpoConfig,
@@ -18,6 +19,8 @@ from accord.methods.fedgrpo import (
     who_is_good_at_what,
 )
 from accord.routing.competence import ConfidenceGraph, save_graph
+from accord.routing.fusion import group_relative
+from accord.routing.robust import VarianceGate
 from accord.runs import write_atomic
 from accord.stages.alignment import memory_file
 
@@ -107,9 +110,22 @@ def test_how_many_sites_judge_an_answer(asked, variant, asks):
         ),
         ({"experts": 0}, "experts must be at least 1, got 0"),
         ({"form": -1.0}, "form must be at least 0"),
+        ({"spread": 1.1}, "spread must be at most 1, got 1.1; lower fedgrpo.spread"),
         ({"refresh_every": -1}, "refresh_every must be at least 0"),
     ],
 )
 def test_settings_that_leave_nobody_to_ask_are_refused(settings, said):
     with pytest.raises(RecipeError, match=said):
         FedGrpoConfig(**settings)
+
+
+@pytest.mark.parametrize(("spread", "scores", "units"), [(0.0, None, 0.0), (0.01, None, 0.04), (0.01, (-1, 1), 0.02)])
+def test_the_variance_gate_is_the_recipes_and_off_by_default(asked, monkeypatch, spread, scores, units):
+    """A share of the agreed range, or of 4 where none is agreed; without one the fusion is the paper's own."""
+    assert FedGrpoConfig().spread == 0
+    given = []
+    monkeypatch.setattr(module, "federated_reward", lambda job, experts, per_group, **_: given.append(per_group.fusion))
+    asked.recipe = replace(asked.recipe, scores=None if scores is None else ScoreRange(*scores))
+    set_fedgrpo(asked, spread=spread)
+    module._reward(asked, None, Variant())
+    assert given == [VarianceGate(group_relative, units) if units else group_relative]

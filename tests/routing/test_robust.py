@@ -11,7 +11,7 @@ from torch import tensor
 
 from accord.errors import RecipeError
 from accord.routing.fusion import group_relative
-from accord.routing.robust import Ranks, RobustConfig, capped, flat, ranks, weighted_median
+from accord.routing.robust import Ranks, RobustConfig, VarianceGate, capped, flat, ranks, weighted_median
 
 NAN = math.nan
 
@@ -74,6 +74,30 @@ def test_t5_a_near_constant_site_has_no_vote():
         standardised = max(standardised, both.abs().max().item())
     assert (fired, honest_fired) == (400, 0)
     assert apart < 1e-6 < 0.2 < standardised
+
+
+def test_a_gated_expert_has_no_vote_by_a_spread_of_two_thousandths():
+    """Of two experts one says 1 and 0, and the other ±0.001 the other way round: standardised, both say ±0.7071.
+
+    Their mean is 0 without a gate, of no more than ε. With one at 0.01 the second has 0, and the first keeps half.
+    """
+    scores, weights = tensor([[1.0, 0.499], [0.0, 0.501]]), torch.full((2, 2), 0.5)
+    assert group_relative(scores, weights).abs().max() < 0.05
+    gated = VarianceGate(group_relative, 0.01)
+    assert gated(scores, weights).tolist() == approx([0.35355, -0.35355], abs=1e-4)
+    assert torch.equal(VarianceGate(group_relative, 0.0)(scores, weights), group_relative(scores, weights))
+
+
+def test_a_gate_leaves_absent_and_unheard_sites_as_they_are():
+    """Site b is absent of the first row, c is not heard: neither is given a score; a is not flat."""
+    scores = tensor([[1.0, math.nan, 5.0], [0.0, 0.2, 5.0]])
+    weights = tensor([[0.5, 0.5, 0.0]] * 2)
+    seen = []
+    VarianceGate(lambda given, _: seen.append(given) or given[:, 0], 0.01)(scores, weights)
+    assert torch.equal(seen[0].isnan(), scores.isnan()) and seen[0].nan_to_num(9.0).tolist() == [
+        [1.0, 9.0, 5.0],
+        [0.0, approx(0.2), 5.0],
+    ]
 
 
 def test_who_is_heard():

@@ -1,9 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from accord.errors import DataError
+from accord.federation.weights import trainable_weights
+from accord.routing.router import RouterConfig, RouterNetwork
 from accord.stages import routing
-from accord.stages.routing import RandomRouter, constant_router, route, routing_accuracy
+from accord.stages.routing import RandomRouter, audit_of, constant_router, route, routing_accuracy
 
 GROUPS = [["a", "b", "c"], ["d", "e"]]
 PROMPTS, IMAGES = [[], []], [None, None]
@@ -68,3 +72,47 @@ def test_there_must_be_dev_questions_of_some_site(job, dev):
     job.questions = {"dev": [q for q in job.questions["dev"] if q.question_type == "size"]}
     with pytest.raises(DataError, match="no dev question is of a domain and type that a site holds"):
         routing_accuracy(job, constant_router([1.0, 0.0]))
+
+
+def audited(job, ask, **settings):
+    """The audit of a job whose encoder makes of every question two states of the same number."""
+    kinds = ["colour"] * 5 + ["number"] * 3 + ["size"] * 4
+    job.questions = {"base": [ask(n, "red", question_type=kind) for n, kind in enumerate(kinds)], "dev": []}
+
+    def encoder(prompts, images, completions):
+        return torch.ones(len(prompts), 2, 4), torch.ones(len(prompts), 2, dtype=torch.bool)
+
+    vars(job)["encoder"] = encoder
+    router = RouterConfig(layers=1, width=8, heads=2, **settings)
+    job.recipe = replace(job.recipe, router=router)
+    return audit_of(job)
+
+
+def test_the_audits_questions_are_labelled_ones_of_each_sites_kinds(job, ask):
+    """Site a holds colour and site b number: of each four questions at most, none of size; each kind weighs a half."""
+    audit = audited(job, ask, audit=4)
+    assert {site: own.tolist() for site, own in audit.own.items()} == {
+        "a": [True] * 4 + [False] * 3,
+        "b": [False] * 4 + [True] * 3,
+    }
+    assert audit.alike.tolist() == pytest.approx([1 / 8] * 4 + [1 / 6] * 3)
+    weights = trainable_weights(RouterNetwork(4, 2, job.recipe.router))
+    losses = audit.losses(weights)  # the same states: −log α of the own site, which add up to 1
+    assert (-losses[0]).exp() + (-losses[4]).exp() == pytest.approx(1.0)
+
+
+def test_a_kind_that_base_lacks_is_audited_by_dev(job, ask):
+    """Base has colour alone: its three questions, and dev's two about number. Dev's about colour are not needed."""
+    audited(job, ask)
+    job.questions = {
+        "base": [ask(n, "red") for n in range(3)],
+        "dev": [ask(3, "red"), ask(4, answer="two", question_type="number"), ask(5, answer="one", question_type="number")],
+    }
+    assert {site: int(own.sum()) for site, own in audit_of(job).own.items()} == {"a": 3, "b": 2}
+
+
+def test_no_audit(job, ask):
+    assert audited(job, ask, audit=0) is None
+    assert audited(job, ask, leave_out=True).leaves_out
+    job.questions = {"base": [ask(0, "red", question_type="size")], "dev": []}
+    assert audit_of(job) is None

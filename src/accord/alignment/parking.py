@@ -4,8 +4,9 @@
                      each has failed once more: after three times it is parked, and no longer tried
 
 A question fails where its image cannot be read, a processor or a model raises, or the reward does. What is the fault of
-no question ends the run as before: an error of Accord's that names a run folder, a recipe or a checkpoint; a step that
-fails three times though each of its questions succeeds alone; and one of whose questions none succeeds, nor others.
+no question ends the run as before: an error of Accord's that names a run folder, a recipe or a checkpoint; a quorum
+that no question of a step reaches; a step that fails three times though each of its questions succeeds alone; and one
+of whose questions none succeeds, nor others.
 
 The question that stands in for another depends on both alone, and a step that failed has drawn no random number: so a
 run that is resumed, and knows by its file what had failed, goes on as it would have.
@@ -22,7 +23,7 @@ from typing import Any, Final, TypeAlias, TypeVar
 import msgspec
 import torch
 
-from accord.errors import CheckpointError, DataWarning, RecipeError, RunError, printable
+from accord.errors import CheckpointError, DataWarning, QuorumError, RecipeError, RunError, printable
 from accord.runs import write_atomic
 from accord.runs.failures import TRIES, Failure, Failures, read_failures
 from accord.types import Question
@@ -81,7 +82,8 @@ class Parking:
                 replaced = [self._replaced(each, failed) for each in groups]
                 none_left = any(replaced[n] is groups[n] for n in found)
                 unexplained += not found or len(found) == len(groups) or none_left
-                if unexplained == TRIES:
+                hopeless = isinstance(error, QuorumError) and 1 < len(groups) == len(found)  # no question is at fault
+                if unexplained == TRIES or hopeless:
                     raise
                 groups = replaced
         if failed:

@@ -16,7 +16,8 @@ there use `missing="group_mean"`, which gives it the mean of its group's rewards
 (a group without any score gets the mean of all scored completions).
 
 Where many are absent a step would be taken on the word of a few. So below a quorum, a share of the routing weight, the
-step waits for sites that may come back; what is absent once it goes on stays absent.
+step waits for sites that may come back; what is absent once it goes on stays absent. Where there is none to wait for,
+as where all refuse, it fails with a `QuorumError`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from accord.data.images import image_bytes, picture_key
 from accord.data.questions import normalise_answer
-from accord.errors import DataError, RunError
+from accord.errors import DataError, QuorumError, RunError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
 from accord.federation.engine import Engine
 from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRange, ScoreRequest, image_name, to_turns
@@ -105,8 +106,8 @@ class Waiting:
 
     Attributes:
         deadline: seconds to wait for the answers to one question; None for as long as it takes.
-        quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on,
-            as long as there are sites to wait for: those that are gone or late. 0 waits for no site.
+        quorum: share of the weight of what is asked, in [0, 1], that must have been answered before a step goes on.
+            Sites that are gone or late are waited for; without any the step fails. 0 for none.
         tell: called when a wait begins, now and then while it lasts, and when it is over.
         pause: waits for some seconds between two tries.
     """
@@ -223,7 +224,11 @@ class FederatedReward:
         log_metric: Callable[[str, float], None] = lambda _name, _value: None,
         **columns: object,
     ) -> list[float | None]:
-        """Return one reward per completion, `[P·G]`."""
+        """Return one reward per completion, `[P·G]`.
+
+        Raises:
+            QuorumError: too few sites answered, and none may come back.
+        """
         started = self._end()
         if started is not None and started.prompts is prompts and started.completions is completions:
             query, replies = started.query, started.replies.result()
@@ -410,7 +415,11 @@ class FederatedReward:
         return scores
 
     def _whom(self, query: ScoreQuery, given: Mapping[str, Scores], may_return: Collection[str]) -> Collection[str]:
-        """Return the sites to wait for: all that may return, as long as the quorum is not reached."""
+        """Return the sites to wait for: all that may return, as long as the quorum is not reached.
+
+        Raises:
+            QuorumError: it is not reached, and none may return.
+        """
         weights = query.weights.double().clamp(min=0)  # what is asked has weight
         present = self._table(query, given).isfinite()
         sums = [weights[present].sum().item(), weights.sum().item()]
@@ -418,7 +427,17 @@ class FederatedReward:
         # The step is that of all processes: all wait, or none.
         answered, asked, *missing = self.engine.total(sums)
         waited_for = [site for site, ranks in zip(self.engine.sites, missing, strict=True) if ranks]
-        return waited_for if answered < self.waiting.quorum * asked else ()
+        if answered >= self.waiting.quorum * asked:
+            return ()
+        if not waited_for:
+            silent = [site for site in query.requests if not any(given.get(site, ()))]
+            raise QuorumError(
+                f"{answered / asked:.0%} of what was asked has been answered, below the quorum of "
+                f"{self.waiting.quorum:.0%}, and no site may come back by waiting (those that failed or refused all: "
+                f"{', '.join(silent) or 'none'}); look at the sites' logs, limits and budgets, or lower "
+                "routing.quorum, and start again with --resume"
+            )
+        return waited_for
 
     def _finish(self, rewards: list[float], texts: Sequence[str], cut: Sequence[bool]) -> list[float | None]:
         """Give completions in good form their reward, and those that were cut off their fixed one."""

@@ -101,12 +101,22 @@ class SiteSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditedSite:
+    """What a site's updates did to the server's labelled questions, in nats of mean loss, added up over the rounds."""
+
+    taught: float  # of its own kinds
+    spoilt: float  # over all kinds
+    named: Count  # the round after which it was named as one that may poison the router; 0 for never
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSummary:
     """The router after its federated rounds; `accuracy`: share of dev answers sent to a fitting site."""
 
     rounds: Count
     accuracy: Share
     parameters: Count
+    audit: Mapping[str, AuditedSite] = field(default_factory=dict)  # by site that was judged
 
 
 @dataclass(frozen=True, slots=True)

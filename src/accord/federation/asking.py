@@ -19,7 +19,7 @@ from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
-from accord.errors import CheckpointError, DataWarning, ReplyError
+from accord.errors import CheckpointError, DataWarning, QuorumError, ReplyError
 from accord.federation.engine import Engine, kind_of
 from accord.federation.messages import (
     MAX_SCORE,
@@ -149,6 +149,9 @@ def ask_scores(
         replies: what the sites have said, if they have been asked already.
         patience: for sites that may come back, which are then asked again; without it every site is asked once.
         limits: the range of scores that was agreed; a reply with one outside it is not used.
+
+    Raises:
+        QuorumError: `patience` does without no more sites, and none may come back.
     """
     low, high = limits
     check = partial(check_scores, low=low, high=high)
@@ -167,7 +170,12 @@ def ask_scores(
                 _warn(site, "sent a score that is not finite", consequence)
         scores |= given
         may_return = [site for site, absence in absent.items() if absence.reason in MAY_RETURN]
-        if patience is None or not (waited_for := patience.whom(scores, may_return)):
+        try:
+            waited_for = patience.whom(scores, may_return) if patience is not None else ()
+        except QuorumError:
+            _warn_absent(absent, consequence)
+            raise
+        if patience is None or not waited_for:
             break
         if tries == 1:
             patience.tell(f"too few sites answered: waiting for {', '.join(waited_for)}; Ctrl-C ends the run")

@@ -33,6 +33,7 @@ from torch import Tensor
 from accord.errors import DataWarning, ReplyError, RunError
 from accord.federation.aggregation import Aggregate, Update, fedavg, length_of, shares
 from accord.federation.asking import ask_checked
+from accord.federation.audit import Audit
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest, check_kind
 from accord.federation.weights import read_weights, to_bytes
@@ -73,6 +74,7 @@ def federated_rounds(
     most: int = 0,
     server: Server | None = None,
     probe: Probe | None = None,
+    audit: Audit | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
     on_replies: Callable[[int, Mapping[str, UpdateReply]], None] = lambda _round, _replies: None,
 ) -> dict[str, Tensor]:
@@ -92,6 +94,7 @@ def federated_rounds(
         most: the n_k that a site may claim, `Averaging.examples_at_most`; 0 for any.
         server: what is exchanged beside the weights.
         probe: tells weights that break the model, in the place of a check that they are finite alone.
+        audit: names the site whose updates spoil the model, and leaves it out where it is told to.
         on_round: told the round (from 1) and the mean loss of the sites whose updates were combined.
         on_replies: told the round and what each of these sites replied, by site in the order of `updates`, once the
             server has combined it.
@@ -135,6 +138,19 @@ def federated_rounds(
             )
         updates = {site: update for site, (_, update) in replied.items()}
         examples = {site: min(reply.examples, most or reply.examples) for site, (reply, _) in replied.items()}
+        left_out = set[str]()
+        if audit:
+            weight = dict(zip(updates, shares([*examples.values()]), strict=True))
+            for site in audit.round(t + 1, current, updates, weight):
+                warnings.warn(
+                    f"site {site}: the {task} is no better at the server's labelled questions for its updates up to "
+                    f"round {t + 1}, or is worse; it may be poisoning the {task}: look at that site",
+                    DataWarning,
+                    stacklevel=2,
+                )
+            left_out = audit.left_out & {*updates}
+            updates = {site: update for site, update in updates.items() if site not in left_out}
+            refuse_most(failed | left_out, there, f"round {t + 1} of the {task}", longest)
         merged, broken = combine(aggregate, current, updates, examples, probe)
         for site in broken:
             engine.traffic.counts[site, task].absences += 1
@@ -144,10 +160,10 @@ def federated_rounds(
                 DataWarning,
                 stacklevel=2,
             )
-        refuse_most(failed | {*broken}, there, f"round {t + 1} of the {task}", longest)
+        refuse_most(failed | left_out | {*broken}, there, f"round {t + 1} of the {task}", longest)
         assert merged is not None  # nothing broken is left over but where most are
         current = merged
-        used = [site for site in replied if site not in broken]
+        used = [site for site in updates if site not in broken]
         for k, times in getattr(aggregate, "shortened", {}).items():
             warnings.warn(
                 f"site {used[k]} sent an update {times:.3g} times as long as the median of round {t + 1} of the "

@@ -45,6 +45,9 @@ DEADLINE: Final = 600.0
 MISSES: Final = 2
 """Deadlines missed in a row, after which a site is left alone until the next segment."""
 
+MAX_HELLO: Final = 2**20
+"""Bytes of a relay's first word, the names of its sites."""
+
 RETRY: Final = (5.0, 600.0)
 """Seconds between two segments for the same waiting sites: at first, and at most; they double while that is no help."""
 
@@ -367,8 +370,7 @@ class FlareEngine:
             self._launcher.submit(job)
         connection = self._accept()
         try:
-            connection.settimeout(self._wait)
-            hello = decode_from_relay(receive_frame(connection))
+            hello = decode_from_relay(receive_frame(connection, limit=MAX_HELLO, seconds=self._wait))
             if not isinstance(hello, Hello):
                 raise ConnectionError
             connection.settimeout(None)

@@ -14,6 +14,8 @@ import os
 import socket
 import stat
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +48,10 @@ def socket_folder(kit: Path | str) -> Path:
     return folder
 
 
+WAITING: Final = 16
+"""Connections that wait to be accepted at most; the system refuses or holds back further ones."""
+
+
 def listen(path: Path) -> socket.socket:
     """Listen on a Unix socket that only this user may connect to; one that a dead process left is replaced.
 
@@ -63,7 +69,7 @@ def listen(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
     listener.bind(os.fspath(path))
     path.chmod(0o600)
-    listener.listen(64)
+    listener.listen(WAITING)
     return listener
 
 
@@ -93,24 +99,40 @@ def send_frame(connection: socket.socket, data: bytes) -> None:
     connection.sendall(data)
 
 
-def receive_frame(connection: socket.socket, *, limit: int = MAX_FRAME) -> bytes:
+def receive_frame(
+    connection: socket.socket,
+    *,
+    limit: int = MAX_FRAME,
+    seconds: float | None = None,
+    admit: Callable[[int], None] = lambda _length: None,
+) -> bytes:
     """Receive one message.
+
+    Args:
+        connection: where from.
+        limit: bytes at most.
+        seconds: in which the whole message must come, however slowly it does; None for the connection's own timeout.
+        admit: told the message's length before anything is kept of it; may raise ValueError.
 
     Raises:
         EOFError: the other side closed.
-        ValueError: it announced more than `limit` bytes; the connection is of no further use.
-        OSError: the connection broke, or its timeout passed.
+        ValueError: it announced more than `limit` bytes, or was not admitted; the connection is of no further use.
+        OSError: the connection broke, or its time passed.
     """
-    length = int.from_bytes(_receive(connection, 8), "big")
+    end = None if seconds is None else time.monotonic() + seconds
+    length = int.from_bytes(_receive(connection, 8, end), "big")
     if length > limit:
         raise ValueError(f"a message of {length} bytes, at most {limit} are read")
-    return _receive(connection, length)
+    admit(length)
+    return _receive(connection, length, end)
 
 
-def _receive(connection: socket.socket, length: int) -> bytes:
+def _receive(connection: socket.socket, length: int, end: float | None) -> bytes:
     buffer = bytearray(length)
     view, received = memoryview(buffer), 0
     while received < length:
+        if end is not None:
+            connection.settimeout(max(end - time.monotonic(), 1e-3))  # 0 would be: do not wait
         count = connection.recv_into(view[received:])
         if count == 0:
             raise EOFError("the other side closed the connection")

@@ -75,6 +75,13 @@ PATIENCE: Final = 30.0
 """Seconds in which a connection must bring its request, or take its reply."""
 
 
+CONNECTIONS: Final = 16
+"""Connections at once; a further one is closed before it is read."""
+
+HELD: Final = 2 * MAX_FRAME
+"""Bytes of all requests that are being read, wait or are in hand; one that does not fit is dropped unread."""
+
+
 class WhenAsked:
     """A site's half of a training, made ready when it is first asked for.
 
@@ -181,6 +188,7 @@ class SiteService:
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._reading: dict[threading.Thread, socket.socket | None] = {}  # None once the request is whole
+        self._held: dict[threading.Thread, int] = {}  # bytes of its request
         # One thread for the model: a new one for every connection would build a new pool of OpenMP threads each time.
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
 
@@ -219,16 +227,32 @@ class SiteService:
         while not self._closing.is_set():
             try:
                 connection, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(connection,), name="connection", daemon=True).start()
+                self._open(connection)
             except TimeoutError:
                 continue
             except (OSError, RuntimeError):  # no file descriptors or no threads are left, for now
                 logger.exception("a connection could not be accepted")
                 self._closing.wait(1.0)
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _open(self, connection: socket.socket) -> None:
+        thread = threading.Thread(target=self._serve, args=(connection,), name="connection", daemon=True)
         with self._lock:
-            self._reading[threading.current_thread()] = connection
+            full = len(self._reading) >= CONNECTIONS
+            if not full:
+                self._reading[thread] = connection
+        if full:
+            logger.warning("a connection was closed: %d are open already", CONNECTIONS)
+            connection.close()
+            return
+        try:
+            thread.start()
+        except RuntimeError:  # no threads are left
+            with self._lock:
+                del self._reading[thread]
+            connection.close()
+            raise
+
+    def _serve(self, connection: socket.socket) -> None:
         try:
             with connection, contextlib.suppress(CancelledError):
                 connection.settimeout(self.patience)
@@ -242,13 +266,15 @@ class SiteService:
         finally:
             with self._lock:
                 del self._reading[threading.current_thread()]
+                self._held.pop(threading.current_thread(), None)
 
     def _receive(self, connection: socket.socket) -> bytes | None:
         """Return a request's bytes; None for a connection that brought none, as when somebody looks who listens."""
         try:
             if not connection.recv(1, socket.MSG_PEEK):
                 return None
-            data = receive_frame(connection, limit=self.limit)
+            data = receive_frame(connection, limit=self.limit, seconds=self.patience, admit=self._admit)
+            connection.settimeout(self.patience)  # to take the reply
         except (OSError, EOFError, ValueError) as error:
             if not self._closing.is_set():
                 logger.warning("a connection was dropped: %s", error if isinstance(error, ValueError) else type(error))
@@ -258,6 +284,18 @@ class SiteService:
         with self._lock:
             self._reading[threading.current_thread()] = None
         return data
+
+    def _admit(self, length: int) -> None:
+        """Keep room for a request.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with self._lock:
+            held = sum(self._held.values())
+            if held + length > HELD:
+                raise ValueError(f"a message of {length} bytes beside {held} that wait, at most {HELD} are held")
+            self._held[threading.current_thread()] = length
 
     def _answer(self, data: bytes, connection: socket.socket) -> bytes:
         """Return the reply's bytes, once the ledger has its line; without a line nothing leaves but a refusal."""

@@ -37,6 +37,7 @@ from accord.routing.competence import (
     save_graph,
 )
 from accord.routing.fusion import Fusion, chunks, group_relative, halves, literal
+from accord.routing.robust import UNCLIPPED, VarianceGate
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
 from accord.stages.job import Job
 from accord.stages.sites import open_federation
@@ -55,10 +56,13 @@ class FedGrpoConfig:
     judge: Judge = "reward"  # of an expert that does not own the reference answer: its reward model or its own answer
     refresh_every: int = 0  # steps between two measurements of competence; 0 for one alone
     form: float = 0.125  # reward for good form, added to the standardised one; the public code adds it before
+    spread: float = 0.0  # deviation, as a share of the agreed range, below which an expert has no opinion on a group
 
     def __post_init__(self) -> None:
         """Refuse what leaves no site to ask, and more neighbours than there are items."""
-        check_least(self, auxiliary=1, neighbours=1, experts=1, refresh_every=0, form=0)
+        check_least(self, auxiliary=1, neighbours=1, experts=1, refresh_every=0, form=0, spread=0)
+        if self.spread > 1:
+            raise RecipeError(f"spread must be at most 1, got {self.spread}; lower fedgrpo.spread")
         if self.neighbours > self.auxiliary:
             raise RecipeError(
                 f"neighbours must be at most auxiliary = {self.auxiliary}, got {self.neighbours}; "
@@ -112,9 +116,10 @@ def fedgrpo_reward(job: Job, *, variant: Variant = Variant()) -> FederatedReward
 
 
 def _reward(job: Job, experts: CompetenceRouter | RandomExperts, variant: Variant) -> FederatedReward:
-    config = SETTINGS.of(job.recipe)
+    config, scores = SETTINGS.of(job.recipe), job.recipe.scores
+    spread = config.spread * (scores.high - scores.low if scores else UNCLIPPED)
     per_group = PerGroup(
-        variant.fusion,
+        VarianceGate(variant.fusion, spread) if spread else variant.fusion,
         size=job.recipe.alignment.group_size,
         judge=variant.judge or config.judge,
         truth=variant.truth,

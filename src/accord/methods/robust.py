@@ -30,7 +30,7 @@ from accord.methods.gates import ANCHOR_QUESTIONS
 from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
-from accord.routing.robust import Ranks, RobustConfig, Rule
+from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
 from accord.stages.job import Job
@@ -39,9 +39,6 @@ from accord.stages.sites import construct_pairs
 
 ROBUST: Final = Table("robust", RobustConfig)
 CANARIES: Final = Table("canaries", CanaryConfig)
-
-UNCLIPPED: Final = 4.0
-"""The range of standardised scores that no range was agreed for: two deviations on each side."""
 
 PLAUSIBLE: Final = NegativeMix(same_type=0.5, policy=0.5, other_type=0.0, malformed=0.0)
 """Wrong answers of a canary: such as a policy gives, for a malformed one would give it away."""

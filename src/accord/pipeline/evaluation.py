@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from accord.evaluation.gallery import write_gallery
 from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import (
     Accuracy,
+    AuditedSite,
     EvaluationSummary,
     PolicySummary,
     Ranking,
@@ -42,7 +44,7 @@ from accord.progress import stage_bar
 from accord.recipe import Source
 from accord.stages.job import Job, read_source
 from accord.stages.projector import measured_projector
-from accord.stages.routing import route, trained_router
+from accord.stages.routing import RouterMeasured, route, trained_router
 from accord.stages.sites import open_federation
 from accord.stages.traffic import load_all_traffic
 from accord.version import VERSION
@@ -179,8 +181,9 @@ def _findings(job: Job, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _router(job: Job) -> RouterSummary:
-    measured = json.loads((job.path / "router" / "measured.json").read_text())
-    return RouterSummary(job.recipe.router.rounds, measured["accuracy"], parameter_count(trained_router(job)))
+    measured = msgspec.json.decode((job.path / "router" / "measured.json").read_bytes(), type=RouterMeasured)
+    audit = {site: AuditedSite(each.taught, each.spoilt, each.named) for site, each in measured.audit.items()}
+    return RouterSummary(job.recipe.router.rounds, measured.accuracy, parameter_count(trained_router(job)), audit)
 
 
 def _cards(job: Job, names: Sequence[str]) -> dict[str, Card]:

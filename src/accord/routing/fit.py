@@ -24,7 +24,7 @@ learned tells whose *domain* an answer belongs to; it does not predict which rew
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -33,6 +33,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from accord.data.images import load_if_any
+from accord.federation.audit import Audit
 from accord.federation.engine import Engine
 from accord.federation.local import begin, finish, round_rate
 from accord.federation.messages import UpdateReply, UpdateRequest
@@ -145,6 +146,7 @@ def fit_router(
     config: RouterConfig,
     *,
     seed: int,
+    audit: Audit | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> RouterNetwork:
     """Train a router with all sites of `engine`; one that is absent or sends unusable weights sits out that round.
@@ -154,14 +156,13 @@ def fit_router(
         features: D of the encoder.
         config: settings.
         seed: of the initial weights and of the sites' draws.
+        audit: `router_audit`, to name a site that poisons the router.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
     Raises:
         RunError: no site answered in a round, or most failed in one (`accord.federation.rounds`).
     """
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        network = RouterNetwork(features, len(engine.sites), config)
+    network = _drawn(features, len(engine.sites), config, seed)
     # Whatever the hidden states, the router's first layer makes them of this size.
     hidden = torch.randn(8, 4, features, generator=torch.Generator().manual_seed(0))
     counted = _Counted(engine.sites)
@@ -176,8 +177,43 @@ def fit_router(
         most=config.pairs_per_site,  # no site may claim more weight
         server=counted,
         probe=probe_of(network, lambda: network(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))),
+        audit=audit,
         on_round=on_round,
     )
     set_trainable_weights(network, weights)
     network.examples = tuple(counted.examples.values())
     return network.eval()
+
+
+def router_audit(
+    hidden: Tensor, mask: Tensor, kinds: Sequence[str], own: Mapping[str, Sequence[bool]], config: RouterConfig
+) -> Audit:
+    """Return what names a site that poisons the router, by labelled questions of the server.
+
+    ℓ = −log Σ_k α_k over the sites k whose own kind the question is of: the router is right that picks any of them.
+
+    Args:
+        hidden: states `[N, T, D]` of the questions with their right answers.
+        mask: `[N, T]`.
+        kinds: of each question, `[N]`.
+        own: by site, in the order of the router's outputs: whether each question is of its own kinds, `[N]`; every
+            question is of some site's.
+        config: of the router.
+    """
+    network = _drawn(hidden.shape[-1], len(own), config, seed=0).eval()
+    right = torch.tensor([*own.values()], dtype=torch.bool).T  # [N, K]
+
+    @torch.no_grad()
+    def losses(weights: Mapping[str, Tensor]) -> Tensor:
+        set_trainable_weights(network, weights)
+        weighed: Tensor = network(hidden, mask).log_softmax(dim=-1)
+        return -weighed.masked_fill(~right, -torch.inf).logsumexp(dim=-1)
+
+    return Audit(losses, kinds, own, leaves_out=config.leave_out)
+
+
+def _drawn(features: int, sites: int, config: RouterConfig, seed: int) -> RouterNetwork:
+    """Return a network of random weights, and leave torch's own generators as they are."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return RouterNetwork(features, sites, config)

@@ -132,6 +132,34 @@ class Ranks:
 _ORDER: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"median": weighted_median, "trimmed": trimmed_mean}
 
 
+UNCLIPPED: Final = 4.0
+"""The range of standardised scores that no range was agreed for: two deviations on each side."""
+
+
+@dataclass(frozen=True)
+class VarianceGate:
+    """A fusion for which a site that sees no difference within a group has one opinion on all of it.
+
+        r_ik ← mean_i r_ik    where the deviation of r_·k is below `spread`
+
+    Standardised scores (`accord.routing.fusion.group_relative`) of such a site are 0, where noise of any size would be
+    a full vote. The site keeps its seat, as one that scores all alike does.
+
+    Attributes:
+        fusion: of one group.
+        spread: the deviation, in units of a score; 0 for no gate.
+    """
+
+    fusion: Fusion
+    spread: float
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """Return `fusion`'s rewards `[G]` of the gated scores, from scores and weights `[G, K]`, NaN for absent."""
+        given = torch.where(weights > 0, scores, torch.nan)
+        gated = flat(given, self.spread) & ~given.isnan()
+        return self.fusion(torch.where(gated, given.nanmean(dim=0), scores), weights)
+
+
 def capped(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]], cap: float) -> tuple[list[Tensor], Tensor]:
     """Fuse the groups of a step, and hold each site's influence on it to `cap`.
 

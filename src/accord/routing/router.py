@@ -65,6 +65,8 @@ class RouterConfig:
     learning_rate: float = 0.1  # of the sites' SGD, at first; times K/3 beyond three sites
     rows_at_once: int = 512  # (prompt, completion) rows that the encoder takes in one forward pass
     prior_correction: bool = False  # whether the choice forgets how many pairs a site has
+    audit: int = 16  # labelled questions of each kind by which the server judges the sites' updates; 0 for none
+    leave_out: bool = False  # whether a site that this audit names is left out of the average
     aggregation: Aggregation = Aggregation(
         "fedadam", learning_rate=3e-3, momentum=0.8, second_momentum=0.95, adaptivity=1e-5, bits=16
     )
@@ -72,7 +74,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         """Refuse counts that leave nothing to train, and a width that the heads cannot share."""
         check_least(self, layers=1, rounds=1, local_steps=1, pairs_per_batch=1, pairs_per_site=1, learning_rate=0)
-        check_least(self, rows_at_once=1)
+        check_least(self, rows_at_once=1, audit=0)
         if self.heads < 1 or self.width % self.heads:
             raise RecipeError(
                 f"width must be a multiple of heads, got {self.width} and {self.heads}; "

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 
 from accord.data.images import load_if_any
 from accord.data.sampling import sample_questions
 from accord.errors import DataError
+from accord.federation.audit import Audit, Finding
 from accord.models.generate import answer
 from accord.progress import stage_bar
-from accord.routing.fit import fit_router
+from accord.routing.fit import fit_router, router_audit
 from accord.routing.router import LearnedRouter, Router, RouterNetwork, load_router, save_router
 from accord.runs import write_atomic
 from accord.stages.job import Job
@@ -42,17 +46,61 @@ def train_router(job: Job) -> None:
         set_seed(job.recipe.seed)
         engine = open_federation(job, training=True)
         with stage_bar("router", config.rounds, quiet=job.quiet) as advance:
+            audit = audit_of(job)
 
             def on_round(number: int, loss: float) -> None:
-                job.log({"stage": "router", "step": number, "loss": loss})
+                record = {"stage": "router", "step": number, "loss": loss}
+                if audit is not None and audit.findings:
+                    record["taught"] = {site: found.taught for site, found in audit.findings.items()}
+                    record["spoilt"] = {site: found.spoilt for site, found in audit.findings.items()}
+                job.log(record)
                 advance(text=f"loss {loss:.3f}")
 
-            network = fit_router(engine, job.encoder.features, config, seed=job.recipe.seed, on_round=on_round)
+            network = fit_router(
+                engine, job.encoder.features, config, seed=job.recipe.seed, audit=audit, on_round=on_round
+            )
         right = routing_accuracy(job, LearnedRouter(job.encoder, network))
         job.log({"stage": "router", "step": config.rounds, "accuracy": right})
         save_router(job.path / "router", network)
-        write_atomic(job.path / "router" / "measured.json", json.dumps({"accuracy": right}) + "\n")
+        measured = RouterMeasured(right, audit.findings if audit is not None else {})
+        write_atomic(job.path / "router" / "measured.json", msgspec.json.encode(measured) + b"\n")
         save_traffic(job, "router")
+
+
+@dataclass(frozen=True)
+class RouterMeasured:
+    """What is kept of a router beside its weights: routing accuracy, and what its audit found by site."""
+
+    accuracy: float
+    audit: Mapping[str, Finding] = field(default_factory=dict)
+
+
+def audit_of(job: Job) -> Audit | None:
+    """Return the audit of the router's training by the server's labelled questions; None where there are none.
+
+    They are of each kind that a site holds: of the split `base`, or of `dev` where that has none of the kind.
+    """
+    count = job.recipe.router.audit
+    if not count:
+        return None
+    by_kind: dict[str, list[Question]] = {}
+    for split in ("dev", "base"):
+        found = defaultdict(list)
+        for q in job.questions.get(split, []):
+            if any(share.wants(q) for share in job.shares.values()):
+                found[f"{q.domain}/{q.question_type}"].append(q)
+        by_kind |= found
+    asked = [(kind, q) for kind in sorted(by_kind) for q in sample_questions(by_kind[kind], count, seed=0)]
+    if not asked:
+        return None
+    states = [
+        job.encoder([prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk], [[q.answer] for q in chunk])
+        for chunk in ([q for _, q in asked[n : n + 128]] for n in range(0, len(asked), 128))
+    ]
+    hidden = pad_sequence([row.cpu() for of_chunk, _ in states for row in of_chunk], batch_first=True)
+    mask = pad_sequence([row.cpu() for _, of_chunk in states for row in of_chunk], batch_first=True)
+    own = {site: [share.wants(q) for _, q in asked] for site, share in job.shares.items()}
+    return router_audit(hidden, mask, [kind for kind, _ in asked], own, job.recipe.router)
 
 
 def trained_router(job: Job) -> RouterNetwork:
