@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from accord.footprint import finetuning, footprint, grpo, reward_training
+from accord.errors import RecipeError
+from accord.footprint import Gpus, Layers, finetuning, footprint, grpo, reward_training
 from accord.models.load import LoraSettings, save_model
 from accord.models.tiny import TinyConfig, build_tiny, train_tokenizer
 from footprint_cases import GRPO, REWARD, TUNING

@@ -8,7 +8,7 @@ Both ways are one trainer class with the switch on and off: off is `trl.GRPOTrai
 its own, so that neither's memory is the other's. An image makes about 1,000 tokens. Beside what is measured stands what
 `accord.footprint` plans. EasyR1 reports 2.67 completions a second and GPU for its 7B example on geometry problems.
 
-    python benchmarks/speed/large_step.py                      on a GPU 3B and 7B; without one tiny, and what it would do
+    python benchmarks/speed/large_step.py                     on a GPU 3B and 7B; without one tiny, and what it would do
     python benchmarks/speed/large_step.py --size 7B --steps 3
 """
 

@@ -228,7 +228,8 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel | None:
     for kind in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in kind._model_mapping:
             with torch.device("meta"):
-                return cast(PreTrainedModel, kind.from_config(config, trust_remote_code=False))
+                made = kind.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+                return cast(PreTrainedModel, made)
     return None
 
 

@@ -248,11 +248,6 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
             f"completions_per_device must divide the {rows} completions of each of {count} processes, got {at_once}; "
             "correct alignment.completions_per_device"
         )
-    vllm = {"use_vllm": True, "vllm_mode": config.vllm} if config.vllm else {}
-    if config.vllm == "colocate":
-        vllm["vllm_gpu_memory_utilization"] = config.vllm_memory
-    if config.vllm == "server":
-        vllm["vllm_server_base_url"] = config.vllm_server
     settings = GRPOConfig(
         output_dir=str(out),
         seed=seed,
@@ -278,7 +273,10 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
         save_total_limit=3,  # `run_grpo` keeps two, and removes the oldest only once the newest is sealed
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **vllm,
+        use_vllm=bool(config.vllm),
+        vllm_mode=config.vllm or "colocate",
+        vllm_gpu_memory_utilization=config.vllm_memory,
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
     )
     return on_one_device(settings)
 
@@ -404,7 +402,7 @@ def _collected(trainer: GRPOTrainer, model: PreTrainedModel) -> PreTrainedModel:
     whole = type(model).from_pretrained(model.name_or_path, dtype=model.dtype, trust_remote_code=False)
     if trainer.accelerator.is_main_process:
         whole.load_state_dict(state)
-    return cast(PreTrainedModel, whole)
+    return whole
 
 
 def align(

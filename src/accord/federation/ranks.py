@@ -93,6 +93,11 @@ class Together:
         for name in self._hidden:
             del os.environ[name]
 
+    @property
+    def met(self) -> bool:
+        """Whether the others are there, between `meet` and `part`."""
+        return self._group is not None
+
     def meet(self, stages: Sequence[str] = ()) -> list[str]:
         """Wait for all ranks, and return the stages that rank 0 says they do together."""
         os.environ.update(self._hidden)
@@ -162,8 +167,6 @@ class OneConnection:
             RunError: a request is neither for scores nor for answers, ranks ask one site for different things, or rank
                 0 could not ask.
         """
-        if self._engine is not None and self.processes == 1:
-            return self._engine.ask(requests, deadline=deadline)
         for request in requests.values():
             if not isinstance(request, WithImages):
                 raise RunError(
@@ -185,8 +188,6 @@ class OneConnection:
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over the ranks, the same on all of them."""
-        if self.processes == 1:
-            return list(values)
         summed = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(summed, group=self._ranks())
         return cast(list[float], summed.tolist())

@@ -78,7 +78,7 @@ def federated_reward(
     chosen = job.recipe.scores if scores == "recipe" else scores
     if engine is None and (job.together is None or job.together.rank == 0):
         engine = open_federation(job, scores=chosen, standardised=standardised)
-    if job.together is not None:
+    if job.together is not None and job.together.met:
         engine = OneConnection(engine, [site.name for site in job.recipe.sites])
     assert engine is not None
     return reward_of(
