@@ -15,6 +15,7 @@ its own, so that neither's memory is the other's. An image makes about 1,000 tok
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -31,7 +32,6 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from accord.alignment.grpo import AlignmentConfig, align
-from accord.data.images import image_bytes
 from accord.footprint import footprint, grpo
 from accord.models.load import LoraSettings, load_model, save_model
 from accord.models.tiny import TinyConfig, build_tiny
@@ -97,6 +97,12 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def letters(prompts, completions, **_) -> list[float]:
     return [float(len(set(completion[-1]["content"]))) for completion in completions]
 
@@ -117,7 +123,7 @@ def measure(name: str, shared: bool, steps: int, checkpoint: str) -> dict[str, f
     questions = [
         Question(
             id=str(n),
-            image=image_bytes(Image.fromarray(pixels.integers(0, 256, (side, side, 3), dtype=np.uint8))),
+            image=png(pixels.integers(0, 256, (side, side, 3), dtype=np.uint8)),
             text="what colour is the shape?",
             answer="red",
             question_type="colour",
