@@ -24,7 +24,7 @@ from typing import Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import LoraConfig
 from PIL.Image import Image
 from torch import nn

@@ -25,8 +25,8 @@ from typing import Final, cast
 import msgspec
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
