@@ -7,7 +7,7 @@
     accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
     accord site status FOLDER                what was asked of the site, and how many bytes left it
     accord watch RUN                         how far a run is, and which sites are there
-    accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
+    accord plan RECIPE                       what would run, with memory and bytes, and whether it fits
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
     accord pretrain-projector RECIPE         the policy's projector, with all sites
@@ -50,6 +50,7 @@ from accord.terminal import CleanFormatter, clean, console, say, tell
 from accord.version import VERSION
 
 if TYPE_CHECKING:
+    from accord.federation.ranks import Together
     from accord.pipeline import Job
     from accord.recipe import Recipe
 
@@ -149,11 +150,17 @@ def _settle(recipe: Recipe) -> None:
     import torch
 
     from accord.models.features import remember
+    from accord.models.pixels import limit_pixels
 
     _hush()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     remember(recipe.features)
+    limit_pixels(recipe.max_pixels)
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
 
 
 def _hush() -> None:
@@ -174,6 +181,7 @@ def _job(
     alone: str = "",
     methods: bool = False,
     kits: tuple[Path, Path | None] | None = None,
+    together: Together | None = None,
 ) -> Iterator[Job]:
     """Open the run of a recipe.
 
@@ -186,6 +194,7 @@ def _job(
         alone: the one site that works here.
         methods: whether methods are run; if not, none of another package is imported.
         kits: the server's and the operator's, where the sites are other organisations'.
+        together: the processes that a launcher has started with this one.
     """
     from dataclasses import replace
 
@@ -217,7 +226,7 @@ def _job(
 
             engine = stack.enter_context(open_engine(*kits, names, tell=tell_both))
             stack.enter_context(federation.follow(engine))
-        yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
+        yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine, together=together))
 
 
 def _whole(
@@ -231,14 +240,33 @@ def _whole(
     from accord.evaluation.account import tell
     from accord.evaluation.summary import read_summary
     from accord.evaluation.trace import read_metrics
+    from accord.federation.ranks import Together, rank_and_count
     from accord.pipeline import execute
 
-    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits) as job:
+    together = Together() if rank_and_count()[1] > 1 else None
+    if together is not None and together.rank:
+        _follow(recipe, out, seed, together)
+        return
+    with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits, together=together) as job:
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
     say(account.verdict)
     say(f"report: {page}")
     say(f"aligned checkpoint: {page.parent / 'policy'}")
+
+
+def _follow(file: Path, out: Path | None, seed: int | None, together: Together) -> None:
+    """Take part, as another rank than 0, in what rank 0 aligns."""
+    from dataclasses import replace
+
+    from accord.pipeline.ranks import follow
+    from accord.recipe_file import import_methods, load_recipe
+
+    recipe = import_methods(load_recipe(file))
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    _settle(recipe)
+    follow(recipe, out or Path("runs") / recipe.name, together)
 
 
 @app.command()
@@ -279,12 +307,22 @@ def watch(
 
 
 @app.command()
-def plan(recipe: RecipeFile) -> None:
-    """Show what a recipe would run, with memory and bytes; nothing is downloaded or trained."""
+def plan(
+    recipe: RecipeFile,
+    gpus: Annotated[
+        str, typer.Option("--gpus", help="compare every stage's memory with GPUs, such as 1x80 or 8x80 (GB each)")
+    ] = "",
+    engine: Annotated[
+        EngineName, typer.Option("--engine", help="flare: the sites' models are on other machines")
+    ] = EngineName.in_process,
+) -> None:
+    """Show what a recipe would run, with memory and bytes; nothing but configurations is downloaded."""
+    from accord.footprint import Gpus
     from accord.plan import describe
     from accord.recipe_file import import_methods, load_recipe
 
-    say(describe(import_methods(load_recipe(recipe))))
+    given = Gpus.read(gpus) if gpus else None
+    say(describe(import_methods(load_recipe(recipe)), given, elsewhere=engine is EngineName.flare))
 
 
 def _stage(

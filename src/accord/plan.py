@@ -1,24 +1,39 @@
-"""Say what a recipe would run before anything is downloaded or trained: models, memory, rows and bytes per step.
+"""Say what a recipe would run before anything is trained: models, memory of every stage, rows and bytes per step.
 
-Memory per parameter: 16 bytes where it is trained (weight, gradient and AdamW's two moments, each float32), 2 where it
-is frozen (bfloat16), 4 in the reference of a policy that is trained whole, which TRL loads in the policy's float32. It
-leaves out activations, which depend on the sequence length and on gradient checkpointing.
-Sizes of checkpoints that are not on this machine are read from their names (`…-7B-…`), and said to be.
+    stage's peak  =  what is trained  +  what else is loaded then  +  activations of the largest batch
+
+`accord.footprint` counts each. A run holds on one GPU, besides the policy: the reference, the encoder that a router
+reads, and the sites' models where they are opened here. Several GPUs share the policy's weights, gradients and moments
+out (FSDP or ZeRO-3, by an accelerate configuration), and no other model.
+
+What is not counted: the CUDA context (about half a GB), and what the allocator loses between blocks. So GB are
+10⁹ here, and what a card has beyond that is left for these.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 
 from accord.errors import CheckpointError
 from accord.federation.projector import ProjectorConfig
+from accord.footprint import (
+    Footprint,
+    Gpus,
+    Layers,
+    Peak,
+    Size,
+    config_of,
+    finetuning,
+    footprint,
+    grpo,
+    on_meta,
+    reward_training,
+    size_of,
+)
 from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
-from accord.models.inspection import inspect_weights
-from accord.models.load import locate
+from accord.models.load import LoraSettings
+from accord.models.projector import find_projector
 from accord.recipe import Recipe, SiteConfig
 
 IMAGE_BYTES = 150_000
@@ -28,55 +43,17 @@ IMAGE_BYTES = 150_000
 WITHOUT_PATH = {"easy-vqa": "from the package easy-vqa", "arithmetic": "made here"}
 """Where the questions of a source come from that needs no path."""
 
-TRAINED, FROZEN, REFERENCE = 16, 2, 4
-"""Bytes per parameter."""
+PHOTOGRAPH, SHAPES = 1_000_000, 64 * 64
+"""Pixels of an image, where the data is not at hand, and of easy-VQA's."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """How many parameters a checkpoint has, and how that is known."""
-
-    parameters: float
-    known: str
-
-
-def size_of(checkpoint: str) -> Size:
-    """Read a local checkpoint's size from its safetensors headers, another's from its name."""
-    try:
-        place = Path(locate(checkpoint))
-    except CheckpointError:
-        return Size(0.0, "not there")
-    files = sorted(place.glob("*.safetensors")) if place.is_dir() else []
-    if files:
-        total = 0
-        for file in files:
-            total += sum(math.prod(shape) for shape in inspect_weights(file).values())
-        return Size(float(total), "counted")
-    named = re.search(r"(\d+(?:\.\d+)?)\s*([bm])(?![a-z])", checkpoint, re.IGNORECASE)
-    if named:
-        return Size(float(named[1]) * (1e9 if named[2].lower() == "b" else 1e6), "by its name, to be downloaded")
-    return Size(0.0, "unknown, to be downloaded")
-
-
-def _trained(lora_rank: int) -> float:
-    """Return the bytes per parameter of a model trained whole (rank 0) or through an adapter."""
-    # A rank-r adapter on the linear layers of a transformer of width d adds about 2 r / d of its parameters; d ~ 4096.
-    return FROZEN + TRAINED * 2 * lora_rank / 4096 if lora_rank else TRAINED
-
-
-def _gigabytes(size: Size, bytes_each: float) -> str:
-    total = size.parameters * bytes_each
-    return "?" if not total else f"{total / 1e9:.1f} GB" if total >= 1e8 else f"{total / 1e6:.1f} MB"
-
-
-def _count(size: Size) -> str:
-    number = size.parameters
-    text = f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.2f} M" if number else "?"
-    return f"{text} ({size.known})"
-
-
-def describe(recipe: Recipe) -> str:
+def describe(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = False) -> str:
     """Return the plan as text.
+
+    Args:
+        recipe: what is planned.
+        gpus: what there is; each stage is then compared with it. None for one without an end.
+        elsewhere: whether the sites are other organisations', whose models this machine does not hold.
 
     Raises:
         RecipeError: a method cannot be done by this recipe.
@@ -89,39 +66,180 @@ def describe(recipe: Recipe) -> str:
         "questions",
         *[f"  {s.kind:<12} {s.path or WITHOUT_PATH.get(s.kind, '')}" for s in recipe.questions],
         "",
-        f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} memory while training, without activations",
+        f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} weights, gradients and optimiser",
     ]
     names = [site.name for site in recipe.sites]
     method = find_method(recipe.method, names)
     needs = needed(recipe, [recipe.method, *recipe.compare])
     if recipe.projector is not None:
-        lines += _projector(recipe.projector, recipe.policy.checkpoint, policy)
+        lines += _projector(recipe, recipe.projector, policy)
     if "sites" in needs:
-        lines += [line for site in recipe.sites for line in _site(site)]
+        lines += [line for site in recipe.sites for line in _site(recipe, site)]
     if "router" in needs:
         lines += _router(recipe)
     lines += _alignment(recipe, method, policy)
     lines += [f"{'compare':<22} {arm:<40} {find_method(arm, names).about}" for arm in recipe.compare]
-    return "\n".join([*lines, "", *_traffic(recipe, method)])
+    told = _told(peaks(recipe, gpus, elsewhere=elsewhere), gpus)
+    return "\n".join([*lines, "", *told, "", *_traffic(recipe, method)])
 
 
-def _projector(config: ProjectorConfig, checkpoint: str, policy: Size) -> list[str]:
-    averaging = config.averaging
+def peaks(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = False) -> list[Peak]:
+    """Return what each stage needs at most on one GPU, in order; a model of which nothing is known is left out."""
+    names = [site.name for site in recipe.sites]
+    method = find_method(recipe.method, names)
+    needs = needed(recipe, [recipe.method, *recipe.compare])
+    found = list[Peak]()
+    said, each = recipe.preferences.policy_samples, recipe.alignment.questions_at_once
+    answer = recipe.alignment.max_completion_length
+    asks = any(site.needs_questions for site in recipe.sites)
+    base = _foot(recipe, recipe.policy.checkpoint)
+    if "sites" in needs and not elsewhere and said and asks and base is not None:
+        sampling = base.rollout(each * said, each * said, answer, base.bytes_each)
+        parts = {"policy": base.frozen(), "rollout": sampling}
+        found.append(Peak("sites: what the policy says", parts, ("alignment.questions_at_once",)))
+    if "sites" in needs and not elsewhere:
+        found += [peak for site in recipe.sites for peak in _site_peaks(recipe, site)]
+    encoder, policy = _foot(recipe, recipe.encoder_checkpoint), base
+    held: dict[str, float] = {}
+    if "router" in needs and encoder is not None:
+        held["encoder"] = encoder.frozen()
+    if "sites" in needs and not elsewhere:
+        held["sites' models"] = sum(_opened(recipe, site) for site in recipe.sites)
+    if "router" in needs and encoder is not None:
+        r = recipe.router
+        tokens = 2.0 * r.pairs_per_batch * encoder.tokens
+        network = Layers(r.layers, r.width, 4 * r.width, r.width).kept(tokens, 4, checkpointing=False)
+        learning = network + tokens * encoder.text.width * 4
+        reading = encoder.text.passing(min(128, r.rows_at_once) * encoder.tokens, encoder.bytes_each)
+        remedy = ("router.pairs_per_batch", "encoder.checkpoint")
+        found.append(Peak("router", {**held, "activations": max(learning, reading)}, remedy))
+    if policy is None:
+        return found
+    found.append(_aligning(recipe, method, policy, held, gpus))
+    answering = policy.rollout(each, each, answer, policy.bytes_each)
+    apart = recipe.encoder_checkpoint != recipe.policy.checkpoint
+    both = {"base and aligned policy": (2 + apart) * policy.frozen(), **held, "rollout": answering}
+    found.append(Peak("evaluation", both, ("alignment.questions_at_once",)))
+    return found
+
+
+def _foot(recipe: Recipe, checkpoint: str) -> Footprint | None:
+    """Return what a checkpoint needs, about images of the recipe's size."""
+    kinds = {source.kind for source in recipe.questions}
+    pixels = 0 if kinds == {"arithmetic"} else SHAPES if kinds == {"easy-vqa"} else PHOTOGRAPH
+    return footprint(checkpoint, pixels, recipe.max_pixels)
+
+
+def _site_peaks(recipe: Recipe, site: SiteConfig) -> list[Peak]:
+    foot, found = _foot(recipe, site.checkpoint), list[Peak]()
+    if foot is None:
+        return found
+    which = f"sites[{[s.name for s in recipe.sites].index(site.name)}]"
+    if site.finetune is not None:
+        less = () if site.finetune.gradient_checkpointing else (f"{which}.finetune.gradient_checkpointing = true",)
+        parts = finetuning(foot, site.finetune, site.lora, gpu=True)
+        found.append(Peak(f"site {site.name}: tuning", parts, (*less, f"{which}.finetune.batch_size", "max_pixels")))
+    if site.privacy is None:
+        reward = site.reward_model
+        less = () if reward.gradient_checkpointing else (f"{which}.reward_model.gradient_checkpointing = true",)
+        parts = reward_training(foot, reward, site.lora, gpu=True)
+        lora = () if site.lora else (f"{which}.lora",)
+        remedy = (*less, f"{which}.reward_model.prompts_per_batch", *lora, "max_pixels")
+        found.append(Peak(f"site {site.name}: reward", parts, remedy))
+    return found
+
+
+def _opened(recipe: Recipe, site: SiteConfig) -> float:
+    """Return the bytes of a site's reward model that answers: float32 if it was trained whole."""
+    foot = _foot(recipe, site.checkpoint)
+    return 0.0 if foot is None else foot.frozen() if site.lora or site.privacy else 4 * foot.size.parameters
+
+
+def _aligning(recipe: Recipe, method: Method, policy: Footprint, held: Mapping[str, float], gpus: Gpus | None) -> Peak:
+    a, lora, shards = method.grpo(recipe), method.lora(recipe), gpus.count if gpus else 1
+    if a is None:
+        return Peak("align", {"policy and optimiser": policy.trained(lora, autocast=True), **held})
+    parts = grpo(policy, a, lora, gpu=True, shards=shards)
+    served = {"vLLM": a.vllm_memory * gpus.each} if a.vllm == "colocate" and gpus else {}
+    less = [] if a.gradient_checkpointing else ["alignment.gradient_checkpointing = true"]
+    if "rollout" in parts and not a.vllm:
+        less.append("alignment.rollout_rows")
+    less.append("alignment.completions_per_device")
+    if lora is None:
+        less.append("alignment.lora = { rank = 16 }")
+    less.append("encoder.checkpoint")
+    return Peak("align", {**parts, **held, **served}, less)
+
+
+def _told(found: list[Peak], gpus: Gpus | None) -> list[str]:
+    """Return the peaks as lines, and the line of the recipe to change where one does not fit."""
+    many = "" if gpus is None or gpus.count == 1 else f", weights and optimiser of the policy over {gpus.count} of them"
+    over = f"of {gpus.each / 1e9:g} GB" if gpus else ""
+    lines = [f"{'peak of a stage':<34} {'on one GPU':<14} {over}{many}".rstrip()]
+    for peak in found:
+        parts = ", ".join(f"{name} {_amount(count)}" for name, count in peak.parts.items() if count)
+        lines.append(f"{peak.stage:<34} {_amount(peak.total):<14} {parts}")
+        if gpus is not None and peak.total > gpus.each:
+            remedy = " or ".join(peak.remedy[:3]) or "a smaller checkpoint"
+            lines.append(f"{'':<34} DOES NOT FIT   {_amount(peak.total - gpus.each)} too much; change {remedy}")
+    if gpus is not None and all(peak.total <= gpus.each for peak in found):
+        lines.append("every stage fits")
+    return lines
+
+
+def _amount(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _memory(foot: Footprint | None, lora: LoraSettings | None) -> str:
+    return "?" if foot is None else _amount(foot.trained(lora, autocast=False))
+
+
+def _count(size: Size) -> str:
+    number = size.parameters
+    text = f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M" if number else "?"
+    return f"{text} ({size.known})"
+
+
+def _projector(recipe: Recipe, config: ProjectorConfig, policy: Size) -> list[str]:
+    averaging, checkpoint = config.averaging, recipe.policy.checkpoint
     start = "from random weights" if config.initial == "random" else "from the checkpoint's weights"
-    return [
-        f"{'projector':<22} {checkpoint:<40} {_count(policy):<36} {_gigabytes(policy, REFERENCE)}, at every site too",
+    moved = _projector_bytes(recipe, config)
+    whole = "?" if not policy.parameters else _amount(4 * policy.parameters)
+    lines = [
+        f"{'projector':<22} {checkpoint:<40} {_count(policy):<36} {whole}, at every site too",
         f"{'':<22} {config.training}, {start}, {averaging.rounds} rounds over other captions each, "
         f"{averaging.aggregation.rule}, {averaging.aggregation.bits} bits a number",
     ]
+    if moved is not None and config.training == "federated":
+        sites, rounds = len(recipe.sites), averaging.rounds
+        lines.append(
+            f"{'':<22} {_bytes(moved)} to and from every site in each round; "
+            f"in all {_bytes(moved * sites * rounds)} down, {_bytes(moved * sites * rounds)} up"
+        )
+    return lines
 
 
-def _site(site: SiteConfig) -> list[str]:
-    size, reward = size_of(site.checkpoint), site.reward_model
-    rank = site.lora.rank if site.lora else 0
-    how = f"LoRA rank {rank}, " if rank else ""
+def _projector_bytes(recipe: Recipe, config: ProjectorConfig) -> float | None:
+    """Return the bytes of the policy's projector on its way; None where its shape is not known."""
+    checkpoint = recipe.policy.checkpoint
+    try:
+        known = config_of(checkpoint)
+        model = on_meta(known) if known is not None else None
+        if model is None:
+            return None
+        weights = find_projector(model)[1].parameters()
+    except CheckpointError:
+        return None
+    return sum(weight.numel() for weight in weights) * config.averaging.aggregation.bits / 8
+
+
+def _site(recipe: Recipe, site: SiteConfig) -> list[str]:
+    size, reward, foot = size_of(site.checkpoint), site.reward_model, _foot(recipe, site.checkpoint)
+    how = f"LoRA rank {site.lora.rank}, " if site.lora else ""
     tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
     return [
-        f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} {how}{_gigabytes(size, _trained(rank))}",
+        f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} {how}{_memory(foot, site.lora)}",
         f"{'':<22} {tuning}{reward.steps} steps of Bradley–Terry, "
         f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})",
     ]
@@ -129,7 +247,8 @@ def _site(site: SiteConfig) -> list[str]:
 
 def _router(recipe: Recipe) -> list[str]:
     r, encoder = recipe.router, recipe.encoder_checkpoint
-    memory = _gigabytes(size_of(encoder), FROZEN)
+    foot = _foot(recipe, encoder)
+    memory = "?" if foot is None else _amount(foot.frozen())
     return [
         f"{'router':<22} {encoder:<40} {'frozen encoder':<36} {memory}, at every site too",
         f"{'':<22} {r.layers} layers of width {r.width}, {r.rounds} rounds of {r.local_steps} local steps, "
@@ -139,10 +258,10 @@ def _router(recipe: Recipe) -> list[str]:
 
 def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
     a, adapter = method.grpo(recipe), method.lora(recipe)
-    rank = adapter.rank if adapter else 0
-    memory = _gigabytes(policy, _trained(rank))
-    if a is not None:  # the others have no reference beside the policy, or its own weights without the adapter
-        memory += f" + reference {'(shared)' if rank else _gigabytes(policy, REFERENCE)}"
+    foot = _foot(recipe, recipe.policy.checkpoint)
+    memory = _memory(foot, adapter)
+    if a is not None and foot is not None and (adapter or a.kl):  # the others have none, or their own base
+        memory += f" + reference {'(shared)' if adapter else _amount(4 * foot.size.parameters)}"
     lines = [
         f"{'align':<22} {recipe.policy.checkpoint:<40} {_count(policy):<36} {memory}",
         f"{'':<22} by {recipe.method}: {method.about or 'a method of another package'}",

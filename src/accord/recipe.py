@@ -225,6 +225,8 @@ class Recipe:
     sites: tuple[SiteConfig, ...]
     seed: int = 0
     threads: int = 0  # of torch on a CPU; 0 for its default, one per core. Small models are fastest with 1
+    max_pixels: int = 0  # of an image in every model's processor: larger ones are made smaller; 0 for no limit
+    deterministic: bool = False  # refuse kernels whose results differ from run to run; slower on a GPU
     processes: int = 1  # sites that are trained at once, each in a process of its own; no more than there are cores
     method: str = "routed"  # what the policy is aligned by: a name of `accord.methods`, or package.module:function
     compare: tuple[str, ...] = ()  # what the base is aligned by besides, for comparison
@@ -277,7 +279,7 @@ class Recipe:
                 raise RecipeError(
                     f"[tried] {name!r} must be at least 1, the setting that is used, got {count}; correct it"
                 )
-        check_least(self, processes=1)
+        check_least(self, processes=1, max_pixels=0)
         if self.processes > 1 and not self.threads:
             raise RecipeError(
                 f"processes = {self.processes} shares the cores out, and threads = 0 takes all of them for each; "

@@ -114,7 +114,7 @@ def test_a_run_waits_as_its_recipe_says_and_tells_it_on_standard_error(job, ask,
 
 def test_a_run_folder_is_one_processs(job, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match=r"this is one of 2; start `accord` without accelerate or torchrun, or train"):
+    with pytest.raises(RunError, match=r"this is one of 2; start a whole recipe by `accord run`, or train"):
         run_grpo(job, "align", lambda prompts, completions, **_: [])
 
 

@@ -24,6 +24,7 @@ from typing import Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
+from accelerate import PartialState  # type: ignore[import-untyped]
 from peft import LoraConfig
 from PIL.Image import Image
 from torch import nn
@@ -72,7 +73,11 @@ class AlignmentConfig:
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
     completions_per_device: int = 0  # rows of one forward and backward pass; 0 for all at once
+    rollout_rows: int = 0  # completions sampled at once in one process; 0 for as many as `completions_per_device`
     gradient_checkpointing: bool = False
+    vllm: Literal["", "colocate", "server"] = ""  # what samples: vLLM beside the policy, vLLM served, or the policy
+    vllm_memory: float = 0.3  # share of a GPU that a colocated vLLM takes
+    vllm_server: str = "http://127.0.0.1:8000"  # where vLLM is served
     lora: LoraSettings | None = None
     evaluate_every: int = 50  # steps between points of the accuracy curve; 0 for none
     evaluate_on: int = 300  # dev questions of one point
@@ -83,7 +88,10 @@ class AlignmentConfig:
         """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
         check_least(self, steps=1, prompts_per_step=1, max_completion_length=1, learning_rate=0, kl=0)
         check_positive(self, "temperature")
-        check_least(self, completions_per_device=0, evaluate_every=0, evaluate_on=1, save_every=0, questions_at_once=1)
+        if not 0 < self.vllm_memory < 1:
+            raise RecipeError(f"vllm_memory is a share between 0 and 1, got {self.vllm_memory}; correct it")
+        check_least(self, completions_per_device=0, rollout_rows=0, questions_at_once=1)
+        check_least(self, evaluate_every=0, evaluate_on=1, save_every=0)
         if self.group_size < 2:
             raise RecipeError(
                 f"group_size must be at least 2 to centre rewards, got {self.group_size}; raise alignment.group_size"
@@ -222,9 +230,24 @@ def _cell(source: ImageSource) -> dict[str, object]:
 
 
 def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
-    """Translate our settings into TRL's."""
-    rows = config.prompts_per_step * config.group_size
-    at_once = config.completions_per_device or rows
+    """Translate our settings into TRL's; several processes share the completions of a step, in whole groups.
+
+    Raises:
+        RecipeError: a step's prompts are no whole number for each process, or its rows there no whole passes.
+    """
+    count = PartialState().num_processes
+    if config.prompts_per_step % count:
+        raise RecipeError(
+            f"{config.prompts_per_step} prompts a step cannot be shared out to {count} processes; make "
+            "alignment.prompts_per_step a multiple of their number"
+        )
+    rows = config.prompts_per_step * config.group_size // count
+    at_once = min(config.completions_per_device or rows, rows)
+    if rows % at_once:
+        raise RecipeError(
+            f"completions_per_device must divide the {rows} completions of each of {count} processes, got {at_once}; "
+            "correct alignment.completions_per_device"
+        )
     settings = GRPOConfig(
         output_dir=str(out),
         seed=seed,
@@ -250,6 +273,10 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
         save_total_limit=3,  # `run_grpo` keeps two, and removes the oldest only once the newest is sealed
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_vllm=bool(config.vllm),
+        vllm_mode=config.vllm or "colocate",
+        vllm_gpu_memory_utilization=config.vllm_memory,
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
     )
     return on_one_device(settings)
 
@@ -369,6 +396,15 @@ def _unheeded_left_out() -> Iterator[None]:
         logger.removeFilter(heeded)
 
 
+def _collected(trainer: GRPOTrainer, model: PreTrainedModel) -> PreTrainedModel:
+    """Return the policy whole, in the first process with what was trained; each process has its part until now."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    whole = type(model).from_pretrained(model.name_or_path, dtype=model.dtype, trust_remote_code=False)
+    if trainer.accelerator.is_main_process:
+        whole.load_state_dict(state)
+    return whole
+
+
 def align(
     model: PreTrainedModel,
     processor: Processor,
@@ -415,18 +451,21 @@ def align(
     if failures is not None:
         parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)
     extra: list[TrainerCallback] = [_Record(log), *callbacks]
-    if measure is not None and config.evaluate_every:
-        extra.append(_Curve(config.evaluate_every, measure, log))
+    curve = _Curve(config.evaluate_every, measure, log) if measure is not None and config.evaluate_every else None
+    extra += [curve] if curve else []
     peft: LoraConfig | None = lora_config(config.lora) if config.lora else None
     if encoder is not None and not is_reference(encoder, model):
         encoder = None
     arguments = grpo_config(config, seed=seed, out=out)
-    arguments.model_init_kwargs = {"attn_implementation": _attention(model)}
+    # Without a device map: TRL's "auto" would split a reference over several GPUs, or leave parts of it on the CPU,
+    # and say nothing. The trainer puts it beside the policy, or it fails for want of memory.
+    arguments.model_init_kwargs = {"attn_implementation": _attention(model), "device_map": None}
     with adapter_errors(config.lora) if config.lora else nullcontext(), _unheeded_left_out():
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,
             encoder=encoder,
             parking=parking,
+            rollout_rows=config.rollout_rows,
             model=model,
             reward_funcs=finite(reward),
             args=arguments,
@@ -436,6 +475,15 @@ def align(
             peft_config=peft,
         )
     trainer.remove_callback(PrinterCallback)
+    if sharded := trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if config.lora:
+            raise RecipeError(
+                "an adapter is trained on a whole base, and DeepSpeed or FSDP cuts it into parts; launch without them, "
+                "one GPU a process, or leave alignment.lora out"
+            )
+        if curve:
+            warnings.warn("no accuracy curve of a policy that is in parts", DataWarning, stacklevel=2)
+            trainer.remove_callback(curve)
     unwrap = trainer.accelerator.unwrap_model
     with placeholders_muted(model, unwrap(trainer.ref_model) if trainer.ref_model is not None else None):
         try:
@@ -443,5 +491,7 @@ def align(
         finally:
             if encoder is not None:
                 encoder.remember({}, [])
+    if sharded:
+        return _collected(trainer, model)
     trained = unwrap(trainer.model)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]

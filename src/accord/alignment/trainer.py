@@ -51,7 +51,7 @@ from accord.models.inputs import build_batch, chunks, completion_text
 from accord.models.inspection import inspect_checkpoint
 from accord.models.load import Processor, without_adapter
 from accord.models.prefix import Packed, pack, prefix_positions, take_images
-from accord.models.rollout import sample_completions
+from accord.models.rollout import sample_completions, widest_float
 from accord.models.tower import is_pinned, pin
 from accord.types import Prompt
 
@@ -80,12 +80,14 @@ class _Prompts:
 
     ids: list[list[int]]
     token_types: list[list[int]] | None
-    images: dict[str, Tensor]
+    images: dict[str, Tensor]  # on the CPU: those of all prompts of a step would fill a GPU
     counts: list[int]  # images of each
+    device: torch.device
 
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the image tensors of `rows`."""
-        return take_images(self.images, self.counts, rows) if self.images else {}
+        """Return the image tensors of `rows`, on the device."""
+        taken = take_images(self.images, self.counts, rows) if self.images else {}
+        return {name: tensor.to(self.device) for name, tensor in taken.items()}
 
 
 class SharedPrefixTrainer(GRPOTrainer):
@@ -96,6 +98,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         shared_prefix: False for the stock way.
         encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
         parking: leaves out questions on which a step fails, in one process; None lets it fail.
+        rollout_rows: completions that are sampled at once; 0 for as many as one forward pass has in training.
         **settings: as `GRPOTrainer`.
     """
 
@@ -107,6 +110,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         shared_prefix: bool = True,
         encoder: Encoder | None = None,
         parking: Parking | None = None,
+        rollout_rows: int = 0,
         **settings: object,
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
@@ -121,7 +125,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
-        self._parking = parking
+        self._parking, self._rollout_rows = parking, rollout_rows
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
@@ -172,12 +176,13 @@ class SharedPrefixTrainer(GRPOTrainer):
             return stock(prompts)
         ids, images, fields = stock([prompts[first] for first in self._first])
         types = fields.pop("mm_token_type_ids", None)
-        tensors = {name: _tensor(value).to(self.accelerator.device) for name, value in fields.items()}
+        tensors = {name: _tensor(value).cpu() for name, value in fields.items()}
         counts = [len(each) if each else 0 for each in images] if images else [0] * len(ids)
         if not _can_deal(tensors, counts):
             self._shares = self._hides = False
             return stock(prompts)
-        self._prompts[self._mode] = _Prompts([list(each) for each in ids], types, tensors, counts)
+        device = self.accelerator.device
+        self._prompts[self._mode] = _Prompts([list(each) for each in ids], types, tensors, counts, device)
         return [ids[p] for p in self._prompt_of], None, {}
 
     def _generate_single_turn(
@@ -213,14 +218,14 @@ class SharedPrefixTrainer(GRPOTrainer):
         return said, None
 
     def _sample(self, model: PreTrainedModel, prompts: _Prompts, sampling: GenerationConfig) -> list[list[int]]:
-        """Sample a completion for every row, as many rows at once as one forward pass may have in training."""
-        at_once = self.args.per_device_train_batch_size
+        """Sample a completion for every row, `rollout_rows` at once."""
+        at_once = self._rollout_rows or self.args.per_device_train_batch_size
         rows: list[list[int]] = [[] for _ in prompts.ids]
         for row, p in enumerate(self._prompt_of):
             rows[p].append(row)
         said: dict[int, list[int]] = {}
         length = cast(int, sampling.max_new_tokens)
-        noise = torch.rand(len(self._prompt_of), length, dtype=torch.float64, device=model.device)
+        noise = self._noise(len(self._prompt_of), length, model.device)
         for span in chunks([len(those) for those in rows], at_once):
             asked = range(len(rows))[span]
             types = None if prompts.token_types is None else prompts.token_types[span]
@@ -236,6 +241,14 @@ class SharedPrefixTrainer(GRPOTrainer):
             )
             said |= {row: ids for (_, row), ids in zip(order, drawn, strict=True)}
         return [said[row] for row in range(len(self._prompt_of))]
+
+    def _noise(self, rows: int, length: int, device: torch.device) -> Tensor:
+        """Return uniform numbers `[rows, length]`: of several processes each its share of what one would draw."""
+        count, own = self.accelerator.num_processes, self.accelerator.process_index
+        noise = torch.rand(count * rows, length, dtype=widest_float(device), device=device)
+        if count > 1:
+            torch.distributed.broadcast(noise, src=0)
+        return noise[own * rows : (own + 1) * rows]
 
     def _sampling(self) -> GenerationConfig | None:
         """Return what the rollouts are told, by TRL and by the model itself; None if the shared way cannot follow."""

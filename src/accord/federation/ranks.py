@@ -7,6 +7,9 @@ in each. The sites must not notice: they see one federation that sends them one 
     rank 0         merges those to one site, an image once; asks; takes the replies apart
     rank 0 … W−1   ← each its scores; an absence reaches all who asked
 
+`accord run` under a launcher goes further (`Together`): rank 0 does alone what is one process's, as if it had not been
+launched with others, and the others wait until it begins to align.
+
 Between ranks travels MessagePack in byte tensors, in a group of its own over gloo: torch.distributed's collectives for
 objects pickle, and a backend of GPUs would want the bytes there. Every rank takes part in every question, also with
 nothing to ask, or the others wait for it.
@@ -22,6 +25,8 @@ from typing import Final, cast
 import msgspec
 import torch
 import torch.distributed as dist
+from accelerate import PartialState  # type: ignore[import-untyped]
+from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
@@ -60,6 +65,67 @@ def rank_and_count() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+LAUNCHER: Final = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
+)
+"""What launchers' variables are called, or begin with."""
+
+
+class Together:
+    """The processes that a launcher has started with this one, of which rank 0 owns the run folder.
+
+    Rank 0 is by itself from the beginning: `transformers.Trainer` would take a launcher's variables for a training that
+    all take part in. It meets the others once (`meet`), and parts from them once (`part`).
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.count = rank_and_count()
+        self._hidden: dict[str, str] = {}
+        self._group: dist.ProcessGroup | None = None
+        if self.rank == 0:
+            self._hide()
+
+    def _hide(self) -> None:
+        self._hidden = {name: value for name, value in os.environ.items() if name.startswith(LAUNCHER)}
+        for name in self._hidden:
+            del os.environ[name]
+
+    @property
+    def met(self) -> bool:
+        """Whether the others are there, between `meet` and `part`."""
+        return self._group is not None
+
+    def meet(self, stages: Sequence[str] = ()) -> list[str]:
+        """Wait for all ranks, and return the stages that rank 0 says they do together."""
+        os.environ.update(self._hidden)
+        AcceleratorState._reset_state(reset_partial_state=True)  # rank 0 was alone
+        PartialState(timeout=PATIENCE)
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return msgspec.msgpack.decode(self.tell(msgspec.msgpack.encode(list(stages))), type=list[str])
+
+    def tell(self, data: bytes = b"") -> bytes:
+        """Return rank 0's `data`, not empty, on all ranks, once all are there; what others pass is not read."""
+        size = torch.tensor(len(data))
+        dist.broadcast(size, src=0, group=self._group)
+        told = _padded(data, int(size)) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(told, src=0, group=self._group)
+        return told.numpy().tobytes()
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        dist.barrier(group=self._group)
+
+    def part(self) -> None:
+        """End what was done together; from here on rank 0 is by itself, and the others have nothing to do."""
+        self.wait()
+        dist.destroy_process_group()
+        self._group = None
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if self.rank == 0:
+            self._hide()
 
 
 class OneConnection:

@@ -33,6 +33,7 @@ from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.service import alone, read_site_folder
 from accord.models.features import remember
 from accord.models.load import load_config, parameter_count
+from accord.models.pixels import limit_pixels
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
@@ -121,6 +122,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     remember(recipe.features)
+    limit_pixels(recipe.max_pixels)
     job = alone(recipe, kit.name)
     yield from check_data(job, kit.name)
     try:

@@ -59,6 +59,7 @@ from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_ledger, read_running, site_log
 from accord.models.features import remember
+from accord.models.pixels import limit_pixels
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
 from accord.runs import Run, stages_done
@@ -140,6 +141,7 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     remember(recipe.features)
+    limit_pixels(recipe.max_pixels)
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)

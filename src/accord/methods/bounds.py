@@ -158,6 +158,9 @@ METHODS: Final = {
         training=_told,
     ),
     "ground-truth": Method(
-        by_reward(lambda job: exact_match_reward), "exact match with the reference answer", role="ceiling"
+        by_reward(lambda job: exact_match_reward),
+        "exact match with the reference answer",
+        role="ceiling",
+        together=True,
     ),
 }

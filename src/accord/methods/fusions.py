@@ -42,6 +42,7 @@ def _rule(rule: Fusion, about: str, scores: ScoreRange | Literal["recipe"] = "re
         needs=frozenset({"sites"}),
         scores=scores,
         asks=lambda recipe: len(recipe.sites),
+        together=True,
         reward=make,
     )
 

@@ -82,6 +82,7 @@ class Method:
         asks: how many sites judge one completion of GRPO, of a recipe; 0 where none is asked.
         training: what is trained where, beside or before the policy by GRPO, in a line for `accord plan`; empty for
             nothing.
+        together: whether several processes may align by it: it is GRPO whose reward learns nothing on the way.
         grpo: GRPO's settings, of a recipe; None where the policy is not aligned by GRPO.
         lora: the adapter of the policy that is trained, of a recipe; None where the policy is trained whole.
         reward: the reward by which the policy was aligned, as it is when the stage is done, for the report; None where
@@ -102,6 +103,7 @@ class Method:
     steps: Callable[[Recipe], int] = lambda recipe: recipe.alignment.steps
     asks: Callable[[Recipe], int] = lambda recipe: 0
     training: Callable[[Recipe], str] = lambda recipe: ""
+    together: bool = False
     grpo: Callable[[Recipe], AlignmentConfig | None] = lambda recipe: recipe.alignment
     lora: Callable[[Recipe], LoraSettings | None] = lambda recipe: recipe.alignment.lora
     reward: Callable[[Job], FederatedReward] | None = None

@@ -116,6 +116,7 @@ def _offline(
         scores=scores,
         grpo=lambda recipe: recipe.alignment if kl is None else replace(recipe.alignment, kl=kl),
         asks=(lambda recipe: len(recipe.sites)) if many else asks,
+        together=True,
         reward=make,
         opened=opened if as_the_recipe else None,
     )

@@ -137,7 +137,7 @@ def named_site(site: str) -> Method:
     def make(job: Job) -> FederatedReward:
         return one_site(job, _index(job, site))
 
-    return Method(by_reward(make), f"site {site} alone", needs=SITES, asks=lambda recipe: 1, reward=make)
+    return Method(by_reward(make), f"site {site} alone", needs=SITES, asks=lambda recipe: 1, together=True, reward=make)
 
 
 def by_itself(site: str) -> Method:

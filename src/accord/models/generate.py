@@ -45,7 +45,8 @@ def answer(
     training = model.training
     model.eval()
     out: list[list[str]] = []
-    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    drawing |= {"num_return_sequences": samples}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for start in range(0, len(questions), batch_size):
@@ -69,8 +70,11 @@ def complete(
     images: Sequence[Image | None],
     **how: object,
 ) -> list[str]:
-    """Return what a model says to prompts, without special tokens and outer spaces; `how` is for its `generate`."""
+    """Return what a model says to prompts, without special tokens and outer spaces; `how` is for its `generate`.
+
+    A checkpoint's own repetition penalty is left out, as TRL leaves it out of rollouts: what is trained is measured.
+    """
     inputs = encode_prompts(processor, prompts, images).to(model.device)
-    ids = model.generate(**inputs, **how)  # type: ignore[operator]  # a mixin of every such model
+    ids = model.generate(**inputs, **{"repetition_penalty": 1.0, **how})  # type: ignore[operator]  # a mixin of every such model
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)]

@@ -8,16 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, cast
 
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from accord.data.images import picture_key
 from accord.models.features import PIXELS, FeatureCache, Features
+
+_limit = 0
+
+
+def limit_pixels(most: int) -> None:
+    """Make every larger picture smaller, to `most` pixels, before any processor of this process sees it; 0 for none."""
+    global _limit  # of the process, as its caches are
+    _limit = most
+
+
+def limited(picture: Image) -> Image:
+    """Return `picture`, or where it has more pixels than `limit_pixels` said a smaller one in its proportions."""
+    width, height = picture.size
+    if not _limit or width * height <= _limit:
+        return picture
+    scale = math.sqrt(_limit / (width * height))
+    return picture.resize((max(1, int(width * scale)), max(1, int(height * scale))), Resampling.BICUBIC)
+
 
 LIST = "list:"
 """Marks a field that is a list of numbers, and kept as a tensor."""
@@ -37,6 +56,7 @@ def process_once(processor: BaseImageProcessor, cache: FeatureCache = PIXELS) ->
         pads = False
 
         def preprocess(self, images: Any, *given: Any, **named: Any) -> BatchFeature:
+            images = _all_limited(images) if _limit else images
             pictures = _pictures(images)
             if pictures is None or given or named.get("return_tensors") != "pt":
                 return cast(BatchFeature, super().preprocess(images, *given, **named))
@@ -69,6 +89,12 @@ def _pictures(images: Any) -> list[Image] | None:
         return None
     single = [each[0] if isinstance(each, list) and len(each) == 1 else each for each in images]
     return single if all(isinstance(each, Image) for each in single) else None
+
+
+def _all_limited(images: Any) -> Any:
+    if isinstance(images, list | tuple):
+        return [_all_limited(each) for each in images]
+    return limited(images) if isinstance(images, Image) else images
 
 
 def _key(settings: bytes, picture: Image) -> str:

@@ -53,7 +53,8 @@ def sample_completions(
         rows: which prompt each of the N rows continues.
         settings: `max_new_tokens`, `eos_token_id`, `pad_token_id`, `temperature`, `top_k`, `top_p`, `min_p`,
             `suppress_tokens`.
-        noise: one uniform number in [0, 1) for every row and token, `[N, max_new_tokens]`, in float64.
+        noise: one uniform number in [0, 1) for every row and token, `[N, max_new_tokens]`, in the type in which chances
+            are summed (`widest_float`).
         token_types: the kind of every prompt token, for models with several position axes.
     """
     device = model.device
@@ -81,7 +82,7 @@ def sample_completions(
     last = cast(int, settings.max_new_tokens) - 1
     for step in range(last + 1):
         chances = warp(cast(torch.LongTensor, ids), out.logits[of, slot].float()).softmax(dim=-1)
-        below = chances.double().cumsum(dim=-1)[state]  # [rows, V], the distribution function
+        below = chances.to(noise.dtype).cumsum(dim=-1)[state]  # [rows, V], the distribution function
         drawn = torch.searchsorted(below, noise[open_rows, step, None] * below[:, -1:], right=True).squeeze(-1)
         drawn = drawn.clamp(max=below.shape[1] - 1)
         for row, token in zip(open_rows.tolist(), drawn.tolist(), strict=True):
@@ -114,6 +115,11 @@ def sample_completions(
             use_cache=True,
         )
     return said
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the type in which chances are summed: float64, but on Apple's MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _warpers(settings: GenerationConfig) -> LogitsProcessorList:

@@ -19,6 +19,7 @@ from accord.models.load import save_model
 from accord.pipeline.apart import train_sites
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
+from accord.pipeline.ranks import aligned_together, check_together
 from accord.pipeline.reward import open_reward
 from accord.stages.job import Job
 from accord.stages.projector import check_projector, pretrain_projector
@@ -48,6 +49,8 @@ def execute(job: Job) -> Path:
     recipe = job.recipe
     check_methods(recipe, [recipe.method, *recipe.compare], elsewhere=job.engine is not None)
     check_projector(job.written or recipe, elsewhere=job.engine is not None)
+    if job.together is not None:
+        check_together(recipe)
     job.run.plan(stages_of(job))
     if job.written and not job.run.done("projector"):
         pretrain_projector(job)
@@ -56,11 +59,15 @@ def execute(job: Job) -> Path:
         train_sites(job)
     if "router" in needs and not job.run.done("router"):
         train_router(job)
+    if job.together is not None:
+        job.together.meet(aligned_together(job))
     if not job.run.done("align"):
         align_policy(job)
     for arm in recipe.compare:
         if not job.run.done(f"compare {arm}"):
             compare(job, arm)
+    if job.together is not None:
+        job.together.part()
     if not job.run.done("evaluation"):
         evaluate(job)
     return write_report(job.path)

@@ -37,6 +37,7 @@ from accord.evaluation.table import CIDER, CONTROLS, Cell, macro
 from accord.methods import check_methods, check_names, find_method, needed
 from accord.models.features import remember
 from accord.models.load import load_model
+from accord.models.pixels import limit_pixels
 from accord.pipeline.apart import train_sites
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, answers, compare, measure, role_noted, with_other_images, write_arm
@@ -157,6 +158,7 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
     if seed.recipe.threads:
         torch.set_num_threads(seed.recipe.threads)
     remember(seed.recipe.features)
+    limit_pixels(seed.recipe.max_pixels)
     with open_job(seed.recipe, run, quiet=not bars) as job:
         if job.written is not None and not run.done("projector"):
             check_projector(job.written)

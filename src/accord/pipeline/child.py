@@ -20,6 +20,7 @@ import transformers
 
 from accord.errors import AccordError
 from accord.models.features import remember
+from accord.models.pixels import limit_pixels
 from accord.pipeline.apart import apart
 from accord.recipe_file import load_recipe
 from accord.runs import Run
@@ -49,6 +50,7 @@ def train(run: Path, name: str, *, quiet: bool) -> None:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     remember(recipe.features)
+    limit_pixels(recipe.max_pixels)
     own = Run.create(apart(run, name), file.read_text(encoding="utf-8"), seed=recipe.seed)
     with open_job(on_own_projector(recipe, run), own, quiet=quiet) as job:
         train_site(job, name)

@@ -150,7 +150,21 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return raw scores `[N]` in float32."""
-        return cast(Tensor, self.head(self.last_states(batch)).squeeze(-1))
+        states = self.last_states(batch)
+        with torch.autocast(states.device.type, enabled=False):  # differences of scores are small beside the scores
+            return cast(Tensor, self.head(states).squeeze(-1))
+
+    @contextmanager
+    def checkpointing(self, wanted: bool) -> Iterator[None]:
+        """Compute the backbone's activations again in the backward pass, in place of keeping them."""
+        if not wanted:
+            yield
+            return
+        self._plain.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            self._plain.activation_checkpointing_disable()
 
     def last_states(self, batch: Batch) -> Tensor:
         """Return what the head reads, h_last `[N, D]`, in float32."""

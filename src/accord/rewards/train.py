@@ -57,6 +57,7 @@ class RewardConfig:
     choose: Literal["questions", "pairs"] = "questions"  # what is ranked: held-out answers, or pairs kept back
     kept_back: float = 0.1  # share of the site's images whose pairs are ranked and not trained on, with "pairs"
     gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
     rows_at_once: int = 512  # answers scored in one forward pass, in rankings and for the federation
     head: Head = "linear"  # on the backbone; "mlp" has two layers
 
@@ -342,7 +343,8 @@ def train_reward_model(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.centring = config.centring
-    trainer.train()
+    with model.checkpointing(config.gradient_checkpointing):
+        trainer.train()
     # From here on without the trainer's autocast, which a loaded model has not: the standardisation is of its scores.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if keep.weights:

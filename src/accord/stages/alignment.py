@@ -26,7 +26,7 @@ from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct
 from accord.federation.engine import Engine
 from accord.federation.messages import ScoreRange
-from accord.federation.ranks import rank_and_count
+from accord.federation.ranks import OneConnection, rank_and_count
 from accord.models.encoder import Encoder
 from accord.models.generate import answer
 from accord.models.load import Processor, load_model
@@ -76,9 +76,14 @@ def federated_reward(
         canaries: as `FederatedReward`.
     """
     chosen = job.recipe.scores if scores == "recipe" else scores
+    if engine is None and (job.together is None or job.together.rank == 0):
+        engine = open_federation(job, scores=chosen, standardised=standardised)
+    if job.together is not None and job.together.met:
+        engine = OneConnection(engine, [site.name for site in job.recipe.sites])
+    assert engine is not None
     return reward_of(
         job.recipe,
-        engine or open_federation(job, scores=chosen, standardised=standardised),
+        engine,
         router,
         job.policy[0],
         mode=mode,
@@ -156,7 +161,11 @@ class _Seal(TrainerCallback):
         self.job = job
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        out = Path(str(args.output_dir))
+        out, together = Path(str(args.output_dir)), self.job.together
+        if together is not None:
+            together.wait()  # every rank writes the state of its random numbers
+            if together.rank:
+                return
         with (self.job.path / "metrics.jsonl").open("rb") as records:
             os.fsync(records.fileno())  # those of the steps that a sealed checkpoint makes final
         seal(out / f"checkpoint-{state.global_step}")
@@ -191,20 +200,31 @@ def run_grpo(
     Raises:
         RunError: this is one of several processes, or the disk is full; no half-written checkpoint is left.
     """
-    if (processes := rank_and_count()[1]) > 1:
+    together = job.together
+    if together is None and (processes := rank_and_count()[1]) > 1:
         raise RunError(
-            f"a run folder is one process's, and this is one of {processes}; start `accord` without accelerate or "
-            "torchrun, or train with several processes in a script of your own, as examples/two_ranks.py does"
+            f"a run folder is one process's, and this is one of {processes}; start a whole recipe by `accord run`, or "
+            "train with several processes in a script of your own, as examples/two_ranks.py does"
         )
+    first = together is None or together.rank == 0
     recipe = job.recipe
+    dtype = job.policy[0].dtype
+    if recipe.encoder_checkpoint != recipe.policy.checkpoint:
+        del job.policy  # not a third copy beside policy and reference; it is loaded again if it is wanted
     set_seed(recipe.seed)
     model, processor = load_model(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
     out = job.path / "checkpoints" / stage
     # The trainer reads optimizer.pt, scheduler.pt and rng_state.pth from there by torch.load (weights only): our own
     # files in our own run folder. Their hashes, compared here before any is read, show damage and not malice.
-    last = newest_good(out)
+    last = newest_good(out) if first else None
+    if last is not None:
+        _check_processes(last, together.count if together else 1)
     # Records of step 0 are of a reward model that this stage has trained and kept.
-    job.run.truncate(stage, after_step=step_of(last) if last else 0)
+    if first:
+        job.run.truncate(stage, after_step=step_of(last) if last else 0)
+    resume = last is not None
+    if together is not None:  # nobody looks for a checkpoint before a broken one is gone
+        resume = together.tell(b"y" if resume else b"n") == b"y"
     if last is not None:
         load_traffic(job, last / "traffic.json")
         if memory is not None:
@@ -216,8 +236,8 @@ def run_grpo(
         return {name: right / n for name, (right, n) in counts.items()}
 
     with (
-        full_disk_told(out, clean=lambda: newest_good(out)),
-        ProgressBarCallback(stage, metrics=("reward", "kl", "parked"), quiet=job.quiet) as bar,
+        full_disk_told(out, clean=lambda: newest_good(out) if first else None),
+        ProgressBarCallback(stage, metrics=("reward", "kl", "parked"), quiet=job.quiet or not first) as bar,
     ):
         model = align(
             model,
@@ -228,21 +248,35 @@ def run_grpo(
             seed=recipe.seed,
             out=out,
             measure=measure,
-            log=lambda record: job.log({"stage": stage, **record}),
+            log=(lambda record: job.log({"stage": stage, **record})) if first else (lambda _: None),
             callbacks=[
                 bar,
                 *callbacks,
                 *([_SaveMemory(memory)] if memory is not None else []),
-                SaveTraffic(job),
+                *([SaveTraffic(job)] if first else []),
                 _Seal(job),
             ],
-            resume=last is not None,
+            resume=resume,
             encoder=encoder,
-            failures=failures_file(job.path, stage),
+            failures=failures_file(job.path, stage) if together is None else None,
         )
     if memory is not None:
         write_atomic(memory_file(job.path, stage), _to_bytes(memory))
-    return model.to(job.policy[0].dtype), processor  # type: ignore[arg-type]
+    return model.to(dtype), processor  # type: ignore[arg-type]
+
+
+def _check_processes(checkpoint: Path, count: int) -> None:
+    """Refuse a checkpoint of another number of processes: each has drawn random numbers of its own.
+
+    Raises:
+        RunError: names both numbers.
+    """
+    before = len(list(checkpoint.glob("rng_state*.pth")))
+    if before != count:
+        raise RunError(
+            f"{checkpoint} was written by {before} processes, and this is a run of {count}; resume with as many, or "
+            f"remove {checkpoint.parent} to align from the start"
+        )
 
 
 def remembered(run: Path, stage: str) -> dict[str, Tensor] | None:

@@ -26,6 +26,7 @@ from accord.data.sampling import sample_questions
 from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RecipeError, RunError
 from accord.federation.engine import Engine, Traffic
+from accord.federation.ranks import Together
 from accord.models.encoder import Encoder
 from accord.models.load import Processor, load_model
 from accord.recipe import Recipe, SiteConfig, Source
@@ -141,6 +142,7 @@ class Job:
     quiet: bool = False
     alone: str = ""  # the one site that works here: no questions but its own need be there
     engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
+    together: Together | None = None  # the processes that align the policy together with this one
     written: Recipe | None = None  # the recipe before `on_own_projector`, where this run trains the projector
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
@@ -388,13 +390,20 @@ def on_own_projector(recipe: Recipe, run: Path) -> Recipe:
 
 @contextmanager
 def open_job(
-    recipe: Recipe, run: Run, *, quiet: bool = False, alone: str = "", engine: Engine | None = None
+    recipe: Recipe,
+    run: Run,
+    *,
+    quiet: bool = False,
+    alone: str = "",
+    engine: Engine | None = None,
+    together: Together | None = None,
 ) -> Iterator[Job]:
     """Work in the folder of `run`: it is this process's until the end, and what the stages opened is closed then."""
     with run:
         trains = recipe.projector is not None and not alone  # a site alone has the checkpoint that the recipe names
         settled = on_own_projector(recipe, run.path) if trains else recipe
-        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, written=recipe if trains else None)
+        written = recipe if trains else None
+        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, together=together, written=written)
         try:
             yield job
         finally:
