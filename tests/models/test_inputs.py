@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from accord.data.images import load_image
-from accord.errors import DataError
+from accord.errors import DataError, DataWarning, warn_once
 from accord.models.inputs import Batch, build_batch, chunks, completion_text, join_images, model_inputs, prompt_text
 from accord.models.load import LoraSettings, add_lora, load_model, tokenizer_of
 from accord.types import vqa_prompt
@@ -101,7 +101,9 @@ def test_a_family_without_encoder_outputs_gets_its_pixels_repeated(llava, monkey
             return original(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
 
         monkeypatch.setattr(type(model), "forward", forward)
-        inputs = model_inputs(model, batch)
+        warn_once.cache_clear()
+        with pytest.warns(DataWarning, match="llava: an image is encoded anew for every answer"):
+            inputs = model_inputs(model, batch)
         assert len(inputs["pixel_values"]) == 6
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 

@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Protocol, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -229,17 +231,22 @@ def _encode(processor: Processor, prompt: Prompt, images: list[Image]) -> Encode
     return Encoded(
         made["input_ids"][0].tolist(),
         {name: made[name][0].tolist() for name in _PER_TOKEN if name in made},
-        {name: _tensor(value) for name, value in made.items() if name not in _NOT_OF_IMAGES},
+        _tensors({name: value for name, value in made.items() if name not in _NOT_OF_IMAGES}),
         # A processor that takes the answer as `suffix` is a prefix language model's, whose answers are of kind 1.
         answers=int("suffix" in inspect.signature(type(processor).__call__).parameters),
     )
 
 
-def _tensor(value: object) -> Tensor:
-    """Return a field as a tensor; some processors leave those of several images, or of a batch, in a list."""
-    if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
-        return _concatenate(value)
-    return torch.as_tensor(value)
+def _tensors(fields: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return fields as tensors; some processors leave lists. What can be none, such as names, is for no model."""
+    found: dict[str, Tensor] = {}
+    for name, value in fields.items():
+        if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+            found[name] = _concatenate(value)
+            continue
+        with suppress(ValueError, TypeError):
+            found[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+    return found
 
 
 def one_each(images: Sequence[Image | None]) -> list[list[Image]]:
@@ -385,21 +392,20 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
     inputs: dict[str, object] = accepted(model, batch.text_inputs)
     if not any(batch.images):
         return inputs
-    images = accepted(model, join_images([batch.images[p] for p in rows]))
     encoded = _encode_images(model, batch)
     if encoded is None:
         if len(rows) > len(batch.images):
             warn_once(
-                f"{model.config.model_type}: an image is encoded anew for every answer about it, because its features "
-                "are no entry of one tensor or list; same numbers, more work"
+                f"{model.config.model_type}: an image is encoded anew for every answer about it, because its forward "
+                "pass takes no features that belong to single images; same numbers, more work"
             )
-        return inputs | images
+        return inputs | accepted(model, join_images([batch.images[p] for p in rows]))
     features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D], or one [P, tokens, D]
     encoded.pooler_output = (  # type: ignore[attr-defined]
         features[rows] if isinstance(features, Tensor) else [features[p] for p in rows]
     )
-    per_row = {name: images[name] for name in _PER_IMAGE_KEYS if name in images}
-    return inputs | per_row | {"mm_encoder_outputs": {"image": encoded}}
+    read = [{name: batch.images[p][name] for name in _PER_IMAGE_KEYS if name in batch.images[p]} for p in rows]
+    return inputs | accepted(model, join_images(read)) | {"mm_encoder_outputs": {"image": encoded}}
 
 
 def _encode_images(model: PreTrainedModel, batch: Batch) -> object | None:

@@ -76,7 +76,8 @@ def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
     training = model.training
     model.eval()
     try:
-        found = _difference(model, processor)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            found = _difference(model, processor)
     except AccordError:
         raise
     except Exception as error:  # whatever a processor or a model raises that takes its inputs in another way
