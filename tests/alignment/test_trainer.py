@@ -154,7 +154,7 @@ def test_the_processor_runs_once_a_prompt(llava, make, monkeypatch):
 
     monkeypatch.setattr(type(processor.image_processor), "__call__", count)
     rollouts(trainer)
-    assert processed == [1, 1, 1]
+    assert processed == [3]
 
 
 def test_reward_functions_see_the_image_column(llava, make):

@@ -35,8 +35,8 @@ COARSE_TOLERANCE: Final = 0.1
 """In half precision, where either way rounds by about a hundredth."""
 
 _TOKENS = 3  # of an answer
-_TEXTS = ("What is this?", "Is this picture brighter in the middle than at its sides?")
-_SIZES = ((64, 64), (120, 48))
+_TEXTS = ("What is this?", "Is this picture brighter in the middle than at its sides?", "Where?")
+_SIZES = ((64, 64), (120, 48), (64, 64))
 
 REMEDY: Final = "name a checkpoint of another family, such as one of those in docs/models.md"
 
@@ -59,7 +59,7 @@ def _try_once(checkpoint: str, _: tuple[tuple[str, int, int], ...]) -> None:
 
 @torch.no_grad()
 def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
-    """Compare what Accord makes of two questions about made-up pictures with what stock transformers makes of them.
+    """Compare what Accord makes of three questions about made-up pictures with what stock transformers makes of them.
 
     Args:
         name: what to call the checkpoint.
@@ -83,7 +83,7 @@ def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
     except Exception as error:  # whatever a processor or a model raises that takes its inputs in another way
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise CheckpointError(
-            f"{name}: Accord does not carry this model of the family {family!r}: a forward pass over two questions "
+            f"{name}: Accord does not carry this model of the family {family!r}: a forward pass over three questions "
             f"failed ({reason:.200}); {REMEDY}"
         ) from error
     finally:
