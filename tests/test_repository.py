@@ -232,7 +232,7 @@ def test_every_make_command_of_the_documents_exists(document: str) -> None:
 def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
-    tests = {"test", "test-long", "audit", "lint"}
+    tests = {"test", "test-long", "test-families", "test-newest", "audit", "lint"}
     assert described == {"help", "setup", "demo", "worlds", *tests, "format", "docs", "release", "clean"} == targets()
 
 

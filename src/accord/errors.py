@@ -13,6 +13,8 @@ A site that is late or silent is not an exception: it is an `accord.federation.m
 """
 
 import math
+import warnings
+from functools import cache
 
 
 class AccordError(Exception):
@@ -48,7 +50,13 @@ class ReplyError(AccordError):
 
 
 class DataWarning(UserWarning):
-    """Some rows were left out; the message says how many, where, and why."""
+    """Some rows were left out, or done another way; the message says which, and why."""
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Warn, the first time that this process has something to say."""
+    warnings.warn(message, DataWarning, stacklevel=3)
 
 
 def check_least(settings: object, **least: float) -> None:

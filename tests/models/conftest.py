@@ -46,3 +46,15 @@ def several_axes():
         return model, images, prefixes, [[int(token == 5) for token in each] for each in prefixes]
 
     return build
+
+
+@pytest.fixture
+def image_of():
+    """Return a function that takes the tensors of one prompt's image out of those of a batch with a grid."""
+
+    def take(images, prompt):
+        patches = images["image_grid_thw"].prod(dim=-1).tolist()
+        grid = images["image_grid_thw"][prompt : prompt + 1]
+        return {"pixel_values": images["pixel_values"].split(patches)[prompt], "image_grid_thw": grid}
+
+    return take

@@ -3,8 +3,8 @@ import torch
 from PIL import Image
 
 from accord.data.images import load_image
-from accord.errors import DataError
-from accord.models.inputs import Batch, build_batch, chunks, completion_text, model_inputs, prompt_text
+from accord.errors import DataError, DataWarning, warn_once
+from accord.models.inputs import Batch, build_batch, chunks, completion_text, join_images, model_inputs, prompt_text
 from accord.models.load import LoraSettings, add_lora, load_model, tokenizer_of
 from accord.types import vqa_prompt
 
@@ -101,7 +101,9 @@ def test_a_family_without_encoder_outputs_gets_its_pixels_repeated(llava, monkey
             return original(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
 
         monkeypatch.setattr(type(model), "forward", forward)
-        inputs = model_inputs(model, batch)
+        warn_once.cache_clear()
+        with pytest.warns(DataWarning, match="llava: an image is encoded anew for every answer"):
+            inputs = model_inputs(model, batch)
         assert len(inputs["pixel_values"]) == 6
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -196,7 +198,7 @@ def test_a_prompt_without_completions_takes_no_row(llava):
         )
 
 
-def test_token_types_mark_the_prompt_only_and_reach_the_model(llava):
+def test_token_types_mark_the_prompt_only_and_reach_the_model(llava, monkeypatch):
     """Families with multi-axis positions need them for every row: those of the prompt, then 0 for the answer's text."""
     model, processor = load_model(llava)
     real = processor.__class__.__call__
@@ -209,10 +211,23 @@ def test_token_types_mark_the_prompt_only_and_reach_the_model(llava):
 
     processor.__class__ = WithTypes
     batch = build_batch(processor, PROMPTS[:2], IMAGES[:2], COMPLETIONS[:2])
-    assert batch.token_types is not None
-    assert torch.equal(batch.token_types == 1, batch.input_ids == processor.image_token_id)
-    assert model_inputs(model, batch)["mm_token_type_ids"] is batch.token_types
+    assert torch.equal(batch.kinds["mm_token_type_ids"] == 1, batch.input_ids == processor.image_token_id)
     assert "mm_token_type_ids" not in batch.image_inputs
+    assert "mm_token_type_ids" not in model_inputs(model, batch)  # LLaVA's forward pass names no such thing
+    original = type(model).forward
+
+    def forward(self, input_ids=None, attention_mask=None, pixel_values=None, mm_token_type_ids=None):
+        return original(self, input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert model_inputs(model, batch)["mm_token_type_ids"] is batch.kinds["mm_token_type_ids"]
+
+
+def test_tensors_of_several_prompts_follow_each_other_padded_at_the_end():
+    """Prompt 0 has 1 row of 2 tiles, prompt 1 has 2 rows of 1: three rows of 2 tiles; prompt 2 has no image."""
+    parts = [{"a": torch.tensor([[1, 2]])}, {"a": torch.tensor([[3], [4]]), "b": torch.tensor([5])}, {}]
+    joined = join_images([parts[p] for p in (1, 2, 0, 1)])
+    assert joined["a"].tolist() == [[3, 0], [4, 0], [1, 2], [3, 0], [4, 0]] and joined["b"].tolist() == [5, 5]
 
 
 def test_a_batch_moves_whole(llava):

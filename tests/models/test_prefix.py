@@ -14,7 +14,7 @@ from accord.models import prefix
 from accord.models.attention import NAME, can_share, skip_hidden, skips_hidden
 from accord.models.inputs import build_batch, model_inputs, shared_inputs
 from accord.models.load import load_model
-from accord.models.prefix import pack, prefix_positions, take_images
+from accord.models.prefix import pack, prefix_positions
 from accord.types import vqa_prompt
 
 PROMPTS = [vqa_prompt("is it red?"), vqa_prompt("what colour is it?"), vqa_prompt("how many squares?")]
@@ -46,7 +46,7 @@ def test_the_states_are_those_of_full_rows(vlm, square, skips):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_positions_of_several_axes(several_axes, attention, skips):
+def test_positions_of_several_axes(several_axes, image_of, attention, skips):
     """Positions by time, height and width, against one row at a time."""
     draw = random.Random(0)
     model, images, prefixes, types = several_axes(attention)
@@ -65,24 +65,12 @@ def test_positions_of_several_axes(several_axes, attention, skips):
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     mm_token_type_ids=torch.tensor([types[p] + [0] * len(completion)]),
-                    **take_images(images, [1, 1, 1], [p]),
+                    **image_of(images, p),
                     use_cache=False,
                 ).last_hidden_state[0]
                 start = packed.starts[p][n]
                 mine = states[p, start : start + len(completion)]
                 torch.testing.assert_close(mine, alone[len(before) :], atol=1e-5, rtol=1e-5)
-
-
-def test_images_are_taken_by_prompt_by_image_and_by_patch():
-    """Prompts with 2, 0 and 1 images: rows 2, 0, 2 are images 2, 0, 1, 2."""
-    by_image, by_prompt = torch.tensor([10, 11, 12, 13]), torch.tensor([[0], [1], [2]])
-    assert take_images({"a": by_image}, [2, 0, 2], [2, 0, 2])["a"].tolist() == [12, 13, 10, 11, 12, 13]
-    assert take_images({"a": by_prompt}, [1, 1, 1], [2, 0])["a"].tolist() == [[2], [0]]
-    grid = torch.tensor([[1, 1, 2], [1, 1, 1], [1, 1, 3]])
-    patches = torch.arange(6)
-    taken = take_images({"pixel_values": patches, "image_grid_thw": grid}, [1, 1, 1], [2, 0])
-    assert taken["pixel_values"].tolist() == [3, 4, 5, 0, 1]
-    assert taken["image_grid_thw"].tolist() == [[1, 1, 3], [1, 1, 2]]
 
 
 def test_a_sliding_window_cannot_be_shared():

@@ -7,7 +7,6 @@ from transformers import GenerationConfig
 from accord.data.images import load_image
 from accord.models.attention import skip_hidden
 from accord.models.inputs import prompt_text
-from accord.models.prefix import take_images
 from accord.models.rollout import sample_completions
 from accord.types import vqa_prompt
 
@@ -104,7 +103,7 @@ def test_states_of_a_prompt_stand_side_by_side(asked):
         ]
 
 
-def test_positions_go_on_along_every_axis(several_axes):
+def test_positions_go_on_along_every_axis(several_axes, image_of):
     """Qwen2.5-VL, prompts of three lengths and image grids: without chance, what a row without a cache would say."""
     model, images, prompts, types = several_axes()
     skip_hidden(model)
@@ -117,7 +116,7 @@ def test_positions_go_on_along_every_axis(several_axes):
                     input_ids=torch.tensor([ids]),
                     mm_token_type_ids=torch.tensor([kinds]),
                     attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                    **take_images(images, [1, 1, 1], [p]),
+                    **image_of(images, p),
                 ).logits[0, -1]
             assert token == logits.argmax().item()
             ids, kinds = [*ids, token], [*kinds, 0]
@@ -140,7 +139,7 @@ def test_prompts_end_at_different_steps(asked):
         assert alone == [together[row]]
 
 
-def test_states_side_by_side_along_every_axis(several_axes):
+def test_states_side_by_side_along_every_axis(several_axes, image_of):
     """Qwen2.5-VL, whose heads share keys: sampled rows of three prompts against each row alone."""
     model, images, prompts, types = several_axes()
     skip_hidden(model)
@@ -151,6 +150,6 @@ def test_states_side_by_side_along_every_axis(several_axes):
     together = sample_completions(model, prompts, images, rows, settings(), noise(9), types)
     assert len({tuple(ids) for ids in together}) > 6
     for row, p in enumerate(rows):
-        given, kinds = take_images(images, [1, 1, 1], [p]), types[p : p + 1]
+        given, kinds = image_of(images, p), types[p : p + 1]
         alone = sample_completions(model, prompts[p : p + 1], given, [0], settings(), noise(9)[row : row + 1], kinds)
         assert alone == [together[row]]

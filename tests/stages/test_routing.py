@@ -106,7 +106,11 @@ def test_a_kind_that_base_lacks_is_audited_by_dev(job, ask):
     audited(job, ask)
     job.questions = {
         "base": [ask(n, "red") for n in range(3)],
-        "dev": [ask(3, "red"), ask(4, answer="two", question_type="number"), ask(5, answer="one", question_type="number")],
+        "dev": [
+            ask(3, "red"),
+            ask(4, answer="two", question_type="number"),
+            ask(5, answer="one", question_type="number"),
+        ],
     }
     assert {site: int(own.sum()) for site, own in audit_of(job).own.items()} == {"a": 3, "b": 2}
 

@@ -9,7 +9,8 @@
 
 Nothing is approximated: losses and gradients are those of full rows up to rounding. On its first batch the trainer
 compares the log-probabilities of the two ways, and goes back to full rows with a warning if they differ. Rollouts rest
-on the same masks and are not compared by themselves.
+on the same masks and are not compared by themselves. Where a model cannot share a prefix, prompts and images are still
+encoded by Accord (`accord.models.inputs`), a row for every completion; a warning says so, once, with the reason.
 
 A reward function may offer `start(prompts, completions, **columns)`, called as soon as both are there. What it begins,
 such as a question to distant sites, goes on beside the reference's log-probabilities; the call with the same lists ends
@@ -30,12 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_config import GRPOConfig
@@ -44,13 +44,13 @@ from trl.trainer.utils import split_tensor_dict
 
 from accord.alignment.parking import Parking
 from accord.data.images import picture_key
-from accord.errors import DataWarning
-from accord.models.attention import can_share, skip_hidden
+from accord.errors import DataWarning, warn_once
+from accord.models.attention import skip_hidden, tell_alone, why_alone
 from accord.models.encoder import Encoder, StateKey, prompt_words, state_key
-from accord.models.inputs import build_batch, chunks, completion_text
+from accord.models.inputs import Encoded, build_batch, chunks, completion_text, encode, join_images
 from accord.models.inspection import inspect_checkpoint
 from accord.models.load import Processor, without_adapter
-from accord.models.prefix import Packed, pack, prefix_positions, take_images
+from accord.models.prefix import Packed, pack, prefix_positions
 from accord.models.rollout import sample_completions, widest_float
 from accord.models.tower import is_pinned, pin
 from accord.types import Prompt
@@ -68,8 +68,8 @@ SHARED_GENERATION = {
 }
 """Settings of a rollout that the shared way follows, or that change nothing; any other makes rollouts stock ones."""
 
-SHARED_FIELDS = {"pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes"}
-"""What a processor may make of images for the shared way to deal them out."""
+_STOCK_FIELDS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+"""What the stock log-probabilities take."""
 
 Row = dict[str, Any]
 
@@ -78,16 +78,25 @@ Row = dict[str, Any]
 class _Prompts:
     """The distinct prompts of a batch of rollouts: their tokens, and what the processor made of their images."""
 
-    ids: list[list[int]]
-    token_types: list[list[int]] | None
-    images: dict[str, Tensor]  # on the CPU: those of all prompts of a step would fill a GPU
+    encoded: list[Encoded]  # on the CPU: the images of all prompts of a step would fill a GPU
     counts: list[int]  # images of each
     device: torch.device
 
+    @property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each."""
+        return [each.ids for each in self.encoded]
+
+    @property
+    def token_types(self) -> list[list[int]] | None:
+        """Which tokens of each are the image's, for models with positions along several axes."""
+        known = [each.kinds.get("mm_token_type_ids") for each in self.encoded]
+        return None if None in known else cast(list[list[int]], known)
+
     def take(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Return the image tensors of `rows`, on the device."""
-        taken = take_images(self.images, self.counts, rows) if self.images else {}
-        return {name: tensor.to(self.device) for name, tensor in taken.items()}
+        """Return the image tensors of `rows` on the device, a prompt as often as it is named."""
+        joined = join_images([self.encoded[p].images for p in rows])
+        return {name: tensor.to(self.device) for name, tensor in joined.items()}
 
 
 class SharedPrefixTrainer(GRPOTrainer):
@@ -95,7 +104,7 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     Args:
         *args: as `GRPOTrainer`.
-        shared_prefix: False for the stock way.
+        shared_prefix: False for a full row of every completion.
         encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
         parking: leaves out questions on which a step fails, in one process; None lets it fail.
         rollout_rows: completions that are sampled at once; 0 for as many as one forward pass has in training.
@@ -114,14 +123,20 @@ class SharedPrefixTrainer(GRPOTrainer):
         **settings: object,
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
-        untold = self._untold = not (self.tools or self.environment_factories or self.rollout_func)
+        told = self.tools or self.environment_factories or self.rollout_func or self.chat_template_kwargs
+        self._untold = not told
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which count every process's forward passes
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         # TRL has loaded the reference by itself; beside LoRA there is none.
         if len(models) > 1 and is_pinned(models[0]):
             pin(models[1])
-        able = all(can_share(without_adapter(model)) for model in models)
-        self._shares = shared_prefix and untold and able and not sharded
+        policy = without_adapter(models[0])
+        alone = why_alone(policy)
+        alone = alone or ("the model is spread over several processes" if sharded else "")
+        alone = alone or ("tools, environments or template arguments are told" if told else "")
+        if shared_prefix and alone:
+            tell_alone(policy, alone)
+        self._shares = shared_prefix and not alone
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
@@ -158,7 +173,7 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _completions(self, inputs: list[Row]) -> dict[str, Any]:
         stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
-        self._hides, self._given = self._shares, inputs
+        self._hides, self._given = self._untold, inputs
         if self._encoder is not None:
             self._encoder.remember({}, [])
         if not self._hides:
@@ -174,16 +189,20 @@ class SharedPrefixTrainer(GRPOTrainer):
         stock: Callable[..., tuple[list[list[int]], Any, dict[str, Any]]] = super()._tokenize_prompts
         if not self._hides:
             return stock(prompts)
-        ids, images, fields = stock([prompts[first] for first in self._first])
-        types = fields.pop("mm_token_type_ids", None)
-        tensors = {name: _tensor(value).cpu() for name, value in fields.items()}
-        counts = [len(each) if each else 0 for each in images] if images else [0] * len(ids)
-        if not _can_deal(tensors, counts):
-            self._shares = self._hides = False
-            return stock(prompts)
-        device = self.accelerator.device
-        self._prompts[self._mode] = _Prompts([list(each) for each in ids], types, tensors, counts, device)
-        return [ids[p] for p in self._prompt_of], None, {}
+        distinct = [prompts[first] for first in self._first]
+        if isinstance(distinct[0], str):  # no conversation: without a template, and without an image
+            encoded = [Encoded(list(ids)) for ids in stock(distinct)[0]]
+            pictures: list[list[Image]] = [[] for _ in distinct]
+        else:
+            processor = cast(Processor, self.processing_class)
+            sees = not isinstance(processor, PreTrainedTokenizerBase)
+            turns = [prepare_multimodal_messages(prompt) if sees else prompt for prompt in distinct]
+            pictures = [_images({"prompt": prompt}) for prompt in turns]
+            encoded = encode(processor, turns, pictures)
+        model = self.accelerator.unwrap_model(self.model)
+        encoded = [each.accepted(model) for each in encoded]
+        self._prompts[self._mode] = _Prompts(encoded, [len(own) for own in pictures], self.accelerator.device)
+        return [encoded[p].ids for p in self._prompt_of], None, {}
 
     def _generate_single_turn(
         self,
@@ -197,12 +216,14 @@ class SharedPrefixTrainer(GRPOTrainer):
         if not self._hides:
             return stock(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
         prompts = self._prompts[self._mode]
-        sampling = None if self.use_vllm or self.use_transformers_continuous_batching else self._sampling()
+        sampling = None
+        if self._shares and not self.use_vllm and not self.use_transformers_continuous_batching:
+            sampling = self._sampling()
         if sampling is None:
             pictures = [_images(row) or None for row in self._given]
             fields: dict[str, Any] = prompts.take(self._prompt_of)
-            if prompts.token_types is not None:
-                fields["mm_token_type_ids"] = [prompts.token_types[p] for p in self._prompt_of]
+            for name in prompts.encoded[0].kinds:
+                fields[name] = [prompts.encoded[p].kinds[name] for p in self._prompt_of]
             return stock(prompt_ids, pictures if any(pictures) else None, fields, num_generations)
         with (
             unwrap_model_for_generation(
@@ -256,7 +277,11 @@ class SharedPrefixTrainer(GRPOTrainer):
         told, _ = model._prepare_generation_config(self.generation_config)
         neutral = GenerationConfig._get_default_generation_params()
         asked = {name for name, value in told.to_dict().items() if value is not None and value != neutral.get(name)}
-        return cast(GenerationConfig, told) if told.do_sample and asked <= SHARED_GENERATION else None
+        if told.do_sample and asked <= SHARED_GENERATION:
+            return cast(GenerationConfig, told)
+        wanted = ", ".join(sorted(asked - SHARED_GENERATION)) or "do_sample = false"
+        warn_once(f"every rollout has a row of its own, because the generation settings say {wanted}; more work")
+        return None
 
     def _generate(self, prompts: list[Any]) -> Any:
         made = super()._generate(prompts)
@@ -323,18 +348,20 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _full_rows(self, prompts: _Prompts, input_ids: Tensor, keep: int) -> dict[str, Any]:
         """Return the image arguments of the stock method, an image for every row."""
-        if not prompts.images:
-            return {}
-        images: dict[str, Any] = dict(prompts.take(self._prompt_of))
-        images["num_images"] = [prompts.counts[p] for p in self._prompt_of]
-        if prompts.token_types is not None:
-            types = torch.zeros_like(input_ids)
-            end = input_ids.shape[1] - keep
-            for row, p in enumerate(self._prompt_of):
-                kinds = torch.tensor(prompts.token_types[p], device=types.device)
-                types[row, end - len(kinds) : end] = kinds
-            images["mm_token_type_ids"] = types
-        return images
+        rows = [prompts.encoded[p] for p in self._prompt_of]
+        images: dict[str, Any] = prompts.take(self._prompt_of)
+        if images:
+            images["num_images"] = [prompts.counts[p] for p in self._prompt_of]
+            if "image_grid_thw" not in images:  # what a row's pixels count, be it images or tiles
+                images["num_tiles"] = [len(row.images["pixel_values"]) for row in rows]
+        end = input_ids.shape[1] - keep
+        for name in rows[0].kinds:
+            images[name] = types = torch.zeros_like(input_ids)
+            for n, row in enumerate(rows):
+                types[n, end - len(row.ids) : end] = torch.tensor(row.kinds[name])
+                types[n, end:] = row.answers
+        # What else a model takes says how many images a prompt has, where that is more than one.
+        return {name: value for name, value in images.items() if name in _STOCK_FIELDS}
 
     def _packed(
         self,
@@ -511,22 +538,6 @@ def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
 
 def _turns(prompt: Any) -> Prompt:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else cast(Prompt, prompt)
-
-
-def _can_deal(images: Mapping[str, Tensor], counts: Sequence[int]) -> bool:
-    """Return whether `take_images` can tell whose each part of the processor's tensors is."""
-    if len(set(counts)) > 1 or not images.keys() <= SHARED_FIELDS:
-        return False
-    prompts, pictures = len(counts), sum(counts)
-    grid = images.get("image_grid_thw")
-    patches = {int(grid.prod(dim=-1).sum())} if grid is not None else {prompts, pictures}
-    return all(
-        len(tensor) in (patches if name == "pixel_values" else {prompts, pictures}) for name, tensor in images.items()
-    )
-
-
-def _tensor(value: object) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(np.array(value))
 
 
 def _images(row: Mapping[str, Any]) -> list[Image]:

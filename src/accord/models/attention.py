@@ -22,17 +22,40 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from accord.errors import warn_once
+
 NAME = "accord_shared_prefix"
 """Under this name transformers finds the attention; any mask but a layout is handed on to SDPA."""
 
 
 def can_share(model: PreTrainedModel) -> bool:
-    """Return whether every layer of `model` attends by a mask that we may give: no sliding window, no flash kernel."""
+    """Return whether every layer of `model` attends by a mask that we may give."""
+    return not why_alone(model)
+
+
+def why_alone(model: PreTrainedModel) -> str:
+    """Return why the completions of a prompt cannot share it in `model`; empty where they can."""
     text = model.config.get_text_config()
     layers = getattr(text, "layer_types", None)
     windowed = set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None) is not None
-    places = "position_ids" in inspect.signature(type(model).forward).parameters
-    return text._attn_implementation in ("sdpa", "eager", NAME) and places and not windowed
+    taken = inspect.signature(type(model).forward).parameters
+    if "cross_attention_mask" in taken:
+        return "it reads images by cross-attention, under masks of their own"
+    if "token_type_ids" in taken:
+        return "tokens of its prompt see each other in both directions"
+    if windowed:
+        return "not all of its layers attend to the whole prompt"
+    if text._attn_implementation not in ("sdpa", "eager", NAME):
+        return f"its attention {text._attn_implementation!r} takes no mask of another form"
+    return "" if "position_ids" in taken else "it takes no positions"
+
+
+def tell_alone(model: PreTrainedModel, reason: str) -> None:
+    """Warn, once, that the completions of a prompt have a full row each."""
+    warn_once(
+        f"{model.config.model_type}: every completion is computed with a copy of its prompt, because {reason}; same "
+        "numbers, more work"
+    )
 
 
 def skip_hidden(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from PIL.Image import Image
 from transformers import PreTrainedModel
 
 from accord.data.images import load_if_any
-from accord.models.inputs import encode_prompts
+from accord.models.inputs import accepted, encode_prompts
 from accord.models.load import Processor, tokenizer_of
 from accord.types import Prompt, Question, prompt_of
 
@@ -74,7 +74,8 @@ def complete(
 
     A checkpoint's own repetition penalty is left out, as TRL leaves it out of rollouts: what is trained is measured.
     """
-    inputs = encode_prompts(processor, prompts, images).to(model.device)
+    fields = accepted(model, encode_prompts(processor, prompts, images))
+    inputs = {name: tensor.to(model.device) for name, tensor in fields.items()}
     ids = model.generate(**inputs, **{"repetition_penalty": 1.0, **how})  # type: ignore[operator]  # a mixin of every such model
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer_of(processor).batch_decode(new, skip_special_tokens=True)]

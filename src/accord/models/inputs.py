@@ -1,5 +1,10 @@
 """Turn prompts, images if there are any, and candidate answers into one batch; every image is encoded once.
 
+The one place where a prompt and its images become a model's inputs. Each prompt is encoded as if it came by itself
+(`encode`), so that every tensor belongs to its prompt, whatever its first dimension counts: images, tiles or patches.
+Prompts are joined afterwards, padded as the processors themselves pad. A model is given what its forward pass names
+(`accepted`): processors make more, labels of their own among it.
+
 The candidates of a prompt share its image and its text. The processor runs once per prompt, the vision tower once per
 image. Where the attention allows it, all candidates stand behind one copy of the prompt (`accord.models.prefix`).
 Elsewhere each has a row of its own, and the image features are handed to the language model for every row through
@@ -8,26 +13,30 @@ transformers' own `mm_encoder_outputs`. Words that a tokenizer would take for sp
 
     rows  n = 1 … N  (a prompt with one candidate)      image features  [P, tokens, D]  →  [N, tokens, D]  by index
 
-Families that do not take `mm_encoder_outputs` get their pixel values repeated instead: slower, same numbers.
+Families that do not take `mm_encoder_outputs`, or whose features are no entry an image (tiles, features of several
+layers), get their pixel values repeated instead: slower, same numbers.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from PIL.Image import Image
-from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accord.errors import DataError
-from accord.models.attention import can_share
-from accord.models.load import Processor, tokenizer_of
+from accord.errors import DataError, warn_once
+from accord.models.attention import tell_alone, why_alone
+from accord.models.load import Processor, tokenizer_of, without_adapter
 from accord.models.prefix import pack, prefix_positions
 from accord.models.words import plain_prompt, plain_words
 from accord.types import Message, Prompt, texts_of
@@ -35,12 +44,30 @@ from accord.types import Message, Prompt, texts_of
 _Words: TypeAlias = tuple[tuple[tuple[str, str | tuple[tuple[tuple[str, str], ...], ...]], ...], ...]
 """Turns, their entries, a content's blocks, and theirs."""
 
-_TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+_Value = TypeVar("_Value")
+
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+"""Fields with an entry for every token; for those of an answer, `Encoded.answers`."""
+_NOT_OF_IMAGES = ("input_ids", "attention_mask", "labels", *_PER_TOKEN)
 _PER_IMAGE_KEYS = ("image_grid_thw", "image_sizes")  # read by the language side too: position ids, feature splitting
 
 
 class _EncodesImages(Protocol):
     def get_image_features(self, **kwargs: object) -> object: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt with its images, as the processor makes them of it alone."""
+
+    ids: list[int]  # L tokens
+    kinds: dict[str, list[int]] = field(default_factory=dict)  # fields with an entry for every token
+    images: dict[str, Tensor] = field(default_factory=dict)  # all that is made of its images
+    answers: int = 0  # the kind of an answer's tokens
+
+    def accepted(self, model: nn.Module) -> Encoded:
+        """Return the same without the fields that `model` does not take."""
+        return replace(self, kinds=accepted(model, self.kinds), images=accepted(model, self.images))
 
 
 @dataclass(frozen=True)
@@ -51,14 +78,18 @@ class Batch:
     attention_mask: Tensor  # [N, T]
     labels: Tensor  # [N, T], -100 outside the completion
     prompt_index: Tensor  # [N], which prompt (and image) a row belongs to
-    image_inputs: dict[str, Tensor]  # what the processor made of the P images
-    token_types: Tensor | None = None  # [N, T], for families with multi-axis positions
+    images: tuple[dict[str, Tensor], ...]  # P, what the processor made of each prompt's images
+    kinds: dict[str, Tensor] = field(default_factory=dict)  # [N, T] each, such as which tokens are the image's
 
     @property
     def text_inputs(self) -> dict[str, Tensor]:
         """What `model(...)` takes besides the images."""
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return inputs if self.token_types is None else {**inputs, "mm_token_type_ids": self.token_types}
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, **self.kinds}
+
+    @property
+    def image_inputs(self) -> dict[str, Tensor]:
+        """What `model(...)` takes of the images of all P prompts."""
+        return join_images(self.images)
 
     @property
     def last_token(self) -> Tensor:
@@ -72,9 +103,40 @@ class Batch:
             self.attention_mask.to(device),
             self.labels.to(device),
             self.prompt_index.to(device),
-            {name: tensor.to(device) for name, tensor in self.image_inputs.items()},
-            None if self.token_types is None else self.token_types.to(device),
+            tuple({name: tensor.to(device) for name, tensor in each.items()} for each in self.images),
+            {name: tensor.to(device) for name, tensor in self.kinds.items()},
         )
+
+
+def accepted(model: nn.Module, fields: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Return those of a processor's fields that the forward pass of `model` names, or hands on to a part that does."""
+    plain = without_adapter(model)
+    own = inspect.signature(plain.forward).parameters
+    named = set(own)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+        further = (plain.base_model.forward, getattr(plain, "get_image_features", None))
+        named |= {name for each in further if each is not None for name in inspect.signature(each).parameters}
+    return {name: value for name, value in fields.items() if name in named - {"labels"}}
+
+
+def join_images(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the image fields of several prompts as one batch's, in their order; a prompt may come more than once.
+
+    Tensors follow each other along the first dimension. Where they differ in another one, such as in the number of
+    tiles, they are padded with zeros at its end, as the processors pad a batch.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: _concatenate([part[name] for part in parts if name in part]) for name in names}
+
+
+def _concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+
+    def filled(tensor: Tensor) -> Tensor:
+        missing = [size - has for size, has in zip(largest, tensor.shape[1:], strict=True)]
+        return pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor
+
+    return torch.cat([filled(tensor) for tensor in tensors])
 
 
 def prompt_text(processor: Processor, prompt: Prompt) -> str:
@@ -139,27 +201,111 @@ def _turns(processor: Processor, prompt: Prompt) -> list[dict[str, str]]:
     return cast(list[dict[str, str]], plain_prompt(processor, prompt))
 
 
-def encode_prompts(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> BatchEncoding:
-    """Render and tokenise prompts, padded on the left, and process their images, one each or none at all.
+def encode(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Sequence[Image]]) -> list[Encoded]:
+    """Render, tokenise and process prompts with their images, each as if it came by itself.
+
+    The tokens are those of the stock `apply_chat_template(tokenize=True)`: the tokenizer adds its beginning of a
+    sequence only where the template has written none. Words that it would take for special tokens are neutralised.
+    Prompts whose images have the same sizes, and with them the same number of tiles, patches and tokens, go through
+    the processor together, which is several times as fast.
 
     Raises:
-        DataError: some prompts have an image and others none, or the model takes none.
+        DataError: a text-only model is asked about an image.
     """
+    begin = cast(str | None, tokenizer_of(processor).bos_token)
+    alike: dict[object, list[int]] = {}
     texts = [prompt_text(processor, prompt) for prompt in prompts]
-    given = [[image] for image in images if image is not None]
-    if given and len(given) < len(images):
-        raise DataError(
-            f"{len(given)} of {len(images)} prompts have an image, and a batch takes one for each or none; keep "
-            "questions about images and questions without any in runs of their own"
-        )
-    if not given:  # the template has written the special tokens
-        tokenizer = tokenizer_of(processor)
-        return cast(BatchEncoding, tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True))
+    for n, (text, own) in enumerate(zip(texts, images, strict=True)):
+        begun = begin is not None and text.startswith(begin)
+        alike.setdefault((begun, *((image.size, image.mode) for image in own)), []).append(n)
+    found: dict[int, Encoded] = {}
+    for (begun, *_), those in cast(Mapping[tuple[bool], list[int]], alike).items():
+        how = {"add_special_tokens": False} if begun or isinstance(processor, PreTrainedTokenizerBase) else {}
+        made = _encode(processor, [texts[n] for n in those], [list(images[n]) for n in those], how)
+        found |= zip(those, made, strict=True)
+    return [found[n] for n in range(len(prompts))]
+
+
+def _encode(
+    processor: Processor, texts: list[str], images: list[list[Image]], how: Mapping[str, bool]
+) -> list[Encoded]:
+    """Encode prompts whose images are of the same sizes."""
+    if not images[0]:
+        return [Encoded(ids) for ids in tokenizer_of(processor)(texts, **how)["input_ids"]]
     if isinstance(processor, PreTrainedTokenizerBase):
         raise DataError(
             "a text-only model was asked about an image; name a vision-language checkpoint, or leave the images out"
         )
-    return cast(BatchEncoding, processor(images=given, text=texts, return_tensors="pt", padding=True))
+    count = len(texts)
+    made = processor(images=images, text=texts, return_tensors="pt", padding=count > 1, **how)
+    fields = _tensors({name: value for name, value in made.items() if name not in _NOT_OF_IMAGES})
+    if any(tensor.dim() == 0 or len(tensor) % count for tensor in fields.values()) and count > 1:
+        return [
+            each for text, own in zip(texts, images, strict=True) for each in _encode(processor, [text], [own], how)
+        ]
+    real = made["attention_mask"].bool()
+    # A processor that takes the answer as `suffix` is a prefix language model's, whose answers are of kind 1.
+    answers = int("suffix" in inspect.signature(type(processor).__call__).parameters)
+    parts = {name: tensor.split(len(tensor) // count) for name, tensor in fields.items()}
+    return [
+        Encoded(
+            made["input_ids"][n][real[n]].tolist(),
+            {name: made[name][n][real[n]].tolist() for name in _PER_TOKEN if name in made},
+            {name: each[n] for name, each in parts.items()},
+            answers,
+        )
+        for n in range(count)
+    ]
+
+
+def _tensors(fields: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return fields as tensors; some processors leave lists. What can be none, such as names, is for no model."""
+    found: dict[str, Tensor] = {}
+    for name, value in fields.items():
+        if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+            found[name] = _concatenate(value)
+            continue
+        with suppress(ValueError, TypeError):
+            found[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+    return found
+
+
+def one_each(images: Sequence[Image | None]) -> list[list[Image]]:
+    """Return the images of prompts that have one each, or none at all.
+
+    Raises:
+        DataError: some prompts have an image and others none.
+    """
+    given = [[] if image is None else [image] for image in images]
+    if any(given) and not all(given):
+        raise DataError(
+            f"{sum(map(len, given))} of {len(images)} prompts have an image, and a batch takes one for each or none; "
+            "keep questions about images and questions without any in runs of their own"
+        )
+    return given
+
+
+def encode_prompts(
+    processor: Processor, prompts: Sequence[Prompt], images: Sequence[Image | None]
+) -> dict[str, Tensor]:
+    """Return the fields of prompts, padded on the left, with one image each or none at all.
+
+    Raises:
+        DataError: some prompts have an image and others none, or the model takes none.
+    """
+    each = encode(processor, prompts, one_each(images))
+    size = max(len(one.ids) for one in each)
+
+    def left(rows: Sequence[list[int]], value: int) -> Tensor:
+        return torch.tensor([[value] * (size - len(row)) + row for row in rows])
+
+    names = dict.fromkeys(name for one in each for name in one.kinds)
+    return {
+        "input_ids": left([one.ids for one in each], cast(int, tokenizer_of(processor).pad_token_id)),
+        "attention_mask": left([[1] * len(one.ids) for one in each], 0),
+        **{name: left([one.kinds[name] for one in each], 0) for name in names},
+        **join_images([one.images for one in each]),
+    }
 
 
 def build_batch(
@@ -178,41 +324,36 @@ def build_batch(
     asked = [p for p, those in enumerate(completions) if those]
     prompts, images = [prompts[p] for p in asked], [images[p] for p in asked]
     completions = [completions[p] for p in asked]
-    encoded = encode_prompts(processor, prompts, images)
-    tokenizer = tokenizer_of(processor)
+    encoded = encode(processor, prompts, one_each(images))
     endings = [
         completion_text(processor, prompt, completion)
         for prompt, those in zip(prompts, completions, strict=True)
         for completion in those
     ]
+    tokenizer = tokenizer_of(processor)
     tokens = iter(tokenizer(endings, add_special_tokens=False)["input_ids"])
-    rows: list[list[int]] = []
-    starts: list[int] = []
-    types: list[list[int]] = []
-    index: list[int] = []
-    for p, those in enumerate(completions):
-        keep = encoded["attention_mask"][p].bool()
-        prefix = encoded["input_ids"][p][keep].tolist()
-        prefix_types = encoded["mm_token_type_ids"][p][keep].tolist() if "mm_token_type_ids" in encoded else None
-        for ids in islice(tokens, len(those)):
-            rows.append(prefix + ids)
-            starts.append(len(prefix))
-            index.append(p)
-            if prefix_types is not None:
-                types.append(prefix_types + [0] * len(ids))
-    longest = max(map(len, rows))
-    input_ids = torch.full((len(rows), longest), tokenizer.pad_token_id, dtype=torch.long)
+    return batch_of(
+        encoded, [list(islice(tokens, len(those))) for those in completions], cast(int, tokenizer.pad_token_id)
+    )
+
+
+def batch_of(encoded: Sequence[Encoded], completions: Sequence[Sequence[Sequence[int]]], padding: int) -> Batch:
+    """Put the tokens of `completions[p]` behind prompt p; `padding` is the token that rows are padded with."""
+    rows = [(p, [*encoded[p].ids, *ids]) for p, those in enumerate(completions) for ids in those]
+    shape = (len(rows), max(len(row) for _, row in rows))
+    input_ids = torch.full(shape, padding, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
-    token_types = torch.zeros_like(input_ids) if types else None
-    for n, row in enumerate(rows):
+    kinds = {name: torch.zeros_like(input_ids) for name in encoded[0].kinds}
+    for n, (p, row) in enumerate(rows):
+        start = len(encoded[p].ids)
         input_ids[n, : len(row)] = torch.tensor(row)
         attention_mask[n, : len(row)] = 1
-        labels[n, starts[n] : len(row)] = input_ids[n, starts[n] : len(row)]
-        if token_types is not None:
-            token_types[n, : len(row)] = torch.tensor(types[n])
-    image_inputs = {name: value for name, value in encoded.items() if name not in _TEXT_KEYS}
-    return Batch(input_ids, attention_mask, labels, torch.tensor(index), image_inputs, token_types)
+        labels[n, start : len(row)] = input_ids[n, start : len(row)]
+        for name, field_ in kinds.items():
+            field_[n, : len(row)] = torch.tensor([*encoded[p].kinds[name], *[encoded[p].answers] * (len(row) - start)])
+    index = torch.tensor([p for p, _ in rows])
+    return Batch(input_ids, attention_mask, labels, index, tuple(each.images for each in encoded), kinds)
 
 
 def chunks(sizes: Sequence[int], limit: int) -> Iterator[slice]:
@@ -239,7 +380,8 @@ def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, objec
         The arguments, and indices `[N, T]` into the flattened output `[P · S]` or `[N · T]`; under the padding, any.
     """
     rows, longest = batch.input_ids.shape
-    if not can_share(model):
+    if reason := why_alone(model):
+        tell_alone(model, reason)
         where = torch.arange(rows * longest, device=batch.input_ids.device).view(rows, longest)
         return model_inputs(model, batch), where
     lengths, starts = batch.attention_mask.sum(dim=1).tolist(), (batch.labels != -100).int().argmax(dim=1).tolist()
@@ -250,10 +392,9 @@ def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, objec
     endings: list[list[list[int]]] = [[] for _ in prompts]
     for n, p in enumerate(owner):
         endings[p].append(tokens[n][starts[n] : lengths[n]])
-    types = None
-    if batch.token_types is not None:
-        types = [batch.token_types[first[p]].tolist()[: len(prefixes[p])] for p in prompts]
-    packed = pack(model, prefixes, endings, prefix_positions(model, prefixes, types, batch.image_inputs), pad=0)
+    kinds, images = batch.kinds.get("mm_token_type_ids"), accepted(model, batch.image_inputs)
+    types = None if kinds is None else [kinds[first[p]].tolist()[: len(prefixes[p])] for p in prompts]
+    packed = pack(model, prefixes, endings, prefix_positions(model, prefixes, types, images), pad=0)
     size = packed.input_ids.shape[1]
     begins = [start for row in packed.starts for start in row]  # rows come prompt after prompt
     column = torch.arange(longest)
@@ -263,22 +404,36 @@ def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, objec
             for n, p in enumerate(owner)
         ]
     ).clamp(max=len(first) * size - 1)
-    return {**packed.model_inputs(), **batch.image_inputs}, where.to(batch.input_ids.device)
+    return {**packed.model_inputs(), **images}, where.to(batch.input_ids.device)
 
 
 def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
     """Return the arguments of `model(...)` for all N rows, each image encoded once (with gradients, if enabled)."""
-    index = batch.prompt_index
-    inputs: dict[str, object] = {**batch.text_inputs}
-    if not batch.image_inputs:
+    rows = batch.prompt_index.tolist()
+    inputs: dict[str, object] = accepted(model, batch.text_inputs)
+    if not any(batch.images):
         return inputs
-    per_row = {name: batch.image_inputs[name][index] for name in _PER_IMAGE_KEYS if name in batch.image_inputs}
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        return inputs | {name: tensor[index] for name, tensor in batch.image_inputs.items()}
-    encoded = cast(_EncodesImages, model).get_image_features(**batch.image_inputs, return_dict=True)
+    encoded = _encode_images(model, batch)
+    if encoded is None:
+        if len(rows) > len(batch.images):
+            warn_once(
+                f"{model.config.model_type}: an image is encoded anew for every answer about it, because its forward "
+                "pass takes no features that belong to single images; same numbers, more work"
+            )
+        return inputs | accepted(model, join_images([batch.images[p] for p in rows]))
     features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D], or one [P, tokens, D]
-    rows = index.tolist()
     encoded.pooler_output = (  # type: ignore[attr-defined]
         features[rows] if isinstance(features, Tensor) else [features[p] for p in rows]
     )
-    return inputs | per_row | {"mm_encoder_outputs": {"image": encoded}}
+    read = [{name: batch.images[p][name] for name in _PER_IMAGE_KEYS if name in batch.images[p]} for p in rows]
+    return inputs | accepted(model, join_images(read)) | {"mm_encoder_outputs": {"image": encoded}}
+
+
+def _encode_images(model: PreTrainedModel, batch: Batch) -> object | None:
+    """Return the features of every prompt's image; None where the model takes none, or they are no entry an image."""
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        return None
+    images = accepted(model, batch.image_inputs)
+    encoded = cast(_EncodesImages, model).get_image_features(**images, return_dict=True)
+    whole = len(encoded.pooler_output) == len(batch.images)  # type: ignore[attr-defined]
+    return encoded if whole and getattr(encoded, "deepstack_features", None) is None else None

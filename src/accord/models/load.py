@@ -40,6 +40,9 @@ PREFIX = "accord/"
 FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 """What is fetched of a checkpoint on the hub; nothing else is read."""
 
+OPTIONAL = ("torchvision", "num2words")
+"""Packages of the extra `vlm`, which the processors of some families need."""
+
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What makes a model's inputs: a processor of images and text, or the tokenizer of a text-only model."""
 
@@ -120,6 +123,12 @@ def _inspected(checkpoint: str, revision: str) -> Iterator[tuple[str, int]]:
     except CheckpointError:
         raise
     except Exception as error:  # a damaged or hostile folder makes transformers raise whatever it meets
+        missing = [name for name in OPTIONAL if isinstance(error, ImportError) and name in str(error).lower()]
+        if missing:
+            raise CheckpointError(
+                f"{checkpoint}: its processor needs {' and '.join(missing)}, which comes with an extra; run: pip "
+                "install 'accord[vlm]' (torch and torchvision must be releases that belong together)"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{checkpoint}: cannot load the checkpoint ({reason}); check the name and that the folder is complete"

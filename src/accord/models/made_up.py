@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accord.models.inputs import Batch, build_batch
+from accord.models.inputs import Batch, accepted, build_batch
 from accord.models.load import Processor, without_adapter
 from accord.types import vqa_prompt
 
@@ -28,9 +28,10 @@ def made_up(processor: Processor) -> Batch:
 def made_up_loss(model: PreTrainedModel | PeftModel, processor: Processor) -> Callable[[], Tensor]:
     """Return what gives the mean negative log-likelihood of the made-up answer under `model` as it is, a scalar."""
     batch = made_up(processor).to(without_adapter(model).device)
+    inputs = accepted(model, {**batch.text_inputs, **batch.image_inputs})
 
     def loss() -> Tensor:
-        value: Tensor = model(**batch.text_inputs, **batch.image_inputs, labels=batch.labels).loss
+        value: Tensor = model(**inputs, labels=batch.labels).loss
         return value
 
     return loss

@@ -155,29 +155,3 @@ def prefix_positions(
     found, _ = index(ids, mm_token_type_ids=types, image_grid_thw=images["image_grid_thw"], attention_mask=mask)
     known = [found[:, p, : len(prefix)].cpu() for p, prefix in enumerate(prefixes)]
     return [torch.cat([each, each.max().expand(each.shape[0], 1) + 1], dim=1) for each in known]
-
-
-def take_images(inputs: Mapping[str, Tensor], counts: Sequence[int], rows: Sequence[int]) -> dict[str, Tensor]:
-    """Return the processor's image tensors for `rows` of its prompts, a prompt as often as it is named.
-
-    A tensor's first dimension is the prompt, the image, or the patch of an image (`pixel_values` with a grid). Prompts
-    with different numbers of images must not be mixed where a tensor is as long as both: nothing tells them apart.
-
-    Args:
-        inputs: what the processor made of the images of all prompts.
-        counts: how many images each prompt has.
-        rows: which prompts.
-    """
-    if not sum(counts[row] for row in rows):
-        return {}
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    chosen = [i for row in rows for i in range(ends[row] - counts[row], ends[row])]
-    grid = inputs.get("image_grid_thw")
-    taken: dict[str, Tensor] = {}
-    for name, tensor in inputs.items():
-        if name == "pixel_values" and grid is not None:
-            patches = tensor.split(grid.prod(dim=-1).tolist())
-            taken[name] = torch.cat([patches[i] for i in chosen])
-        else:
-            taken[name] = tensor[list(rows) if len(tensor) == len(counts) else chosen]
-    return taken

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from accord.errors import CheckpointError
 from accord.models.features import add_tensor
-from accord.models.inputs import Batch, model_inputs
+from accord.models.inputs import Batch, accepted, model_inputs
 from accord.models.load import Processor, placeholder_tokens, tokenizer_of
 from accord.models.tower import pin
 
@@ -118,7 +118,7 @@ class Seen:
             given = cast(Mapping[str, Any] | None, self.inputs.get("mm_encoder_outputs"))
             if given is None:  # a family whose forward pass computes them once more
                 encode = cast(Callable[..., Any], model.get_image_features)
-                given = {"image": encode(**batch.image_inputs, return_dict=True)}
+                given = {"image": encode(**accepted(model, batch.image_inputs), return_dict=True)}
         self._tokens: Sequence[Tensor] = list(given["image"].pooler_output)
         self._calls = calls
 

@@ -11,11 +11,13 @@ method says which of them it needs (`accord.methods`).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from accord.evaluation.report import write_report
 from accord.methods import check_methods, find_method, needed
 from accord.models.load import save_model
+from accord.models.trial import try_checkpoint
 from accord.pipeline.apart import train_sites
 from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
@@ -45,6 +47,7 @@ def execute(job: Job) -> Path:
 
     Raises:
         RecipeError: a method cannot be done by this recipe, or with other organisations' sites; nothing is trained.
+        CheckpointError: a checkpoint is of a family that Accord does not carry; no site, router or policy is trained.
     """
     recipe = job.recipe
     check_methods(recipe, [recipe.method, *recipe.compare], elsewhere=job.engine is not None)
@@ -55,6 +58,8 @@ def execute(job: Job) -> Path:
     if job.written and not job.run.done("projector"):
         pretrain_projector(job)
     needs = needed(recipe, [recipe.method, *recipe.compare])
+    for checkpoint in _untried(job, needs):
+        try_checkpoint(checkpoint)
     if "sites" in needs:
         train_sites(job)
     if "router" in needs and not job.run.done("router"):
@@ -71,6 +76,17 @@ def execute(job: Job) -> Path:
     if not job.run.done("evaluation"):
         evaluate(job)
     return write_report(job.path)
+
+
+def _untried(job: Job, needs: Collection[str]) -> list[str]:
+    """Return the checkpoints that the stages to come start from: none may turn out at alignment not to be carried."""
+    recipe, run = job.recipe, job.run
+    found = [] if run.done("align") else [recipe.policy.checkpoint]
+    if "router" in needs and not run.done("align"):
+        found.append(recipe.encoder_checkpoint)
+    if "sites" in needs and job.engine is None:
+        found += [site.checkpoint for site in recipe.sites if not run.done(f"site {site.name}")]
+    return list(dict.fromkeys(found))
 
 
 def stages_of(job: Job) -> dict[str, int]:

@@ -30,6 +30,7 @@ from accord.federation.site import LocalUpdate, Site, SiteRecord
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
 from accord.models.load import LoraSettings, Processor, add_lora, load_model, save_model
+from accord.models.trial import try_checkpoint
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel, Standardisation
@@ -44,6 +45,8 @@ from accord.types import PreferencePair, Question, Subject, prompt_of
 def train_site(job: Job, name: str) -> None:
     """Make a site's reward model: pairs, its own backbone fine-tuned on its questions, a Bradley–Terry head."""
     site, seed = job.site(name), site_seed(job, name)
+    if job.alone:
+        try_checkpoint(site.checkpoint)
     with job.doing(f"site {name}"):
         set_seed(seed)
         questions, pairs = job.private[name], site_pairs(job, name)
