@@ -46,7 +46,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
-from accord.terminal import CleanFormatter, clean, console, say, tell
+from accord.terminal import CleanFormatter, clean, console, say, tell, warn
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -112,7 +112,9 @@ def main() -> None:
         again = [*sys.argv]
         if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
             again.append("--resume")
-        console.print(f"\nstopped; this goes on where it was: [bold]{escape(printable(shlex.join(again)))}[/]")
+        # From any folder: its words may be paths, or names of what lies beside them.
+        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(again)}"
+        console.print(f"\nstopped; this goes on where it was: [bold]{escape(printable(line))}[/]")
         raise SystemExit(130) from None
     except AccordError as error:
         tell(str(error), word="error:", style="bold red")
@@ -136,7 +138,7 @@ def _prepare() -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, DataWarning):
-            tell(str(message), word="warning:", style="yellow")
+            warn(str(message))
 
     def unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
@@ -205,8 +207,10 @@ def _job(
     with ExitStack() as stack:
         engine = None
         if kits is not None:
+            from accord.federation.agreement import Agreeing
             from accord.flare.launch import open_engine
             from accord.flare.state import FederationFile
+            from accord.stages.agreement import agreement_of
 
             names, federation = [site.name for site in recipe.sites], FederationFile(folder)
 
@@ -215,8 +219,9 @@ def _job(
                 if not quiet:
                     tell(line, style="dim")
 
-            engine = stack.enter_context(open_engine(*kits, names, tell=tell_both))
-            stack.enter_context(federation.follow(engine))
+            flare = stack.enter_context(open_engine(*kits, names, tell=tell_both))
+            stack.enter_context(federation.follow(flare))
+            engine = Agreeing(flare, agreement_of(recipe))
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
 
 
