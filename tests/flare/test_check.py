@@ -438,3 +438,16 @@ def test_the_live_page_holds_no_marks_of_its_own(kit, site):
     text = console.export_text()
     assert "[bold]x, 8 questions, 64 candidates, 3 new images: answered" in text and "[red]running" in text
     assert f"eyes, localhost:{kit.port}" in text and "colour: running since" in text
+
+
+def test_a_revoked_site_is_told(kit, site):
+    """By FLARE's last word: one that was admitted again since is not."""
+    log = kit.path / "flare.log"
+    refused = f"ERROR - registration rejected: Client '{kit.name}' is disabled\n"
+    admitted = f"INFO - Successfully registered client:{kit.name} for project eyes.\n"
+    for text, told in ((admitted, False), (admitted + refused, True), (admitted + refused + admitted, False)):
+        log.write_text(text)
+        status, shown = page("check", kit.path, site, "--no-server")
+        assert ("the server has revoked this site" in shown) is told and (status != 0) is told
+    log.unlink()
+    assert page("check", kit.path, site, "--no-server")[0] == 0

@@ -113,6 +113,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
     yield from check_policies(kit)
     if server:
         yield check_server(kit)
+    yield from check_admission(kit)
     try:
         recipe = read_site_folder(folder, kit.name)
     except AccordError as error:
@@ -182,6 +183,15 @@ def check_policies(kit: Kit) -> Iterator[Finding]:
     ]
     text = "; ".join(granted) or "no participant may bring code, read files, or ask for a site's errors"
     yield Finding("FLARE: rights", text, f"{again}: {local / 'authorization.json'} was changed" if granted else "")
+
+
+def check_admission(kit: Kit) -> Iterator[Finding]:
+    """Tell of a revocation: the handshake with the server is as before, only FLARE's client was refused, last time."""
+    from accord.flare.client import REVOKED, revoked
+
+    if revoked(log := kit.path / "flare.log"):
+        text, _, remedy = REVOKED.partition("; ")
+        yield Finding("admission", f"{text}, says {log}", f"{remedy}; then start `accord site join` again")
 
 
 def check_server(kit: Kit) -> Finding:

@@ -1,9 +1,14 @@
-"""Keep FLARE's client process as a child: started, started again when it ends, and ended with all it started."""
+"""Keep FLARE's client process as a child: started, started again when it ends, and ended with all it started.
+
+A site that was revoked is refused at every heartbeat and every registration, and only FLARE's log says so. `revoked`
+reads it, and the client is then started again now and then: a site that is admitted once more comes back by itself.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import subprocess
 import threading
 import time
@@ -17,8 +22,18 @@ from accord.flare.ledger import LOG_BYTES
 
 logger = logging.getLogger(__name__)
 
+REFUSED: Final = re.compile(rb"Client '[^'\n]*' is disabled")
+ADMITTED: Final = b"Successfully registered client"
+TAIL: Final = 64 * 2**10
+"""Bytes of the end of FLARE's log in which its last word about this site is looked for."""
+
+REVOKED: Final = "the server has revoked this site; ask the consortium's lead"
+
 PAUSES: Final = (1.0, 60.0)
 """Seconds before it is started again: at first, and at most; they double while it ends early."""
+
+LOOK: Final = 2.0
+"""Seconds between two looks into its log."""
 
 
 class FlareClient:
@@ -63,13 +78,25 @@ class FlareClient:
                 )
             note((self._process.pid, psutil.Process(self._process.pid).create_time()))
             self._tell("running")
+            looked = time.monotonic()
             while self._process.poll() is None:
                 if stop.wait(0.2):
                     return
+                if time.monotonic() - looked > LOOK:
+                    looked = time.monotonic()
+                    if revoked(self._log):
+                        break
             if stop.is_set():
                 return
-            ended = self._process.returncode
+            ended = self._process.poll()
             self._end()
+            if revoked(self._log):
+                if pause < PAUSES[1]:  # once, and not with every try
+                    logger.warning("%s", REVOKED)
+                    self._tell(REVOKED)
+                pause = PAUSES[1]
+                stop.wait(pause)
+                continue
             pause = PAUSES[0] if time.monotonic() - began > PAUSES[1] else min(2 * pause, PAUSES[1])
             logger.warning("FLARE's client ended with status %d; it is started again in %.0f s", ended, pause)
             self._tell(f"ended with status {ended}, again in {pause:.0f} s")
@@ -80,6 +107,18 @@ class FlareClient:
             end(self._process.pid)
             self._process.wait()
             self._process = None
+
+
+def revoked(log: Path) -> bool:
+    """Return whether FLARE's last word in a client's log is that the server has disabled this site."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            text = file.read()
+    except OSError:
+        return False
+    refused = max((found.start() for found in REFUSED.finditer(text)), default=-1)
+    return refused > text.rfind(ADMITTED)
 
 
 def end(pid: int, began: float | None = None) -> None:

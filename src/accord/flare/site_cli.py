@@ -107,7 +107,8 @@ def site_join(
     with _view(site, folder, quiet=quiet) as view:
         join(kit, folder, name, images=images, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
     if not quiet:
-        words = [*(["--images", str(images)] if images is not None else []), str(kit), str(folder)]
+        words = [*(["--images", str(images.resolve())] if images is not None else [])]
+        words += [str(kit.resolve()), str(folder.resolve())]
         again = shlex.join([Path(sys.argv[0]).name, "site", "join", *words])
         say(f"left; the same command comes back: {again}")
 
