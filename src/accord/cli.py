@@ -221,7 +221,7 @@ def _job(
 
             flare = stack.enter_context(open_engine(*kits, names, tell=tell_both))
             stack.enter_context(federation.follow(flare))
-            engine = Agreeing(flare, agreement_of(recipe))
+            engine = Agreeing(flare, agreement_of(recipe), run=run.tag)
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine))
 
 

@@ -43,10 +43,11 @@ class Agreeing:
     Args:
         engine: carries the requests.
         ours: what the server works by.
+        run: what the sites' ledgers call this run, letters, digits, `-` and `_`.
     """
 
-    def __init__(self, engine: Engine, ours: Agreement) -> None:
-        self.engine, self.ours = engine, ours
+    def __init__(self, engine: Engine, ours: Agreement, *, run: str = "") -> None:
+        self.engine, self.ours, self.run = engine, ours, run
         self._agreed: set[str] = set()
         self._refused: set[str] = set()
         self._begun = False
@@ -91,7 +92,7 @@ class Agreeing:
         """Ask sites for their cards; return those that cannot be asked further."""
         if not sites:
             return {}
-        requests = {site: CardRequest(f"agreement-{site}") for site in sites}
+        requests = {site: CardRequest(f"agreement-{self.run}") for site in sites}
         before, self.engine.traffic = self.engine.traffic, Traffic()  # not part of the run
         try:
             replies = self.engine.ask(requests, deadline=SECONDS)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 START_SECONDS: Final = 120.0
 """How long FLARE may take until it listens."""
 
+TIDY_SECONDS: Final = 60.0
+"""Between two looks at what FLARE's server leaves behind."""
+
 server_app = typer.Typer(no_args_is_help=True, help="A consortium's server.")
 
 
@@ -63,7 +66,7 @@ def provision_command(
 @server_app.command("start")
 def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")]) -> None:
     """Run the server of a consortium in the foreground, until Ctrl-C."""
-    from accord.flare.client import end
+    from accord.flare.client import end, put_aside, remove_job_folders
     from accord.flare.kit import check_certificate, kit_of
 
     server = kit_of(kit)
@@ -71,6 +74,7 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
         raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
     until = check_certificate(server)
     _refuse_taken_port(server)
+    put_aside(server.path / "audit.log")
     process = _start(server)
     stopped = []
 
@@ -87,8 +91,13 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
             say(f"certificate valid until {until:%Y-%m-%d}; logs in {server.path}: log.txt, log.json, console.log")
             if server.listen.startswith("127.") and server.host not in ("localhost", server.listen):
                 say(f'only this machine reaches it: for {server.host}, provision with listen = "0.0.0.0"')
+        tidied = 0.0
         while process.poll() is None and not stopped:
             time.sleep(0.2)
+            if time.monotonic() - tidied > TIDY_SECONDS:
+                tidied = time.monotonic()
+                put_aside(server.path / "console.log")
+                remove_job_folders(server.path)
     finally:
         end(process.pid)
         status = process.wait()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -59,13 +61,17 @@ class FlareClient:
             time.sleep(0.5)  # the last reply is on its way through FLARE's processes
             self._end()
 
+    def _tidy(self) -> None:
+        """Keep what grows small: the log, and the folders of jobs that are over."""
+        put_aside(self._log)
+        remove_job_folders(self._log.parent)
+
     def keep(self, stop: threading.Event, note: Callable[[tuple[int, float]], None]) -> None:
         """Keep it running until `stop` is set; `note` is told each new process."""
         pause = PAUSES[0]
         while not stop.is_set():
             began = time.monotonic()
-            if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
-                self._log.replace(self._log.with_suffix(".log.1"))
+            self._tidy()
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self._command,
@@ -84,6 +90,7 @@ class FlareClient:
                     return
                 if time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
+                    self._tidy()
                     if revoked(self._log):
                         break
             if stop.is_set():
@@ -107,6 +114,21 @@ class FlareClient:
             end(self._process.pid)
             self._process.wait()
             self._process = None
+
+
+def put_aside(log: Path, most: int = LOG_BYTES) -> None:
+    """Begin a log anew that has grown, and keep the one before; whoever appends to it goes on at its new end."""
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > most:
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)
+
+
+def remove_job_folders(kit: Path, *, keep: int = 2) -> None:
+    """Remove the folders that FLARE's jobs left in a kit, but for the newest: one of these may be at work."""
+    jobs = [folder for folder in kit.glob("????????-????-????-????-????????????") if folder.is_dir()]
+    for folder in sorted(jobs, key=lambda folder: folder.stat().st_ctime)[: -keep or None]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def revoked(log: Path) -> bool:

@@ -68,8 +68,10 @@ class Production:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="accord-session")
 
     def submit(self, job: Path) -> None:
-        """Submit the job."""
+        """Submit the job, and let FLARE's server forget those that are over: a run of weeks has hundreds."""
         self._call(lambda session: session.submit_job(str(job)))  # type: ignore[attr-defined]
+        with contextlib.suppress(ConnectionError):  # the next one will
+            self._call(_forget_finished)
 
     def connected(self) -> dict[str, float]:
         """Return the sites that FLARE's server has lately heard of, and when."""
@@ -120,6 +122,12 @@ class Production:
         if session is not None:
             with contextlib.suppress(Exception):
                 session.close()  # type: ignore[attr-defined]
+
+
+def _forget_finished(session: object) -> None:
+    for job in session.list_jobs():  # type: ignore[attr-defined]
+        if str(job.get("status", "")).startswith("FINISHED"):
+            session.delete_job(job["job_id"])  # type: ignore[attr-defined]
 
 
 def mark_revoked(server: Kit, site: str, *, undo: bool = False) -> None:
