@@ -232,18 +232,26 @@ def _whole(
     seed: int | None,
     quiet: bool,
     kits: tuple[Path, Path | None] | None = None,
+    *,
+    profile: bool = False,
 ) -> None:
     from accord.evaluation.account import tell
     from accord.evaluation.summary import read_summary
     from accord.evaluation.trace import read_metrics
     from accord.pipeline import execute
+    from accord.stages.profile import check_profiler
 
+    if profile:
+        check_profiler()
     with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits) as job:
+        job.profile = profile
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
     say(account.verdict)
     say(f"report: {page}")
     say(f"aligned checkpoint: {page.parent / 'policy'}")
+    if profile:
+        say(f"profile: {page.parent / 'profile' / 'stages.md'}")
 
 
 @app.command()
@@ -266,9 +274,13 @@ def run(
     operator: Annotated[
         Path | None, typer.Option("--operator", help="with flare: the operator's kit; by default beside the server's")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="write what each stage's time went to: a table and a flame graph")
+    ] = False,
 ) -> None:
     """Run a whole recipe."""
-    _whole(recipe, out, resume, seed, quiet, (kit, operator) if engine is EngineName.flare else None)
+    kits = (kit, operator) if engine is EngineName.flare else None
+    _whole(recipe, out, resume, seed, quiet, kits, profile=profile)
 
 
 @app.command()

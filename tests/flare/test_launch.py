@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from accord.errors import RunError
-from accord.flare.client import put_aside, remove_job_folders
+from accord.flare.client import put_aside, remove_job_folders, unheard
 from accord.flare.launch import Production
 
 
@@ -144,3 +144,14 @@ def test_looks_are_not_audited(tmp_path):
     subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env=environment)
     text = (tmp_path / "audit.log").read_text()
     assert "check_status" not in text and "submit_job" in text and "disable_client colour" in text
+
+
+def test_heartbeats_that_fail_are_the_last_word(tmp_path):
+    """Three lines at the end, of the client that runs now; a log that was put aside meanwhile begins at 0."""
+    log, failed = tmp_path / "flare.log", "INFO - Failed to send heartbeat. Will try again. Exception: <class 'E'>\n"
+    assert not unheard(log)
+    for text, told in ((2 * failed, False), (3 * failed, True), (3 * failed + "connected\n", False)):
+        log.write_text(text)
+        assert unheard(log) is told
+    log.write_text(3 * failed)
+    assert not unheard(log, start=len(failed)) and unheard(log, start=10_000)

@@ -32,7 +32,11 @@ class Site:
     def __init__(self, kit):
         self.kit, self.said, self.stop = kit_of(kit), [], threading.Event()
         self.client = FlareClient(
-            start_command(self.kit), start_environment(self.kit), self.kit.path / "flare.log", self.said.append
+            start_command(self.kit),
+            start_environment(self.kit),
+            self.kit.path / "flare.log",
+            self.said.append,
+            (self.kit.host, self.kit.port),
         )
         self.thread = threading.Thread(target=self.client.keep, args=(self.stop, lambda _: None))
         self.thread.start()

@@ -1,7 +1,8 @@
 """Keep FLARE's client process as a child: started, started again when it ends, and ended with all it started.
 
-A site that was revoked is refused at every heartbeat and every registration, and only FLARE's log says so. `revoked`
-reads it, and the client is then started again now and then: a site that is admitted once more comes back by itself.
+A site that was revoked is refused at every heartbeat and every registration. FLARE's log says of a heartbeat only that
+it failed, and of a registration why. So a client whose heartbeats fail at a server that is there is started again,
+`revoked` reads the reason, and from then on it is tried every minute: a site that is let in again comes back by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -26,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 REFUSED: Final = re.compile(rb"Client '[^'\n]*' is disabled")
 ADMITTED: Final = b"Successfully registered client"
+FAILED: Final = b"Failed to send heartbeat"
+UNHEARD: Final = 3
+"""Heartbeats that fail one after the other, five seconds each, before the client is started again."""
+
 TAIL: Final = 64 * 2**10
 """Bytes of the end of FLARE's log in which its last word about this site is looked for."""
 
@@ -46,10 +52,19 @@ class FlareClient:
         environment: its environment.
         log: what it prints is appended there.
         tell: told in words when it starts or ends.
+        server: the server's host and port.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        log: Path,
+        tell: Callable[[str], None],
+        server: tuple[str, int],
+    ) -> None:
         self._command, self._environment, self._log, self._tell = command, environment, log, tell
+        self._server = server
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> None:
@@ -84,14 +99,16 @@ class FlareClient:
                 )
             note((self._process.pid, psutil.Process(self._process.pid).create_time()))
             self._tell("running")
-            looked = time.monotonic()
+            looked, start = time.monotonic(), self._log.stat().st_size
+            lost = False
             while self._process.poll() is None:
                 if stop.wait(0.2):
                     return
                 if time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
                     self._tidy()
-                    if revoked(self._log):
+                    lost = unheard(self._log, start) and self._answers()
+                    if lost or revoked(self._log):
                         break
             if stop.is_set():
                 return
@@ -104,10 +121,20 @@ class FlareClient:
                 pause = PAUSES[1]
                 stop.wait(pause)
                 continue
+            if lost:
+                continue
             pause = PAUSES[0] if time.monotonic() - began > PAUSES[1] else min(2 * pause, PAUSES[1])
             logger.warning("FLARE's client ended with status %d; it is started again in %.0f s", ended, pause)
             self._tell(f"ended with status {ended}, again in {pause:.0f} s")
             stop.wait(pause)
+
+    def _answers(self) -> bool:
+        """Tell whether something listens where the server should."""
+        try:
+            socket.create_connection(self._server, timeout=2.0).close()
+        except OSError:
+            return False
+        return True
 
     def _end(self) -> None:
         if self._process is not None:
@@ -133,14 +160,26 @@ def remove_job_folders(kit: Path, *, keep: int = 2) -> None:
 
 def revoked(log: Path) -> bool:
     """Return whether FLARE's last word in a client's log is that the server has disabled this site."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - TAIL))
-            text = file.read()
-    except OSError:
-        return False
+    text = _tail(log)
     refused = max((found.start() for found in REFUSED.finditer(text)), default=-1)
     return refused > text.rfind(ADMITTED)
+
+
+def unheard(log: Path, start: int = 0) -> bool:
+    """Return whether the last that a client's log says, behind its byte `start`, is that heartbeats fail."""
+    last = _tail(log, start).splitlines()[-UNHEARD:]
+    return len(last) == UNHEARD and all(FAILED in line for line in last)
+
+
+def _tail(log: Path, start: int = 0) -> bytes:
+    """Return the end of a log, nothing before `start` if the log is that long."""
+    try:
+        with log.open("rb") as file:
+            size = log.stat().st_size
+            file.seek(max(0, size - TAIL, start if start <= size else 0))
+            return file.read()
+    except OSError:
+        return b""
 
 
 def end(pid: int, began: float | None = None) -> None:

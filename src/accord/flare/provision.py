@@ -134,7 +134,7 @@ def load_consortium(path: Path | str) -> Consortium:
 
 def earlier_authorities(name: str, folders: Iterable[Path]) -> list[str]:
     """Return the authorities of a consortium of that name that lie in a folder beside others, as whole paths."""
-    found = {}
+    found: dict[str, None] = {}
     for folder in folders:
         for file in sorted(folder.glob("*/authority/consortium.toml")):
             with contextlib.suppress(RecipeError):
@@ -217,8 +217,8 @@ def _wanted(consortium: Consortium, authority: Path, every: Collection[str], ren
     server = consortium.server
     if renewed >= {*every}:  # everybody learns of it
         server = replace(server, port=admitted.server.port, listen=admitted.server.listen)
-    days = {"days": admitted.days, "authority_days": admitted.authority_days}
-    if replace(consortium, sites=admitted.sites, server=server, **days) != admitted:
+    same = replace(consortium, sites=admitted.sites, server=server)
+    if replace(same, days=admitted.days, authority_days=admitted.authority_days) != admitted:
         raise RecipeError(
             f"only sites may be added to the consortium of {authority}, days changed, and with --renew all the "
             "server's port and listen; take everything else from its consortium.toml, or make a new consortium "

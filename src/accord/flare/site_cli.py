@@ -31,7 +31,7 @@ from accord.terminal import say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
-    from accord.flare.ledger import Entry, Status
+    from accord.flare.ledger import By, Entry, Status
 
 
 class Grouping(StrEnum):
@@ -137,7 +137,7 @@ def site_status(
     if by is None and not csv:
         Console(highlight=False).print(_page(found))
         return
-    column = "day" if by is None else by.value
+    column: By = "run" if by is Grouping.run else "day"
     table = [(name, *asdict(total).values()) for name, total in sums(read_ledger(folder), column).items()]
     head = (column, *(field.name for field in fields(Sum)))
     if csv:
