@@ -58,7 +58,7 @@ def provision_command(
     for folder in earlier:
         line = shlex.join(["accord", "provision", str(consortium.resolve()), "--out", "NEW", "--authority", folder])
         warn(
-            f'{folder} admits a consortium "{settings.name}" already, and these kits are of another: neither lets the '
+            f"{folder} admits a consortium of this name already, and these kits are of another: neither lets the "
             f"other's participants in; to add or renew: {line}"
         )
 

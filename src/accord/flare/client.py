@@ -108,13 +108,13 @@ class FlareClient:
                     looked = time.monotonic()
                     self._tidy()
                     lost = unheard(self._log, start) and self._answers()
-                    if lost or revoked(self._log):
+                    if lost or revoked(self._log, start):
                         break
             if stop.is_set():
                 return
             ended = self._process.poll()
             self._end()
-            if revoked(self._log):
+            if revoked(self._log, start):
                 if pause < PAUSES[1]:  # once, and not with every try
                     logger.warning("%s", REVOKED)
                     self._tell(REVOKED)
@@ -158,9 +158,9 @@ def remove_job_folders(kit: Path, *, keep: int = 2) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def revoked(log: Path) -> bool:
-    """Return whether FLARE's last word in a client's log is that the server has disabled this site."""
-    text = _tail(log)
+def revoked(log: Path, start: int = 0) -> bool:
+    """Return whether a client's log last says, behind its byte `start`, that the server has disabled this site."""
+    text = _tail(log, start)
     refused = max((found.start() for found in REFUSED.finditer(text)), default=-1)
     return refused > text.rfind(ADMITTED)
 
