@@ -345,7 +345,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         *projector,
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
         Crossing(
-            "leaves", "what must agree with the server", "Accord's version, four digests of the recipe and policy"
+            "leaves", "what must agree with the server", "Accord's version, digests of recipe and policy"
         ),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
         Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),
