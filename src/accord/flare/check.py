@@ -344,9 +344,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         Crossing("leaves", "number of pairs the router saw, steps, mean loss", "three numbers a round"),
         *projector,
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
-        Crossing(
-            "leaves", "what must agree with the server", "Accord's version, digests of recipe and policy"
-        ),
+        Crossing("leaves", "what must agree with the server", "Accord's version, digests of recipe and policy"),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
         Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),
         Crossing("leaves", "one word where a request cannot be answered", "error, invalid, refused or gone"),
