@@ -91,6 +91,30 @@ def test_who_was_away_is_compared_again():
         assert asked(engine, "a") == {"a": Absence("a", "refused")}
 
 
+def test_a_site_that_hangs_holds_nobody_up_for_longer_than_a_question():
+    """Its card had all the time at first; once the run has begun it has as much as the question."""
+
+    given = []
+
+    class Noting(InProcessEngine):
+        def ask(self, requests, *, deadline=None):
+            given.append(deadline)
+            return super().ask(requests, deadline=deadline)
+
+    works = [True]
+
+    def answer(request):
+        if not works[0]:
+            raise RuntimeError
+        return site(OURS)(request)
+
+    engine = Agreeing(Noting({"a": answer}), OURS)
+    for there in (True, False, False):
+        works[0] = there
+        engine.ask({"a": CardRequest("card-a")}, deadline=5.0)
+    assert given == [600.0, 5.0, 5.0, 5.0]
+
+
 def test_another_accord_of_the_same_messages_is_told():
     engine = Agreeing(InProcessEngine({"a": site(msgspec.structs.replace(OURS, accord="1.2.2"))}), OURS)
     with pytest.warns(DataWarning, match=r"site a runs Accord 1\.2\.2, the server 1\.2\.3"):

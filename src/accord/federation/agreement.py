@@ -20,7 +20,7 @@ from accord.federation.engine import Engine, Traffic
 from accord.federation.messages import Absence, Agreement, CardRequest, Reply, Request, check_card
 
 SECONDS: Final = 600.0
-"""For the first card: a site reads its whole policy for it."""
+"""For the first cards: a site reads its whole policy for one. Later a card has as long as the question after it."""
 
 PARTS: Final = ("sites", "router", "scores", "policy")
 
@@ -79,23 +79,24 @@ class Agreeing:
         """Ask as the engine does, those sites that agree.
 
         Raises:
-            RunError: before the first question, sites that are there work by something else.
+            RunError: before any site agrees, one that is there works by something else.
         """
-        absent = self._compare([site for site in requests if site not in self._agreed])
+        seconds = SECONDS if deadline is None or not self._begun else min(SECONDS, deadline)
+        absent = self._compare([site for site in requests if site not in self._agreed], seconds)
         asked = {site: request for site, request in requests.items() if site not in absent}
         replies = self.engine.ask(asked, deadline=deadline) if asked else {}
         # Whoever was away may come back as another: it is compared again.
         self._agreed -= {site for site, reply in replies.items() if isinstance(reply, Absence)}
         return {site: absent.get(site) or replies[site] for site in requests}
 
-    def _compare(self, sites: Sequence[str]) -> dict[str, Absence]:
+    def _compare(self, sites: Sequence[str], seconds: float) -> dict[str, Absence]:
         """Ask sites for their cards; return those that cannot be asked further."""
         if not sites:
             return {}
         requests = {site: CardRequest(f"agreement-{self.run}") for site in sites}
         before, self.engine.traffic = self.engine.traffic, Traffic()  # not part of the run
         try:
-            replies = self.engine.ask(requests, deadline=SECONDS)
+            replies = self.engine.ask(requests, deadline=seconds)
         finally:
             self.engine.traffic = before
         absent, differ = dict[str, Absence](), dict[str, list[str]]()
@@ -122,7 +123,7 @@ class Agreeing:
                     stacklevel=4,
                 )
         self._tell(differ)
-        self._begun = True
+        self._begun = self._begun or bool(self._agreed)
         return absent
 
     def _tell(self, differ: Mapping[str, Sequence[str]]) -> None:
