@@ -21,7 +21,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo worlds test test-long test-families test-newest audit lint format docs release clean force
+.PHONY: help setup demo worlds test test-long test-families test-newest audit lint image format docs release clean force
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -63,10 +63,16 @@ audit: setup ## the long forms of attacks: ten minutes of fuzzing, malformed rep
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m audit
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/flare/test_hostile_replies.py tests/models/test_inspection.py
 
-lint: setup ## check style and types
+lint: setup ## check style, types, and the container's files
 	@$(BIN)/ruff format --check --quiet $(SOURCES)
 	@$(BIN)/ruff check --quiet $(SOURCES)
 	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/hadolint deploy/Containerfile
+	@$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
+
+image: ## build the container image, where docker or podman is
+	@$$(command -v docker || command -v podman) build -f deploy/Containerfile -t "accord:$$(sed -n 's/VERSION = "\(.*\)"/\1/p' \
+		src/accord/version.py)" .
 
 format: setup ## rewrite the code in the house format
 	@$(BIN)/ruff format $(SOURCES)

@@ -233,7 +233,8 @@ def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
     tests = {"test", "test-long", "test-families", "test-newest", "audit", "lint"}
-    assert described == {"help", "setup", "demo", "worlds", *tests, "format", "docs", "release", "clean"} == targets()
+    others = {"help", "setup", "demo", "worlds", "image", "format", "docs", "release", "clean"}
+    assert described == tests | others == targets()
 
 
 def test_ci_runs_the_tests() -> None:

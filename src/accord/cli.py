@@ -46,7 +46,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
-from accord.terminal import CleanFormatter, clean, console, say, tell
+from accord.terminal import CleanFormatter, clean, console, say, tell, warn
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def main() -> None:
         again = [*sys.argv]
         if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
             again.append("--resume")
-        console.print(f"\nstopped; this goes on where it was: [bold]{escape(printable(shlex.join(again)))}[/]")
+        # From any folder: its words may be paths, or names of what lies beside them.
+        line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(again)}"
+        console.print(f"\nstopped; this goes on where it was: [bold]{escape(printable(line))}[/]")
         raise SystemExit(130) from None
     except AccordError as error:
         tell(str(error), word="error:", style="bold red")
@@ -137,7 +139,7 @@ def _prepare() -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if issubclass(category, DataWarning):
-            tell(str(message), word="warning:", style="yellow")
+            warn(str(message))
 
     def unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
@@ -214,8 +216,10 @@ def _job(
     with ExitStack() as stack:
         engine = None
         if kits is not None:
+            from accord.federation.agreement import Agreeing
             from accord.flare.launch import open_engine
             from accord.flare.state import FederationFile
+            from accord.stages.agreement import agreement_of
 
             names, federation = [site.name for site in recipe.sites], FederationFile(folder)
 
@@ -224,8 +228,9 @@ def _job(
                 if not quiet:
                     tell(line, style="dim")
 
-            engine = stack.enter_context(open_engine(*kits, names, tell=tell_both))
-            stack.enter_context(federation.follow(engine))
+            flare = stack.enter_context(open_engine(*kits, names, tell=tell_both))
+            stack.enter_context(federation.follow(flare))
+            engine = Agreeing(flare, agreement_of(recipe), run=run.tag)
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine, together=together))
 
 
@@ -236,23 +241,31 @@ def _whole(
     seed: int | None,
     quiet: bool,
     kits: tuple[Path, Path | None] | None = None,
+    *,
+    profile: bool = False,
 ) -> None:
     from accord.evaluation.account import tell
     from accord.evaluation.summary import read_summary
     from accord.evaluation.trace import read_metrics
     from accord.federation.ranks import Together, rank_and_count
     from accord.pipeline import execute
+    from accord.stages.profile import check_profiler
 
+    if profile:
+        check_profiler()
     together = Together() if rank_and_count()[1] > 1 else None
     if together is not None and together.rank:
         _follow(recipe, out, seed, together)
         return
     with _job(recipe, out, resume=resume, seed=seed, quiet=quiet, methods=True, kits=kits, together=together) as job:
+        job.profile = profile
         page = execute(job)
         account = tell(read_summary(job.path / "summary.json"), read_metrics(job.path / "metrics.jsonl"))
     say(account.verdict)
     say(f"report: {page}")
     say(f"aligned checkpoint: {page.parent / 'policy'}")
+    if profile:
+        say(f"profile: {page.parent / 'profile' / 'stages.md'}")
 
 
 def _follow(file: Path, out: Path | None, seed: int | None, together: Together) -> None:
@@ -289,9 +302,13 @@ def run(
     operator: Annotated[
         Path | None, typer.Option("--operator", help="with flare: the operator's kit; by default beside the server's")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="write what each stage's time went to: a table and a flame graph")
+    ] = False,
 ) -> None:
     """Run a whole recipe."""
-    _whole(recipe, out, resume, seed, quiet, (kit, operator) if engine is EngineName.flare else None)
+    kits = (kit, operator) if engine is EngineName.flare else None
+    _whole(recipe, out, resume, seed, quiet, kits, profile=profile)
 
 
 @app.command()

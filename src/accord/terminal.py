@@ -34,6 +34,11 @@ def tell(text: str, *, word: str = "", style: str = "") -> None:
     console.print(line, highlight=False)
 
 
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    tell(text, word="warning:", style="yellow")
+
+
 class CleanFormatter(logging.Formatter):
     """Format a record of a library's log, which may quote anything."""
 

@@ -12,11 +12,20 @@ from pytest import approx
 from torch import tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from accord.alignment.reward import FederatedReward, PerGroup, Waiting
+from accord.alignment.reward import FederatedReward, Group, PerGroup, Waiting
 from accord.data.images import load_image
 from accord.errors import DataError, DataWarning, QuorumError, RunError
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import CardRequest, Declined, ScoreReply, ScoreRequest, from_turns, image_name
+from accord.federation.messages import (
+    CardRequest,
+    Declined,
+    ScoreItem,
+    ScoreReply,
+    ScoreRequest,
+    from_turns,
+    image_name,
+    to_turns,
+)
 from accord.federation.ranks import OneConnection
 from accord.federation.site import ScoreRange, Site
 from accord.models.encoder import Encoder
@@ -792,3 +801,53 @@ class TestInStockTrl:
                 assert isinstance(request, ScoreRequest) and len(request.items) <= 2
                 assert all(len(set(item.candidates)) == len(item.candidates) <= 4 for item in request.items)
         assert sum(count.absences for count in engine.traffic.counts.values()) == 0
+
+
+def by_single_reads(reward, groups, weights):
+    """What is asked, found by looking at every site's weight for every completion."""
+    requests, places = {}, {}
+    for k, site in enumerate(reward.engine.sites):
+        images, items, start = {}, [], 0
+        for group in groups:
+            rows = [start + i for i in range(len(group.candidates)) if weights[start + i, k] > 0]
+            if rows:
+                name = image_name(group.data)
+                images[name] = group.data
+                turns, texts = to_turns(group.prompt), [group.candidates[row - start] for row in rows]
+                items.append(ScoreItem(name, turns, texts))
+                places.setdefault(site, []).append(rows)
+            start += len(group.candidates)
+        if items:
+            requests[site] = ScoreRequest(f"score-1-{site}", images, items)
+    return requests, places
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("sites", [1, 3, 64])
+def test_requests_are_those_of_single_reads(sites, share):
+    """Order of sites, items, candidates and images, and the place of every score; with nobody asked at all, too."""
+    generator = torch.Generator().manual_seed(sites)
+    engine = InProcessEngine({f"site-{k}": judge(HERE) for k in range(sites)})
+    reward = FederatedReward(engine, route)
+    groups = [
+        Group(vqa_prompt(f"{n}?"), None, bytes([n % 3]), tuple(f"{n}-{i}" for i in range(1 + n % 4)), (0,))
+        for n in range(12)
+    ]
+    weights = torch.rand(sum(len(g.candidates) for g in groups), sites, generator=generator)
+    weights *= torch.rand(weights.shape, generator=generator) < share
+    query = reward._query(groups, weights)
+    requests, places = by_single_reads(reward, groups, weights)
+    assert query.requests == requests and list(query.requests) == list(requests)
+    assert [list(r.images) for r in query.requests.values()] == [list(r.images) for r in requests.values()]
+    assert dict(query.places) == places
+
+
+def test_the_quorum_and_the_fusion_share_a_table():
+    """In soft mode the table holds every site's score of every completion."""
+    reward = FederatedReward(spy(), route, mode="soft", waiting=Waiting(quorum=0.5))
+    made, real = [], torch.full
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "full", lambda *given, **named: made.append(given) or real(*given, **named))
+        assert ask(reward, ["a", "b"]) == approx([0.9 - 0.1, 0.4 - 1.6])
+        assert ask(reward, ["c", "b"]) == approx([1.8 - 1.2, 0.4 - 1.6])
+    assert len(made) == 2

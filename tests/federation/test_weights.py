@@ -8,7 +8,14 @@ from safetensors.torch import load, save
 from torch import nn, tensor
 
 from accord.errors import CheckpointError, RunError
-from accord.federation.weights import narrowed, read_weights, set_trainable_weights, to_bytes, trainable_weights
+from accord.federation.weights import (
+    narrowed,
+    read_update,
+    read_weights,
+    set_trainable_weights,
+    to_bytes,
+    trainable_weights,
+)
 
 EXPECTED = {"a": torch.zeros(2, 3), "b": torch.zeros(())}
 
@@ -154,3 +161,15 @@ def test_bytes_that_are_no_weights(data):
     ) as told:
         read_weights(data, EXPECTED, what="an update of the selector")
     assert "no tensors" not in str(told.value)
+
+
+def test_an_update_waits_in_the_bits_in_which_it_came():
+    """Half of float32; each look gives the type of the model's own weights, and a site's update is read as before."""
+    expected = {"a": tensor([0.0, 0.0]), "b": tensor([[0.0]], dtype=torch.float64)}
+    sent = to_bytes({"a": tensor([0.1, 2.0]), "b": tensor([[3.0]], dtype=torch.float64)}, bits=16)
+    update = read_update(sent, expected, bits=16)
+    assert {name: held.dtype for name, held in update.tensors.items()} == {"a": torch.float16, "b": torch.float64}
+    assert list(update) == ["a", "b"] and len(update) == 2
+    assert {name: held.dtype for name, held in update.items()} == {"a": torch.float32, "b": torch.float64}
+    read = read_weights(sent, expected, bits=16)
+    assert all(torch.equal(read[name], update[name]) for name in expected)

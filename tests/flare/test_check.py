@@ -24,7 +24,7 @@ from accord.federation.answering import question_key, write_truth
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.check import check_answerer, check_site, what_crosses
 from accord.flare.kit import kit_of
-from accord.flare.ledger import Entry, Running, note
+from accord.flare.ledger import Entry, Running, ledgers, note, read_ledger, status
 from accord.flare.provision import Consortium, Member, Server, provision
 from accord.flare.site_cli import _View, site_check, site_join, site_status
 from accord.pipeline import train_site
@@ -438,3 +438,43 @@ def test_the_live_page_holds_no_marks_of_its_own(kit, site):
     text = console.export_text()
     assert "[bold]x, 8 questions, 64 candidates, 3 new images: answered" in text and "[red]running" in text
     assert f"eyes, localhost:{kit.port}" in text and "colour: running since" in text
+
+
+def test_a_revoked_site_is_told(kit, site):
+    """By FLARE's last word: one that was admitted again since is not."""
+    log = kit.path / "flare.log"
+    refused = f"ERROR - registration rejected: Client '{kit.name}' is disabled\n"
+    admitted = f"INFO - Successfully registered client:{kit.name} for project eyes.\n"
+    for text, told in ((admitted, False), (admitted + refused, True), (admitted + refused + admitted, False)):
+        log.write_text(text)
+        status, shown = page("check", kit.path, site, "--no-server")
+        assert ("the server has revoked this site" in shown) is told and (status != 0) is told
+    log.unlink()
+    assert page("check", kit.path, site, "--no-server")[0] == 0
+
+
+def entry_of(time, kind, name, queries=0, outcome="answered"):
+    return Entry(time, kind, name, 1, 2, 4, 100, 10, 0.5, outcome, queries=queries)
+
+
+def test_the_status_by_day_and_by_run(site):
+    """Three requests on two days, the last two of a run; the first part of the ledger was put aside."""
+    begins = f"agreement-lab-1f.{'0' * 16}"
+    lines = [
+        entry_of("2026-11-20T23:59:59Z", "score", "score-1-colour", 4),
+        entry_of("2026-11-21T00:00:00Z", "card", begins),
+        entry_of("2026-11-21T00:00:01Z", "score", "score-2-colour", 6, "error"),
+    ]
+    for line in lines:
+        note(site, line, most=1)  # each in a file of its own
+    assert [file.name for file in ledgers(site)] == [
+        *("ledger-20261121T000000Z.jsonl", "ledger-20261121T000001Z.jsonl", "ledger.jsonl")
+    ]
+    assert read_ledger(site) == lines and status(site).spent.run == 10
+    head = "requests,answered,images,questions,refused,queries,bytes_in,bytes_out,seconds"
+    days = [f"day,{head}", "2026-11-20,1,1,1,2,0,4,100,10,0.5", "2026-11-21,2,1,2,4,0,6,200,20,1.0"]
+    assert page("status", site, "--csv") == (0, "\n".join([*days, ""]))
+    runs = [f"run,{head}", ",1,1,1,2,0,4,100,10,0.5", "lab-1f,2,1,2,4,0,6,200,20,1.0"]
+    assert page("status", site, "--by", "run", "--csv") == (0, "\n".join([*runs, ""]))
+    first, _, last = page("status", site, "--by", "run")[1].splitlines()
+    assert first.split()[:3] == ["run", "requests", "answered"] and last.split()[:3] == ["lab-1f", "2", "1"]

@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from accord.errors import RunError
+from accord.flare.client import put_aside, remove_job_folders, unheard
 from accord.flare.launch import Production
 
 
@@ -107,3 +110,48 @@ def test_a_call_that_never_ends_is_given_up(operator, session, monkeypatch):
 def test_what_is_no_operators_kit(tmp_path):
     with pytest.raises(RunError, match=r"is no operator's start-up kit .*; name that folder"):
         Production(tmp_path)
+
+
+def test_what_flare_leaves_behind_is_tidied(tmp_path):
+    """Of four jobs' folders the newest two stay, and whatever is no job's; a log begins anew for who appends to it."""
+    names = [f"{n:08d}-1111-2222-3333-444444444444" for n in range(4)]
+    for name in (*names, "startup", "local"):
+        (tmp_path / name).mkdir()
+        time.sleep(0.02)
+    remove_job_folders(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names[2:], "startup", "local"}
+    log = tmp_path / "flare.log"
+    with log.open("ab", buffering=0) as appending:
+        appending.write(b"old" * 10)
+        put_aside(log, 100)
+        assert log.stat().st_size == 30
+        put_aside(log, 10)
+        appending.write(b"new")
+    assert log.read_bytes() == b"new" and (tmp_path / "flare.log.1").read_bytes() == b"old" * 10
+    put_aside(tmp_path / "none")
+
+
+def test_looks_are_not_audited(tmp_path):
+    """The child's own process says so to FLARE before it becomes FLARE; what else an operator does is written down."""
+    (tmp_path / "audited.py").write_text(
+        "from nvflare.fuel.sec.audit import Auditor\n"
+        "auditor = Auditor('audit.log')\n"
+        "for command in ('check_status server', 'submit_job', 'disable_client colour'):\n"
+        "    auditor.add_event('operator', command)\n"
+    )
+    command = [sys.executable, "-m", "accord.flare.child", str(os.getpid()), "audited"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    subprocess.run(command, check=True, timeout=60, cwd=tmp_path, env=environment)
+    text = (tmp_path / "audit.log").read_text()
+    assert "check_status" not in text and "submit_job" in text and "disable_client colour" in text
+
+
+def test_heartbeats_that_fail_are_the_last_word(tmp_path):
+    """Three lines at the end, of the client that runs now; a log that was put aside meanwhile begins at 0."""
+    log, failed = tmp_path / "flare.log", "INFO - Failed to send heartbeat. Will try again. Exception: <class 'E'>\n"
+    assert not unheard(log)
+    for text, told in ((2 * failed, False), (3 * failed, True), (3 * failed + "connected\n", False)):
+        log.write_text(text)
+        assert unheard(log) is told
+    log.write_text(3 * failed)
+    assert not unheard(log, start=len(failed)) and unheard(log, start=10_000)

@@ -4,6 +4,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -265,6 +266,8 @@ def test_adding_a_site(consortium, kits, tmp_path):
     moved = Consortium("consortium", Server("lead", "elsewhere.example.org"), more.sites)
     with pytest.raises(RecipeError, match="only sites may be added"):
         provision(moved, tmp_path / "again", authority=authority)
+    with pytest.raises(RecipeError, match="only sites may be added"):
+        provision(moved, tmp_path / "again", authority=authority, renew=["all"])
     assert not (tmp_path / "again").exists()
 
 
@@ -351,6 +354,71 @@ def test_the_command_says_whose_each_kit_is(app, tmp_path):
         f"{tmp_path}/kits/operator\tfor lead: accord run",
         f"{tmp_path}/kits/authority\tstays with you alone: its key admits whomever it signs",
     ]
+
+
+def test_a_forgotten_authority_is_told(app, tmp_path, capsys):
+    """The new kits are of another consortium; nobody would reach anybody."""
+    example = tmp_path / "consortium.toml"
+    shutil.copy(ROOT / "examples" / "consortium.toml", example)
+    run = CliRunner().invoke
+    first = run(app, ["provision", str(example), "--out", str(tmp_path / "kits")], catch_exceptions=False)
+    assert "admits a consortium" not in first.output + first.stderr + capsys.readouterr().err
+    again = run(app, ["provision", str(example), "--out", str(tmp_path / "more")], catch_exceptions=False)
+    told = again.output + again.stderr + capsys.readouterr().err
+    authority = tmp_path.resolve() / "kits" / "authority"
+    assert f"warning: {authority} admits a consortium" in told
+    assert f"accord provision {example.resolve()} --out NEW --authority {authority}" in told
+
+
+@pytest.mark.parametrize("who", [["colour"], ["server"], ["operator", "yes-no"], ["all"]])
+def test_renewing_kits(consortium, kits, tmp_path, who):
+    """New keys and new certificates by the same authority, which outlives them; nobody else's are made again."""
+    out, authority = tmp_path / "renewed", kits / "authority"
+    made = provision(replace(consortium, days=100), out, authority=authority, renew=who)
+    names = ["server", "colour", "yes-no", "operator"] if who == ["all"] else sorted(who)
+    assert sorted(path.name for path in out.iterdir()) == sorted(names) == sorted(path.name for path in made)
+    for name in names:
+        old, new = kit_of(kits / name), kit_of(out / name)
+        assert timedelta(days=99.9) < check_certificate(new) - datetime.now(UTC) <= timedelta(days=100)
+        assert new.root.read_bytes() == old.root.read_bytes() and new.key.read_bytes() != old.key.read_bytes()
+        assert (new.name, new.host, new.port, new.listen) == (old.name, old.host, old.port, old.listen)
+    root = x509.load_pem_x509_certificate(kit_of(out / names[0]).root.read_bytes())
+    assert root.not_valid_after_utc - datetime.now(UTC) > timedelta(days=3649)
+    assert load_consortium(authority / "consortium.toml").days == 100
+
+
+def test_another_port_needs_everybodys_kit(consortium, kits, tmp_path):
+    authority, moved = kits / "authority", replace(consortium, server=replace(consortium.server, port=8103))
+    for renew in ([], ["server"]):
+        with pytest.raises(RecipeError, match="with --renew all the server's port"):
+            provision(moved, tmp_path / "moved", authority=authority, renew=renew)
+    provision(moved, tmp_path / "moved", authority=authority, renew=["all"])
+    assert {kit_of(tmp_path / "moved" / name).port for name in ("server", "colour", "yes-no", "operator")} == {8103}
+
+
+def test_whom_there_is_not_nobody_renews(consortium, kits, tmp_path):
+    with pytest.raises(RecipeError, match="--renew blue: no participant of that name; there are colour"):
+        provision(consortium, tmp_path / "x", authority=kits / "authority", renew=["blue"])
+    with pytest.raises(RunError, match="add --authority FOLDER"):
+        provision(consortium, tmp_path / "x", renew=["colour"])
+
+
+def test_a_site_is_revoked_where_no_server_runs(app, kits):
+    """FLARE's server reads the file when it starts."""
+    from nvflare.private.fed.server.client_manager import ClientManager
+
+    def revoke(*words):
+        result = CliRunner().invoke(app, ["server", "revoke", str(kits / "server"), *words], catch_exceptions=False)
+        manager = ClientManager()
+        manager.set_disabled_clients_file(str(kits / "server" / "disabled_clients.json"))
+        return result.output, {name for name in ("colour", "yes-no") if manager.is_client_disabled(name)}
+
+    assert revoke("colour") == ("colour is revoked: consortium lets it in no more\n", {"colour"})
+    assert revoke("yes-no")[1] == {"colour", "yes-no"}
+    assert revoke("colour", "--undo") == ("colour is admitted again\n", {"yes-no"})
+    (kits / "server" / "disabled_clients.json").write_text("[")
+    with pytest.raises(RunError, match=r"disabled_clients\.json cannot be read"):
+        revoke("colour")
 
 
 def test_the_server_command_wants_the_servers_kit(app, made):

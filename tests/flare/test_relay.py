@@ -95,3 +95,19 @@ def test_flares_process_ends_with_the_one_that_started_it(tmp_path):
             time.sleep(0.05)
         process.kill()
         assert psutil.wait_procs([child], timeout=30)[1] == [] or child.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("relay", ["SiteRelay", "ServerRelay"])
+def test_a_jobs_process_imports_no_torch(relay):
+    """FLARE's own half of a job looks for torch where a job begins, in its controller and its executor."""
+    code = f"""
+import sys
+import nvflare.collab.runtime.controller, nvflare.collab.runtime.executor
+import nvflare.private.fed.app.client.worker_process, nvflare.private.fed.app.server.runner_process
+from nvflare.fuel.utils.import_utils import optional_import
+from accord.flare.relay import {relay}
+{relay}()
+_, found = optional_import(module="nvflare.app_opt.pt.decomposers", name="TensorDecomposer")
+assert not found and "torch" not in sys.modules and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,6 +18,7 @@ class Reached:
 
     sites: tuple[str, ...] = ("colour", "shape", "yes-no", "late")
     present: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
     given_up: set[str] = field(default_factory=set)
     heard: dict[str, float] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
@@ -53,6 +54,15 @@ def test_a_state_for_each_site(engine, tmp_path):
         ("yes-no", "given up", "1970-01-01T00:00:30Z"),
         ("late", "away", ""),
     ]
+
+
+def test_a_site_that_gave_no_answer_is_absent(engine, tmp_path):
+    """As long as it is asked; one that is given up stays so."""
+    engine.present, engine.absent = {"colour", "shape"}, {"shape", "yes-no"}
+    with FederationFile(tmp_path).follow(engine):
+        await_that((tmp_path / "federation.json").exists)
+    states = {name: site.state for name, site in sites(tmp_path).items()}
+    assert states == {"colour": "present", "shape": "absent", "yes-no": "given up", "late": "away"}
 
 
 def test_bytes_of_the_stages_done_and_of_this_one(engine, tmp_path):

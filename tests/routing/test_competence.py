@@ -9,6 +9,7 @@ from pytest import approx
 from torch import tensor
 
 from accord.data.images import load_image
+from accord.data.questions import uniform
 from accord.errors import CheckpointError, DataError, DataWarning, RecipeError, RunError
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import AnswerReply, AnswerRequest
@@ -19,6 +20,7 @@ from accord.routing.competence import (
     CompetenceRouter,
     ConfidenceGraph,
     RandomExperts,
+    _Experts,
     embed,
     grade,
     load_graph,
@@ -411,3 +413,24 @@ def test_random_experts_resumed_and_in_another_order():
     assert torch.equal(route(other, [0] * 20), expected.flip(1))
     with pytest.raises(CheckpointError, match="'prompts'"):
         resumed.load_state_dict({})
+
+
+def test_only_sites_that_are_equal_at_the_margin_are_drawn(monkeypatch):
+    """The choice is that of all sites in order of competence and draw; a draw is a hash, and few of them are needed."""
+    drawn = []
+
+    def counted(*given):
+        drawn.append(given)
+        return uniform(*given)
+
+    monkeypatch.setattr("accord.routing.competence.uniform", counted)
+    generator = torch.Generator().manual_seed(0)
+    competence = torch.randint(0, 21, (40, 256), generator=generator) / 20
+    competence[::7, ::3] = torch.nan
+    sites = tuple(f"site-{k}" for k in range(256))
+    weights = _Experts(sites, 5, 3).choose(competence)
+    assert len(drawn) < 40 * 256 / 8
+    for p, row in enumerate(competence.tolist()):
+        known = [k for k, value in enumerate(row) if value == value]
+        order = sorted(known, key=lambda k: (-row[k], uniform("expert", 3, sites[k], str(p))))
+        assert sorted(order[:5]) == weights[p].nonzero().flatten().tolist()

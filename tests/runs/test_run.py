@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -620,3 +621,12 @@ def test_a_failure_inside_a_stage_is_not_hidden_by_the_full_disk(
     with run, monkeypatch.context() as patch, pytest.raises(ValueError, match="the cause"), run.doing("router"):
         patch.setattr(os, "write", full_disk)
         raise ValueError("the cause")
+
+
+def test_the_tag_of_a_run_outlives_interruptions_and_is_a_word(tmp_path: Path) -> None:
+    """Twelve letters of the folder's name at most, and digits of when it was begun."""
+    with Run.create(tmp_path / "a run of mine, long", RECIPE, seed=1) as run:
+        tag = run.tag
+    assert re.fullmatch(r"a-run-of-min-[0-9a-f]{8}", tag)
+    with Run.resume(tmp_path / "a run of mine, long", RECIPE) as run:
+        assert run.tag == tag

@@ -23,6 +23,7 @@ as where all refuse, it fails with a `QuorumError`.
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import math
 import time
@@ -190,6 +191,7 @@ class FederatedReward:
         self.canaries = canaries
         self._asked = 0
         self._started: _Started | None = None
+        self._tabled: tuple[ScoreQuery | None, int, Tensor] = None, 0, torch.empty(0)
 
     def start(
         self,
@@ -241,8 +243,8 @@ class FederatedReward:
         if self.canaries is not None:
             sure = self.canaries.trust.confidence([group.kind for group in groups]).tolist()
             fused = [rewards * share for rewards, share in zip(fused, sure, strict=True)]
-        for k, site in enumerate(self.engine.sites):
-            log_metric(f"routed/{site}", routed[:, k].mean().item())
+        for site, share in zip(self.engine.sites, routed.mean(dim=0).tolist(), strict=True):
+            log_metric(f"routed/{site}", share)
         rewards: list[float | None] = []
         for group, of_group in zip(groups, fused, strict=True):
             texts = [group.candidates[row] for row in group.rows]
@@ -312,23 +314,24 @@ class FederatedReward:
         truth = self.per_group is not None and self.per_group.truth
         places: dict[str, list[list[int]]] = defaultdict(list)
         self._asked += 1
-        for k, site in enumerate(self.engine.sites):
+        names = [None if group.data is None else image_name(group.data) for group in groups]
+        turns = [to_turns(group.prompt) for group in groups]
+        of_row = [(g, text) for g, group in enumerate(groups) for text in group.candidates]
+        # Only what is asked is looked at, once: a read of every site's weight for every completion grows with both.
+        asked: dict[int, list[int]] = defaultdict(list)
+        for k, row in (weights > 0).T.nonzero().tolist():
+            asked[k].append(row)
+        sites = self.engine.sites
+        for k, of_site in asked.items():
             images: dict[str, bytes] = {}
             items: list[ScoreItem] = []
-            start = 0
-            for group in groups:
-                rows = [start + i for i in range(len(group.candidates)) if weights[start + i, k] > 0]
-                start += len(group.candidates)
-                if rows:
-                    name = None
-                    if group.data is not None:
-                        name = image_name(group.data)
-                        images[name] = group.data
-                    first = start - len(group.candidates)
-                    items.append(ScoreItem(name, to_turns(group.prompt), [group.candidates[r - first] for r in rows]))
-                    places[site].append(rows)
-            if items:
-                requests[site] = ScoreRequest(f"score-{self._asked}-{site}", images, items, judge, truth)
+            for g, own in itertools.groupby(of_site, lambda row: of_row[row][0]):
+                rows, name, data = list(own), names[g], groups[g].data
+                if name is not None and data is not None:
+                    images[name] = data
+                items.append(ScoreItem(name, turns[g], [of_row[row][1] for row in rows]))
+                places[sites[k]].append(rows)
+            requests[sites[k]] = ScoreRequest(f"score-{self._asked}-{sites[k]}", images, items, judge, truth)
         return ScoreQuery(groups, weights, requests, places)
 
     def _with_canaries(self, query: ScoreQuery) -> ScoreQuery:
@@ -348,8 +351,9 @@ class FederatedReward:
         if self.canaries is None:
             return weights
         trust = self.canaries.trust.weights([group.kind for group in groups]).to(weights.dtype)
-        for k, site in enumerate(self.engine.sites):
-            log_metric(f"trust/{site}", (trust[:, k] / trust.sum(dim=1).clamp(min=1e-9)).mean().item())
+        shares = (trust / trust.sum(dim=1, keepdim=True).clamp(min=1e-9)).mean(dim=0)
+        for site, share in zip(self.engine.sites, shares.tolist(), strict=True):
+            log_metric(f"trust/{site}", share)
         return weights * trust.repeat_interleave(torch.tensor([len(group.candidates) for group in groups]), dim=0)
 
     def _cut_off(self, count: int, completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
@@ -405,13 +409,23 @@ class FederatedReward:
         return self._table(query, given)
 
     def _table(self, query: ScoreQuery, given: Mapping[str, Scores]) -> Tensor:
-        """Put the sites' scores in their places `[M, K]`, NaN where there is none."""
+        """Put the sites' scores in their places `[M, K]`, NaN where there is none.
+
+        The quorum and the fusion look at the same table, which is made once: `given` only grows.
+        """
+        known, count, scores = self._tabled
+        if known is query and count == len(given):
+            return scores
         scores = torch.full(query.weights.shape, torch.nan)
+        place = {site: k for k, site in enumerate(self.engine.sites)}
         for site, of_site in given.items():
-            k = list(self.engine.sites).index(site)
-            for rows, values in zip(query.places[site], of_site, strict=True):
-                if values is not None and rows:
-                    scores[rows, k] = torch.tensor(values, dtype=scores.dtype)
+            rows, values = list[int](), list[float]()
+            for own, said in zip(query.places[site], of_site, strict=True):
+                if said is not None and own:
+                    rows += own
+                    values += said
+            scores[rows, place[site]] = torch.tensor(values, dtype=scores.dtype)
+        self._tabled = query, len(given), scores
         return scores
 
     def _whom(self, query: ScoreQuery, given: Mapping[str, Scores], may_return: Collection[str]) -> Collection[str]:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -97,6 +97,13 @@ class _Prompts:
         """Return the image tensors of `rows` on the device, a prompt as often as it is named."""
         joined = join_images([self.encoded[p].images for p in rows])
         return {name: tensor.to(self.device) for name, tensor in joined.items()}
+
+
+class _Read(NamedTuple):
+    """What is read of a completion: its tokens, and its text where the encoder would read that alike."""
+
+    ids: tuple[int, ...]
+    word: str | None
 
 
 class SharedPrefixTrainer(GRPOTrainer):
@@ -395,13 +402,17 @@ class SharedPrefixTrainer(GRPOTrainer):
             prefixes = [prompts.ids[p] for p in chunk]
             types = None if prompts.token_types is None else [prompts.token_types[p] for p in chunk]
             images = prompts.take(chunk)
+            read = self._read(chunk, parts) if keep else None
             known = prefix_positions(plain, prefixes, types, images)
             packed = pack(
                 plain,
                 [prefix[:-1] for prefix in prefixes],
                 [
-                    [[prefix[-1], *(text if keep else text[:-1])] for text in those]
-                    for those, prefix in zip(parts, prefixes, strict=True)
+                    [
+                        [prefix[-1], *ids]
+                        for ids in ((each.ids for each in read[n]) if read else (t[:-1] for t in those))
+                    ]
+                    for n, (those, prefix) in enumerate(zip(parts, prefixes, strict=True))
                 ],
                 None if known is None else [each[..., :-1] for each in known],
                 pad=self._tokenizer.pad_token_id,
@@ -413,8 +424,8 @@ class SharedPrefixTrainer(GRPOTrainer):
                     said[p][text] = size + row * labels.shape[1] + start
             with self.accelerator.autocast(), _hidden_states(plain) as seen:
                 out = model(**packed.model_inputs(), **images, shift_labels=labels.to(plain.device), fused_lm_head=True)
-            if keep:
-                states |= self._states(chunk, packed, parts, seen[-1])
+            if read:
+                states |= self._states(chunk, packed, read, seen[-1])
             logps.append(out.log_probs.flatten())
             entropies.append(out.entropy.flatten() if entropy else out.log_probs.new_zeros(0))
             size += labels.numel()
@@ -447,27 +458,34 @@ class SharedPrefixTrainer(GRPOTrainer):
             )
         return self._alike
 
-    def _states(
-        self, chunk: Sequence[int], packed: Packed, texts: Sequence[Sequence[tuple[int, ...]]], hidden: Tensor
-    ) -> dict[StateKey, Tensor]:
-        """Return the states of each prompt with each completion that its text alone would be tokenised to again."""
+    def _read(self, chunk: Sequence[int], texts: Sequence[Sequence[tuple[int, ...]]]) -> list[list[_Read]]:
+        """Return what the reference reads of each completion: what the encoder would of its text, if it begins so.
+
+        The text of a completion that was cut off is read with an end, which no token before it sees.
+        """
         processor = cast(Processor, self.processing_class)
         words = self._tokenizer.batch_decode([ids for those in texts for ids in those], skip_special_tokens=True)
         end = completion_text(processor, _turns(self._bare[self._first[chunk[0]]]["prompt"]), "")
-        again = iter(
-            zip(
-                words,
-                self._tokenizer([word + end for word in words], add_special_tokens=False)["input_ids"],
-                strict=True,
-            )
-        )
+        again = self._tokenizer([word + end for word in words], add_special_tokens=False)["input_ids"]
+        said = iter(zip(words, again, strict=True))
+
+        def read(ids: tuple[int, ...]) -> _Read:
+            word, tokens = next(said)
+            alike = tuple(tokens[: len(ids)]) == ids
+            return _Read(tuple(tokens) if alike else ids, word if alike else None)
+
+        return [[read(ids) for ids in those] for those in texts]
+
+    def _states(
+        self, chunk: Sequence[int], packed: Packed, read: Sequence[Sequence[_Read]], hidden: Tensor
+    ) -> dict[StateKey, Tensor]:
+        """Return the states of each prompt with each completion that the encoder would read alike."""
         states: dict[StateKey, Tensor] = {}
         for row, p in enumerate(chunk):
             first = self._bare[self._first[p]]
             prefix = hidden[row, : len(self._prompts[self._mode].ids[p]) - 1]
-            for start, ids in zip(packed.starts[row], texts[row], strict=True):
-                word, tokens = next(again)
-                if tuple(tokens) == ids and len(images := _images(first)) <= 1:
+            for start, (ids, word) in zip(packed.starts[row], read[row], strict=True):
+                if word is not None and len(images := _images(first)) <= 1:
                     key = state_key(_turns(first["prompt"]), images[0] if images else None, word)
                     states[key] = torch.cat([prefix, hidden[row, start : start + 1 + len(ids)]])
         return states

@@ -32,7 +32,7 @@ all sites one vote: their definitions know no n_k. FedProx and SCAFFOLD change a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -157,12 +157,14 @@ def moved(previous: Weights, change: Weights, eta: float = 1.0) -> dict[str, Ten
     return {name: (w.double() + eta * change[name].double()).to(w.dtype) for name, w in previous.items()}
 
 
-def mean(changes: Sequence[Weights], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return `Σ_k p_k Δ_k`, tensor by tensor, in float64."""
-    return {
-        name: torch.stack([c[name].double() * p for c, p in zip(changes, weights, strict=True)]).sum(0)
-        for name in changes[0]
-    }
+def mean(changes: Iterable[Weights], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Return `Σ_k p_k Δ_k`, tensor by tensor, in float64; of the changes one at a time is looked at."""
+    summed: dict[str, Tensor] = {}
+    for change, p in zip(changes, weights, strict=True):
+        for name, d in change.items():
+            part = d.double().mul(p)
+            summed[name] = summed[name].add_(part) if name in summed else part
+    return summed
 
 
 def shares(examples: Sequence[int]) -> list[float]:
@@ -327,7 +329,7 @@ class Adaptive:
     def __call__(self, previous: Weights, updates: Sequence[Update], weights: Sequence[float], /) -> dict[str, Tensor]:
         """Return w^{t+1}."""
         if self.rule == "fedamsgrad":
-            changes = [{name: d.double() / update.steps for name, d in update.change.items()} for update in updates]
+            changes = ({name: d.double() / update.steps for name, d in update.change.items()} for update in updates)
             change = mean(changes, weights)
         else:
             change = mean([update.change for update in updates], weights)
@@ -357,7 +359,7 @@ class Dare:
 
     def __call__(self, previous: Weights, updates: Sequence[Update], weights: Sequence[float], /) -> dict[str, Tensor]:
         """Return w^{t+1}."""
-        changes = [{name: self._thin(d) for name, d in update.change.items()} for update in updates]
+        changes = ({name: self._thin(d) for name, d in update.change.items()} for update in updates)
         return moved(previous, mean(changes, weights), self.eta)
 
     def _thin(self, change: Tensor) -> Tensor:

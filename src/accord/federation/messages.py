@@ -11,7 +11,8 @@ No type here can hold a preference pair, an annotation or a model of a site.
                                                          Fed-CMP one distance: the router's; those of policies
                                                          and reward models only for the baselines that share
                                                          parameters, which MoR never does
-    CardRequest    –                       Card          what the site says of itself: counts, its model's ranking
+    CardRequest    –                       Card          what the site says of itself: counts, its model's ranking,
+                                                         digests of what it must agree on with the server
     any                                    Refusal       that there is no answer, and of what kind the reason is: the
                                                          text of an error never leaves the site
 
@@ -161,6 +162,21 @@ class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     id: str
 
 
+MESSAGES = 2
+"""The version of these messages; it rises when servers or sites of the version before could not work with it."""
+
+
+class Agreement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a site or the server works by, and must be the same at all of them (`accord.federation.agreement`)."""
+
+    messages: int
+    accord: str
+    sites: str
+    router: str
+    scores: str
+    policy: str
+
+
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="card_reply"):
     """What a site says of itself: sizes and quality, nothing of its content."""
 
@@ -172,6 +188,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_default
     constructed: bool
     ranking: dict[str, float]
     privacy: Certificate | None = None  # the guarantee that its reward model carries, if any
+    agreement: Agreement | None = None  # None from an Accord that knew of none
 
 
 class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refusal"):
@@ -359,7 +376,8 @@ def check_card(request: CardRequest, reply: Reply) -> Card:
     for share in reply.ranking.values():
         if not 0 <= share <= 1:
             raise ReplyError(f"a ranking of {share}, which must be from 0 to 1")
-    for text in (reply.architecture, *reply.ranking):
+    agreed = () if reply.agreement is None else map(str, msgspec.structs.astuple(reply.agreement))
+    for text in (reply.architecture, *reply.ranking, *agreed):
         if len(text) > MAX_NAME or not text.isprintable():
             raise ReplyError(f"a name {text[:40]!a}, which must be printable and of {MAX_NAME} characters at most")
     if reply.privacy is not None:

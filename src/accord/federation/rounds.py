@@ -5,7 +5,8 @@
 
 This one loop trains whatever is shared: MoR's router, adapters of the policy, selectors, a shared reward model. The sum
 runs over the sites that answered. With `bits = 16` weights and updates travel as float16: the server keeps w^t in full,
-and sites start from what they read.
+and sites start from what they read. Updates wait in the bits in which they came, and a mean takes one after the other,
+so that one at a time is there in float64. (`bound` needs all lengths first: none can be added up as it arrives.)
 
 Weights that are not finite, or under which the model's outputs on a probe are not, never become w^{t+1}: the round is
 taken back and done without the update that makes them so. Where more than half of the sites that are there fail or send
@@ -27,6 +28,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ from accord.federation.asking import ask_checked
 from accord.federation.audit import Audit
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest, check_kind
-from accord.federation.weights import read_weights, to_bytes
+from accord.federation.weights import read_update, to_bytes
 
 Probe: TypeAlias = Callable[[Mapping[str, Tensor]], bool]
 """Whether the model's outputs on a few inputs are finite under these weights (`accord.federation.weights.probe_of`)."""
@@ -96,8 +98,8 @@ def federated_rounds(
         probe: tells weights that break the model, in the place of a check that they are finite alone.
         audit: names the site whose updates spoil the model, and leaves it out where it is told to.
         on_round: told the round (from 1) and the mean loss of the sites whose updates were combined.
-        on_replies: told the round and what each of these sites replied, by site in the order of `updates`, once the
-            server has combined it.
+        on_replies: told the round and what each of these sites replied, without its `change`, by site in the order of
+            `updates`, once the server has combined it.
 
     Raises:
         RunError: no site answered in a round; or more than half of those that were there failed, sent nothing usable,
@@ -124,7 +126,8 @@ def federated_rounds(
             update, change = check_update(request, reply, expected)
             if server:
                 server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
-            return update, Update(change, update.steps, update.distance)
+            # Its bytes go: what they hold is in `change`.
+            return msgspec.structs.replace(update, change=b""), Update(change, update.steps, update.distance)
 
         consequence = f"round {t + 1} of the {task} goes on without it"
         failed: set[str] = set()
@@ -240,7 +243,7 @@ def refuse_most(failed: Collection[str], there: int, where: str, longest: str) -
 
 def check_update(
     request: UpdateRequest, reply: Reply, expected: Mapping[str, Tensor]
-) -> tuple[UpdateReply, dict[str, Tensor]]:
+) -> tuple[UpdateReply, Mapping[str, Tensor]]:
     """Validate a site's update before use; return it and Δ_k.
 
     Raises:
@@ -253,4 +256,4 @@ def check_update(
         raise ReplyError(f"{reply.examples} examples and {reply.steps} steps with a loss of {reply.loss}")
     if reply.distance is not None and not 0 <= reply.distance < math.inf:  # NaN is in no range
         raise ReplyError(f"a distance of {reply.distance}, which must be finite and at least 0")
-    return reply, read_weights(reply.change, expected, bits=request.bits, what=f"an update of the {request.task}")
+    return reply, read_update(reply.change, expected, bits=request.bits, what=f"an update of the {request.task}")

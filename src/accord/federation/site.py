@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import msgspec
@@ -27,6 +28,7 @@ from accord.errors import ReplyError
 from accord.federation.answering import Answerer, key_of, matches
 from accord.federation.batches import Opening, in_batches
 from accord.federation.messages import (
+    Agreement,
     AnswerItem,
     AnswerReply,
     Card,
@@ -92,6 +94,7 @@ class Site:
             `accord.federation.answering.question_key`.
         opening: how the images of requests are opened.
         lie: changes its scores before they leave; None for an honest site.
+        agreement: makes what it works by, for its card; it is asked for once.
 
     Attributes:
         declined: which questions of a request are refused before anything is computed, by place, and why; none, unless
@@ -110,6 +113,7 @@ class Site:
         truth: Mapping[str, tuple[str, ...]] | None = None,
         opening: Opening | None = None,
         lie: Lie | None = None,
+        agreement: Callable[[], Agreement] | None = None,
     ) -> None:
         self.name = name
         self.reward_model = reward_model
@@ -121,6 +125,7 @@ class Site:
         self.opening = opening or Opening()
         self.declined: Callable[[WithImages], Mapping[int, Declined]] = lambda _: {}
         self.lie = lie
+        self._agreement = agreement
 
     def answer(self, request: Request) -> Reply:
         """Answer one request.
@@ -217,6 +222,11 @@ class Site:
             raise ReplyError(f"site {self.name} answers no questions with its own model")
         return self.answerer(items, images)
 
+    @cached_property
+    def agreement(self) -> Agreement | None:
+        """What this site works by; None where nobody compares."""
+        return None if self._agreement is None else self._agreement()
+
     def card(self, request: CardRequest) -> Card:
         """Describe this site for the report."""
         return Card(
@@ -228,4 +238,5 @@ class Site:
             constructed=self.record.constructed,
             ranking=dict(self.record.ranking),
             privacy=self.record.privacy,
+            agreement=self.agreement,
         )

@@ -5,7 +5,7 @@ Only what is trained travels, an adapter's parameters alone under LoRA, by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from safetensors.torch import load, save
@@ -90,6 +90,35 @@ def read_weights(
     Raises:
         CheckpointError: names, shapes or types do not match, or a value is not finite.
     """
+    return dict(read_update(data, expected, bits=bits, what=what))
+
+
+class Travelled(Mapping[str, Tensor]):
+    """Weights in the few bits in which they came: a tensor is in its own type only while somebody looks at it.
+
+    A server holds the updates of all sites of a round at once, in float16 half of what they are in float32.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> None:
+        self.tensors, self.types = tensors, types
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor in its own type."""
+        return self.tensors[name].to(self.types[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.tensors)
+
+
+def read_update(
+    data: bytes, expected: Mapping[str, Tensor], *, bits: int = 32, what: str = "weights"
+) -> Mapping[str, Tensor]:
+    """Do as `read_weights`, and keep the weights as they travelled."""
     try:
         weights = load(data)
     except Exception as error:  # safetensors raises its own untyped errors on malformed bytes
@@ -104,4 +133,4 @@ def read_weights(
             raise CheckpointError(f"{what}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want}")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{what}: {name} holds a value that is not finite")
-    return {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
+    return Travelled(weights, {name: tensor.dtype for name, tensor in expected.items()})

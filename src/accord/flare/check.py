@@ -114,6 +114,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
     yield from check_policies(kit)
     if server:
         yield check_server(kit)
+    yield from check_admission(kit)
     try:
         recipe = read_site_folder(folder, kit.name)
     except AccordError as error:
@@ -184,6 +185,15 @@ def check_policies(kit: Kit) -> Iterator[Finding]:
     ]
     text = "; ".join(granted) or "no participant may bring code, read files, or ask for a site's errors"
     yield Finding("FLARE: rights", text, f"{again}: {local / 'authorization.json'} was changed" if granted else "")
+
+
+def check_admission(kit: Kit) -> Iterator[Finding]:
+    """Tell of a revocation: the handshake with the server is as before, only FLARE's client was refused, last time."""
+    from accord.flare.client import REVOKED, revoked
+
+    if revoked(log := kit.path / "flare.log"):
+        text, _, remedy = REVOKED.partition("; ")
+        yield Finding("admission", f"{text}, says {log}", f"{remedy}; then start `accord site join` again")
 
 
 def check_server(kit: Kit) -> Finding:
@@ -336,6 +346,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         Crossing("leaves", "number of pairs the router saw, steps, mean loss", "three numbers a round"),
         *projector,
         Crossing("leaves", "counts", f"{card.questions} questions, {card.pairs} pairs, model's class and size"),
+        Crossing("leaves", "what must agree with the server", "Accord's version, digests of recipe and policy"),
         Crossing("leaves", "ranking by question type, with the types' names", ", ".join(card.ranking) or "none"),
         Crossing("leaves", "which of the server's images the site has not", "names, SHA-256"),
         Crossing("leaves", "one word where a request cannot be answered", "error, invalid, refused or gone"),

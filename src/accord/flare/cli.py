@@ -2,10 +2,12 @@
 
 accord provision CONSORTIUM --out KITS     make the participants' start-up kits
 accord server start KIT                    run the server, until Ctrl-C
+accord server revoke KIT SITE              shut a site out
 """
 
 from __future__ import annotations
 
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,13 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from accord.errors import RunError
-from accord.terminal import say
+from accord.terminal import say, warn
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
 
 START_SECONDS: Final = 120.0
 """How long FLARE may take until it listens."""
+
+TIDY_SECONDS: Final = 60.0
+"""Between two looks at what FLARE's server leaves behind."""
 
 server_app = typer.Typer(no_args_is_help=True, help="A consortium's server.")
 
@@ -33,24 +38,35 @@ def provision_command(
     authority: Annotated[
         Path | None, typer.Option("--authority", help="of an earlier call: make kits for sites added since")
     ] = None,
+    renew: Annotated[
+        list[str] | None,
+        typer.Option("--renew", help="with --authority: a new kit of this participant, too; all for everyone"),
+    ] = None,
 ) -> None:
     """Make the start-up kits of a consortium: one folder for each participant."""
-    from accord.flare.provision import load_consortium, provision
+    from accord.flare.provision import earlier_authorities, load_consortium, provision
 
     settings = load_consortium(consortium)
     organisations = {site.name: site.org for site in settings.sites}
-    for kit in provision(settings, out, authority=authority):
+    earlier = () if authority else earlier_authorities(settings.name, (consortium.parent, out.parent))
+    for kit in provision(settings, out, authority=authority, renew=renew or ()):
         to = organisations.get(kit.name, settings.server.org)
         use = {"server": "accord server start", "operator": "accord run"}.get(kit.name, "accord site join")
         say(f"{kit}\tfor {to}: {use}")
     if authority is None:
         say(f"{out / 'authority'}\tstays with you alone: its key admits whomever it signs")
+    for folder in earlier:
+        line = shlex.join(["accord", "provision", str(consortium.resolve()), "--out", "NEW", "--authority", folder])
+        warn(
+            f"{folder} admits a consortium of this name already, and these kits are of another: neither lets the "
+            f"other's participants in; to add or renew: {line}"
+        )
 
 
 @server_app.command("start")
 def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")]) -> None:
     """Run the server of a consortium in the foreground, until Ctrl-C."""
-    from accord.flare.client import end
+    from accord.flare.client import end, put_aside, remove_job_folders
     from accord.flare.kit import check_certificate, kit_of
 
     server = kit_of(kit)
@@ -58,6 +74,7 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
         raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
     until = check_certificate(server)
     _refuse_taken_port(server)
+    put_aside(server.path / "audit.log")
     process = _start(server)
     stopped = []
 
@@ -74,8 +91,13 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
             say(f"certificate valid until {until:%Y-%m-%d}; logs in {server.path}: log.txt, log.json, console.log")
             if server.listen.startswith("127.") and server.host not in ("localhost", server.listen):
                 say(f'only this machine reaches it: for {server.host}, provision with listen = "0.0.0.0"')
+        tidied = 0.0
         while process.poll() is None and not stopped:
             time.sleep(0.2)
+            if time.monotonic() - tidied > TIDY_SECONDS:
+                tidied = time.monotonic()
+                put_aside(server.path / "console.log")
+                remove_job_folders(server.path)
     finally:
         end(process.pid)
         status = process.wait()
@@ -84,6 +106,45 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
     if not stopped:
         raise RunError(f"FLARE's server ended with status {status}; see {server.path / 'console.log'}")
     say("stopped")
+
+
+@server_app.command("revoke")
+def server_revoke(
+    kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")],
+    site: Annotated[str, typer.Argument(help="the site's name")],
+    operator: Annotated[
+        Path | None, typer.Option("--operator", help="the operator's kit; by default beside the server's")
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="let the site in again")] = False,
+) -> None:
+    """Shut a site out by its name, whether the server runs or not; its kit is of no use from then on."""
+    from accord.flare.kit import kit_of
+    from accord.flare.launch import Production, mark_revoked
+
+    server = kit_of(kit)
+    if server.role != "server":
+        raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
+    if _listens(server):
+        production = Production(operator or kit.resolve().parent / "operator")
+        try:
+            (production.admit if undo else production.revoke)(site)
+        except ConnectionError as error:
+            raise RunError(f"FLARE's server did not do it ({error}); see {server.path / 'console.log'}") from error
+        finally:
+            production.close()
+    else:
+        mark_revoked(server, site, undo=undo)
+    say(f"{site} is admitted again" if undo else f"{site} is revoked: {server.consortium} lets it in no more")
+
+
+def _listens(kit: Kit) -> bool:
+    """Tell whether something listens where the server does."""
+    host = "127.0.0.1" if kit.listen == "0.0.0.0" else kit.listen
+    try:
+        socket.create_connection((host, kit.port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _refuse_taken_port(kit: Kit) -> None:
@@ -121,13 +182,10 @@ def _await_listener(kit: Kit, process: subprocess.Popen[bytes]) -> None:
     Raises:
         RunError: it does neither in time.
     """
-    host = "127.0.0.1" if kit.listen == "0.0.0.0" else kit.listen
     end = time.monotonic() + START_SECONDS
     while process.poll() is None:
-        try:
-            socket.create_connection((host, kit.port), timeout=1).close()
+        if _listens(kit):
             return
-        except OSError:
-            time.sleep(0.2)
+        time.sleep(0.2)
         if time.monotonic() > end:
             raise RunError(f"FLARE does not listen after {START_SECONDS:g} s; see {kit.path / 'console.log'}")

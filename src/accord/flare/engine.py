@@ -217,6 +217,7 @@ class FlareEngine:
         self._segment: Segment | None = None
         self._connected: dict[str, float] = {}
         self._missed: dict[str, float] = {}  # by site that was given up, when it had last been heard of then
+        self._absent: set[str] = set()
         self._hoped: set[str] = set()  # sites for which the present segment began, and that have not answered yet
         self._pause, self._next_renewal = RETRY[0], 0.0
         self._closed = threading.Event()
@@ -237,6 +238,11 @@ class FlareEngine:
     def heard(self) -> dict[str, float]:
         """The sites that FLARE's server knows to be there, and when each was last heard of."""
         return dict(self._connected)
+
+    @property
+    def absent(self) -> set[str]:
+        """The sites that gave no answer when they were last asked."""
+        return set(self._absent)
 
     @property
     def given_up(self) -> set[str]:
@@ -265,7 +271,10 @@ class FlareEngine:
                 site: pool.submit(self._exchange, segment, site, request, seconds) for site, request in requests.items()
             }
             try:
-                return {site: future.result() for site, future in asked.items()}
+                replies = {site: future.result() for site, future in asked.items()}
+                silent = {site for site, reply in replies.items() if isinstance(reply, Absence)}
+                self._absent = (self._absent - replies.keys()) | silent
+                return replies
             except BaseException:  # Ctrl-C, above all: let nobody wait for the rest
                 segment.close()
                 raise

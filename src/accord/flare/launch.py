@@ -12,10 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
+import msgspec
+
 from accord.errors import RunError
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
-from accord.flare.kit import kit_of, require_flare
+from accord.flare.kit import PRIVATE, Kit, kit_of, require_flare
+from accord.runs import write_atomic
 
 HEARTBEAT: Final = 45.0
 """Seconds since a site's last word to FLARE's server after which it counts as gone."""
@@ -65,14 +68,24 @@ class Production:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="accord-session")
 
     def submit(self, job: Path) -> None:
-        """Submit the job."""
+        """Submit the job, and let FLARE's server forget those that are over: a run of weeks has hundreds."""
         self._call(lambda session: session.submit_job(str(job)))  # type: ignore[attr-defined]
+        with contextlib.suppress(ConnectionError):  # the next one will
+            self._call(_forget_finished)
 
     def connected(self) -> dict[str, float]:
         """Return the sites that FLARE's server has lately heard of, and when."""
         info = self._call(lambda session: session.get_system_info())  # type: ignore[attr-defined]
         heard = {str(client.name): float(client.last_connect_time) for client in info.client_info}
         return {site: last for site, last in heard.items() if time.time() - last < HEARTBEAT}
+
+    def revoke(self, site: str) -> None:
+        """Shut a site out: its connection ends, and FLARE's server refuses it from now on, restarts included."""
+        self._call(lambda session: session.disable_client(site))  # type: ignore[attr-defined]
+
+    def admit(self, site: str) -> None:
+        """Let a site in that was shut out."""
+        self._call(lambda session: session.enable_client(site))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Log out."""
@@ -109,3 +122,28 @@ class Production:
         if session is not None:
             with contextlib.suppress(Exception):
                 session.close()  # type: ignore[attr-defined]
+
+
+def _forget_finished(session: object) -> None:
+    for job in session.list_jobs():  # type: ignore[attr-defined]
+        if str(job.get("status", "")).startswith("FINISHED"):
+            session.delete_job(job["job_id"])  # type: ignore[attr-defined]
+
+
+def mark_revoked(server: Kit, site: str, *, undo: bool = False) -> None:
+    """Write into a server's kit that a site is shut out, or is no longer; FLARE's server reads it when it starts.
+
+    Raises:
+        RunError: what is there cannot be read.
+    """
+    file = server.path / "disabled_clients.json"
+    try:
+        known = msgspec.json.decode(file.read_bytes(), type=_Disabled).disabled_clients if file.exists() else []
+    except msgspec.MsgspecError as error:
+        raise RunError(f"{file} cannot be read ({error}); FLARE would let everybody in: correct it") from error
+    names = {*known} - {site} if undo else {*known, site}
+    write_atomic(file, json.dumps({"disabled_clients": sorted(names)}), mode=PRIVATE)
+
+
+class _Disabled(msgspec.Struct):
+    disabled_clients: list[str]

@@ -4,9 +4,10 @@
      "candidates": 64, "bytes_in": 41873, "bytes_out": 655, "seconds": 0.81, "outcome": "answered", "queries": 64,
      "refused": 0, "by_image": {}}
 
-`ledger.jsonl` holds counts: no text of a prompt or an answer, no file's name; the server chooses the ids, of which
-letters and digits are kept. `site.log` takes what Accord logs, as lines of JSON; an error's traceback in it may name a
-file of the site, and so it is its owner's alone to read. Neither lets text from outside write a line of its own.
+A ledger of 16 MiB is put aside as `ledger-<the second of that>.jsonl`, and a new one begun; a site's budget is that of
+all together. A ledger holds counts: no text of a prompt or an answer, no file's name; the server chooses the ids, of
+which letters and digits are kept. `site.log` takes what Accord logs, as lines of JSON; an error's traceback in it may
+name a file of the site, and so it is its owner's alone to read. Neither lets text from outside write a line of its own.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import json
 import logging
 import logging.handlers
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -33,6 +35,14 @@ from accord.runs import append_line, read_lines, write_atomic
 
 LOG_BYTES: Final = 16 * 2**20
 """Of `site.log` before it is put aside; three older ones are kept."""
+
+LEDGER_BYTES: Final = 16 * 2**20
+"""Of `ledger.jsonl` before it is put aside: some fifty thousand requests."""
+
+RUN: Final = re.compile(r"agreement-(.*)\.[0-9a-f]{16}")
+"""The id of the request with which a run begins to ask a site, and its name there."""
+
+By: TypeAlias = Literal["day", "run"]
 
 Outcome: TypeAlias = Literal["answered", "missing images", "refused", "invalid", "error", "gone", "dropped"]
 """What became of a request. `gone`: the asker had left; `dropped`: what came never was a whole request."""
@@ -58,25 +68,79 @@ class Entry:
     # budget asks for it
 
 
-def note(folder: Path, entry: Entry) -> None:
-    """Append a line to the folder's ledger.
+def note(folder: Path, entry: Entry, *, most: int = LEDGER_BYTES) -> None:
+    """Append a line to the folder's ledger; one of `most` bytes is put aside before.
 
     Raises:
         RunError: it cannot be written.
     """
-    append_line(folder / "ledger.jsonl", asdict(entry))
+    ledger = folder / "ledger.jsonl"
+    try:
+        if ledger.is_file() and ledger.stat().st_size >= most:
+            aside = folder / f"ledger-{entry.time.replace(':', '').replace('-', '')}.jsonl"
+            if not aside.exists():  # two in one second: the line goes where there is room next time
+                ledger.rename(aside)
+    except OSError as error:
+        raise RunError(f"{ledger} cannot be put aside ({error.strerror}); let its owner write there") from error
+    append_line(ledger, asdict(entry))
+
+
+def ledgers(folder: Path) -> list[Path]:
+    """Return the files of the folder's ledger, the oldest first."""
+    return [*sorted(folder.glob("ledger-*.jsonl")), folder / "ledger.jsonl"]
 
 
 def read_ledger(folder: Path) -> list[Entry]:
-    """Return the lines of the folder's ledger.
+    """Return the lines of the folder's ledger, of the parts that were put aside, too.
 
     Raises:
         RunError: one is not the ledger's.
     """
-    try:
-        return msgspec.convert(read_lines(folder / "ledger.jsonl"), list[Entry])
-    except msgspec.ValidationError as error:
-        raise RunError(f"{folder / 'ledger.jsonl'}: a line is not the ledger's ({error}); remove it") from error
+    entries: list[Entry] = []
+    for file in ledgers(folder):
+        try:
+            entries += msgspec.convert(read_lines(file), list[Entry])
+        except msgspec.ValidationError as error:
+            raise RunError(f"{file}: a line is not the ledger's ({error}); remove it") from error
+    return entries
+
+
+@dataclass
+class Sum:
+    """What the requests of a day, or of a run, add up to."""
+
+    requests: int = 0
+    answered: int = 0
+    images: int = 0
+    questions: int = 0
+    refused: int = 0
+    queries: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    seconds: float = 0.0
+
+    def add(self, entry: Entry) -> None:
+        """Count one more line."""
+        self.requests += 1
+        self.answered += entry.outcome == "answered"
+        for name in ("images", "questions", "refused", "queries", "bytes_in", "bytes_out"):
+            setattr(self, name, getattr(self, name) + getattr(entry, name))
+        self.seconds = round(self.seconds + entry.seconds, 3)
+
+
+def sums(entries: Iterable[Entry], by: By) -> dict[str, Sum]:
+    """Return what was asked on each day by UTC, or in each run, in order.
+
+    A run says its name when it begins to ask a site, and again when the site has come back; what came before the first
+    of them is under "".
+    """
+    found: dict[str, Sum] = {}
+    run = ""
+    for entry in entries:
+        if by == "run" and entry.kind == "card" and (begun := RUN.fullmatch(entry.id)):
+            run = begun[1]
+        found.setdefault(entry.time[:10] if by == "day" else run, Sum()).add(entry)
+    return found
 
 
 def mend(folder: Path) -> None:

@@ -17,7 +17,9 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
@@ -94,13 +96,14 @@ class Consortium:
     sites: tuple[Member, ...]
     operator: str = "operator"  # the person that submits the jobs; an e-mail address, or a name that is made one
     days: int = MAX_DAYS  # that the certificates are valid
+    authority_days: int = 3650  # that the authority is: it signs later kits, and those renewed
 
     def __post_init__(self) -> None:
         """Refuse names that collide, and an empty consortium."""
         _check_word("name", self.name, r"[A-Za-z][A-Za-z0-9_-]*", "letters, digits, _ and -")
         person = r"[A-Za-z0-9._%+-]+(@[A-Za-z0-9.-]+\.[A-Za-z]{2,})?"
         _check_word("operator", self.operator, person, "a name, or an e-mail address")
-        check_least(self, days=1)
+        check_least(self, days=1, authority_days=self.days)
         if self.days > MAX_DAYS:
             raise RecipeError(f"days must be at most {MAX_DAYS}, got {self.days}; FLARE's certificates last no longer")
         if not self.sites:
@@ -129,11 +132,32 @@ def load_consortium(path: Path | str) -> Consortium:
     return build(Consortium, load_toml(path))
 
 
-def provision(consortium: Consortium, out: Path, *, authority: Path | None = None) -> list[Path]:
+def earlier_authorities(name: str, folders: Iterable[Path]) -> list[str]:
+    """Return the authorities of a consortium of that name that lie in a folder beside others, as whole paths."""
+    found: dict[str, None] = {}
+    for folder in folders:
+        for file in sorted(folder.glob("*/authority/consortium.toml")):
+            with contextlib.suppress(RecipeError):
+                if load_consortium(file).name == name:
+                    found[str(file.parent.resolve())] = None
+    return list(found)
+
+
+def provision(
+    consortium: Consortium, out: Path, *, authority: Path | None = None, renew: Sequence[str] = ()
+) -> list[Path]:
     """Make the kits of all participants in a new folder, and return the kits' folders.
 
     With the `authority` of an earlier call, only the kits of sites that it has not admitted are made, of the same
-    authority: the server takes them without a change.
+    authority: the server takes them without a change. Those named in `renew` are made anew beside them, with new keys;
+    the old certificate of each stays good until it ends.
+
+    Args:
+        consortium: who takes part.
+        out: the new folder.
+        authority: of an earlier call.
+        renew: participants, `server` and `operator` among them; `all` for every one. The days of certificates may
+            differ from the earlier call's, and with `all` the server's port and where it listens.
 
     Raises:
         RecipeError: the file does not go with that authority.
@@ -142,16 +166,23 @@ def provision(consortium: Consortium, out: Path, *, authority: Path | None = Non
     require_flare()
     if out.exists() or out.is_symlink():
         raise RunError(f"{out} exists already; pass a new folder, kits are never overwritten")
-    new = consortium if authority is None else replace(consortium, sites=_not_admitted(consortium, authority))
+    every = {"server", *(site.name for site in consortium.sites), "operator"}
+    if authority is None:
+        if renew:
+            raise RunError("a kit is renewed by the authority that admitted its owner; add --authority FOLDER")
+        wanted = every
+    else:
+        wanted = _wanted(consortium, authority, every, renew)
+    new = replace(consortium, sites=tuple(site for site in consortium.sites if site.name in wanted) or consortium.sites)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         made, kits = _flare_kits(new, Path(folder), authority), Path(folder) / "kits"
         kits.mkdir()
-        roles: dict[str, Role] = {site.name: "site" for site in new.sites}
-        sources = {site.name: site.name for site in new.sites}
-        if authority is None:
-            roles = {"server": "server", **roles, "operator": "operator"}
-            sources |= {"server": consortium.server.address, "operator": consortium.admin}
+        all_roles: dict[str, Role] = {"server": "server"}
+        all_roles |= {site.name: "site" for site in new.sites}
+        all_roles["operator"] = "operator"
+        roles = {name: role for name, role in all_roles.items() if name in wanted}
+        sources = {name: name for name in roles} | {"server": consortium.server.address, "operator": consortium.admin}
         for name, role in roles.items():
             shutil.move(made / "kits" / sources[name], kits / name)
             if role != "operator":
@@ -175,27 +206,40 @@ def _check_word(setting: str, value: str, pattern: str, allowed: str) -> None:
         raise RecipeError(f'{setting} must not be "{value}", which has a meaning of its own; change it')
 
 
-def _not_admitted(consortium: Consortium, authority: Path) -> tuple[Member, ...]:
-    """Return the sites that an authority has not signed yet."""
+def _wanted(consortium: Consortium, authority: Path, every: Collection[str], renew: Sequence[str]) -> set[str]:
+    """Return who gets a kit by an earlier authority: sites that it has not signed yet, and who is to be renewed."""
     admitted = load_consortium(authority / "consortium.toml")
-    if replace(consortium, sites=admitted.sites) != admitted:
+    if unknown := [name for name in renew if name not in every and name != "all"]:
         raise RecipeError(
-            f"only sites may be added to the consortium of {authority}; take everything else from its consortium.toml, "
-            "or make a new consortium without it"
+            f'--renew {", ".join(unknown)}: no participant of that name; there are {", ".join(sorted(every))}, or "all"'
         )
-    if missing := [site.name for site in admitted.sites if site not in consortium.sites]:
+    renewed = set(every) if "all" in renew else set(renew)
+    server = consortium.server
+    if renewed >= {*every}:  # everybody learns of it
+        server = replace(server, port=admitted.server.port, listen=admitted.server.listen)
+    same = replace(consortium, sites=admitted.sites, server=server)
+    if replace(same, days=admitted.days, authority_days=admitted.authority_days) != admitted:
+        raise RecipeError(
+            f"only sites may be added to the consortium of {authority}, days changed, and with --renew all the "
+            "server's port and listen; take everything else from its consortium.toml, or make a new consortium "
+            "without it"
+        )
+    known = {site.name: site for site in admitted.sites}
+    here = {site.name: site for site in consortium.sites}
+    if missing := [name for name, site in known.items() if here.get(name) != site and name not in renewed]:
         raise RecipeError(
             f"{', '.join(missing)}: admitted by {authority}, but changed or missing now; leave its lines as they were"
         )
-    new = tuple(site for site in consortium.sites if site not in admitted.sites)
-    if not new:
-        raise RecipeError(f"every site is admitted by {authority} already; add [[sites]]")
-    return new
+    wanted = renewed | {name for name in here if name not in known}
+    if not wanted:
+        raise RecipeError(f"every site is admitted by {authority} already; add [[sites]], or --renew NAME")
+    return wanted
 
 
 def _flare_kits(consortium: Consortium, folder: Path, authority: Path | None) -> Path:
     """Let FLARE make the kits in `kits` of the folder returned, and its authority in `state`."""
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.x509 import load_pem_x509_certificate
     from nvflare.lighter.constants import CtxKey
     from nvflare.lighter.entity import Project
     from nvflare.lighter.impl.cert import CertBuilder
@@ -203,20 +247,32 @@ def _flare_kits(consortium: Consortium, folder: Path, authority: Path | None) ->
     from nvflare.lighter.impl.workspace import WorkspaceBuilder
     from nvflare.lighter.provisioner import Provisioner
 
-    root: dict[str, object] = {}
+    root, valid = dict[str, object](), consortium.authority_days
     if authority is not None:
         root["serialized_root_cert"] = (authority / "rootCA.pem").read_bytes()
         root["root_private_key"] = load_pem_private_key((authority / "rootCA.key").read_bytes(), password=None)
+        signed = load_pem_x509_certificate((authority / "rootCA.pem").read_bytes())
+        valid = (signed.not_valid_after_utc - signed.not_valid_before_utc).days  # which FLARE wants to hear again
     project, server = Project(consortium.name, "an Accord consortium", **root), consortium.server
     ports = {"fed_learn_port": server.port, "admin_port": server.port}
     project.set_server(server.address, server.org, {**ports, "default_host": server.address})
     for site in consortium.sites:
         project.add_client(site.name, site.org, {"allow_log_streaming": False})
     project.add_admin(consortium.admin, server.org, {"role": "lead"})
+    certificates = CertBuilder(root_valid_days=valid)
+    sign = certificates._generate_cert
+    ends = datetime.now(UTC) + timedelta(days=consortium.days)
+
+    def signed_for_days(*args: object, not_valid_after: datetime | None = None, **settings: object) -> object:
+        if not settings.get("ca"):  # FLARE gives a participant its own number of days
+            not_valid_after = min(ends, not_valid_after or ends)
+        return sign(*args, not_valid_after=not_valid_after, **settings)
+
+    certificates._generate_cert = signed_for_days
     builders = [
         WorkspaceBuilder(template_file=["master_template.yml"]),
         StaticFileBuilder(config_folder="config", scheme="grpc", require_signed_jobs=True),
-        CertBuilder(root_valid_days=consortium.days),
+        certificates,
     ]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         context = Provisioner(str(folder), builders).provision(project)

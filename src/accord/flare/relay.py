@@ -4,7 +4,8 @@
     site's job:    bytes of a collab call    →  one frame to `accord site join`        →  its reply
 
 These two classes are all that a job of Accord's names, and all that a participant's `class_allow_list` lets it name.
-They import neither torch nor a model: a job process starts in the time that FLARE itself needs. A failure's text stays
+They import neither torch nor a model: a job process starts in the time that FLARE itself needs, and takes half the
+memory (`without_tensors`). A failure's text stays
 where it arose; over the wire goes a `Refusal`.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +74,16 @@ def _socket(name: str) -> Path:
     return Path(folder) / name
 
 
+def without_tensors() -> None:
+    """Let FLARE find no PyTorch in this process: it would import it to send tensors, and relays send bytes."""
+    sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
+
+
 class ServerRelay:
     """The server's half of a job: lives as long as `accord run` keeps its connection open."""
+
+    def __init__(self) -> None:
+        without_tensors()
 
     @collab.main  # type: ignore[untyped-decorator]
     def run(self) -> None:
@@ -110,6 +120,9 @@ class ServerRelay:
 
 class SiteRelay:
     """A site's half of a job: one request, one connection to the site's own service."""
+
+    def __init__(self) -> None:
+        without_tensors()
 
     @collab.publish  # type: ignore[untyped-decorator]
     def answer(self, message: bytes, seconds: float) -> bytes:

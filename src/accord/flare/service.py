@@ -438,7 +438,8 @@ def join(
         decoder = Decoder(memory=limits.image_memory, pixels=limits.image_pixels)
         site = open_site_folder(folder, found.name, opening=Opening(decoder, limits.pixels))
         service = SiteService(site, folder, path, cache=cache, limits=limits, budget=budget, on_entry=on_entry)
-        flare = FlareClient(start_command(found), start_environment(found), found.path / "flare.log", on_flare)
+        command, environment = start_command(found), start_environment(found)
+        flare = FlareClient(command, environment, found.path / "flare.log", on_flare, (found.host, found.port))
         # FLARE goes last: it carries the reply in hand.
         with decoder, _leaving(stop), flare, service:
             on_start(found)

@@ -8,10 +8,14 @@ accord site status FOLDER        what was asked so far
 from __future__ import annotations
 
 import contextlib
+import csv as comma_separated
+import io
 import shlex
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +31,15 @@ from accord.terminal import say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
-    from accord.flare.ledger import Entry, Status
+    from accord.flare.ledger import By, Entry, Status
+
+
+class Grouping(StrEnum):
+    """What `--by` may say."""
+
+    day = "day"
+    run = "run"
+
 
 KitFolder = Annotated[Path, typer.Argument(help="the site's start-up kit, a folder")]
 SiteFolder = Annotated[Path, typer.Argument(help="what `accord site train RECIPE NAME --out FOLDER` wrote")]
@@ -107,16 +119,39 @@ def site_join(
     with _view(site, folder, quiet=quiet) as view:
         join(kit, folder, name, images=images, on_start=view.start, on_entry=view.entry, on_flare=view.flare)
     if not quiet:
-        words = [*(["--images", str(images)] if images is not None else []), str(kit), str(folder)]
+        words = [*(["--images", str(images.resolve())] if images is not None else [])]
+        words += [str(kit.resolve()), str(folder.resolve())]
         again = shlex.join([Path(sys.argv[0]).name, "site", "join", *words])
         say(f"left; the same command comes back: {again}")
 
 
-def site_status(folder: SiteFolder) -> None:
+def site_status(
+    folder: SiteFolder,
+    by: Annotated[Grouping | None, typer.Option("--by", help="what was asked by day (UTC), or by run")] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="comma-separated values, by day unless --by says run")] = False,
+) -> None:
     """Show what a site was asked so far, and whether it is there."""
-    from accord.flare.ledger import status
+    from accord.flare.ledger import Sum, read_ledger, status, sums
 
-    Console(highlight=False).print(_page(status(folder)))
+    found = status(folder)
+    if by is None and not csv:
+        Console(highlight=False).print(_page(found))
+        return
+    column: By = "run" if by is Grouping.run else "day"
+    table = [(name, *asdict(total).values()) for name, total in sums(read_ledger(folder), column).items()]
+    head = (column, *(field.name for field in fields(Sum)))
+    if csv:
+        text = io.StringIO()
+        writer = comma_separated.writer(text, lineterminator="\n")
+        writer.writerows([head, *table])
+        say(text.getvalue(), end="")
+        return
+    grid = Table(box=None, padding=(0, 2, 0, 0))
+    for name in head:
+        grid.add_column(name.replace("_", " "), justify="left" if name == column else "right")
+    for name, *numbers in table:
+        grid.add_row(Text(printable(name) or "–"), *(f"{number:,}" for number in numbers))
+    Console(highlight=False).print(grid)
 
 
 def _site_kit(folder: Path, name: str | None) -> Kit:

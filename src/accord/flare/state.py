@@ -38,9 +38,10 @@ SECONDS: Final = 2.0
 SAID: Final = 5
 """Lines that are kept of what a person should know."""
 
-Presence: TypeAlias = Literal["present", "waiting", "given up", "away"]
-"""`present`: it is asked; `waiting`: it is there, and the next segment takes it in; `given up`: it missed its deadlines
-and was not heard of since; `away`: FLARE's server does not hear of it."""
+Presence: TypeAlias = Literal["present", "absent", "waiting", "given up", "away"]
+"""`present`: it is asked; `absent`: it is asked, and gave no answer to the last question; `waiting`: it is there, and
+the next segment takes it in; `given up`: it missed its deadlines and was not heard of since; `away`: FLARE's server
+does not hear of it."""
 
 
 class SiteState(msgspec.Struct, frozen=True):
@@ -75,6 +76,11 @@ class Reachable(Protocol):
     @property
     def present(self) -> Collection[str]:
         """Those that are asked."""
+        ...
+
+    @property
+    def absent(self) -> Collection[str]:
+        """Those that gave no usable answer when they were last asked."""
         ...
 
     @property
@@ -144,10 +150,11 @@ class FederationFile:
     def _states(self, engine: Reachable) -> list[SiteState]:
         totals = self._totals(engine)
         present, given_up, there = set(engine.present), set(engine.given_up), set(engine.heard)
+        absent = set(engine.absent)
 
         def presence(site: str) -> Presence:
             if site in present:
-                return "present"
+                return "absent" if site in absent else "present"
             if site in given_up:
                 return "given up"
             return "waiting" if site in there else "away"

@@ -44,7 +44,7 @@ TREND: Final = 32
 
 BLOCKS: Final = "▁▂▃▄▅▆▇█"
 
-STYLES: Final = {"present": "green", "waiting": "yellow", "given up": "red", "away": "red"}
+STYLES: Final = {"present": "green", "absent": "red", "waiting": "yellow", "given up": "red", "away": "red"}
 
 
 class _Recipe(msgspec.Struct):

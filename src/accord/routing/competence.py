@@ -282,13 +282,18 @@ class _Experts:
         """Return weights `[P, K]` for c `[P, K]`; NaN is a site that is not known, which gets none."""
         weights = torch.zeros(competence.shape)
         for p, row in enumerate(competence.tolist()):
-            known = [k for k, value in enumerate(row) if value == value]
-            number = str(self.prompts)
-            order = sorted(known, key=lambda k: (-row[k], uniform("expert", self.seed, self.sites[k], number)))
-            chosen = order[: self.most]
+            known = sorted((k for k, value in enumerate(row) if value == value), key=lambda k: -row[k])
+            chosen = known[: self.most]
+            if len(known) > self.most and row[known[self.most]] == (last := row[chosen[-1]]):  # more equals than places
+                better, equal = ([k for k in known if row[k] > last], [k for k in known if row[k] == last])
+                chosen = better + self._drawn(equal, self.most - len(better))
             weights[p, chosen] = 1 / max(len(chosen), 1)
             self.prompts += 1
         return weights
+
+    def _drawn(self, equal: list[int], count: int) -> list[int]:
+        number = str(self.prompts)
+        return sorted(equal, key=lambda k: uniform("expert", self.seed, self.sites[k], number))[:count]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"prompts": torch.tensor(self.prompts)}

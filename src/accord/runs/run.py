@@ -14,7 +14,9 @@ Files and model folders appear whole or not at all: they are written beside thei
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -126,6 +128,13 @@ class Run:
         except BaseException:
             os.close(lock)
             raise
+
+    @property
+    def tag(self) -> str:
+        """A short name for others' records, the same after each interruption: the folder's, and digits of its start."""
+        started = str(read_json(self.path / "manifest.json").get("started", ""))
+        name = re.sub(r"[^A-Za-z0-9_-]", "-", self.path.resolve().name)[:12]
+        return f"{name}-{hashlib.sha256(started.encode()).hexdigest()[:8]}"
 
     def __enter__(self) -> Self:
         """Return the run itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from accord.models.load import Processor, load_model
 from accord.recipe import Recipe, SiteConfig, Source
 from accord.rewards.model import RewardModel
 from accord.runs import Run
+from accord.stages.profile import profiled
 from accord.stages.silos import Silos, cut_silos
 from accord.types import PreferencePair, Question, Subject
 
@@ -146,6 +147,7 @@ class Job:
     written: Recipe | None = None  # the recipe before `on_own_projector`, where this run trains the projector
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
+    profile: bool = False  # whether each stage's time is looked into (`accord.stages.profile`)
     base_captions: dict[str, list[str]] = field(default_factory=dict)  # by split, once the base was asked
 
     @contextmanager
@@ -181,7 +183,8 @@ class Job:
         for memory in (self.path / "kept" / "stage").glob("*"):
             if stale(memory.name):
                 shutil.rmtree(memory, ignore_errors=True)
-        with self.run.doing(stage, undoes=stale, stands_on=needs):
+        looked_into = profiled(self.path, stage) if self.profile else nullcontext()
+        with self.run.doing(stage, undoes=stale, stands_on=needs), looked_into:
             yield
 
     def log(self, record: Mapping[str, object]) -> None:

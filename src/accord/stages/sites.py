@@ -37,6 +37,7 @@ from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
+from accord.stages.agreement import agreement_of
 from accord.stages.job import Job
 from accord.stages.private import settle_site, train_private_reward_model
 from accord.types import PreferencePair, Question, Subject, prompt_of
@@ -369,6 +370,7 @@ def open_site(
         truth=read_truth(folder / "truth.json") if config.answers or config.owns else None,
         opening=opening,
         lie=_lie(recipe, config, scores, labelled),
+        agreement=partial(agreement_of, recipe),
     )
 
 

@@ -1,0 +1,76 @@
+"""The files of `deploy`: the image and Compose file that `make lint` checks, and the services of systemd."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from accord.cli import app
+from accord.version import VERSION
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+UNITS = ["accord-server.service", "accord-site.service"]
+
+
+def arguments_of(unit):
+    line = re.search(r"^ExecStart=/opt/accord/bin/accord (.*)$", (DEPLOY / unit).read_text(), re.MULTILINE)
+    assert line
+    return line[1].split()
+
+
+def parses(words):
+    """Whether the command line knows the command and its options; nothing is run."""
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    return command.make_context("accord", list(words))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_services_start_commands_that_are_there(unit):
+    parses(arguments_of(unit))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_services_are_exposed_little(unit):
+    """By systemd's own measure, from 0 to 10: below 4. Without any setting it is above 9."""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=40", str(DEPLOY / unit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_sockets_lie_where_no_other_user_looks(unit):
+    """And stay when the service is started again: a run holds its own there."""
+    name, text = unit.removesuffix(".service"), (DEPLOY / unit).read_text()
+    for setting in (f"RuntimeDirectory={name}", "RuntimeDirectoryMode=0700", "RuntimeDirectoryPreserve=yes"):
+        assert f"\n{setting}\n" in text
+    assert f"\nEnvironment=TMPDIR=/run/{name}\n" in text
+
+
+def test_the_containers_run_commands_and_may_do_little():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert set(compose["services"]) == {"server", "run", "site"}
+    for service in compose["services"].values():
+        parses(service["command"])
+        assert service["image"] == f"accord:{VERSION}" and service["read_only"] is True
+        assert service["user"] == "10001:10001" and service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_image_runs_as_nobody_and_tells_its_health():
+    """The health check looks for FLARE's process by how Accord starts it."""
+    text = (DEPLOY / "Containerfile").read_text()
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["10001:10001"]
+    pattern = re.search(r"grep -qsa '([^']*)' /proc", text)
+    assert pattern
+    found = subprocess.run(
+        ["grep", "-qa", pattern[1]], input=b"python\0-u\0-m\0accord.flare.child\0" + b"1", check=False
+    )
+    none = subprocess.run(["grep", "-qa", pattern[1]], input=f"grep\0-qsa\0{pattern[1]}\0".encode(), check=False)
+    assert (found.returncode, none.returncode) == (0, 1)
