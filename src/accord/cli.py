@@ -7,7 +7,7 @@
     accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
     accord site status FOLDER                what was asked of the site, and how many bytes left it
     accord watch RUN                         how far a run is, and which sites are there
-    accord plan RECIPE                       what would run, with memory and bytes, and nothing downloaded
+    accord plan RECIPE                       what would run, with memory and bytes; --check reads the data, too
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
     accord pretrain-projector RECIPE         the policy's projector, with all sites
@@ -46,7 +46,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
-from accord.terminal import CleanFormatter, clean, console, say, tell
+from accord.terminal import CleanFormatter, clean, console, say, take_any_encoding, tell
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ def main() -> None:
 
 def _prepare() -> None:
     """Keep third parties' chatter out of the way, and show our own warnings as lines."""
+    take_any_encoding()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
@@ -279,12 +280,28 @@ def watch(
 
 
 @app.command()
-def plan(recipe: RecipeFile) -> None:
+def plan(
+    recipe: RecipeFile,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="read all of the data, and say what is wrong with it; status 2 if a run would fail"
+        ),
+    ] = False,
+) -> None:
     """Show what a recipe would run, with memory and bytes; nothing is downloaded or trained."""
     from accord.plan import describe
     from accord.recipe_file import import_methods, load_recipe
 
-    say(describe(import_methods(load_recipe(recipe))))
+    settings = import_methods(load_recipe(recipe))
+    say(describe(settings))
+    if check:
+        from accord.stages.data_check import check_data
+
+        found = check_data(settings)
+        say(f"\n{found}")
+        if found.problems:
+            raise typer.Exit(2)
 
 
 def _stage(
