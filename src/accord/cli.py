@@ -19,6 +19,7 @@
     accord preferences RECIPE SITE FILE      write a site's preference pairs
     accord pretrain OUT                      make the shipped checkpoints again
     accord judge OUT --recipe RECIPE         train what judges captions in the end
+    accord reward train|evaluate|serve       a reward model alone, from a file of preference pairs
 
 An error that Accord foresees is printed in one line without a traceback and ends with status 2; Ctrl-C ends with
 status 130, and the same command with --resume goes on.
@@ -46,6 +47,7 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
+from accord.reward_cli import reward_app
 from accord.terminal import CleanFormatter, clean, console, say, take_any_encoding, tell
 from accord.version import VERSION
 
@@ -63,6 +65,7 @@ router_app = typer.Typer(no_args_is_help=True, help="The router.")
 app.add_typer(site_app, name="site")
 app.add_typer(router_app, name="router")
 app.add_typer(server_app, name="server")
+app.add_typer(reward_app, name="reward")
 app.command("provision")(provision_command)
 site_app.command("check")(site_check)
 site_app.command("join")(site_join)

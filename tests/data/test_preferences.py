@@ -209,7 +209,9 @@ def test_faults_of_the_file(write):
 def test_saved_data_set_with_a_missing_column_or_text_for_images(tmp_path, pair):
     dataset = to_dataset([pair(i) for i in range(8)])
     dataset.remove_columns("chosen").save_to_disk(tmp_path / "a")
-    with pytest.raises(DataError, match=r"a row 0: column 'chosen' is missing; the columns present are 'prompt', 'rejected'"):
+    with pytest.raises(
+        DataError, match=r"a row 0: column 'chosen' is missing; the columns present are 'prompt', 'rejected'"
+    ):
         read_preferences(tmp_path / "a")
     numbers = dataset.remove_columns("images").add_column("images", list(range(8)))
     numbers.save_to_disk(tmp_path / "b")

@@ -126,6 +126,11 @@ class ImageCell:
         self._checked: dict[ImageSource, str | None] = {}
         self._kept: dict[bytes, bytes] = {}
 
+    @staticmethod
+    def embedded(value: str) -> bool:
+        """Tell an image that is in the text from the name of one."""
+        return value.startswith("data:") or bool(_BASE64.fullmatch(value))
+
     def source(self, value: object) -> ImageSource:
         """Return the source of a cell.
 
