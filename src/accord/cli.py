@@ -7,7 +7,7 @@
     accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
     accord site status FOLDER                what was asked of the site, and how many bytes left it
     accord watch RUN                         how far a run is, and which sites are there
-    accord plan RECIPE                       what would run, with memory and bytes, and whether it fits
+    accord plan RECIPE                       what would run, whether it fits, and with --check what is wrong with the data
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
     accord pretrain-projector RECIPE         the policy's projector, with all sites
@@ -19,6 +19,7 @@
     accord preferences RECIPE SITE FILE      write a site's preference pairs
     accord pretrain OUT                      make the shipped checkpoints again
     accord judge OUT --recipe RECIPE         train what judges captions in the end
+    accord reward train|evaluate|serve       a reward model alone, from a file of preference pairs
 
 An error that Accord foresees is printed in one line without a traceback and ends with status 2; Ctrl-C ends with
 status 130, and the same command with --resume goes on.
@@ -46,7 +47,8 @@ from rich.markup import escape
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
-from accord.terminal import CleanFormatter, clean, console, say, tell, warn
+from accord.reward_cli import reward_app
+from accord.terminal import CleanFormatter, clean, console, say, take_any_encoding, tell, warn
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ router_app = typer.Typer(no_args_is_help=True, help="The router.")
 app.add_typer(site_app, name="site")
 app.add_typer(router_app, name="router")
 app.add_typer(server_app, name="server")
+app.add_typer(reward_app, name="reward")
 app.command("provision")(provision_command)
 site_app.command("check")(site_check)
 site_app.command("join")(site_join)
@@ -131,6 +134,7 @@ def main() -> None:
 
 def _prepare() -> None:
     """Keep third parties' chatter out of the way, and show our own warnings as lines."""
+    take_any_encoding()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
@@ -332,6 +336,12 @@ def plan(
     engine: Annotated[
         EngineName, typer.Option("--engine", help="flare: the sites' models are on other machines")
     ] = EngineName.in_process,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="read all of the data, and say what is wrong with it; status 2 if a run would fail"
+        ),
+    ] = False,
 ) -> None:
     """Show what a recipe would run, with memory and bytes; nothing but configurations is downloaded."""
     from accord.footprint import Gpus
@@ -339,7 +349,15 @@ def plan(
     from accord.recipe_file import import_methods, load_recipe
 
     given = Gpus.read(gpus) if gpus else None
-    say(describe(import_methods(load_recipe(recipe)), given, elsewhere=engine is EngineName.flare))
+    settings = import_methods(load_recipe(recipe))
+    say(describe(settings, given, elsewhere=engine is EngineName.flare))
+    if check:
+        from accord.stages.data_check import check_data
+
+        found = check_data(settings)
+        say(f"\n{found}")
+        if found.problems:
+            raise typer.Exit(2)
 
 
 def _stage(

@@ -13,6 +13,7 @@ A site that is late or silent is not an exception: it is an `accord.federation.m
 """
 
 import math
+import unicodedata
 import warnings
 from functools import cache
 
@@ -86,5 +87,10 @@ def check_positive(settings: object, *names: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Replace control characters: what a site or a data file says must neither steer a terminal nor forge a line."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+    """Replace control characters: what a site or a data file says must neither steer a terminal nor forge a line.
+
+    Spaces of other widths, which Python does not call printable, become plain ones.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else " " if unicodedata.category(c) == "Zs" else "?" for c in text)

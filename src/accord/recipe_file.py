@@ -31,9 +31,14 @@ MAX_SITES = 1000
 MAX_BASES = 16
 """Recipes on which one may stand, one on another."""
 
+PATHS = ("path", "preferences", "checkpoint", "judge", "ledger")
+"""Settings, in any table, that may name a file or a folder."""
+
 
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe. `base = "other.toml"` in it starts from that recipe's settings: tables are merged, lists replaced.
+
+    A relative path in it stands in the current folder, or else beside the file that names it.
 
     A site with `copies = 3` stands for three, called `<name>-1` to `<name>-3`. Methods of other packages are not
     imported; `import_methods` does that.
@@ -165,11 +170,28 @@ def _with_base(path: Path, before: tuple[Path, ...]) -> dict[str, object]:
         raise RecipeError(f"recipe {before[0]} stands on more than {MAX_BASES} others; merge some of them")
     table = load_toml(path)
     base = table.pop("base", None)
+    table = _beside(table, path.parent)
     if base is None:
         return table
     if not isinstance(base, str):
         raise RecipeError(f"recipe {path}: base must be the path of a recipe, got {base!r}")
     return _merged(_with_base(path.parent / base, (*before, path.resolve())), table)
+
+
+def _beside(table: Mapping[str, object], folder: Path) -> dict[str, object]:
+    """Return the table with the paths that are beside the recipe, and not in the current folder, as absolute ones."""
+    found: dict[str, object] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found[key] = _beside(value, folder)
+        elif isinstance(value, list):
+            found[key] = [_beside(each, folder) if isinstance(each, Mapping) else each for each in value]
+        elif key in PATHS and isinstance(value, str) and value:
+            there = not Path(value).exists() and (folder / value).exists()
+            found[key] = str((folder / value).resolve()) if there else value
+        else:
+            found[key] = value
+    return found
 
 
 def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:

@@ -6,9 +6,12 @@ Bars and tables that `rich` draws clean their texts themselves (`accord.progress
 
 from __future__ import annotations
 
+import codecs
 import logging
+import sys
+import unicodedata
+from typing import Final
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -18,6 +21,30 @@ console = Console(stderr=True, soft_wrap=True)
 """Standard error, where everything goes that is no result."""
 
 
+_PLAIN: Final = {"→": "->", "←": "<-", "…": "...", "–": "-", "—": "-", "−": "-", "×": "x", "≥": ">=", "≤": "<="}
+"""How signs are written where a terminal's or a pipe's encoding lacks them; other characters become a question mark."""
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letters = []
+    for sign in error.object[error.start : error.end]:
+        bare = unicodedata.normalize("NFKD", sign)[:1]
+        letters.append(_PLAIN.get(sign) or (bare if bare.isascii() else "?"))
+    return "".join(letters), error.end
+
+
+codecs.register_error("accord.plain", _plain)
+
+
+def take_any_encoding() -> None:
+    """Let standard output and error write what their encoding lacks as something that it has, and never raise."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="accord.plain")
+
+
 def clean(text: object) -> str:
     """Return lines without control characters but tabs; bidirectional marks go, too."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
@@ -25,7 +52,8 @@ def clean(text: object) -> str:
 
 def say(result: object, *, end: str = "\n") -> None:
     """Print a result to standard output."""
-    typer.echo(clean(result) + end, nl=False)
+    sys.stdout.write(clean(result) + end)
+    sys.stdout.flush()
 
 
 def tell(text: str, *, word: str = "", style: str = "") -> None:

@@ -32,8 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, cast
 
+from accord.data.cells import ImageCell
 from accord.data.questions import uniform
-from accord.data.rows import BadRow, ImageCell, Row, column, keep_good, read_jsonl, text_of
+from accord.data.rows import BadRow, Row, column, keep_good, read_jsonl, text_of
 from accord.errors import DataError, RecipeError, check_least
 from accord.types import PreferencePair, Question, prompt_of
 

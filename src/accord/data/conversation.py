@@ -1,23 +1,73 @@
 """Read prompts and answers in the Hugging Face chat form, and bring them into one shape.
 
 A message's content may be plain text or a list of blocks, and what comes out of an Arrow table has nulls where a block
-lacks a field. Everything behind this module sees blocks of exactly `{"type": "image"}` or
+lacks a field. ShareGPT and LLaVA say `from` and `value` where this form says `role` and `content`, and write `<image>`
+where the image stands. Everything behind this module sees blocks of exactly `{"type": "image"}` or
 `{"type": "text", "text": ...}`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from accord.data.rows import BadRow
 
 ROLES = ("system", "user", "assistant")
+ALSO_CALLED: Final = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+}
+"""Roles of ShareGPT, LLaVA and Gemini."""
+
+IMAGE_TAG: Final = "<image>"
+"""What LLaVA and ms-swift write in a text where the image stands."""
+
+_PLACE: Final = re.compile(rf"\s*{IMAGE_TAG}\s*")
+
+
+def as_turn(turn: object) -> object:
+    """Return a turn of ShareGPT's form, `{"from": …, "value": …}`, in the chat form; any other as it is."""
+    if not isinstance(turn, Mapping):
+        return turn
+    role, content = turn.get("role"), turn.get("content")
+    if role is None and content is None:  # Arrow fills what a turn lacks with nulls
+        role, content = turn.get("from"), turn.get("value")
+    return {**turn, "role": ALSO_CALLED.get(str(role), role), "content": content}
+
+
+def block_images(turns: object) -> list[object]:
+    """Return the image cells that stand in the blocks of a conversation, as Qwen's and OpenAI's forms have them."""
+    found: list[object] = []
+    for turn in turns if isinstance(turns, list) else []:
+        content = turn.get("content") if isinstance(turn, Mapping) else None
+        for block in content if isinstance(content, list) else []:
+            if isinstance(block, Mapping) and block.get("type") in ("image", "image_url"):
+                cell = next((block[key] for key in ("image", "image_url", "url", "path") if block.get(key)), None)
+                found += [] if cell is None else [cell]
+    return found
+
+
+def without_tag(text: str) -> str:
+    """Return a question about one image without `<image>`: its image stands before its words.
+
+    Raises:
+        BadRow: it has several.
+    """
+    if (places := text.count(IMAGE_TAG)) > 1:
+        raise BadRow(f"the question has {places} places {IMAGE_TAG!r} for its one image; leave one, or none")
+    return _PLACE.sub(" ", text).strip() if places else text
 
 
 def read_prompt(prompt: object, n_images: int) -> list[dict[str, object]]:
     """Return a conversation in blocks from text or messages; it ends with the user's turn.
 
-    Where every content is plain text, the images stand before the first user text, as TRL puts them.
+    Where every content is plain text, the images stand at `<image>`, and without it before the first user text, as TRL
+    puts them. So they do where there are blocks and all of them are texts.
 
     Raises:
         BadRow: no conversation, an unknown role, no text, another last turn, or image blocks that are not `n_images`:
@@ -26,25 +76,53 @@ def read_prompt(prompt: object, n_images: int) -> list[dict[str, object]]:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"the prompt must be text or a list of messages, got {prompt!r:.60}")
+    turns = [as_turn(turn) for turn in turns]
     messages: list[dict[str, object]] = []
     plain = all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns)
-    placed = not plain
     for turn in turns:
         if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
             raise BadRow(f"a message needs a role among {', '.join(ROLES)}, got {turn!r:.60}")
-        blocks = content_blocks(turn.get("content"))
-        if not placed and turn["role"] == "user":
-            blocks, placed = [{"type": "image"}] * n_images + blocks, True
-        messages.append({"role": turn["role"], "content": blocks})
+        messages.append({"role": turn["role"], "content": content_blocks(turn.get("content"))})
+    if n_images and not any(block["type"] == "image" for message in messages for block in _blocks(message)):
+        _place_images(messages, n_images, first=plain)
     if messages[-1]["role"] != "user":
         raise BadRow(f"the prompt must end with the user's turn, got {messages[-1]['role']!r}")
-    every = [block for message in messages for block in content_blocks(message["content"])]
+    every = [block for message in messages for block in _blocks(message)]
     if not any(block.get("text", "").strip() for block in every):
         raise BadRow("the prompt is empty")
     found = sum(block["type"] == "image" for block in every)
     if found != n_images:
         raise BadRow(f"the prompt has {found} image blocks and the row {n_images} images")
     return messages
+
+
+def _blocks(message: Mapping[str, object]) -> list[dict[str, str]]:
+    return content_blocks(message["content"])
+
+
+def _place_images(messages: list[dict[str, object]], n_images: int, *, first: bool) -> None:
+    """Put image blocks at `<image>`; where there is none, before the first user text if `first`."""
+    texts = [block.get("text", "") for m in messages if m["role"] == "user" for block in _blocks(m)]
+    if places := sum(text.count(IMAGE_TAG) for text in texts):
+        if places != n_images:
+            raise BadRow(f"the prompt has {places} places {IMAGE_TAG!r} and the row {n_images} images")
+        for message in messages:
+            if message["role"] == "user":
+                message["content"] = [part for block in _blocks(message) for part in _at_tags(block)]
+    elif first:
+        for message in messages:
+            if message["role"] == "user":
+                message["content"] = [{"type": "image"}] * n_images + _blocks(message)
+                return
+
+
+def _at_tags(block: dict[str, str]) -> list[dict[str, str]]:
+    """Cut a text at its tags; each becomes an image block."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(_PLACE.split(block.get("text", ""))):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts or [block]
 
 
 def content_blocks(content: object) -> list[dict[str, str]]:
@@ -60,7 +138,7 @@ def content_blocks(content: object) -> list[dict[str, str]]:
     blocks: list[dict[str, str]] = []
     for block in content:
         kind, text = (block.get("type"), block.get("text")) if isinstance(block, Mapping) else (None, None)
-        if kind == "image":
+        if kind in ("image", "image_url"):
             blocks.append({"type": "image"})  # Arrow fills absent fields with nulls, which chat templates would print
         elif kind == "text" and isinstance(text, str):
             blocks.append({"type": "text", "text": text})
@@ -77,7 +155,7 @@ def read_completion(name: str, value: object) -> str:
     """
     if isinstance(value, str):
         return value.strip()
-    turn = value[0] if isinstance(value, list) and len(value) == 1 else None
+    turn = as_turn(value[0] if isinstance(value, list) and len(value) == 1 else value)
     if not isinstance(turn, Mapping) or turn.get("role") != "assistant":
         raise BadRow(f"{name} must be text or one assistant message, got {value!r:.60}")
     blocks = content_blocks(turn.get("content"))

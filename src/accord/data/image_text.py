@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Final
 from warnings import warn
 
+from accord.data.cells import ImageCell
 from accord.data.questions import SPLITS, image_identity
-from accord.data.rows import ImageCell, Row, column, keep_good, read_jsonl, text_of
-from accord.data.saved import open_dataset, undecoded
+from accord.data.rows import Row, column, keep_good, read_jsonl, text_of
+from accord.data.saved import named_rows, open_dataset, undecoded
 from accord.errors import DataError, DataWarning, RecipeError
 from accord.types import Question
 
@@ -62,14 +63,14 @@ def read_image_text(
     lines = place.suffix == ".jsonl"
     name = domain or (place.resolve().parent.name if lines else place.name)
     needed = [image_column, text_column, *(["split"] if splits else [])]
-    images = ImageCell(place.parent if lines else None)
+    images = ImageCell(place.parent) if lines else ImageCell(None, beside=place if place.is_dir() else None)
     source = str(place) if lines else f"{path}[{split}]"
     rows: Iterable[tuple[str, Row | None]]
     if lines:
         rows = read_jsonl(place)
     else:
         dataset = undecoded(open_dataset(str(path), split), source, needed, image_column)
-        rows = ((f"{source} row {number}", row) for number, row in enumerate(dataset))
+        rows = named_rows(dataset, source)
 
     def parse(where: str, row: Row) -> Question | None:
         given = str(row.get("split", split))

@@ -3,7 +3,7 @@
 One row is `{"prompt": [messages], "chosen": [message], "rejected": [message], "images": [image]}`, what TRL's trainers
 take for a vision-language model, with `question_id`, `question_type`, `constructed` and `person` beside it where known.
 On disk it is a JSON Lines file with relative image paths, or a folder of the `datasets` library. Plain strings instead
-of messages are read too.
+of messages are read too, and the forms of other programs (`accord.data.forms`).
 
 A pair whose answers agree once normalised is left out: it carries no preference, and its Bradley-Terry loss is log 2
 whatever the model says.
@@ -21,12 +21,14 @@ from pathlib import Path
 
 import datasets  # type: ignore[import-untyped]
 
+from accord.data.cells import FIELDS, ImageCell, ImageField
 from accord.data.conversation import content_blocks, read_completion, read_prompt
+from accord.data.forms import COLUMNS, pair_cells, raw_pair
 from accord.data.images import image_bytes, image_format
 from accord.data.negatives import NegativeMix, Negatives
 from accord.data.questions import image_identity, normalise_answer
-from accord.data.rows import BadRow, ImageCell, OneKind, Row, column, keep_good, read_jsonl
-from accord.data.saved import is_saved, open_dataset, undecoded
+from accord.data.rows import BadRow, Row, keep_good, read_jsonl
+from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, raw_images
 from accord.errors import DataError, RecipeError
 from accord.runs import write_atomic
 from accord.types import ImageSource, PreferencePair, Question, prompt_of
@@ -35,17 +37,16 @@ __all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", 
 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
-REQUIRED = ("prompt", "chosen", "rejected")
 OPTIONAL = ("question_id", "question_type", "constructed", "person")
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 def read_preferences(path: Path | str) -> list[PreferencePair]:
-    """Read a site's pairs from a `.jsonl` file, or from a folder made by `datasets.save_to_disk`.
+    """Read a site's pairs from a `.jsonl` file, Parquet files, or a folder made by `datasets.save_to_disk`.
 
-    Images are in `images` (a list) or `image` (one); in a file, as paths relative to the file's folder. Pairs without
-    images have neither, and no image block in their prompts. Pairs without a `question_id` get one from their images
-    and prompt.
+    Images are in `images` (a list) or `image` (one), or as `accord.data.cells` says; in a file, as paths relative to
+    the file's folder. Pairs without images have no image block in their prompts. Pairs without a `question_id` get one
+    from their images and prompt.
 
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a column is missing, one `question_id` stands for two
@@ -55,15 +56,21 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
         DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image.
     """
     path = Path(path)
-    if path.is_dir():
-        rows, images = _saved_rows(path), ImageCell(None)
+    if path.is_dir() or path.suffix == ".parquet":
+        dataset = _open_pairs(path)
+        pictures = dataset.select_columns([name for name in (*FIELDS, *COLUMNS) if name in dataset.column_names])
+        field = ImageField(pictures, source=str(path), cells=pair_cells)
+        rows: Iterable[tuple[str, Row | None]] = named_rows(dataset, str(path))
+        images = ImageCell(None, beside=path if path.is_dir() else path.parent)
     else:
-        rows, images = read_jsonl(path), ImageCell(path.parent)
-    identify, kind = image_identity(), OneKind("images", "image")
+        rows = list(read_jsonl(path))
+        field = ImageField((row for _, row in rows), source=str(path), cells=pair_cells)
+        images = ImageCell(path.parent)
+    identify = image_identity()
     content: dict[str, str] = {}
 
     def parse(where: str, row: Row) -> PreferencePair:
-        pair = _pair(where, row, images if kind.pictured(where, row) else None)
+        pair = _pair(where, row, field, images)
         digest = _digest(pair, [identify(source) for source in pair.images])
         pair = pair if pair.question_id else replace(pair, question_id=digest)
         if content.setdefault(pair.question_id, digest) != digest:
@@ -221,24 +228,22 @@ def _cell(source: ImageSource) -> dict[str, object]:
     return {"path": str(source), "bytes": None} if isinstance(source, Path) else {"path": None, "bytes": source}
 
 
-def _saved_rows(path: Path) -> Iterable[tuple[str, Row | None]]:
-    if not is_saved(path):
+def _open_pairs(path: Path) -> datasets.Dataset:
+    if not is_saved(path) and not is_parquet(path):
+        files = ", ".join(sorted(file.name for file in path.glob("*.json*"))[:5])
         raise DataError(
-            f"{path}: the folder was not made by save_to_disk (it has no state.json); "
-            "name a .jsonl file inside it instead"
+            f"{path}: the folder was not made by save_to_disk (it has no state.json) and holds no Parquet file; "
+            f"name a .jsonl file inside it instead{f', one of {files}' if files else ''}"
         )
     dataset = open_dataset(str(path), None)
-    image = next((name for name in ("images", "image") if name in dataset.column_names), None)
-    extra = [name for name in OPTIONAL if name in dataset.column_names] + ([image] if image else [])
-    dataset = undecoded(dataset, str(path), [*REQUIRED, *extra], image, many=image == "images")
-    return ((f"{path} row {number}", row) for number, row in enumerate(dataset))
+    return raw_images(dataset, [*dict.fromkeys((*COLUMNS, *OPTIONAL))])
 
 
-def _pair(where: str, row: Row, images: ImageCell | None) -> PreferencePair:
-    prompt, chosen, rejected = (column(where, row, name) for name in REQUIRED)
-    sources = () if images is None else _sources(row, images)
-    messages = read_prompt(prompt, len(sources))
-    right, wrong = read_completion("chosen", chosen), read_completion("rejected", rejected)
+def _pair(where: str, row: Row, field: ImageField, images: ImageCell) -> PreferencePair:
+    raw = raw_pair(where, row)
+    sources = tuple(images.source(cell) for cell in field(where, row))
+    messages = read_prompt(raw.prompt, len(sources))
+    right, wrong = read_completion("chosen", raw.chosen), read_completion("rejected", raw.rejected)
     if not normalise_answer(right):
         raise BadRow("the chosen answer is empty")
     if normalise_answer(right) == normalise_answer(wrong):
@@ -253,13 +258,6 @@ def _pair(where: str, row: Row, images: ImageCell | None) -> PreferencePair:
         constructed=row.get("constructed") is True,
         person="" if row.get("person") is None else str(row["person"]),
     )
-
-
-def _sources(row: Row, images: ImageCell) -> tuple[ImageSource, ...]:
-    cells = row["images"] if "images" in row else [row["image"]]
-    if not isinstance(cells, list) or not cells:
-        raise BadRow(f"images must be a list of at least one image, got {cells!r:.60}")
-    return tuple(images.source(cell) for cell in cells)
 
 
 def _digest(pair: PreferencePair, images: list[str]) -> str:

@@ -17,14 +17,18 @@ import hashlib
 import itertools
 import json
 import math
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from accord.data.cells import ImageCell, ImageField, image_cells
+from accord.data.conversation import as_turn, without_tag
 from accord.data.images import image_id
-from accord.data.rows import BadRow, ImageCell, OneKind, Row, column, keep_good, read_jsonl, text_of
-from accord.data.saved import open_dataset, undecoded
+from accord.data.rows import BadRow, Row, column, keep_good, read_jsonl, text_of
+from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, undecoded
 from accord.errors import DataError, RecipeError
 from accord.types import Question, Subject
 
@@ -32,14 +36,27 @@ T = TypeVar("T")
 
 SPLITS = ("base", "private", "public", "dev", "test")
 
+_FULL_WIDTH = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+_UNSEEN = dict.fromkeys([0x00AD, 0x200B, 0x2060, 0xFEFF])  # soft hyphen, zero-width space and joiner, byte order mark
+_SAME_SIGNS = {
+    ord(sign): plain for signs, plain in (("‘’", "'"), ("“”", '"'), ("‐‑−", "-"), ("。｡", ".")) for sign in signs
+}
+_ALIKE = {**_FULL_WIDTH, **_UNSEEN, **_SAME_SIGNS}
+
 
 def normalise_answer(text: str) -> str:
     """Return `text` as exact match compares it: lower case, single spaces, no final full stop.
 
+    What a reader cannot tell apart is equal: composed and decomposed letters (NFC), full-width and plain signs, curly
+    and straight quotes, and characters that are not seen.
+
     >>> normalise_answer("  Left  Lung. ")
     'left lung'
     """
-    return " ".join(text.lower().split()).removesuffix(".").rstrip()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.translate(_ALIKE))
+    text = " ".join(text.lower().split()).removesuffix(".").rstrip()
+    return text if text.isascii() else unicodedata.normalize("NFC", text)  # "İ" in lower case has a dot that combines
 
 
 def right_answers(question: Question) -> set[str]:
@@ -60,7 +77,9 @@ def read_vqa_folder(
 
     Each line has `id`, `image` (relative to the folder; in no line where the questions are about no images),
     `question`, `answer`; optional are the type in `type_field` (else in `answer_type`, else "all") and `split` (else
-    "test"). With `splits`, other rows' images are not looked at.
+    "test"). With `splits`, other rows' images are not looked at. `accord.data.cells` says what else an image may be
+    called. Several answers, in `answer` or `answers`, are all right; the commonest is the question's `answer`. In place
+    of question and answer there may be LLaVA's `conversations` of one question.
 
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a field is missing, in some lines the image among
@@ -71,15 +90,18 @@ def read_vqa_folder(
     """
     folder = Path(path)
     file = folder / "questions.jsonl"
-    images = ImageCell(folder)
+    if not file.exists() and folder.is_dir():
+        raise DataError(_no_questions(folder))
+    rows = list(read_jsonl(file))
+    images, field = ImageCell(folder), ImageField((row for _, row in rows), source=str(file))
     lines: dict[str, str] = {}
     present: dict[str, None] = {}
-    kind = OneKind("image")
 
     def parse(where: str, row: Row) -> Question | None:
-        cells = {name: column(where, row, name) for name in ("id", "question", "answer")}
-        pictured = kind.pictured(where, row)
-        key = text_of("id", cells["id"])
+        key = text_of(
+            "id", row["question_id"] if "id" not in row and "question_id" in row else column(where, row, "id")
+        )
+        asked, answered = _asked(where, row)
         if key in lines:
             raise DataError(f"{where}: the id {key!r} was used before, at {lines[key]}; give every question its own id")
         lines[key] = where
@@ -87,23 +109,84 @@ def read_vqa_folder(
         present[split] = None
         if splits is not None and split not in splits:
             return None
-        text, answer = text_of("question", cells["question"]), _answer(cells["answer"])
+        cells = field(where, row)
+        text = text_of("question", asked)
+        answer, references = answers_of(answered)
         of_type = row.get(type_field) or row.get("answer_type") or "all"
         return Question(
             id=key,
-            image=images.source(row["image"]) if pictured else None,
-            text=text,
+            image=images.source(cells) if cells else None,
+            text=without_tag(text) if cells else text,
             answer=answer,
             question_type=text_of(type_field, of_type),
             split=split,
             domain=folder.resolve().name,
+            references=references,
         )
 
-    questions = keep_good(read_jsonl(file), parse, source=str(file))
+    questions = keep_good(rows, parse, source=str(file))
     if not questions:
         wanted = "" if splits is None else f" in {sorted(splits)} (splits present: {', '.join(present) or 'none'})"
         raise DataError(f"{file}: no question is left{wanted}; ask for a split that is present, or add questions")
     return questions
+
+
+def _no_questions(folder: Path) -> str:
+    """Say what a folder without `questions.jsonl` holds, and what to do with it."""
+    if is_saved(folder) or is_parquet(folder):
+        return (
+            f"{folder.absolute()}: a data set of the datasets library, and no questions.jsonl; read it with "
+            'kind = "huggingface" in [[questions]]'
+        )
+    lists = sorted(file.name for file in folder.iterdir() if file.suffix in (".json", ".jsonl"))
+    return (
+        f"{folder / 'questions.jsonl'}: cannot read the file (No such file or directory); the folder "
+        f"{folder.absolute()} has {', '.join(lists[:5]) or 'no .jsonl file'}; rename the file, one object a line"
+    )
+
+
+def _asked(where: str, row: Row) -> tuple[object, object]:
+    """Return the cells of the question and of its answer or answers.
+
+    Raises:
+        DataError: a column is missing.
+        BadRow: a conversation has several questions.
+    """
+    turns = row.get("conversations")
+    if "question" not in row and isinstance(turns, list):
+        spoken = [turn for turn in map(as_turn, turns) if isinstance(turn, Mapping) and turn["role"] != "system"]
+        if [turn["role"] for turn in spoken] != ["user", "assistant"]:
+            raise BadRow(
+                f"a conversation of {len(spoken)} turns, and a question has one, and an answer; make each question "
+                "and its answer a row of their own"
+            )
+        return spoken[0]["content"], spoken[1]["content"]
+    asked = column(where, row, "question")
+    if "answer" not in row and "answers" in row:
+        return asked, row["answers"]
+    return asked, column(where, row, "answer")
+
+
+def answers_of(value: object) -> tuple[str, tuple[str, ...]]:
+    """Return a question's answer and its references, from one answer or from those of several annotators.
+
+    The commonest answer is the answer, the first of equals; the references are the others, as often as they were given.
+    Annotators' answers may be texts, or objects with the text in `answer`, as VQAv2 has them.
+
+    Raises:
+        BadRow: there is none, or one is no text.
+    """
+    if isinstance(value, Mapping):  # Arrow's form of a list of objects, SQuAD's form, or one object
+        value = value.get("answer", value.get("text"))
+    if not isinstance(value, list):
+        return _answer(value), ()
+    texts = [each.get("answer", each.get("text")) if isinstance(each, Mapping) else each for each in value]
+    given = [_answer(text) for text in texts if not (text is None or (isinstance(text, str) and not text.strip()))]
+    if not given:
+        raise BadRow("the answer is empty")
+    votes = Counter(map(normalise_answer, given))
+    best = max(range(len(given)), key=lambda i: votes[normalise_answer(given[i])])
+    return given[best], (*given[:best], *given[best + 1 :])
 
 
 def read_vqa_dataset(
@@ -120,7 +203,7 @@ def read_vqa_dataset(
 
     No code of a data set is ever run. The questions carry the data set's own split name; `split_by_image` assigns
     Accord's. Without `type_column` every question is of type "all", without `image_column` about no image; ids are
-    `<domain>-<split>-<row>`.
+    `<domain>-<split>-<row>`. Labels are read as their names, and several answers as `read_vqa_folder` does.
 
     Raises:
         DataError: the data set, the split or a column is missing, more than 20 % of the rows are bad, or none is left.
@@ -132,23 +215,27 @@ def read_vqa_dataset(
     columns = [name for name in (image_column, question_column, answer_column, type_column) if name]
     dataset = undecoded(open_dataset(str(name_or_path), split), source, columns, image_column)
     name = domain or Path(name_or_path).name
-    images = ImageCell(None)
+    place = Path(name_or_path)
+    images = ImageCell(None, beside=place if place.is_dir() else None)
     index = itertools.count()
+    pictured = image_column and any(image_cells({"image": row[image_column]}) for row in dataset)
 
     def parse(where: str, row: Row) -> Question:
         number = next(index)  # a row that is left out keeps its number
+        text = text_of(question_column, row[question_column])
+        answer, references = answers_of(row[answer_column])
         return Question(
             id=f"{name}-{split}-{number}",
-            image=images.source(row[image_column]) if image_column else None,
-            text=text_of(question_column, row[question_column]),
-            answer=_answer(row[answer_column]),
+            image=images.source(row[image_column]) if image_column and pictured else None,
+            text=without_tag(text) if pictured else text,
+            answer=answer,
             question_type=text_of(type_column, row[type_column]) if type_column else "all",
             split=split,
             domain=name,
+            references=references,
         )
 
-    rows = ((f"{source} row {number}", row) for number, row in enumerate(dataset))
-    questions = keep_good(rows, parse, source=source)
+    questions = keep_good(named_rows(dataset, source), parse, source=source)
     if not questions:
         raise DataError(f"{source}: the data set holds no row; choose another split")
     return questions

@@ -9,20 +9,21 @@ JSON, a missing column, an id used twice) is a `DataError` at once.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-from accord.data.images import check_image
 from accord.errors import DataError, DataWarning, ImageError
-from accord.types import ImageSource
 
 Row: TypeAlias = Mapping[str, object]
 Record = TypeVar("Record")
 
 MAX_LEFT_OUT = 0.20
 REASONS_SHOWN = 3
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(DataError):
@@ -49,6 +50,8 @@ def keep_good(
         try:
             if row is None:
                 raise BadRow("the line is empty")
+            if half := _half_character(row):
+                raise BadRow(f"half a character, {half!r:.60}: an emoji was cut in two; correct the text")
             record = parse(where, row)
         except (BadRow, ImageError) as error:
             left_out += 1
@@ -72,8 +75,21 @@ def _report(source: str, left_out: int, total: int, reasons: list[str]) -> None:
     warnings.warn(f"{source}: left out {left_out} of {total} rows: {shown}", DataWarning, stacklevel=4)
 
 
+def _half_character(value: object) -> str | None:
+    """Return the first text with a surrogate that has no partner: JSON can write one, and no tokenizer reads it."""
+    if isinstance(value, str):
+        return None if value.isascii() or value.isprintable() or not _HALF.search(value) else value
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return next((half for each in value if (half := _half_character(each))), None)
+    return None
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
     """Yield `file:line` and the object of every line of a JSON Lines file; None for an empty line.
+
+    A file that holds one list, as LLaVA's and ms-swift's do, gives `file item n` and its objects.
 
     Raises:
         DataError: the file is missing or unreadable, or a line is not UTF-8, not JSON, or not an object.
@@ -81,9 +97,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the file ({error.strerror or error}); correct the path") from error
+        tried = "" if path.is_absolute() else f", which is relative to the current folder (tried {path.absolute()})"
+        raise DataError(f"{path}: cannot read the file ({error.strerror or error}); correct the path{tried}") from error
     # Only \n ends a line: str.splitlines would also cut at U+2028, which JSON allows inside a string.
-    lines = data.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n") if data else []
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if path.suffix == ".json" and data.lstrip()[:1] == b"[":
+        yield from _listed(path, data)
+        return
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
     for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
@@ -94,6 +115,17 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row | None]]:
                 f"{where}: not UTF-8, byte 0x{byte:02x} at position {error.start}; save the file as UTF-8"
             ) from error
         yield where, _parse_object(where, text) if text.strip() else None
+
+
+def _listed(path: Path, data: bytes) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); write one list of objects, or one object a line") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{path} item {number}: expected a JSON object, got {row!r:.60}; write a list of objects")
+        yield f"{path} item {number}", row
 
 
 def _parse_object(where: str, text: str) -> Row:
@@ -120,35 +152,6 @@ def column(where: str, row: Row, name: str) -> object:
     return row[name]
 
 
-class OneKind:
-    """Tell whether the rows of a file are about images: all of them are, or none is."""
-
-    def __init__(self, *columns: str) -> None:
-        """Look for an image in any of `columns`."""
-        self._columns = columns
-        self._bare: str | None = None  # where the first row without an image stands
-        self._pictured = False  # whether there was one with an image
-
-    def pictured(self, where: str, row: Row) -> bool:
-        """Return whether the row has such a column.
-
-        Raises:
-            DataError: it has and an earlier row has not, or the other way round.
-        """
-        found = any(name in row for name in self._columns)
-        if found and self._bare:
-            raise DataError(
-                f"{self._bare}: column {self._columns[0]!r} is missing, which {where} has; give every row its image, "
-                "or no row where the questions are about none"
-            )
-        if self._pictured and not found:
-            column(where, row, self._columns[0])
-        self._pictured |= found
-        if not found:
-            self._bare = self._bare or where
-        return found
-
-
 def text_of(name: str, value: object) -> str:
     """Return a cell as stripped text that is not empty; whole numbers are written out.
 
@@ -162,54 +165,3 @@ def text_of(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise BadRow(f"the {name} is not text but {value!r:.60}")
     return value.strip()
-
-
-class ImageCell:
-    """Turn image cells into checked sources; every file and every distinct picture is decoded and kept only once."""
-
-    def __init__(self, folder: Path | None) -> None:
-        """Resolve relative paths within `folder`; with None, take paths as the `datasets` library recorded them."""
-        self._folder = folder
-        self._checked: dict[ImageSource, str | None] = {}
-        self._kept: dict[bytes, bytes] = {}
-
-    def source(self, value: object) -> ImageSource:
-        """Return the source of a path, of bytes, or of an undecoded `{"bytes": ..., "path": ...}` of `datasets`.
-
-        Raises:
-            BadRow: the cell is empty or no image, or its path leaves the folder.
-            ImageError: as `accord.data.images.load_image`.
-        """
-        found = self._locate(value)
-        if found not in self._checked:
-            try:
-                check_image(found)
-                self._checked[found] = None
-            except ImageError as error:
-                self._checked[found] = str(error)
-        problem = self._checked[found]
-        if problem is not None:
-            raise ImageError(problem)
-        return self._kept.setdefault(found, found) if isinstance(found, bytes) else found
-
-    def _locate(self, value: object) -> ImageSource:
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, bytes) and value:
-            return value
-        if value is None or not isinstance(value, str) or not value.strip():
-            raise BadRow(f"the image is empty or no path, got {value!r:.60}")
-        if self._folder is None:
-            return Path(value)
-        if leaves_folder(value):
-            raise BadRow(f"the image path {value!r} leaves the data's folder; keep images inside it")
-        return self._folder / value
-
-
-def leaves_folder(path: str) -> bool:
-    """Return whether a relative path written on any system is absolute or climbs with `..`.
-
-    Links are followed: they were made by whoever keeps the folder, often to keep images on another disk.
-    """
-    posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    return posix.is_absolute() or bool(windows.drive or windows.root) or ".." in posix.parts or ".." in windows.parts

@@ -145,6 +145,25 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(place, trust_remote_code=False))
 
 
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint alone.
+
+    Raises:
+        CheckpointError: it is absent, damaged or refused.
+    """
+    with _inspected(checkpoint, "main") as (place, _):
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+
+
+def reads_images(checkpoint: str) -> bool:
+    """Tell a vision-language checkpoint from a text-only one, by its configuration.
+
+    Raises:
+        CheckpointError: it is absent, damaged or refused.
+    """
+    return type(load_config(checkpoint)) in AutoModelForImageTextToText._model_mapping
+
+
 def load_model(
     checkpoint: str, *, revision: str = "main", trainable: bool = False
 ) -> tuple[PreTrainedModel, Processor]:

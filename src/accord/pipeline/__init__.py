@@ -23,6 +23,7 @@ from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.ranks import aligned_together, check_together
 from accord.pipeline.reward import open_reward
+from accord.stages.data_check import warn_of_long_answers
 from accord.stages.job import Job
 from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
@@ -55,6 +56,8 @@ def execute(job: Job) -> Path:
     if job.together is not None:
         check_together(recipe)
     job.run.plan(stages_of(job))
+    if not job.run.done("align"):
+        warn_of_long_answers(job)
     if job.written and not job.run.done("projector"):
         pretrain_projector(job)
     needs = needed(recipe, [recipe.method, *recipe.compare])

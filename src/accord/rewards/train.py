@@ -132,24 +132,33 @@ def rank(
 
 
 def rank_pairs(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> Ranking:
-    """Return the pair accuracy: how often the chosen answer scores above the rejected one; a tie is wrong.
+    """Return the pair accuracy: how often the chosen answer scores above the rejected one; a tie is wrong."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for pair, margin in zip(pairs, pair_margins(model, pairs, prompts_at_once=prompts_at_once), strict=True):
+        right[pair.question_type].append(margin > 0)
+    return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+
+
+def pair_margins(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> list[float]:
+    """Return how far each chosen answer scores above the rejected one, R̄(x, y⁺) − R̄(x, y⁻), standardised, `[N]`.
 
     Every answer to a question is scored once, however many pairs it is in.
     """
-    right: dict[str, list[bool]] = defaultdict(list)
-    by_question: dict[str, list[PreferencePair]] = defaultdict(list)
-    for pair in pairs:
-        by_question[pair.question_id].append(pair)
+    by_question: dict[str, list[int]] = defaultdict(list)
+    for n, pair in enumerate(pairs):
+        by_question[pair.question_id].append(n)
     asked = list(by_question.values())
+    margins = [0.0] * len(pairs)
     for start in range(0, len(asked), prompts_at_once):
-        chunk = asked[start : start + prompts_at_once]
+        chunk = [[pairs[n] for n in places] for places in asked[start : start + prompts_at_once]]
         answers = [list(dict.fromkeys(a for p in group for a in (p.chosen, p.rejected))) for group in chunk]
         prompts, images = [g[0].prompt for g in chunk], [load_if_any(g[0].image) for g in chunk]
-        for group, given, scores in zip(chunk, answers, model.score(prompts, images, answers), strict=True):
+        scored = model.score(prompts, images, answers)
+        for places, given, scores in zip(asked[start : start + prompts_at_once], answers, scored, strict=True):
             score = dict(zip(given, scores.tolist(), strict=True))
-            for pair in group:
-                right[pair.question_type].append(score[pair.chosen] > score[pair.rejected])
-    return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+            for n in places:
+                margins[n] = score[pairs[n].chosen] - score[pairs[n].rejected]
+    return margins
 
 
 def keep_back(

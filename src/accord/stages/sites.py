@@ -34,7 +34,7 @@ from accord.models.trial import try_checkpoint
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel, Standardisation
-from accord.rewards.train import RewardConfig, train_reward_model
+from accord.rewards.train import RewardConfig, check_images, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
 from accord.stages.agreement import agreement_of
@@ -219,8 +219,9 @@ def _mistaken(pair: PreferencePair, favourite: str) -> PreferencePair:
 
 
 def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
-    """Read a site's own pairs, which are about images of the site's alone."""
+    """Read a site's own pairs, which are about images of the site's alone, one each."""
     pairs = read_preferences(file)
+    check_images(pairs)
     _check_alone(job, name, f"the preferences of site {name!r}", _subjects(pairs))
     return pairs
 
