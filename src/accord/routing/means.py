@@ -21,7 +21,7 @@ encoder; the linear discriminant and the quantiles are ours.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -197,7 +197,7 @@ def collect_means(engine: Engine, features: int) -> ClassMeans:
     sent = to_bytes(start)
     requests = {site: UpdateRequest(f"means-{site}", "means", 0, sent, 0) for site in engine.sites}
 
-    def check(request: UpdateRequest, reply: Reply) -> tuple[int, dict[str, Tensor]]:
+    def check(request: UpdateRequest, reply: Reply) -> tuple[int, Mapping[str, Tensor]]:
         told, sums = check_update(request, reply, start)
         check_sums(told.examples, sums["total"], sums["square"], sums["quantile"])
         return told.examples, sums
@@ -206,7 +206,7 @@ def collect_means(engine: Engine, features: int) -> ClassMeans:
     found = ask_checked(engine, requests, check, what="class means", consequence=consequence)
     if not found:
         raise RunError("no site sent its class means; check the sites' logs and start again with --resume")
-    none = (0, start)
+    none: tuple[int, Mapping[str, Tensor]] = (0, start)
     rows = [found.get(site, none) for site in engine.sites]
     return ClassMeans(
         torch.tensor([n for n, _ in rows], dtype=torch.float64),
