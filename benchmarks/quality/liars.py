@@ -21,7 +21,7 @@ import shutil
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -60,8 +60,10 @@ def lying(recipe: Recipe, attack: Attack, liars: int) -> Recipe:
 
 
 @contextmanager
-def opened(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str]) -> Iterator[Job]:
-    """Open a cell's run folder, with the sites and the router of the folder `trained`.
+def opened(
+    recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str], take_over: Callable[[Job, str], bool]
+) -> Iterator[Job]:
+    """Open a cell's run folder, with the sites that `take_over` brings in and the router of the folder `trained`.
 
     Raises:
         RunError: that holds no trained sites.
@@ -69,7 +71,7 @@ def opened(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str]) 
     text = dump_recipe(recipe)
     run = Run.resume(folder, text) if something_done(folder) else Run.create(folder, text, seed=recipe.seed)
     with open_job(recipe, run, quiet=True) as job:
-        train_sites(job, take_over=lambda name: copied(job, trained, name))
+        train_sites(job, take_over=lambda name: take_over(job, name))
         if "router" in needed(recipe, methods) and not run.done("router"):
             with job.doing("router"):
                 take(trained / "router", folder / "router")
@@ -104,7 +106,7 @@ def measure(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str])
     """Measure the cells of one folder that are not measured, and note the CPU seconds of each."""
     file = folder / "cpu.json"
     taken = json.loads(file.read_text()) if file.is_file() else {}
-    with opened(recipe, folder, trained, methods) as job:
+    with opened(recipe, folder, trained, methods, lambda job, name: copied(job, trained, name)) as job:
         for method in methods:
             if not job.run.done(f"compare {method}"):
                 began = time.process_time()

@@ -7,7 +7,7 @@
     accord site check|join KIT FOLDER        see that all is well at a site; answer the server's questions
     accord site status FOLDER                what was asked of the site, and how many bytes left it
     accord watch RUN                         how far a run is, and which sites are there
-    accord plan RECIPE                       what would run, whether it fits, and with --check what is wrong with the data
+    accord plan RECIPE                       what would run, and whether it fits; --check reads the data
     accord site train RECIPE NAME            one site's reward model
     accord router train RECIPE               the router, with all sites
     accord pretrain-projector RECIPE         the policy's projector, with all sites
