@@ -13,7 +13,7 @@ from accord.alignment.trainer import _Prompts
 from accord.errors import RecipeError
 from accord.models import pixels
 from accord.models.generate import answer, complete
-from accord.models.inputs import build_batch, encode_prompts
+from accord.models.inputs import Encoded, build_batch, encode_prompts
 from accord.models.load import load_model
 from accord.models.rollout import sample_completions, widest_float
 from accord.rewards.model import RewardModel
@@ -98,10 +98,10 @@ def test_a_checkpoints_repetition_penalty_is_not_in_what_is_measured(llava, ask)
 
 
 def test_images_come_to_the_device_when_a_batch_needs_them():
-    images = {"pixel_values": torch.zeros(2, 3, 4, 4)}
-    prompts = _Prompts([[1], [2]], None, images, [1, 1], torch.device("meta"))
+    encoded = [Encoded([n], images={"pixel_values": torch.zeros(1, 3, 4, 4)}) for n in (1, 2)]
+    prompts = _Prompts(encoded, [1, 1], torch.device("meta"))
     assert prompts.take([1])["pixel_values"].device.type == "meta"
-    assert prompts.images["pixel_values"].device.type == "cpu"
+    assert prompts.encoded[1].images["pixel_values"].device.type == "cpu"
 
 
 def test_rollouts_have_their_own_number_of_rows(llava, ask, tmp_path, monkeypatch):

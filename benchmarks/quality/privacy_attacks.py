@@ -198,8 +198,10 @@ def hidden_states(encoder: Encoder, batch: Batch, images: Tensor) -> Tensor:
     """
     mean, deviation = _normalisation(encoder, images)
     values = ((images - mean) / deviation).view_as(batch.image_inputs["pixel_values"])
+    own = values.split([len(each["pixel_values"]) for each in batch.images])
+    others = tuple({**each, "pixel_values": part} for each, part in zip(batch.images, own, strict=True))
     inner = encoder.model.base_model
-    inputs, where = shared_inputs(inner, replace(batch, image_inputs={**batch.image_inputs, "pixel_values": values}))
+    inputs, where = shared_inputs(inner, replace(batch, images=others))
     return cast(Tensor, inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[where].float())
 
 

@@ -199,7 +199,7 @@ def test_images_are_what_the_encoder_sees(vlm, square):
 def test_an_encoder_of_patches_is_refused(llava, square):
     encoder = Encoder(*load_model(llava))
     batch = batch_of(encoder, "red", square=square)
-    patches = replace(batch, image_inputs={"pixel_values": torch.zeros(4, 768)})
+    patches = replace(batch, images=({"pixel_values": torch.zeros(4, 768)},))
     with pytest.raises(DataError, match="cut into patches or tiles"):
         true_images(encoder, patches)
 

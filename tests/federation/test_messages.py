@@ -12,6 +12,7 @@ from accord.federation import messages
 from accord.federation.messages import (
     MAX_ANSWER,
     MAX_SCORE,
+    Agreement,
     AnswerItem,
     AnswerReply,
     AnswerRequest,
@@ -131,7 +132,9 @@ FIELDS = {
         "constructed": bool,
         "ranking": dict[str, float],
         "privacy": Certificate | None,
+        "agreement": Agreement | None,
     },
+    "Agreement": {"messages": int, "accord": str, "sites": str, "router": str, "scores": str, "policy": str},
     "Certificate": {
         "id": str,
         "epsilon": float,
@@ -203,6 +206,7 @@ def test_no_reply_can_hold_a_pair_or_an_image():
         ("Card", "ranking"),
         ("Certificate", "id"),
         ("Certificate", "version"),
+        *(("Agreement", name) for name in ("accord", "sites", "router", "scores", "policy")),
         ("Refusal", "id"),
     }
     assert [(kind, name) for kind, named in fields.items() for name, hint in named.items() if "bytes" in str(hint)] == [

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from accord.data.images import load_image
-from accord.errors import RunError
+from accord.errors import DataWarning, RunError
 from accord.models import load
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings
@@ -97,8 +97,8 @@ def test_rows_that_stand_for_themselves_are_added(llava, pairs, monkeypatch):
     """T19: a model that cannot share a prompt has a row for each answer, and a pair is their sum."""
     model = started(llava)
     expected = loop(model, pairs)
-    monkeypatch.setattr("accord.models.inputs.can_share", lambda _: False)
-    with pair_gradients(model) as gradients:
+    monkeypatch.setattr("accord.models.inputs.why_alone", lambda _: "the test says so")
+    with pair_gradients(model) as gradients, pytest.warns(DataWarning, match="because the test says so"):
         found = gradients(pairs)
     assert close(found, expected)
 
