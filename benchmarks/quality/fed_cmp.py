@@ -38,8 +38,6 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
-import torch
-
 from accord.attacks.updates import Attack, alie, hostile, huge, ipm, norm_bounded, scale, sign_flip
 from accord.data.sampling import sample_questions
 from accord.evaluation.accuracy import outcomes_by_type
@@ -47,7 +45,6 @@ from accord.evaluation.intervals import half_width, paired_p
 from accord.evaluation.markdown import markdown_table
 from accord.federation.engine import InProcessEngine
 from accord.federation.projector import ProjectorConfig
-from accord.models.features import remember
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
 from accord.models.load import load_model
@@ -56,6 +53,7 @@ from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, load_recipe
 from accord.runs import Run
 from accord.stages.job import PROJECTOR, Job, open_job
+from accord.stages.process import prepare
 from accord.stages.projector import pretrain_projector, projector_training
 from accord.stages.traffic import add_stage
 
@@ -214,9 +212,7 @@ def main() -> None:
     recipe = replace(recipe, projector=replace(recipe.projector, evaluate_split=options.split))
     if options.features:
         recipe = replace(recipe, dealing=replace(recipe.dealing, features=options.features))
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    remember(recipe.features)
+    prepare(recipe)
     options.out.mkdir(parents=True, exist_ok=True)
     told = [recipe.name, options.features or recipe.dealing.features, options.split]
     told += [f"tuned-{options.tune}"] if options.tune else []

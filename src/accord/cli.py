@@ -48,7 +48,7 @@ from accord.errors import AccordError, DataError, DataWarning, RunError, printab
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
 from accord.reward_cli import reward_app
-from accord.terminal import CleanFormatter, clean, console, say, take_any_encoding, tell, warn
+from accord.terminal import CleanFormatter, clean, console, hush, say, take_any_encoding, tell, warn
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -152,28 +152,11 @@ def _prepare() -> None:
 
 
 def _settle(recipe: Recipe) -> None:
-    """Silence transformers, and take as many threads and as much memory for features as the recipe says."""
-    import torch
+    """Silence transformers, and give this process what the recipe says of it."""
+    from accord.stages.process import prepare
 
-    from accord.models.features import remember
-    from accord.models.pixels import limit_pixels
-
-    _hush()
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    remember(recipe.features)
-    limit_pixels(recipe.max_pixels)
-    if recipe.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.backends.cudnn.benchmark = False
-        torch.use_deterministic_algorithms(True)
-
-
-def _hush() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    hush()
+    prepare(recipe)
 
 
 @contextmanager
@@ -436,7 +419,7 @@ def evaluate_command(
     elif not data:
         raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
     else:
-        _hush()
+        hush()
         say(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
 
 

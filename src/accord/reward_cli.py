@@ -14,20 +14,13 @@ from typing import Annotated
 import typer
 
 from accord.errors import RunError
-from accord.terminal import say, tell
+from accord.terminal import hush, say, tell
 
 reward_app = typer.Typer(no_args_is_help=True, help="A reward model alone, from preference pairs.")
 
 Pairs = Annotated[Path, typer.Argument(help="preference pairs: .jsonl, .json, Parquet, or a folder of save_to_disk")]
 Model = Annotated[Path, typer.Argument(help="the reward model, a folder that `accord reward train` wrote")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
-
-
-def _hush() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 @reward_app.command("train")
@@ -53,7 +46,7 @@ def reward_train(
 
     if out.exists() and not (out / "reward.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is no reward model, which alone would be replaced; name another folder")
-    _hush()
+    hush()
     given = {"steps": steps, "learning_rate": learning_rate, "prompts_per_batch": batch, "head": head}
     config = build(type(ALONE), {"choose": "pairs", **given, "centring": centring, "kept_back": kept_back})
     lora = LoraSettings(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None
@@ -78,7 +71,7 @@ def reward_evaluate(
     from accord.evaluation.judging import judge_pairs, write_judging
     from accord.rewards.model import RewardModel
 
-    _hush()
+    hush()
     loaded, judged = RewardModel.load(model), read_preferences(pairs)
     found = judge_pairs(loaded, judged)
     say(found.table())
@@ -97,7 +90,7 @@ def reward_serve(
     from accord.federation.site import Site
     from accord.rewards.model import RewardModel
 
-    _hush()
+    hush()
     with LoopbackServer(Site(model.resolve().name, RewardModel.load(model)), port) as server:
         tell(f"POST {server.address}/score; Ctrl-C ends it")
         with suppress(KeyboardInterrupt):

@@ -45,6 +45,14 @@ def take_any_encoding() -> None:
             stream.reconfigure(errors="accord.plain")
 
 
+def hush() -> None:
+    """Silence transformers' own lines and bars."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def clean(text: object) -> str:
     """Return lines without control characters but tabs; bidirectional marks go, too."""
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))

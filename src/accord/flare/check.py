@@ -31,13 +31,12 @@ from accord.federation.messages import MAX_ANSWER, AnswerItem, to_turns
 from accord.federation.site import SiteRecord
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.flare.service import alone, read_site_folder
-from accord.models.features import remember
 from accord.models.load import load_config, parameter_count
-from accord.models.pixels import limit_pixels
 from accord.recipe import Recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import RouterNetwork
 from accord.stages.job import Job
+from accord.stages.process import prepare
 from accord.stages.sites import construct_pairs, open_site, site_pairs, site_seed
 from accord.types import PreferencePair, prompt_of
 
@@ -120,10 +119,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
     except AccordError as error:
         yield _problem("site's folder", error)
         return
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    remember(recipe.features)
-    limit_pixels(recipe.max_pixels)
+    prepare(recipe)
     job = alone(recipe, kit.name)
     yield from check_data(job, kit.name)
     try:

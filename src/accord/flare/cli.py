@@ -67,11 +67,9 @@ def provision_command(
 def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up kit, a folder")]) -> None:
     """Run the server of a consortium in the foreground, until Ctrl-C."""
     from accord.flare.client import end, put_aside, remove_job_folders
-    from accord.flare.kit import check_certificate, kit_of
+    from accord.flare.kit import check_certificate, server_kit
 
-    server = kit_of(kit)
-    if server.role != "server":
-        raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
+    server = server_kit(kit)
     until = check_certificate(server)
     _refuse_taken_port(server)
     put_aside(server.path / "audit.log")
@@ -118,12 +116,10 @@ def server_revoke(
     undo: Annotated[bool, typer.Option("--undo", help="let the site in again")] = False,
 ) -> None:
     """Shut a site out by its name, whether the server runs or not; its kit is of no use from then on."""
-    from accord.flare.kit import kit_of
+    from accord.flare.kit import server_kit
     from accord.flare.launch import Production, mark_revoked
 
-    server = kit_of(kit)
-    if server.role != "server":
-        raise RunError(f"{kit} is the kit of {server.name}, a {server.role}; pass the server's")
+    server = server_kit(kit)
     if _listens(server):
         production = Production(operator or kit.resolve().parent / "operator")
         try:
@@ -139,12 +135,9 @@ def server_revoke(
 
 def _listens(kit: Kit) -> bool:
     """Tell whether something listens where the server does."""
-    host = "127.0.0.1" if kit.listen == "0.0.0.0" else kit.listen
-    try:
-        socket.create_connection((host, kit.port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+    from accord.flare.kit import listens
+
+    return listens("127.0.0.1" if kit.listen == "0.0.0.0" else kit.listen, kit.port)
 
 
 def _refuse_taken_port(kit: Kit) -> None:

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import Final
 
 import psutil  # type: ignore[import-untyped]
 
+from accord.flare.kit import listens
 from accord.flare.ledger import LOG_BYTES
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class FlareClient:
                 if time.monotonic() - looked > LOOK:
                     looked = time.monotonic()
                     self._tidy()
-                    lost = unheard(self._log, start) and self._answers()
+                    lost = unheard(self._log, start) and listens(*self._server)
                     if lost or revoked(self._log, start):
                         break
             if stop.is_set():
@@ -127,14 +127,6 @@ class FlareClient:
             logger.warning("FLARE's client ended with status %d; it is started again in %.0f s", ended, pause)
             self._tell(f"ended with status {ended}, again in {pause:.0f} s")
             stop.wait(pause)
-
-    def _answers(self) -> bool:
-        """Tell whether something listens where the server should."""
-        try:
-            socket.create_connection(self._server, timeout=2.0).close()
-        except OSError:
-            return False
-        return True
 
     def _end(self) -> None:
         if self._process is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,39 @@ def kit_of(folder: Path | str) -> Kit:
         return Kit(path, "server", server["admin_server"], server["name"], host, int(port), listen)
     except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{folder}: its configuration is damaged ({error!r}); unpack the kit again") from error
+
+
+def server_kit(folder: Path | str) -> Kit:
+    """Read the server's start-up kit.
+
+    Raises:
+        RunError: the folder is not it.
+    """
+    kit = kit_of(folder)
+    if kit.role != "server":
+        raise RunError(f"{folder} is the kit of {kit.name}, a {kit.role}; pass the server's")
+    return kit
+
+
+def site_kit(folder: Path | str) -> Kit:
+    """Read a site's start-up kit.
+
+    Raises:
+        RunError: the folder is not one.
+    """
+    kit = kit_of(folder)
+    if kit.role != "site":
+        raise RunError(f"{folder} is the kit of the consortium's {kit.role}; pass the one that was made for this site")
+    return kit
+
+
+def listens(host: str, port: int) -> bool:
+    """Tell whether something takes connections there."""
+    try:
+        socket.create_connection((host, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def check_certificate(kit: Kit) -> datetime:

@@ -17,7 +17,7 @@ import msgspec
 from accord.errors import RunError
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
-from accord.flare.kit import PRIVATE, Kit, kit_of, require_flare
+from accord.flare.kit import PRIVATE, Kit, require_flare, server_kit
 from accord.runs import write_atomic
 
 HEARTBEAT: Final = 45.0
@@ -41,8 +41,7 @@ def open_engine(
         RunError: a folder is not the kit that it should be, or another run uses this server.
     """
     require_flare()
-    if (found := kit_of(kit)).role != "server":
-        raise RunError(f"{kit} is the kit of the {found.role} {found.name}; pass the server's")
+    server_kit(kit)
     return FlareEngine(sites, Production(operator or kit.parent / "operator"), socket_folder(kit), tell=tell)
 
 

@@ -28,8 +28,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-import torch
-
 from accord.data.decoder import Decoder
 from accord.errors import RunError
 from accord.federation.batches import Opening
@@ -58,12 +56,11 @@ from accord.federation.site import LocalUpdate, Site
 from accord.flare.client import FlareClient, end
 from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_ledger, read_running, site_log
-from accord.models.features import remember
-from accord.models.pixels import limit_pixels
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
 from accord.runs import Run, stages_done
 from accord.stages.job import Job
+from accord.stages.process import prepare
 from accord.stages.projector import projector_training
 from accord.stages.sites import open_site, router_training, site_pairs
 
@@ -138,10 +135,7 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
         DataError: its pairs cannot be read.
     """
     recipe = read_site_folder(folder, name)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    remember(recipe.features)
-    limit_pixels(recipe.max_pixels)
+    prepare(recipe)
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)
@@ -418,11 +412,9 @@ def join(
         RunError: the kit is no site's or not valid, the folder is not this site's or is in use, or FLARE is missing.
         AccordError: as `open_site_folder`.
     """
-    from accord.flare.kit import check_certificate, kit_of, start_command, start_environment
+    from accord.flare.kit import check_certificate, site_kit, start_command, start_environment
 
-    found = kit_of(kit)
-    if found.role != "site":
-        raise RunError(f"{kit} is the kit of the consortium's {found.role}; pass the one that was made for this site")
+    found = site_kit(kit)
     if name not in (None, found.name):
         raise RunError(f"{kit} is the kit of site {found.name}, and the server asks no site {name}; leave the name out")
     check_certificate(found)

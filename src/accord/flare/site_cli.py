@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accord.errors import AccordError, RunError, printable
-from accord.terminal import say
+from accord.terminal import hush, say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -53,13 +53,10 @@ def site_check(
     no_server: Annotated[bool, typer.Option("--no-server", help="do not greet the server")] = False,
 ) -> None:
     """Check a site before it joins: data, model, certificate, server, policies, and what will leave."""
-    import transformers
-
     from accord.flare.check import NOT_PROTECTED, check_site, what_crosses
     from accord.flare.service import read_site_folder
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    hush()
     site = _site_kit(kit, name)
     console = Console(highlight=False)
     console.print(Text(f"site {site.name}, consortium {site.consortium}", style="bold"))
@@ -107,12 +104,9 @@ def site_join(
     quiet: Annotated[bool, typer.Option("--quiet", help="show nothing")] = False,
 ) -> None:
     """Answer a consortium's requests with the site's reward model, until Ctrl-C."""
-    import transformers
-
     from accord.flare.service import join
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    hush()
     site = _site_kit(kit, name)
     if images is not None and not images.is_dir():
         raise RunError(f"{images} is no folder; name one with images, or leave --images out")
@@ -155,11 +149,9 @@ def site_status(
 
 
 def _site_kit(folder: Path, name: str | None) -> Kit:
-    from accord.flare.kit import kit_of
+    from accord.flare.kit import site_kit
 
-    kit = kit_of(folder)
-    if kit.role != "site":
-        raise RunError(f"{folder} is the kit of the consortium's {kit.role}; pass the one that was made for this site")
+    kit = site_kit(folder)
     if name not in (None, kit.name):
         raise RunError(f"{folder} is the kit of site {kit.name}, not of {name}; leave --name out")
     return kit

@@ -29,15 +29,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import cast
 
-import torch
-
 from accord.errors import AccordError, RecipeError, RunError
 from accord.evaluation.accuracy import question_only
 from accord.evaluation.table import CIDER, CONTROLS, Cell, macro
 from accord.methods import check_methods, check_names, find_method, needed
-from accord.models.features import remember
 from accord.models.load import load_model
-from accord.models.pixels import limit_pixels
 from accord.pipeline.apart import train_sites
 from accord.pipeline.cells import cells_of, failure_file, tried_file, write_table
 from accord.pipeline.comparison import Ask, answers, compare, measure, role_noted, with_other_images, write_arm
@@ -46,6 +42,7 @@ from accord.recipe_file import dump_recipe, import_methods, load_recipe
 from accord.runs import OF_NO_RESULT, Run, read_lines, something_done, stages_done, write_atomic
 from accord.stages.alignment import greedy
 from accord.stages.job import Job, open_job
+from accord.stages.process import prepare
 from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
 
@@ -155,10 +152,7 @@ def _open(seed: SeedRun, *, bars: bool) -> Iterator[Job]:
             write_atomic(stored, text)
     else:
         run = Run.create(seed.folder, text, seed=seed.recipe.seed)
-    if seed.recipe.threads:
-        torch.set_num_threads(seed.recipe.threads)
-    remember(seed.recipe.features)
-    limit_pixels(seed.recipe.max_pixels)
+    prepare(seed.recipe)
     with open_job(seed.recipe, run, quiet=not bars) as job:
         if job.written is not None and not run.done("projector"):
             check_projector(job.written)

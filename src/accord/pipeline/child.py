@@ -15,25 +15,21 @@ import threading
 import warnings
 from pathlib import Path
 
-import torch
-import transformers
-
 from accord.errors import AccordError
-from accord.models.features import remember
-from accord.models.pixels import limit_pixels
 from accord.pipeline.apart import apart
 from accord.recipe_file import load_recipe
 from accord.runs import Run
 from accord.stages.job import on_own_projector, open_job
+from accord.stages.process import prepare
 from accord.stages.sites import train_site
+from accord.terminal import hush
 
 
 def main() -> None:
     """Train the site that the command line names, in its own part of the run folder."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     warnings.simplefilter("ignore")  # of rows left out the parent tells, once
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    hush()
     told, sys.stdout = sys.stdout, sys.stderr
     run, name, quiet = Path(sys.argv[1]), sys.argv[2], "--quiet" in sys.argv[3:]
     try:
@@ -47,10 +43,7 @@ def train(run: Path, name: str, *, quiet: bool) -> None:
     """Train a site of the run in the folder `run`, in a run folder of its own."""
     file = run / "recipe.toml"
     recipe = load_recipe(file)
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)
-    remember(recipe.features)
-    limit_pixels(recipe.max_pixels)
+    prepare(recipe)
     own = Run.create(apart(run, name), file.read_text(encoding="utf-8"), seed=recipe.seed)
     with open_job(on_own_projector(recipe, run), own, quiet=quiet) as job:
         train_site(job, name)
