@@ -25,9 +25,9 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,8 +46,8 @@ from accord.alignment.parking import Parking
 from accord.data.images import picture_key
 from accord.errors import DataWarning, warn_once
 from accord.models.attention import skip_hidden, tell_alone, why_alone
-from accord.models.encoder import Encoder, StateKey, prompt_words, state_key
-from accord.models.inputs import Encoded, build_batch, chunks, completion_text, encode, join_images
+from accord.models.encoder import Encoder, StateKey, last_states, prompt_words, state_key
+from accord.models.inputs import Encoded, build_batch, chunks, completion_text, encode, join_images, taken_by
 from accord.models.inspection import inspect_checkpoint
 from accord.models.load import Processor, without_adapter
 from accord.models.prefix import Packed, pack, prefix_positions
@@ -82,12 +82,12 @@ class _Prompts:
     counts: list[int]  # images of each
     device: torch.device
 
-    @property
+    @cached_property
     def ids(self) -> list[list[int]]:
         """The tokens of each."""
         return [each.ids for each in self.encoded]
 
-    @property
+    @cached_property
     def token_types(self) -> list[list[int]] | None:
         """Which tokens of each are the image's, for models with positions along several axes."""
         known = [each.kinds.get("mm_token_type_ids") for each in self.encoded]
@@ -207,7 +207,8 @@ class SharedPrefixTrainer(GRPOTrainer):
             pictures = [_images({"prompt": prompt}) for prompt in turns]
             encoded = encode(processor, turns, pictures)
         model = self.accelerator.unwrap_model(self.model)
-        encoded = [each.accepted(model) for each in encoded]
+        names = taken_by(model)
+        encoded = [each.only(names) for each in encoded]
         self._prompts[self._mode] = _Prompts(encoded, [len(own) for own in pictures], self.accelerator.device)
         return [encoded[p].ids for p in self._prompt_of], None, {}
 
@@ -422,7 +423,7 @@ class SharedPrefixTrainer(GRPOTrainer):
                 for start, text in zip(packed.starts[row], those, strict=True):
                     labels[row, start : start + len(text)] = torch.tensor(text, dtype=torch.long)
                     said[p][text] = size + row * labels.shape[1] + start
-            with self.accelerator.autocast(), _hidden_states(plain) as seen:
+            with self.accelerator.autocast(), last_states(plain) as seen:
                 out = model(**packed.model_inputs(), **images, shift_labels=labels.to(plain.device), fused_lm_head=True)
             if read:
                 states |= self._states(chunk, packed, read, seen[-1])
@@ -541,17 +542,6 @@ class SharedPrefixTrainer(GRPOTrainer):
                 resume_from_checkpoint, dtype=policy.dtype, use_safetensors=True, trust_remote_code=False
             )
             policy.load_state_dict(saved.state_dict())
-
-
-@contextmanager
-def _hidden_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states of every pass through `model`."""
-    seen: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda *given: seen.append(given[-1].last_hidden_state))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _turns(prompt: Any) -> Prompt:

@@ -40,7 +40,7 @@ from accord.federation.site import LocalUpdate
 from accord.federation.weights import probe_of, read_weights, set_trainable_weights, to_bytes, trainable_weights
 from accord.methods.method import Method, Table
 from accord.models.finetune import SYMMETRIES, transform
-from accord.models.inputs import accepted, build_batch
+from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings, Processor, add_lora, load_model, without_adapter
 from accord.models.made_up import made_up_loss
 from accord.recipe import Recipe
@@ -229,8 +229,7 @@ class LocalSupervised:
             [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         ).to(without_adapter(self.model).device)
-        inputs = accepted(self.model, {**batch.text_inputs, **batch.image_inputs})
-        loss: Tensor = self.model(**inputs, labels=batch.labels).loss
+        loss: Tensor = self.model(**batch.accepted(self.model), labels=batch.labels).loss
         return loss
 
 

@@ -9,7 +9,8 @@ encoder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias, cast
 
 import torch
@@ -102,3 +103,14 @@ class Encoder:
         inputs, where = shared_inputs(inner, batch)
         hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
         return hidden[where].float(), batch.attention_mask.bool()
+
+
+@contextmanager
+def last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the last hidden states of every pass through `model`, `[N, T, D]` each."""
+    seen: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda *given: seen.append(given[-1].last_hidden_state))
+    try:
+        yield seen
+    finally:
+        handle.remove()

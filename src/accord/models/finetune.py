@@ -30,7 +30,7 @@ from transformers import (
 from accord.data.images import load_if_any
 from accord.data.sampling import draw_balanced
 from accord.errors import check_least
-from accord.models.inputs import accepted, build_batch
+from accord.models.inputs import build_batch
 from accord.models.load import Processor
 from accord.types import Question, prompt_of
 
@@ -114,7 +114,7 @@ def finetune(
             [transform(load_if_any(q.image), s) for q, s in items],
             [[q.answer] for q, _ in items],
         )
-        return {**accepted(model, {**batch.text_inputs, **batch.image_inputs}), "labels": batch.labels}
+        return {**batch.accepted(model), "labels": batch.labels}
 
     arguments = trainer_arguments(
         out,

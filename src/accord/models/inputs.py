@@ -20,7 +20,7 @@ layers), get their pixel values repeated instead: slower, same numbers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -65,9 +65,9 @@ class Encoded:
     images: dict[str, Tensor] = field(default_factory=dict)  # all that is made of its images
     answers: int = 0  # the kind of an answer's tokens
 
-    def accepted(self, model: nn.Module) -> Encoded:
-        """Return the same without the fields that `model` does not take."""
-        return replace(self, kinds=accepted(model, self.kinds), images=accepted(model, self.images))
+    def only(self, names: Collection[str]) -> Encoded:
+        """Return the same without other fields than those called `names`."""
+        return replace(self, kinds=_named(self.kinds, names), images=_named(self.images, names))
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class Batch:
         """What `model(...)` takes of the images of all P prompts."""
         return join_images(self.images)
 
+    def accepted(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what `model(...)` takes of a batch in which every prompt has one row."""
+        return accepted(model, {**self.text_inputs, **self.image_inputs})
+
     @property
     def last_token(self) -> Tensor:
         """Index of each row's last real token, `[N]`."""
@@ -109,14 +113,23 @@ class Batch:
 
 
 def accepted(model: nn.Module, fields: Mapping[str, _Value]) -> dict[str, _Value]:
-    """Return those of a processor's fields that the forward pass of `model` names, or hands on to a part that does."""
+    """Return those of a processor's fields that `model` takes."""
+    return _named(fields, taken_by(model))
+
+
+def _named(fields: Mapping[str, _Value], names: Collection[str]) -> dict[str, _Value]:
+    return {name: value for name, value in fields.items() if name in names}
+
+
+def taken_by(model: nn.Module) -> set[str]:
+    """Return the fields that the forward pass of `model` names, or hands on to a part that does; never labels."""
     plain = without_adapter(model)
     own = inspect.signature(plain.forward).parameters
     named = set(own)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
         further = (plain.base_model.forward, getattr(plain, "get_image_features", None))
         named |= {name for each in further if each is not None for name in inspect.signature(each).parameters}
-    return {name: value for name, value in fields.items() if name in named - {"labels"}}
+    return named - {"labels"}
 
 
 def join_images(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

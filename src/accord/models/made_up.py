@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accord.models.inputs import Batch, accepted, build_batch
+from accord.models.inputs import Batch, build_batch
 from accord.models.load import Processor, without_adapter
 from accord.types import vqa_prompt
 
@@ -28,7 +28,7 @@ def made_up(processor: Processor) -> Batch:
 def made_up_loss(model: PreTrainedModel | PeftModel, processor: Processor) -> Callable[[], Tensor]:
     """Return what gives the mean negative log-likelihood of the made-up answer under `model` as it is, a scalar."""
     batch = made_up(processor).to(without_adapter(model).device)
-    inputs = accepted(model, {**batch.text_inputs, **batch.image_inputs})
+    inputs = batch.accepted(model)
 
     def loss() -> Tensor:
         value: Tensor = model(**inputs, labels=batch.labels).loss

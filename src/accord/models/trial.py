@@ -11,8 +11,7 @@ is not carried, a run would be wrong in silence, or fail at alignment, after eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, cast
@@ -24,9 +23,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from accord.errors import AccordError, CheckpointError
 from accord.models.attention import why_alone
-from accord.models.inputs import Encoded, accepted, batch_of, encode, encode_prompts, join_images, shared_inputs
+from accord.models.encoder import last_states
+from accord.models.inputs import (
+    Encoded,
+    accepted,
+    batch_of,
+    encode,
+    encode_prompts,
+    join_images,
+    shared_inputs,
+    taken_by,
+)
 from accord.models.load import Processor, load_model, locate, tokenizer_of
-from accord.models.rollout import sample_completions
+from accord.models.rollout import sample_completions, widest_float
 from accord.types import Message, Prompt, vqa_prompt
 
 TOLERANCE: Final = 1e-3
@@ -95,7 +104,8 @@ def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
 def _difference(model: PreTrainedModel, processor: Processor) -> str:
     """Return in what a model differs here from stock transformers; empty where it does not."""
     prompts, images = _questions(processor)
-    encoded = [each.accepted(model) for each in encode(processor, prompts, images)]
+    names = taken_by(model)
+    encoded = [each.only(names) for each in encode(processor, prompts, images)]
     stock = [_stock(model, processor, prompt, own) for prompt, own in zip(prompts, images, strict=True)]
     for mine, (prompt, _, _) in zip(encoded, stock, strict=True):
         if mine.ids != prompt:
@@ -135,7 +145,7 @@ def _stock(
     )
     fields = {name: value.to(model.device) for name, value in accepted(model, cast(Any, made)).items()}
     ids = fields["input_ids"][0].tolist()
-    with _last_states(model) as seen:
+    with last_states(model) as seen:
         out = _generate(model, fields)
     return ids, out[0, len(ids) :].tolist(), torch.cat([states[0, -1:] for states in seen])
 
@@ -158,7 +168,7 @@ def _padded(
 ) -> list[Tensor]:
     """Return the state that predicts the first token of each answer, in a batch of prompts."""
     fields = accepted(model, encode_prompts(processor, prompts, [own[0] if own else None for own in images]))
-    with _last_states(model) as seen:
+    with last_states(model) as seen:
         _generate(model, {name: tensor.to(model.device) for name, tensor in fields.items()})
     return list(seen[0][:, -1:])
 
@@ -176,24 +186,13 @@ def _sample(model: PreTrainedModel, processor: Processor, encoded: Sequence[Enco
     )
     types = [each.kinds["mm_token_type_ids"] for each in encoded if "mm_token_type_ids" in each.kinds]
     rows = [p for p, _ in enumerate(encoded) for _ in range(2)]
-    noise = torch.linspace(0.1, 0.9, len(rows) * _TOKENS, dtype=torch.float64, device=model.device)
+    noise = torch.linspace(0.1, 0.9, len(rows) * _TOKENS, dtype=widest_float(model.device), device=model.device)
     images = {name: tensor.to(model.device) for name, tensor in join_images([e.images for e in encoded]).items()}
     prompts = [each.ids for each in encoded]
     sample_completions(model, prompts, images, rows, settings, noise.view(len(rows), -1), types or None)
 
 
-@contextmanager
-def _last_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the last hidden states of every pass through `model`."""
-    seen: list[Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda *given: seen.append(given[-1].last_hidden_state))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
 def _apart(mine: Sequence[Tensor], stock: Sequence[Tensor]) -> float:
     """Return |h − h_stock| / |h_stock| over all states."""
-    one, other = torch.cat(list(mine)).double(), torch.cat(list(stock)).double()
+    one, other = torch.cat(list(mine)).cpu().double(), torch.cat(list(stock)).cpu().double()
     return float((one - other).norm() / other.norm())
