@@ -33,7 +33,6 @@ from statistics import median
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 
 from accord.alignment.grpo import AlignmentConfig, grpo_config, prompt_dataset
 from accord.alignment.reward import FederatedReward
@@ -48,6 +47,7 @@ from accord.recipe import Recipe, SiteConfig
 from accord.recipe_file import load_recipe
 from accord.rewards.model import RewardModel
 from accord.routing.router import LearnedRouter, RouterNetwork, load_router
+from accord.terminal import hush
 
 WAYS = {"stock TRL": False, "shared prefix": True}
 
@@ -70,17 +70,28 @@ class Clock:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of one step to the end of the next."""
+    """Seconds from the end of one step to the end of the next, by the clock `now`."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now, self.ends = now, list[float]()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(self.now())
 
     @property
     def seconds(self) -> list[float]:
         return [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+
+
+class InTurn:
+    """A router that computes what a learned one does, and sends every answer to another site in turn."""
+
+    def __init__(self, learned: LearnedRouter, sites: int) -> None:
+        self.learned, self.sites = learned, sites
+
+    def __call__(self, *asked: object) -> torch.Tensor:
+        rows = len(self.learned(*asked))
+        return torch.nn.functional.one_hot(torch.arange(rows) % self.sites, self.sites).float()
 
 
 def constant(prompts, completions, **_) -> list[float]:
@@ -100,11 +111,7 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
     encoder = Encoder(*load_model(recipe.policy.checkpoint))
     learned = LearnedRouter(encoder, network or RouterNetwork(encoder.features, len(judges), recipe.router))
 
-    def in_turn(*args: object) -> torch.Tensor:
-        rows = len(learned(*args))
-        return torch.nn.functional.one_hot(torch.arange(rows) % len(judges), len(judges)).float()
-
-    router = clock.around("routing", learned if network is not None else in_turn)
+    router = clock.around("routing", learned if network is not None else InTurn(learned, len(judges)))
     router.encoder = encoder
     sites = {name: Site(name, judge, score_range=scores) for name, judge in judges.items()}
     engine = InProcessEngine({name: site.answer for name, site in sites.items()})
@@ -120,13 +127,17 @@ def federation(run: Path | None, clock: Clock) -> FederatedReward:
 
 
 def run_arm(
-    reward: Callable[..., list[float | None]], checkpoint: str, config: AlignmentConfig, encoder: Encoder | None
+    reward: Callable[..., list[float | None]],
+    checkpoint: str,
+    config: AlignmentConfig,
+    encoder: Encoder | None,
+    now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Return the seconds of every step but the first."""
+    """Return the seconds of every step but the first, by the clock `now`."""
     model, processor = load_model(checkpoint)
     questions = [q for q in load_easy_vqa() if q.split == "public"]
     data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0))
-    times = StepTimes()
+    times = StepTimes(now)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SharedPrefixTrainer(
             shared_prefix=config.shared_prefix,
@@ -143,28 +154,46 @@ def run_arm(
     return times.seconds
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="seconds per GRPO step, federation against a constant reward")
-    parser.add_argument("--run", type=Path, default=None, help="a run folder whose sites and router to use")
+def step_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what is timed."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=3, help="trainers per arm")
     parser.add_argument("--steps", type=int, default=6, help="steps per trainer, the first of which is not counted")
     parser.add_argument("--prompts", type=int, default=36, help="P")
     parser.add_argument("--group", type=int, default=8, help="G")
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    return parser
+
+
+def prepared(options: argparse.Namespace) -> AlignmentConfig:
+    """Silence libraries, and return the settings of steps that change nothing."""
+    hush()
     standard_logging.basicConfig(level=standard_logging.ERROR)
     warnings.simplefilter("ignore")
-    checkpoint = (
-        load_recipe(options.run / "recipe.toml").policy.checkpoint if options.run else "accord/llava-clip-llama"
-    )
-    config = AlignmentConfig(
+    return AlignmentConfig(
         steps=options.steps,
         prompts_per_step=options.prompts,
         group_size=options.group,
         learning_rate=0.0,
         save_every=0,
         evaluate_every=0,
+    )
+
+
+def machine() -> str:
+    """Return what the figures depend on."""
+    return (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def main() -> None:
+    parser = step_parser("seconds per GRPO step, federation against a constant reward")
+    parser.add_argument("--run", type=Path, default=None, help="a run folder whose sites and router to use")
+    options = parser.parse_args()
+    config = prepared(options)
+    checkpoint = (
+        load_recipe(options.run / "recipe.toml").policy.checkpoint if options.run else "accord/llava-clip-llama"
     )
     clock, inside = Clock(), Clock()
     reward = federation(options.run, clock)
@@ -187,10 +216,7 @@ def main() -> None:
     n = len(next(iter(arms.values())))
     step = {name: median(values) for name, values in arms.items()}
     of = f"run {options.run}" if options.run else "untrained models, each answer of a group to another site"
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
+    print(machine())
     print(
         f"P = {options.prompts}, G = {options.group}, policy {checkpoint} "
         f"({parameter_count(load_model(checkpoint)[0]) / 1e6:.2f} M), K = {len(reward.engine.sites)}, {of}; "

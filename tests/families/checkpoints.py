@@ -111,6 +111,16 @@ QWEN = [
 MROPE = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 
 
+TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
 def _text(tok, **more):
     return {
         "vocab_size": len(tok),
@@ -232,12 +242,7 @@ def llava_onevision():
     a, b = ids(tok, "<image>", "<video>")
     config = tf.LlavaOnevisionConfig(
         vision_config=tf.SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
+            **TOWER,
             vision_use_head=False,
         ),
         text_config=tf.Qwen2Config(
@@ -269,12 +274,7 @@ def llava_next():
     )
     config = tf.LlavaNextConfig(
         vision_config=tf.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
+            **TOWER,
         ),
         text_config=tf.LlamaConfig(**_text(tok)),
         image_token_index=ids(tok, "<image>")[0],
@@ -313,10 +313,7 @@ def internvl():
     )
     config = tf.InternVLConfig(
         vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
+            **TOWER,
             "image_size": [32, 32],
             "patch_size": [8, 8],
         },
@@ -357,12 +354,7 @@ def _idefics(kind):
     else:
         processor = tf.Idefics3Processor(image, tok, image_seq_len=4, chat_template=IDEFICS)
     vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
+        **TOWER,
     }
     config_class, model_class = (
         (tf.SmolVLMConfig, tf.SmolVLMForConditionalGeneration)
@@ -404,12 +396,7 @@ def gemma3():
     boi, eoi, img = ids(tok, *named.values())
     config = tf.Gemma3Config(
         vision_config=tf.SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
+            **TOWER,
             vision_use_head=False,
         ),
         text_config=_text(
@@ -438,12 +425,7 @@ def paligemma():
     processor = tf.PaliGemmaProcessor(image, tok, chat_template=PALIGEMMA)
     config = tf.PaliGemmaConfig(
         vision_config=tf.SiglipVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=8,
+            **TOWER,
             projection_dim=64,
             vision_use_head=False,
         ),
@@ -472,9 +454,7 @@ def _pixtral_processor(merge):
 
 
 def _pixtral_vision():
-    return tf.PixtralVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8
-    )
+    return tf.PixtralVisionConfig(**{**TOWER, "image_size": 64})
 
 
 def pixtral():

@@ -63,7 +63,7 @@ def write_gallery(
         q = questions[i]
         name = None if group.image is None else f"gallery/{n}.png"
         if name is not None and group.image is not None:
-            write_atomic(run / name, _small_png(group.image))
+            write_atomic(run / name, small_png(group.image))
         old, new = first + group.rows[0], first + group.rows[1]
         first += len(group.candidates)
         lines.append(
@@ -84,9 +84,10 @@ def write_gallery(
     write_atomic(run / "gallery.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def _small_png(image: Image) -> bytes:
+def small_png(image: Image, longest_side: int = LONGEST_SIDE) -> bytes:
+    """Return a picture as PNG, made smaller where a side is longer than `longest_side` pixels."""
     small = image.copy()
-    small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    small.thumbnail((longest_side, longest_side))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -16,7 +16,6 @@ reliability plot lie below the diagonal is surer than it should be.
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 import math
 from collections import defaultdict
@@ -33,6 +32,7 @@ from markupsafe import Markup
 from accord.data.images import load_image
 from accord.data.questions import image_identity
 from accord.evaluation.figures import AFTER, INK, NARROW, RULE, STYLE, WIDE, canvas, svg
+from accord.evaluation.gallery import small_png
 from accord.evaluation.markdown import markdown_table
 from accord.evaluation.summary import Accuracy, accuracy_by_image
 from accord.rewards.model import RewardModel
@@ -188,8 +188,5 @@ def write_judging(path: Path, name: str, judging: Judging, pairs: Sequence[Prefe
 
 def _data_uri(pair: PreferencePair) -> str:
     assert pair.image is not None
-    image = load_image(pair.image)
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture = small_png(load_image(pair.image), LONGEST_SIDE)
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.federation.aggregation import BOUND, Update, Weights, bounded, moved
+from accord.federation.aggregation import BOUND, Update, Weights, bounded, mean, moved
 
 SITES, QUESTIONS = 3, 4
 """The fewest sites among which one is judged, and the fewest questions of its kinds by which."""
@@ -100,10 +100,7 @@ class Audit:
         if len(judged) < SITES:
             return []
         shorter = dict(zip(updates, bounded([*updates.values()], BOUND), strict=True))
-        total = {
-            name: torch.stack([weights[site] * shorter[site].change[name].double() for site in updates]).sum(0)
-            for name in current
-        }
+        total = mean([shorter[site].change for site in updates], [weights[site] for site in updates])
         together = self.losses(moved(current, total)).double()
         for site in judged:
             own = shorter[site].change
@@ -119,7 +116,7 @@ class Audit:
             taught[site] = of_own.mean().item(), 2 * (of_own.std() / len(of_own) ** 0.5).item()
             within = self.harm[site] - self.of_kind @ self.harm[site]
             spoilt[site] = (self.alike @ self.harm[site]).item(), 2 * (self.alike * within).norm().item()
-        usual = sorted(mean - error for mean, error in taught.values())[len(judged) // 2]
+        usual = sorted(good - unsure for good, unsure in taught.values())[len(judged) // 2]
         new = []
         for site in judged:
             (good, unsure), (bad, doubt) = taught[site], spoilt[site]
