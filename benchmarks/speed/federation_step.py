@@ -154,16 +154,6 @@ def run_arm(
     return times.seconds
 
 
-def step_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of what is timed."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=3, help="trainers per arm")
-    parser.add_argument("--steps", type=int, default=6, help="steps per trainer, the first of which is not counted")
-    parser.add_argument("--prompts", type=int, default=36, help="P")
-    parser.add_argument("--group", type=int, default=8, help="G")
-    return parser
-
-
 def prepared(options: argparse.Namespace) -> AlignmentConfig:
     """Silence libraries, and return the settings of steps that change nothing."""
     hush()
@@ -188,8 +178,12 @@ def machine() -> str:
 
 
 def main() -> None:
-    parser = step_parser("seconds per GRPO step, federation against a constant reward")
+    parser = argparse.ArgumentParser(description="seconds per GRPO step, federation against a constant reward")
     parser.add_argument("--run", type=Path, default=None, help="a run folder whose sites and router to use")
+    parser.add_argument("--rounds", type=int, default=3, help="trainers per arm")
+    parser.add_argument("--steps", type=int, default=6, help="steps per trainer, the first of which is not counted")
+    parser.add_argument("--prompts", type=int, default=36, help="P")
+    parser.add_argument("--group", type=int, default=8, help="G")
     options = parser.parse_args()
     config = prepared(options)
     checkpoint = (

@@ -13,13 +13,14 @@ alternate.
 
 from __future__ import annotations
 
+import argparse
 import time
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from statistics import median
 
-from federation_step import InTurn, machine, prepared, run_arm, step_parser
+from federation_step import InTurn, machine, prepared, run_arm
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import FederatedReward
@@ -69,8 +70,12 @@ def steps_of(count: int, config: AlignmentConfig) -> tuple[list[float], list[int
 
 
 def main() -> None:
-    parser = step_parser("seconds per GRPO step by the number of sites")
+    parser = argparse.ArgumentParser(description="seconds per GRPO step by the number of sites")
     parser.add_argument("--sites", type=int, nargs="+", default=[3, 16, 64, 256], help="K; the first is the base")
+    parser.add_argument("--rounds", type=int, default=3, help="trainers per arm")
+    parser.add_argument("--steps", type=int, default=6, help="steps per trainer, the first of which is not counted")
+    parser.add_argument("--prompts", type=int, default=36, help="P")
+    parser.add_argument("--group", type=int, default=8, help="G")
     options = parser.parse_args()
     config = prepared(options)
     spent: dict[int, list[float]] = defaultdict(list)
