@@ -133,4 +133,5 @@ def read_update(
             raise CheckpointError(f"{what}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want}")
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{what}: {name} holds a value that is not finite")
-    return Travelled(weights, {name: tensor.dtype for name, tensor in expected.items()})
+    # In the model's order: safetensors' own is not the same each time.
+    return Travelled({name: weights[name] for name in expected}, {name: w.dtype for name, w in expected.items()})
