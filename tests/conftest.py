@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; 
 
 import pytest
 import torch
+from in_browser import Open, opened
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -93,6 +94,13 @@ def ranks_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with (tmp_path_factory.getbasetemp().parent / "ranks.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Open]:
+    """Open pages in a headless Chromium: `chromium(width=390, dark=True)`; tests that take it are marked `browser`."""
+    with opened() as open_page:
+        yield open_page
 
 
 @pytest.fixture(params=FAMILIES)

@@ -199,7 +199,15 @@ def test_every_dependency_has_a_reason_and_a_pin() -> None:
     assert isinstance(dependencies, list) and isinstance(extras, dict)
     wanted = {
         plain(each)
-        for each in [*dependencies, *extras["flare"], *extras["pretrained"], *extras["dev"], *extras["docs"]]
+        for each in [
+            *dependencies,
+            *extras["annotate"],
+            *extras["browser"],
+            *extras["flare"],
+            *extras["pretrained"],
+            *extras["dev"],
+            *extras["docs"],
+        ]
     } - {"accord"}
     document = (ROOT / "docs" / "dependencies.md").read_text()
     rows = re.findall(r"^\| ([a-z0-9, -]+) \| .{10,} \|$", document, re.MULTILINE)
@@ -232,7 +240,7 @@ def test_every_make_command_of_the_documents_exists(document: str) -> None:
 def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     described = set(re.findall(r"^([a-z-]+):[^\n]*## \S", makefile, re.MULTILINE))
-    tests = {"test", "test-long", "test-families", "test-newest", "audit", "lint"}
+    tests = {"test", "test-long", "test-browser", "test-families", "test-newest", "audit", "lint"}
     others = {"help", "setup", "demo", "worlds", "image", "format", "docs", "release", "clean"}
     assert described == tests | others == targets()
 
@@ -240,7 +248,7 @@ def test_help_lists_every_target() -> None:
 def test_ci_runs_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "set -euo pipefail" in script.read_text() and "\nmake test\n" in script.read_text()
+    assert "set -euo pipefail" in script.read_text() and "\nmake test\nmake test-browser\n" in script.read_text()
 
 
 def test_the_licence_is_apache() -> None:

@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--trained", type=Path, help="of a bench: <trained>/<recipe>/<seed> has sites and router")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seed-only", type=int, help="measure this seed alone: seeds can be measured side by side")
     parser.add_argument("--liars", type=int, help="at most; by default half of the sites")
     parser.add_argument("--attacks", default="absent,flip,scale,noise,target,collude,sleeper,mimic,off-canary")
     parser.add_argument("--methods", default=",".join(METHODS))
@@ -193,7 +194,7 @@ def main() -> None:
     if unknown := set(attacks) - set(ATTACKS):
         raise SystemExit(f"error: there is no attack {', '.join(sorted(unknown))}; there are {', '.join(ATTACKS)}")
     most = len(base.sites) // 2 if options.liars is None else options.liars
-    for seed in range(options.seeds):
+    for seed in range(options.seeds) if options.seed_only is None else [options.seed_only]:
         recipe = replace(base, seed=seed, compare=(), tried={})
         for name, n in [(HONEST, 0), *((name, n) for n in range(1, most + 1) for name in attacks)]:
             attack = replace(ATTACKS.get(name, Attack()), target=options.target)
