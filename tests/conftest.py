@@ -11,7 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on the network; 
 
 import pytest
 import torch
-from in_browser import Open, opened
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -32,6 +31,7 @@ from accord.recipe import Recipe, SiteConfig
 from accord.runs import Run
 from accord.stages.job import Job
 from accord.types import PreferencePair, Question, vqa_prompt
+from in_browser import Open, opened
 
 COLOURS = ("red", "blue", "green", "yellow")
 TEXTS = ("what colour is it?", "is it red?", "how many squares?", "yes", "no", "one", "two", *COLOURS)

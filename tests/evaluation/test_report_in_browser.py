@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_browser import Open
 
 from accord.evaluation.report import write_report
+from in_browser import Open
 
 pytestmark = pytest.mark.browser
 
