@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from accord.federation.projector import ProjectorConfig
 from accord.footprint import Gpus, Size, footprint, size_of
 from accord.methods import METHODS
-from accord.plan import _bytes, describe, peaks
+from accord.plan import _amount, _bytes, describe, peaks
 from accord.recipe import EncoderConfig, Policy, Recipe, SiteConfig
 from accord.recipe_file import load_recipe
+from accord.rewards.private import Privacy
 from published_configs import PUBLISHED
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.toml"))
@@ -90,6 +91,18 @@ def test_what_does_not_fit_says_what_to_change(published):
     there = {peak.stage: peak.total for peak in peaks(recipe)}
     elsewhere = {peak.stage: peak.total for peak in peaks(recipe, elsewhere=True)}
     assert elsewhere["align"] < there["align"] and not any(stage.startswith("site") for stage in elsewhere)
+
+
+def test_a_private_site_is_planned_as_it_trains():
+    """A head on frozen features takes neither gradients of the backbone nor an optimiser's two moments."""
+    whole, private = (
+        describe(Recipe("trial", sites=(SiteConfig("a", "accord/idefics3", finetune=None, privacy=privacy),)))
+        for privacy in (None, Privacy(unit="person", epsilon=3, steps=50, sampling=0.1))
+    )
+    assert "Bradley–Terry" in whole and "Bradley–Terry" not in private
+    assert "ε = 3 a person, 50 steps of DP-SGD, each of 10% of the persons" in private
+    weights = size_of("accord/idefics3").parameters * 4
+    assert f"{_amount(weights)}, a head on frozen features" in private
 
 
 def test_sizes_come_from_names_where_nothing_else_is_there():

@@ -7,7 +7,8 @@ A cell costs the heads of all sites and an alignment; the router reads no judgem
 frozen backbone without noise. What is measured is kept, and the same command goes on where it stopped.
 
     <out>/<recipe>/<epsilon>/<seed>/     a run folder: compare/<method>.json
-    <out>/<recipe>/private.md            mean over seeds ± half its 95 % t-interval, in per cent
+    <out>/<recipe>/private.md            mean over seeds ± half its 95 % t-interval, in per cent,
+                                         and CIDEr-D times 100
 """
 
 import argparse
@@ -24,7 +25,7 @@ from liars import opened, shown
 
 from accord.errors import AccordError
 from accord.evaluation.markdown import markdown_table
-from accord.evaluation.table import macro
+from accord.evaluation.table import CIDER, MATCHING, PREFERRED, macro
 from accord.federation.site import SiteRecord
 from accord.methods import check_methods
 from accord.pipeline.cells import cells_of
@@ -40,6 +41,8 @@ from accord.stages.job import Job
 from accord.stages.sites import site_pairs
 
 SILENT = Sigmas(0.0, 0.0, 0.0)
+IN_DOMAIN = "in-domain accuracy"
+DESCRIBED = (PREFERRED, MATCHING, CIDER)  # what is measured of captions
 
 
 def head(job: Job, name: str, epsilon: float) -> bool:
@@ -70,14 +73,15 @@ def measure(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str],
 
 def report(folder: Path, epsilons: Sequence[str], types: Sequence[str]) -> str:
     """Write the table of a recipe's folder, and return it."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for place in sorted(folder.glob("*/*")):
         for cell in cells_of(place) if place.name.isdecimal() else []:
-            value = macro(cell, types)
-            if value is not None:
-                found[cell.method][place.parent.name].append(100 * value)
-    lines = [[method, *(shown(values.get(e, [])) for e in epsilons)] for method, values in found.items()]
-    text = markdown_table(["method", *(f"ε = {e}" for e in epsilons)], lines)
+            for measure in [name for name in DESCRIBED if name in cell.correct] or [IN_DOMAIN]:
+                value = macro(cell, types if measure == IN_DOMAIN else [measure])
+                if value is not None:
+                    found[cell.method, measure][place.parent.name].append(100 * value)
+    lines = [[*row, *(shown(values.get(e, [])) for e in epsilons)] for row, values in found.items()]
+    text = markdown_table(["method", "measure, in hundredths", *(f"ε = {e}" for e in epsilons)], lines)
     write_atomic(folder / "private.md", text + "\n")
     return text
 

@@ -238,10 +238,20 @@ def _site(recipe: Recipe, site: SiteConfig) -> list[str]:
     size, reward, foot = size_of(site.checkpoint), site.reward_model, _foot(recipe, site.checkpoint)
     how = f"LoRA rank {site.lora.rank}, " if site.lora else ""
     tuning = f"{site.finetune.steps} steps of fine-tuning, " if site.finetune else ""
+    training = (
+        f"{reward.steps} steps of Bradley–Terry, "
+        f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})"
+    )
+    memory = _memory(foot, site.lora)
+    if private := site.privacy:
+        training = f"ε = {private.epsilon:g} a {private.unit}, {private.steps} steps"
+        if private.unit != "label":
+            training += f" of DP-SGD, each of {private.sampling:.0%} of the {private.unit}s"
+        if not site.lora and foot is not None:
+            memory = f"{_amount(foot.frozen())}, a head on frozen features"
     return [
-        f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} {how}{_memory(foot, site.lora)}",
-        f"{'':<22} {tuning}{reward.steps} steps of Bradley–Terry, "
-        f"{reward.prompts_per_batch * reward.gradient_accumulation} prompts × (1 + {reward.rejected_per_prompt})",
+        f"{'site ' + site.name:<22} {site.checkpoint:<40} {_count(size):<36} {how}{memory}",
+        f"{'':<22} {tuning}{training}",
     ]
 
 
