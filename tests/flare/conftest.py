@@ -37,6 +37,7 @@ class Consortium:
         self.logs = root / "logs"
         self.logs.mkdir(parents=True)
         self.processes = {}
+        self.environment = {**ENVIRONMENT}
         self.port = free_port()
         table = {
             "name": "trial",
@@ -54,7 +55,7 @@ class Consortium:
     def accord(self, *words, timeout=250):
         """Run a command to its end."""
         return subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=timeout, cwd=self.root, env=ENVIRONMENT
+            self.command(*words), capture_output=True, text=True, timeout=timeout, cwd=self.root, env=self.environment
         )
 
     def start(self, name, *words):
@@ -62,7 +63,12 @@ class Consortium:
         log = (self.logs / f"{name}.log").open("ab")
         with log:
             self.processes[name] = subprocess.Popen(
-                self.command(*words), stdout=log, stderr=log, cwd=self.root, env=ENVIRONMENT, start_new_session=True
+                self.command(*words),
+                stdout=log,
+                stderr=log,
+                cwd=self.root,
+                env=self.environment,
+                start_new_session=True,
             )
         return self.processes[name]
 
