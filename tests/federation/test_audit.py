@@ -174,6 +174,19 @@ def test_a_site_that_teaches_its_own_and_spoils_others_is_named():
     assert found.findings["c"].taught == pytest.approx(1.0) and found.findings["c"].spoilt == pytest.approx(1.0)
 
 
+def test_a_site_that_comes_late_is_compared_over_its_own_rounds():
+    """All teach alike, 1 a round in the first four and a tenth in two more, and d is there for these alone."""
+    found = linear(dict.fromkeys("abcd", 4))
+    for number in range(1, 7):
+        size = 3.0 if number < 5 else 0.3
+        sent = changes(**{site: [size * (kind == site) for kind in "abcd" for _ in range(4)] for site in "abcd"})
+        if number < 5:
+            del sent["d"]
+        start = {"w": torch.zeros(16).double()}
+        assert found.round(number, start, sent, dict.fromkeys(sent, 1 / 3)) == []
+    assert found.findings["d"].taught == pytest.approx(0.2) and found.findings["a"].taught == pytest.approx(4.2)
+
+
 @pytest.mark.parametrize("sites", ["ab", "abc"])
 def test_two_sites_and_three_questions_tell_nothing(sites):
     """Of two sites no median tells which is usual; of three questions none is judged."""
