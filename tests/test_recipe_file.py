@@ -16,7 +16,7 @@ from accord.methods import METHODS
 from accord.methods.bounds import Pooled
 from accord.methods.fedgrpo import FedGrpoConfig
 from accord.methods.fedit import FedITConfig
-from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables, recipe_of
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, method_tables, recipe_of, renewed
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -248,3 +248,13 @@ def test_commands_that_run_no_method_import_none(trap, named, tmp_path, monkeypa
 def test_what_cannot_be_imported_is_told_where_methods_are_run():
     with pytest.raises(RecipeError, match="the method 'no_such_module:METHOD' cannot be imported"):
         import_methods(recipe(method="no_such_module:METHOD"))
+
+
+def test_what_an_older_accord_stored_is_renewed(tmp_path):
+    """It lacks a setting of today; and what is no recipe at all is left alone."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(accord.cli.DEMO.read_text())
+    today = dump_recipe(load_recipe(path))
+    assert today.count("leave_out = false\n") == 1
+    assert renewed(today.replace("leave_out = false\n", "")) == today == renewed(today)
+    assert renewed("of_yesterday = 1\n") == "of_yesterday = 1\n"

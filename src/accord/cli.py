@@ -187,7 +187,7 @@ def _job(
     """
     from dataclasses import replace
 
-    from accord.recipe_file import dump_recipe, import_methods, load_recipe
+    from accord.recipe_file import dump_recipe, import_methods, load_recipe, renewed
     from accord.runs import Run
     from accord.stages.job import open_job
 
@@ -199,7 +199,7 @@ def _job(
     text = dump_recipe(recipe)  # the same whether or not methods are imported: one folder is for all commands
     if methods:
         recipe = import_methods(recipe)
-    run = Run.resume(folder, text) if resume else Run.create(folder, text, seed=recipe.seed)
+    run = Run.resume(folder, text, renewed=renewed) if resume else Run.create(folder, text, seed=recipe.seed)
     with ExitStack() as stack:
         engine = None
         if kits is not None:

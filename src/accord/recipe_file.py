@@ -19,7 +19,7 @@ from accord.errors import RecipeError
 from accord.methods import METHODS, check_names, find_method, is_foreign
 from accord.methods.method import Table
 from accord.recipe import Recipe
-from accord.toml import build, dump_toml, load_toml, unknown_key
+from accord.toml import build, dump_toml, load_toml, parse_toml, unknown_key
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -108,6 +108,17 @@ def import_methods(recipe: Recipe) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Render a recipe as TOML from which `recipe_of` makes an equal one."""
     return dump_toml(recipe)
+
+
+def renewed(text: str) -> str:
+    """Return a recipe that an older Accord has written as this one would: what it did not know has its default.
+
+    A text that is no recipe any more is returned as it is.
+    """
+    try:
+        return dump_recipe(recipe_of(parse_toml(text, where="the run's recipe")))
+    except RecipeError:
+        return text
 
 
 def method_tables(names: Sequence[str]) -> dict[str, Table[DataclassInstance]]:

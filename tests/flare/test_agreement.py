@@ -9,15 +9,18 @@ import msgspec
 import pytest
 import tomli_w
 
-from accord.errors import DataWarning, RunError
+import accord.stages.agreement
+from accord.errors import CheckpointError, DataWarning, RunError
 from accord.federation.agreement import Agreeing, differences
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import MESSAGES, Absence, Agreement, Card, CardRequest
+from accord.federation.messages import MESSAGES, Absence, Agreement, Card, CardRequest, ScoreRange
+from accord.federation.projector import ProjectorConfig
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
 from accord.flare.launch import Production
 from accord.flare.service import open_site_folder
 from accord.recipe_file import load_recipe
+from accord.routing.router import RouterConfig
 from accord.stages.agreement import agreement_of, weights_digest
 from accord.toml import load_toml
 
@@ -122,25 +125,55 @@ def test_another_accord_of_the_same_messages_is_told():
 
 
 def test_each_part_of_a_recipe_has_its_digest(recipe):
-    """What is a site's own alone changes none."""
+    """What is a participant's own alone changes none."""
     ours = load_recipe(recipe)
     made = agreement_of(ours)
-    changed = {
-        "sites": dataclasses.replace(ours, sites=ours.sites[::-1]),
-        "router": dataclasses.replace(ours, router=dataclasses.replace(ours.router, local_steps=99)),
-        "scores": dataclasses.replace(ours, scores=None),
-    }
-    for part, other in changed.items():
+    coarser = dataclasses.replace(ours.router.aggregation, bits=8)
+    changed = [
+        ("sites", dataclasses.replace(ours, sites=ours.sites[::-1])),
+        ("router", dataclasses.replace(ours, router=dataclasses.replace(ours.router, local_steps=99))),
+        ("router", dataclasses.replace(ours, router=dataclasses.replace(ours.router, aggregation=coarser))),
+        ("scores", dataclasses.replace(ours, scores=None)),
+        ("scores", dataclasses.replace(ours, scores=ScoreRange(-1.0, 1.0))),
+        ("policy", dataclasses.replace(ours, max_pixels=1000)),
+        ("policy", dataclasses.replace(ours, projector=ProjectorConfig())),
+    ]
+    for part, other in changed:
         assert differences(made, agreement_of(other)) == [part]
     own = dataclasses.replace(ours, sites=tuple(dataclasses.replace(s, answers=not s.answers) for s in ours.sites))
     assert agreement_of(own) == made
+    router = dataclasses.replace(ours.router, rows_at_once=7, audit=0, leave_out=True)
+    assert agreement_of(dataclasses.replace(ours, router=router)) == made
+
+
+def test_a_setting_that_only_one_version_knows_is_no_difference_at_its_default(recipe, monkeypatch):
+    """The newer version's digests are the older's until somebody uses what is new."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer(RouterConfig):
+        of_tomorrow: int = 0
+
+    ours = load_recipe(recipe)
+    made = agreement_of(ours)
+    monkeypatch.setattr(accord.stages.agreement, "RouterConfig", Newer)
+    values = {field.name: getattr(ours.router, field.name) for field in dataclasses.fields(ours.router)}
+    assert agreement_of(dataclasses.replace(ours, router=Newer(**values))) == made
+    used = agreement_of(dataclasses.replace(ours, router=Newer(**values, of_tomorrow=1)))
+    assert differences(made, used) == ["router"]
+
+
+def test_an_absent_policy_is_named(recipe, monkeypatch):
+    ours = load_recipe(recipe)
+    with pytest.raises(CheckpointError, match="nobody/knows-it: cannot load the checkpoint"):
+        agreement_of(dataclasses.replace(ours, policy=dataclasses.replace(ours.policy, checkpoint="nobody/knows-it")))
 
 
 def test_a_policy_is_known_by_its_weights_and_not_by_its_place(checkpoints, tmp_path):
     copy = tmp_path / "elsewhere"
     shutil.copytree(checkpoints["llava-clip-llama"], copy)
+    shutil.copy(copy / "model.safetensors", copy / "consolidated.safetensors")  # as some hold their weights twice
     assert weights_digest(str(copy)) == weights_digest(checkpoints["llava-clip-llama"])
-    weights = next(tmp_path.glob("elsewhere/*.safetensors"))
+    weights = next(tmp_path.glob("elsewhere/model*.safetensors"))
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     other = tmp_path / "other"

@@ -1,6 +1,7 @@
 """An upgrade as docs/deploy.md tells it, with two versions of Accord: the server first, then the sites, in mid-run.
 
-The newer Accord is this one under another version. Its folder comes first on the import path of what is upgraded.
+The newer Accord is this one under another version, with one setting more. Its folder comes first on the import path of
+what is upgraded.
 """
 
 import json
@@ -30,10 +31,16 @@ def told_of_ctrl_c():
 
 
 def newer(folder, messages=MESSAGES):
-    """Write the newer Accord, whose messages may be of another version; return the environment that imports it."""
+    """Write the newer Accord, which has a setting more, and messages that may be of another version.
+
+    Returns:
+        the environment that imports it.
+    """
     package = folder / "accord"
     shutil.copytree(Path(accord.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     exchange(package / "version.py", f'VERSION = "{VERSION}"', f'VERSION = "{NEWER}"')
+    last = "    leave_out: bool = False"
+    exchange(package / "routing" / "router.py", f"\n{last}", f"\n    of_tomorrow: int = 0\n{last}")
     exchange(package / "federation" / "messages.py", f"\nMESSAGES = {MESSAGES}\n", f"\nMESSAGES = {messages}\n")
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
 
@@ -107,7 +114,7 @@ def test_versions_that_do_not_understand_each_other_do_not_begin(consortium, rec
     """The messages' version has risen at the server alone."""
     consortium.environment |= newer(tmp_path, messages=MESSAGES + 1)
     started_again(consortium)
-    assert go_on(consortium, recipe, consortium.root / "refused", "refused").wait(300) == 1
+    assert go_on(consortium, recipe, consortium.root / "refused", "refused").wait(300) == 2
     told = words_of(consortium, "refused")
     assert f"messages of version {MESSAGES}, and the server's are of {MESSAGES + 1}" in told and "Traceback" not in told
     for name in consortium.names:

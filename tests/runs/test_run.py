@@ -395,6 +395,18 @@ def test_resume_accepts_other_settings_that_change_no_result(tmp_path: Path) -> 
         Run.resume(tmp_path / "run", RECIPE.replace("seed = 1\n", "", 1) + "processes = 2\n")
 
 
+def test_resume_takes_another_quorum_and_deadline_and_notes_them(tmp_path: Path) -> None:
+    """Where a site does not come back, the remedy is to go on without it."""
+    before = RECIPE + "[routing]\nquorum = 0.9\nonline = false\n"
+    now = RECIPE + "[routing]\nquorum = 0.3\ndeadline = 60.0\nonline = false\n"
+    Run.create(tmp_path / "run", before, seed=1).close()
+    with pytest.raises(RunError, match=r"routing.online was False and is now True"):
+        Run.resume(tmp_path / "run", now.replace("online = false", "online = true"))
+    assert (tmp_path / "run" / "recipe.toml").read_text() == before
+    Run.resume(tmp_path / "run", now).close()
+    assert (tmp_path / "run" / "recipe.toml").read_text() == now
+
+
 def test_resume_reports_a_damaged_manifest(tmp_path: Path) -> None:
     Run.create(tmp_path / "run", RECIPE, seed=7).close()
     (tmp_path / "run" / "manifest.json").write_text("{")

@@ -19,8 +19,8 @@ site, and a person decides; with `leaves_out` it is left out of the average, fro
 on being asked.
 
 Limits: at least three sites, fewer than half of which lie; four questions of a site's kinds, or it is not judged. A
-site that teaches its own kind and spoils others by less than u_k / 2 is not named: nor is an honest specialist, who does
-the same. A site that was honest for long must spoil as much as it has taught before it is named.
+site that teaches its own kind and spoils others by less than u_k / 2 is not named: nor is an honest specialist, who
+does the same. A site that was honest for long must spoil as much as it has taught before it is named.
 
 Sources: leave-one-out loss on labelled examples, Fang et al. 2020, arXiv 1911.11815, section 5 (LFR); a server's own
 examples as the measure, Xie et al. 2019, arXiv 1805.10032 (Zeno). Differs: both judge one round, by all examples;
@@ -117,7 +117,7 @@ class Audit:
         return [site for rounds, sites in there.items() for site in self._judge(number, sites, rounds)]
 
     def _judge(self, number: int, judged: Sequence[str], rounds: Sequence[int]) -> list[str]:
-        """Judge sites that sent an update in the same rounds, by these; return those that are named for the first time."""
+        """Judge sites that sent updates in the same rounds, by these; return those named for the first time."""
         sums: dict[str, Tensor] = {}
         for sent in (self.harm[n] for n in rounds):
             for site, harm in sent.items():

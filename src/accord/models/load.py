@@ -107,7 +107,7 @@ def device() -> torch.device:
 
 
 @contextmanager
-def _inspected(checkpoint: str, revision: str) -> Iterator[tuple[str, int]]:
+def inspected(checkpoint: str, revision: str) -> Iterator[tuple[str, int]]:
     """Give a folder that was inspected, and the bytes of its weights; whatever reading it raises is typed.
 
     Raises:
@@ -141,7 +141,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         CheckpointError: it is absent, damaged or refused.
     """
-    with _inspected(checkpoint, "main") as (place, _):
+    with inspected(checkpoint, "main") as (place, _):
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(place, trust_remote_code=False))
 
 
@@ -151,7 +151,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: it is absent, damaged or refused.
     """
-    with _inspected(checkpoint, "main") as (place, _):
+    with inspected(checkpoint, "main") as (place, _):
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, trust_remote_code=False))
 
 
@@ -183,7 +183,7 @@ def load_model(
     Raises:
         CheckpointError: it is absent, incomplete, or of another kind (a vision-only model, or one that only reads).
     """
-    with _inspected(checkpoint, revision) as (place, weights):
+    with inspected(checkpoint, revision) as (place, weights):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         kinds = (AutoModelForImageTextToText, AutoProcessor), (AutoModelForCausalLM, AutoTokenizer)
         kind = next((each for each in kinds if type(config) in each[0]._model_mapping), None)

@@ -11,9 +11,12 @@ from accord.toml import parse_toml
 OF_NO_RESULT: Final = ("processes", "features")
 """Tables and settings of a recipe that change no byte of a result: a run goes on with other values of them."""
 
+OF_WAITING: Final = ("routing.deadline", "routing.quorum")
+"""For whom a run waits, and how long: what an operator changes where a site does not come back."""
+
 
 def first_difference(old: str, new: str) -> str | None:
-    """Name the first setting in which two recipes differ; comments, layout and `OF_NO_RESULT` do not count."""
+    """Name the first setting in which two recipes differ: not comments, layout, `OF_NO_RESULT` and `OF_WAITING`."""
     try:
         before, after = _settings(old), _settings(new)
     except RecipeError:
@@ -29,9 +32,12 @@ def first_difference(old: str, new: str) -> str | None:
 
 
 def _settings(text: str) -> dict[str, str]:
-    return dict(
-        _flat({key: value for key, value in parse_toml(text, where="the recipe").items() if key not in OF_NO_RESULT})
-    )
+    found = parse_toml(text, where="the recipe")
+    return {
+        key: value
+        for key, value in _flat({name: table for name, table in found.items() if name not in OF_NO_RESULT})
+        if key not in OF_WAITING
+    }
 
 
 def _first_line(old: str, new: str) -> str:

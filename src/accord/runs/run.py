@@ -98,8 +98,13 @@ class Run:
             raise
 
     @classmethod
-    def resume(cls, path: Path | str, recipe_text: str) -> Self:
+    def resume(cls, path: Path | str, recipe_text: str, *, renewed: Callable[[str], str] = str) -> Self:
         """Go on with an interrupted run: lock it, repair what a crash left, and keep what is done.
+
+        Args:
+            path: the run's folder.
+            recipe_text: the recipe, which may differ from the run's in what `first_difference` does not count.
+            renewed: returns a recipe that an older Accord stored as today's would write it, with its new settings.
 
         Raises:
             RunError: there is no run, it is in use, its recipe differs from `recipe_text`, or its files are damaged or
@@ -112,7 +117,7 @@ class Run:
         lock = locked(path)
         try:
             recipe = (path / "recipe.toml").read_text(encoding="utf-8")
-            if difference := first_difference(recipe, recipe_text):
+            if difference := first_difference(renewed(recipe), recipe_text):
                 new = "another --out for a new run" if _foreign(path) else "leave out --resume: nothing is done yet"
                 raise RunError(
                     f"{path} was started with another recipe: {difference}; "
@@ -124,6 +129,8 @@ class Run:
             if not isinstance(seed, int) or not isinstance(earlier, list):
                 raise RunError(f"{path / 'manifest.json'} has no usable seed ({seed!r}); start anew with another --out")
             write_atomic(path / "manifest.json", to_json({**manifest, "resumed": [*earlier, environment()]}))
+            if recipe != recipe_text:
+                write_atomic(path / "recipe.toml", recipe_text)
             return cls(path, seed, lock, resumed=True)
         except BaseException:
             os.close(lock)
