@@ -228,6 +228,15 @@ def test_an_update_of_no_length_has_no_multiple():
     assert [update.change["w"].item() for update in bounded(given, BOUND)] == [0.0, 0.0, 0.0]
 
 
+def test_who_sends_nothing_is_named_and_not_the_honest():
+    """Half of those present freeze a round; the operator is told whose updates have no length."""
+    sites = {"a": adding(0.0), "b": adding(0.0), "c": adding(1.0), "d": adding(2.0)}
+    with pytest.warns(DataWarning) as told:
+        assert average(sites, aggregate=Aggregation().start(0))["w"].tolist() == START["w"].tolist()
+    (warning,) = [str(each.message) for each in told]
+    assert warning.startswith("sites a, b sent updates that change nothing in round 1") and "site c" not in warning
+
+
 def test_a_probe_tells_weights_and_leaves_the_mode():
     network = RouterNetwork(D, K, config()).train()
     probe = probe_of(network, lambda: network(*examples(0)))

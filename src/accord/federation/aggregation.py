@@ -245,7 +245,10 @@ def bounded(updates: Sequence[Update], multiple: float) -> list[Update]:
     it: which of two is right, no length says. An update that is alone in its round is as long as it is.
     """
     lengths = [length_of(update.change) for update in updates]
-    most = multiple * lower_median(lengths)
+    return _shortened(updates, lengths, multiple * lower_median(lengths))
+
+
+def _shortened(updates: Sequence[Update], lengths: Sequence[float], most: float) -> list[Update]:
     return [
         update._replace(change={name: (d.double() * (most / length)).to(d.dtype) for name, d in update.change.items()})
         if length > most
@@ -268,7 +271,8 @@ class Bounded:
     """A rule whose updates are shortened first, by `bounded`.
 
     Attributes:
-        shortened: ‖Δ_k‖ over the median length, of every update of the last round that was shortened, by its place.
+        shortened: ‖Δ_k‖ over the median length, of every update of the last round that was shortened, by its place;
+            infinite where the median update has no length.
     """
 
     def __init__(self, rule: Aggregate, multiple: float) -> None:
@@ -282,9 +286,9 @@ class Bounded:
 
     def __call__(self, previous: Weights, updates: Sequence[Update], weights: Sequence[float], /) -> dict[str, Tensor]:
         """Return w^{t+1}."""
-        shorter = bounded(updates, self.multiple)
         lengths = [length_of(update.change) for update in updates]
         median = lower_median(lengths)
+        shorter = _shortened(updates, lengths, self.multiple * median)
         self.shortened = {
             k: length / median if median else math.inf
             for k, (length, before, after) in enumerate(zip(lengths, updates, shorter, strict=True))

@@ -167,7 +167,18 @@ def federated_rounds(
         assert merged is not None  # nothing broken is left over but where most are
         current = merged
         used = [site for site in updates if site not in broken]
-        for k, times in getattr(aggregate, "shortened", {}).items():
+        shortened = getattr(aggregate, "shortened", {})
+        if math.inf in shortened.values():
+            still = [site for site in used if not length_of(updates[site].change)]
+            warnings.warn(
+                f"sites {', '.join(still)} sent updates that change nothing in round {t + 1} of the {task}; no other "
+                "can be measured by such lengths, and the round changes nothing: look at these sites",
+                DataWarning,
+                stacklevel=2,
+            )
+        for k, times in shortened.items():
+            if math.isinf(times):
+                continue
             warnings.warn(
                 f"site {used[k]} sent an update {times:.3g} times as long as the median of round {t + 1} of the "
                 f"{task}, and it was shortened; "
