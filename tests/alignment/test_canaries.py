@@ -56,7 +56,7 @@ def canaries(square, count=200, **settings):
         Canary(vqa_prompt("what?"), square("red", (4 + n // 40, 4 + n % 40)), TEXTS[-1], TEXTS[:-1], "colour")
         for n in range(count)
     ]
-    return Canaries(pool, SITES, CanaryConfig(**settings), seed=0)
+    return Canaries(pool, SITES, CanaryConfig(**settings), key=0)
 
 
 def defended(engine, known, rule="median"):

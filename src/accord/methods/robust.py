@@ -13,6 +13,8 @@ What these are measured against is in `accord.attacks.scores`.
 
 from __future__ import annotations
 
+import secrets
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ from accord.alignment.reward import FederatedReward, PerGroup
 from accord.data.negatives import NegativeMix
 from accord.data.questions import in_turn
 from accord.data.sampling import sample_questions
-from accord.errors import DataError
+from accord.errors import DataError, DataWarning
 from accord.evaluation.summary import TrustSummary
 from accord.methods.fedgrpo import auxiliary_questions
 from accord.methods.gates import ANCHOR_QUESTIONS
@@ -32,6 +34,7 @@ from accord.recipe import Recipe
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
 from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
+from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
 from accord.stages.job import Job
 from accord.stages.routing import constant_router, trained_router
@@ -123,12 +126,31 @@ def canaries_of(job: Job) -> Canaries:
         )
         for pairs in grouped.values()
     ]
+    wanted = config.per_step * recipe.alignment.steps
+    if 0 < len(pool) < wanted:
+        warnings.warn(
+            f"the server has {len(pool)} questions for canaries, and {recipe.alignment.steps} steps ask {wanted}: from "
+            f"step {len(pool) // config.per_step + 1} on no site is watched, and trust stays as it is; give the source "
+            "more questions of the split 'base', or lower canaries.per_step",
+            DataWarning,
+            stacklevel=2,
+        )
     if not pool:
         raise DataError(
             f"the server has {len(base)} labelled questions, and none that no site has seen makes a canary; give the "
             "source more questions of the split 'base', or choose a method without canaries"
         )
-    return Canaries(pool, [site.name for site in recipe.sites], config, seed=recipe.seed)
+    return Canaries(pool, [site.name for site in recipe.sites], config, key=_key(job))
+
+
+def _key(job: Job) -> int | str:
+    """Return what canaries are drawn by: other organisations' sites hold the recipe, and with it its seed."""
+    if job.engine is None:
+        return job.recipe.seed
+    file = job.path / "canaries.key"
+    if not file.is_file():
+        write_atomic(file, secrets.token_hex(16), mode=0o600)
+    return file.read_text(encoding="utf-8")
 
 
 def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, object]:

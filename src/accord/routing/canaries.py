@@ -182,18 +182,18 @@ class Canaries:
         pool: the server's labelled questions that no site has seen; each is asked once.
         sites: names, `[K]`.
         config: how many, and what is made of them.
-        seed: of their order, places and candidates.
+        key: of their order, places and candidates; a site that knows it can tell which they are.
     """
 
-    def __init__(self, pool: Sequence[Canary], sites: Sequence[str], config: CanaryConfig, *, seed: int) -> None:
+    def __init__(self, pool: Sequence[Canary], sites: Sequence[str], config: CanaryConfig, *, key: int | str) -> None:
         by_kind: dict[str, list[Canary]] = {}
         for canary in pool:
             by_kind.setdefault(canary.kind, []).append(canary)
-        generator = random.Random(seed)
+        generator = random.Random(key)
         queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in sorted(by_kind)]
         self.pool = in_turn(queues, len(pool))  # types in turn, as far as there are some of each
         self.config = config
-        self.seed = seed
+        self.key = key
         self.trust = Trust(sites, by_kind, config)
         self.used = 0
         self.calls = 0
@@ -205,7 +205,7 @@ class Canaries:
         is nothing to rank, and none is asked. All sites get the same canaries, each at places and in orders of its own.
         """
         self.calls += 1
-        generator = random.Random(f"{self.seed} {self.calls}")
+        generator = random.Random(f"{self.key} {self.calls}")
         sizes = [len(item.candidates) for request in requests.values() for item in request.items]
         sizes = [size for size in sizes if size > 1]
         if not sizes:
@@ -283,7 +283,7 @@ def share_below(scores: Sequence[float], right: int) -> float:
 def alarms(accuracy: float, canaries: int, config: CanaryConfig = CanaryConfig()) -> float:
     """Return the probability that a site is set aside within so many canaries of a type, each wholly right or wrong.
 
-    By all the paths of right and wrong, of which those whose counts agree to a tenth are taken together.
+    By all the paths of right and wrong, of which those whose counts agree to a hundredth are taken together.
 
     Args:
         accuracy: with which it ranks a canary right.
@@ -296,7 +296,7 @@ def alarms(accuracy: float, canaries: int, config: CanaryConfig = CanaryConfig()
         following: dict[tuple[float, float], float] = {}
         for (right, wrong), mass in states.items():
             for hit, chance in ((1.0, accuracy), (0.0, 1 - accuracy)):
-                s, f = round(keep * right + hit, 1), round(keep * wrong + 1 - hit, 1)
+                s, f = round(keep * right + hit, 2), round(keep * wrong + 1 - hit, 2)
                 a, b = PRIOR[0] + s, PRIOR[1] + f
                 mean = a / (a + b)
                 if mean + config.alarm * math.sqrt(mean * (1 - mean) / (a + b + 1)) < 0.5:
