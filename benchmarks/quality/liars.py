@@ -9,7 +9,7 @@ lie. Only poisoned pairs need their sites trained anew. The attack `absent` is t
 liars gone. What is measured is kept, and the same command goes on where it stopped.
 
     <out>/<recipe>/<attack>-<liars>/<seed>/     a run folder: compare/<method>.json, and cpu.json, seconds a cell
-    <out>/<recipe>/liars.md, liars.svg          mean over seeds ± half its 95 % t-interval, in per cent
+    <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, mean over seeds ± half its 95 % t-interval, in per cent
 
     python benchmarks/quality/liars.py --canaries     how many canaries find a liar, and how often an alarm is false
 """
@@ -37,10 +37,10 @@ from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import markdown_table
 from accord.evaluation.table import CIDER, macro
 from accord.methods import check_methods, needed
-from accord.pipeline.cells import cells_of
+from accord.pipeline.cells import cells_of, in_domain
 from accord.pipeline.comparison import compare
 from accord.recipe import Recipe
-from accord.recipe_file import dump_recipe, import_methods, load_recipe
+from accord.recipe_file import dump_recipe, import_methods, load_recipe, renewed
 from accord.routing.canaries import alarms
 from accord.runs import Run, something_done, write_atomic
 from accord.stages.job import Job, open_job
@@ -69,7 +69,7 @@ def opened(
         RunError: that holds no trained sites.
     """
     text = dump_recipe(recipe)
-    run = Run.resume(folder, text) if something_done(folder) else Run.create(folder, text, seed=recipe.seed)
+    run = Run.resume(folder, text, renewed=renewed) if something_done(folder) else Run.create(folder, text, seed=recipe.seed)
     with open_job(recipe, run, quiet=True) as job:
         train_sites(job, take_over=lambda name: take_over(job, name))
         if "router" in needed(recipe, methods) and not run.done("router"):
@@ -115,22 +115,27 @@ def measure(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str])
                 write_atomic(file, json.dumps(taken) + "\n")
 
 
-def read(folder: Path) -> Found:
-    """Return what is measured, in per cent (CIDEr of captions as it is), by attack, method, liars and seed."""
+def read(folder: Path, in_domain: Sequence[str] | None) -> Found:
+    """Return what is measured, in per cent (CIDEr of captions as it is), by attack, method, liars and seed.
+
+    Args:
+        folder: a recipe's.
+        in_domain: the question types that a site holds, whose accuracies are averaged; None for captions.
+    """
     found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for place in sorted(folder.glob("*-*/*")):
         attack, _, liars = place.parent.name.rpartition("-")
         for cell in cells_of(place) if place.name.isdecimal() else []:
-            types = [CIDER] if CIDER in cell.correct else list(cell.correct)
+            types = [CIDER] if CIDER in cell.correct else in_domain or list(cell.correct)
             value = macro(cell, types)
             if value is not None:
                 found[attack][cell.method][int(liars)][cell.seed] = value * (1 if CIDER in cell.correct else 100)
     return found
 
 
-def report(folder: Path) -> str:
+def report(folder: Path, in_domain: Sequence[str] | None) -> str:
     """Write the table and the figure of a recipe's folder; return the table. The honest cells stand in every attack."""
-    found = read(folder)
+    found = read(folder, in_domain)
     honest = found.pop(HONEST, {})
     panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     most = max((n for lines in found.values() for points in lines.values() for n in points), default=0)
@@ -205,7 +210,7 @@ def main() -> None:
             except AccordError as error:
                 raise SystemExit(f"error: {error}") from error
             print(f"{base.name} {name} {n} of {len(base.sites)}, seed {seed}: measured", flush=True)
-    print(report(options.out / base.name))
+    print(report(options.out / base.name, in_domain(options.trained / base.name)))
 
 
 if __name__ == "__main__":

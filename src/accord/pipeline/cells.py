@@ -75,7 +75,7 @@ def write_table(folder: Path) -> str:
     cells = read_cells(folder)
     roles = {cell.method: cell.role for cell in cells if cell.role != "competes"}
     tried = _read(tried_file(folder)) if tried_file(folder).is_file() else {}
-    made = table(cells, _in_domain(folder), roles, tried)
+    made = table(cells, in_domain(folder), roles, tried)
     text = f"## {folder.name}\n\n{to_markdown(made)}"
     write_atomic(folder / "table.csv", to_csv(made))
     if figure := to_figure(made):
@@ -94,7 +94,7 @@ def _role(method: str, noted: Mapping[str, Any]) -> str:
     return METHODS[method].role if method in METHODS else str(noted.get("role", "competes"))
 
 
-def _in_domain(folder: Path) -> list[str] | None:
+def in_domain(folder: Path) -> list[str] | None:
     """Return the types that a site holds, the same for every seed; None where columns are no types."""
     for place in _seed_folders(folder):
         if "compare base" in stages_done(place):
