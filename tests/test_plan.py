@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from accord.federation.projector import ProjectorConfig
 from accord.footprint import Gpus, Size, footprint, size_of
 from accord.methods import METHODS
+from accord.models.load import LoraSettings
 from accord.plan import _amount, _bytes, describe, peaks
 from accord.recipe import EncoderConfig, Policy, Recipe, SiteConfig
 from accord.recipe_file import load_recipe
@@ -103,6 +104,43 @@ def test_a_private_site_is_planned_as_it_trains():
     assert "ε = 3 a person, 50 steps of DP-SGD, each of 10% of the persons" in private
     weights = size_of("accord/idefics3").parameters * 4
     assert f"{_amount(weights)}, a head on frozen features" in private
+
+
+def test_a_private_sites_peak_is_counted_by_hand():
+    """Gradients of 32 answers over the adapter's parameters in float32, and no reward training beside them."""
+    lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3", finetune=None, lora=lora, privacy=Privacy()),))
+    adapter = footprint("accord/idefics3", 64 * 64, 0).adapter(lora)
+    (peak,) = (peak for peak in peaks(recipe) if peak.stage.startswith("site a"))
+    assert peak.parts["gradients of single answers"] == 4 * 32 * adapter > 0
+    head = replace(recipe, sites=(replace(recipe.sites[0], lora=None),))
+    (peak,) = (peak for peak in peaks(head) if peak.stage.startswith("site a"))
+    assert peak.parts["weights"] == size_of("accord/idefics3").parameters * 4 and peak.parts["activations"] > 0
+
+
+def test_sites_that_are_trained_at_once_share_a_gpu():
+    sites = tuple(SiteConfig(name, "accord/idefics3", finetune=None) for name in "abc")
+    one, two = (
+        next(peak for peak in peaks(Recipe("x", sites, processes=n, threads=1)) if peak.stage == "site b: reward")
+        for n in (1, 2)
+    )
+    assert two.total == 2 * one.total and two.remedy[0] == "processes"
+
+
+def test_many_gpus_share_a_policy_only_where_the_method_lets_them(published):
+    """MoR learns its router on the way, and of a step's completions each GPU has at least one."""
+    (path,) = (path for path in RECIPES if path.stem == "qwen2.5-vl-7b-8gpu")
+    shared = load_recipe(path)
+    alone = replace(shared, method="mor")
+    totals = {
+        (name, count): next(peak.parts for peak in peaks(recipe, Gpus.read(f"{count}x80")) if peak.stage == "align")
+        for name, recipe in (("shared", shared), ("alone", alone))
+        for count in (1, 8, 100_000)
+    }
+    held = {key: parts["policy and optimiser"] for key, parts in totals.items()}
+    assert held["shared", 8] == held["shared", 1] / 8 and held["alone", 8] == held["alone", 1]
+    few, many = (totals["shared", count]["activations"] for count in (8, 100_000))
+    assert few >= many > 0
 
 
 def test_sizes_come_from_names_where_nothing_else_is_there():

@@ -60,6 +60,9 @@ ANSWER: Final = 8
 WORDS: Final = 40
 """Tokens of a question and its template, where the processor is not there to count."""
 
+HEAD_PROMPTS, ADAPTER_PAIRS = 32, 16
+"""Questions that are read at once for a private head, and pairs that a private adapter is trained on at once."""
+
 TILE: Final = (4096, 8192)
 """Tokens and words of the vocabulary whose logits TRL's fused head holds at once."""
 
@@ -104,14 +107,14 @@ class Footprint:
     Attributes:
         size: its parameters.
         tower: those of its vision tower.
-        frozen_tower: whether the tower is trained with the rest.
+        frozen_tower: whether the tower stays as it is where the rest is trained.
         bytes_each: of a parameter as it is stored, 2 or 4.
         vocabulary: tokens.
         text: the language model's layers.
         vision: the tower's; none in a text-only model.
         patches: what the tower reads of one image.
         tokens: of a question with its image, in the language model.
-        adapted: features in and out of all linear layers of which a pattern matches the name.
+        linear: features in and out, together, of all linear layers, by name.
     """
 
     size: Size
@@ -147,9 +150,9 @@ class Footprint:
             return self.adapter(lora)
         return self.size.parameters - (self.tower if self.frozen_tower else 0.0)
 
-    def beside(self, activations: float, lora: LoraSettings | None, *, accumulated: bool) -> float:
+    def beside(self, activations: float, lora: LoraSettings | None, *, accumulated: bool, shards: int = 1) -> float:
         """Return what activations add to weights, gradients and moments at the most: they make room for gradients."""
-        return activations if accumulated else max(0.0, activations - 4 * self.learning(lora))
+        return activations if accumulated else max(0.0, activations - 4 * self.learning(lora) / shards)
 
     def update(self, rows: float, prompts: float, answer: float, each: int, *, checkpointing: bool) -> float:
         """Return the bytes of activations of one forward and backward pass.
@@ -353,6 +356,20 @@ def reward_training(foot: Footprint, config: RewardConfig, lora: LoraSettings | 
     return {"weights and optimiser": foot.trained(lora, autocast=gpu), "activations": beside}
 
 
+def private_training(foot: Footprint, lora: LoraSettings | None) -> dict[str, float]:
+    """Return the peak of a private reward model's training by part, in bytes: a head on what is read, or an adapter."""
+    each = foot.bytes_each
+    if lora is None:
+        read = foot.text.passing(HEAD_PROMPTS * (foot.tokens + 2 * ANSWER), each)
+        return {"weights": foot.frozen(), "activations": read + foot.vision.passing(HEAD_PROMPTS * foot.patches, each)}
+    rows = 2 * ADAPTER_PAIRS
+    return {
+        "weights and optimiser": foot.trained(lora, autocast=False),
+        "activations": foot.update(rows, ADAPTER_PAIRS, ANSWER, each, checkpointing=False),
+        "gradients of single answers": 4 * rows * foot.adapter(lora),
+    }
+
+
 def grpo(
     foot: Footprint, config: AlignmentConfig, lora: LoraSettings | None, *, gpu: bool, shards: int = 1
 ) -> dict[str, float]:
@@ -366,7 +383,7 @@ def grpo(
         shards: devices that weights, gradients and moments are cut into.
     """
     each, answer, shared = 2 if gpu else 4, config.max_completion_length, config.shared_prefix and shards == 1
-    rows = config.prompts_per_step * config.group_size // shards
+    rows = max(1, config.prompts_per_step * config.group_size // shards)
     at_once = min(config.completions_per_device or rows, rows)
     sampled = min(config.rollout_rows or at_once, rows)
     prompts = [math.ceil(count / config.group_size) if shared else count for count in (at_once, sampled)]
@@ -380,9 +397,9 @@ def grpo(
         said += foot.size.parameters * (foot.bytes_each if lora else 4)  # gathered for `generate`
     if config.vllm:
         said = 0.0
-    update = foot.beside(update, lora, accumulated=at_once < rows)
+    update = foot.beside(update, lora, accumulated=at_once < rows, shards=shards)
     if at_once == rows:  # gradients are gone when the next step samples
-        said = foot.beside(said, lora, accumulated=False)
+        said = foot.beside(said, lora, accumulated=False, shards=shards)
     parts["activations" if update >= said else "rollout"] = max(update, said)
     return parts
 

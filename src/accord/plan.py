@@ -27,6 +27,7 @@ from accord.footprint import (
     footprint,
     grpo,
     on_meta,
+    private_training,
     reward_training,
     size_of,
 )
@@ -79,7 +80,7 @@ def describe(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = Fals
         lines += _router(recipe)
     lines += _alignment(recipe, method, policy)
     lines += [f"{'compare':<22} {arm:<40} {find_method(arm, names).about}" for arm in recipe.compare]
-    told = _told(peaks(recipe, gpus, elsewhere=elsewhere), gpus)
+    told = _told(peaks(recipe, gpus, elsewhere=elsewhere), gpus, _shards(recipe, gpus))
     return "\n".join([*lines, "", *told, "", *_traffic(recipe, method)])
 
 
@@ -98,7 +99,12 @@ def peaks(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = False) 
         parts = {"policy": base.frozen(), "rollout": sampling}
         found.append(Peak("sites: what the policy says", parts, ("alignment.questions_at_once",)))
     if "sites" in needs and not elsewhere:
-        found += [peak for site in recipe.sites for peak in _site_peaks(recipe, site)]
+        at_once = min(recipe.processes, len(recipe.sites))  # children of one process share its GPU
+        for peak in (peak for site in recipe.sites for peak in _site_peaks(recipe, site)):
+            if at_once > 1:
+                parts = {f"{at_once} × {name}": at_once * count for name, count in peak.parts.items()}
+                peak = Peak(peak.stage, parts, ("processes", *peak.remedy))
+            found.append(peak)
     encoder, policy = _foot(recipe, recipe.encoder_checkpoint), base
     held: dict[str, float] = {}
     if "router" in needs and encoder is not None:
@@ -139,7 +145,10 @@ def _site_peaks(recipe: Recipe, site: SiteConfig) -> list[Peak]:
         less = () if site.finetune.gradient_checkpointing else (f"{which}.finetune.gradient_checkpointing = true",)
         parts = finetuning(foot, site.finetune, site.lora, gpu=True)
         found.append(Peak(f"site {site.name}: tuning", parts, (*less, f"{which}.finetune.batch_size", "max_pixels")))
-    if site.privacy is None:
+    if site.privacy is not None:
+        parts = private_training(foot, site.lora)
+        found.append(Peak(f"site {site.name}: private", parts, (f"{which}.lora",) if site.lora else ("max_pixels",)))
+    else:
         reward = site.reward_model
         less = () if reward.gradient_checkpointing else (f"{which}.reward_model.gradient_checkpointing = true",)
         parts = reward_training(foot, reward, site.lora, gpu=True)
@@ -156,7 +165,7 @@ def _opened(recipe: Recipe, site: SiteConfig) -> float:
 
 
 def _aligning(recipe: Recipe, method: Method, policy: Footprint, held: Mapping[str, float], gpus: Gpus | None) -> Peak:
-    a, lora, shards = method.grpo(recipe), method.lora(recipe), gpus.count if gpus else 1
+    a, lora, shards = method.grpo(recipe), method.lora(recipe), _shards(recipe, gpus)
     if a is None:
         return Peak("align", {"policy and optimiser": policy.trained(lora, autocast=True), **held})
     parts = grpo(policy, a, lora, gpu=True, shards=shards)
@@ -171,9 +180,16 @@ def _aligning(recipe: Recipe, method: Method, policy: Footprint, held: Mapping[s
     return Peak("align", {**parts, **held, **served}, less)
 
 
-def _told(found: list[Peak], gpus: Gpus | None) -> list[str]:
+def _shards(recipe: Recipe, gpus: Gpus | None) -> int:
+    """Return over how many GPUs the policy is cut: one, where several processes cannot align by all methods."""
+    names = [site.name for site in recipe.sites]
+    together = all(find_method(name, names).together for name in (recipe.method, *recipe.compare))
+    return gpus.count if gpus and together else 1
+
+
+def _told(found: list[Peak], gpus: Gpus | None, shards: int) -> list[str]:
     """Return the peaks as lines, and the line of the recipe to change where one does not fit."""
-    many = "" if gpus is None or gpus.count == 1 else f", weights and optimiser of the policy over {gpus.count} of them"
+    many = f", weights and optimiser of the policy over {shards} of them" if shards > 1 else ""
     over = f"of {gpus.each / 1e9:g} GB" if gpus else ""
     lines = [f"{'peak of a stage':<34} {'on one GPU':<14} {over}{many}".rstrip()]
     for peak in found:

@@ -27,12 +27,20 @@ def cell(folder, attack, n, seed, method, right):
     stages = place / "stages.json"
     done = json.loads(stages.read_text())["done"] if stages.exists() else []
     stages.write_text(json.dumps({"done": [*done, f"compare {method}"]}))
-    measured = {"test": {"colour": [right, 10], "shape": [5, 10], "nobody's": [0, 10]}, "traffic": [], "seconds": 1.0, "role": "competes"}
+    measured = {
+        "test": {"colour": [right, 10], "shape": [5, 10], "nobody's": [0, 10]},
+        "traffic": [],
+        "seconds": 1.0,
+        "role": "competes",
+    }
     (place / "compare" / f"{method}.json").write_text(json.dumps(measured))
 
 
 def test_a_report_of_cells(tmp_path):
-    """Macro accuracy of what a site holds: (8/10 + 5/10) / 2 = 65 % and, of two seeds, 60 and 50: 55 ± 12.706 · 7.07 / √2 = 63.5."""
+    """Macro accuracy of what a site holds: (8/10 + 5/10) / 2 = 65 % and, of two seeds, 60 and 50.
+
+    55 ± 12.706 · 7.07 / √2 = 63.5.
+    """
     for seed in (0, 1):
         cell(tmp_path, "honest", 0, seed, "canary", 8)
     cell(tmp_path, "near-constant", 1, 0, "canary", 7)

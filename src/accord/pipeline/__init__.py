@@ -58,9 +58,10 @@ def execute(job: Job) -> Path:
     job.run.plan(stages_of(job))
     if not job.run.done("align"):
         warn_of_long_answers(job)
-    if job.written and not job.run.done("projector"):
-        pretrain_projector(job)
     needs = needed(recipe, [recipe.method, *recipe.compare])
+    if job.written and not job.run.done("projector"):
+        try_checkpoint(job.written.policy.checkpoint)
+        pretrain_projector(job)
     for checkpoint in _untried(job, needs):
         try_checkpoint(checkpoint)
     if "sites" in needs:
