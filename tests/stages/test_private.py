@@ -51,14 +51,12 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
     """Its model is a linear head on the backbone as it came; its card bears what the ledger says."""
     folder = settle()
     train_site(job, "a")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("card.json", "privacy.json", "privacy.json.lock", "reward")
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "reward"]
     site, scores = score(job, square)
     assert scores.shape == (4,) and scores.isfinite().all() and scores.std() > 0
     assert site.reward_model.kind == "linear" and site.reward_model.head.bias.item() == 0
     card = site.card(CardRequest("c"))
-    (entry,) = read_entries(folder / "privacy.json")
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
     assert card.privacy.id == entry.id and entry.settled and card.ranking == {}
     assert 3.9 < card.privacy.epsilon == card.privacy.total <= 4
     assert set(card.privacy.uncovered) == {*("counts", "shared training", "gates", "settings", "making", "other runs")}
@@ -69,7 +67,7 @@ def test_scores_cost_nothing(job, settle, square):
     """T18: the ledger is not opened to answer, so that a million scores leave ε where it was."""
     folder = settle()
     train_site(job, "a")
-    ledger = folder / "privacy.json"
+    ledger = job.path / "privacy" / "a.json"
     before, spent = ledger.read_bytes(), ledger.stat().st_mtime_ns
     site, _ = score(job, square)
     for _ in range(3):
@@ -101,7 +99,7 @@ def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, sett
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(private, place, killed)
             train_site(job, "a")
-        (entry,) = read_entries(folder / "privacy.json")
+        (entry,) = read_entries(job.path / "privacy" / "a.json")
         assert not entry.settled and not (folder / "card.json").exists()
     _, there = score(job, square)  # written before the certificate
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -114,7 +112,7 @@ def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, sett
         train_site(job, "a")
     _, again = score(job, square)
     assert torch.equal(once, again)
-    (settled,) = read_entries(folder / "privacy.json")
+    (settled,) = read_entries(job.path / "privacy" / "a.json")
     assert settled.id == entry.id and settled.settled
 
 
@@ -133,7 +131,7 @@ def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle,
     site, again = score(job, square)
     assert torch.equal(first, again) and again.std() > 0
     assert (folder / "reward" / "adapter").is_dir() and site.reward_model.head.bias.item() == 0
-    (entry,) = read_entries(folder / "privacy.json")
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
     assert entry.settled and [each.releases for each in entry.mechanisms] == [2, 4]  # no projection is paid for
     proof = site.card(CardRequest("c")).privacy
     assert (proof.way, proof.steps, proof.sampling, proof.projection) == ("adapter", 2, 0.5, 0.0)
@@ -154,7 +152,7 @@ def test_labels_alone_are_protected(job, settle, square, stages):
     assert proof.epsilon == proof.total == pytest.approx(1.0) and proof.flip == pytest.approx(0.2689, abs=1e-4)
     with pytest.raises(RecipeError, match="is spent"):
         train_site(job, "a")
-    assert len(read_entries(folder / "privacy.json")) == 1
+    assert len(read_entries(job.path / "privacy" / "a.json")) == 1
 
 
 def test_labels_are_flipped_before_anything_reads_them(job, settle, monkeypatch):
@@ -181,7 +179,7 @@ def test_a_ledger_of_pairs_takes_no_labels(job, settle):
 def test_a_shared_ledger_sees_other_runs(job, settle, tmp_path):
     folder = settle(replace(PRIVACY, ledger=str(tmp_path / "all.json")))
     train_site(job, "a")
-    assert not (folder / "privacy.json").exists() and len(read_entries(tmp_path / "all.json")) == 1
+    assert not (job.path / "privacy" / "a.json").exists() and len(read_entries(tmp_path / "all.json")) == 1
     certificate = json.loads((folder / "card.json").read_text())["privacy"]
     assert "other runs" not in certificate["uncovered"]
     for path in folder.iterdir():  # as in a new run folder
@@ -234,7 +232,7 @@ def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
     folder = settle()
     train_site(job, "a")
     _, one = score(job, square)
-    (folder / "privacy.json").unlink()
+    (job.path / "privacy" / "a.json").unlink()
     train_site(job, "a")
     _, other = score(job, square)
     assert not torch.allclose(one, other)

@@ -39,7 +39,7 @@ def ledger_of(job: Job, name: str) -> Path:
     privacy = job.site(name).privacy
     if privacy and privacy.ledger:
         return Path(privacy.ledger).expanduser()
-    return job.path / "sites" / name / "privacy.json"
+    return (job.main or job.path) / "privacy" / f"{name}.json"
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -61,7 +61,7 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     if way == "adapter":
         privacy = replace(privacy, dimensions=0)  # there is no projection to pay for
     entry = spend(path, privacy, _fingerprint(job, site, privacy, pairs))
-    card = read_record(folder / "card.json", SiteRecord, remedy="remove it, and train the site again")
+    card = _card(job, name)
     if card and card.privacy and card.privacy.id == entry.id:
         return card.privacy
     noise = SecretNoise(bytes.fromhex(entry.key))
@@ -97,9 +97,25 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
 
 
-def settle_site(job: Job, name: str, certificate: Certificate) -> None:
-    """End a training whose certificate is on the site's card: it cannot be done again at no price."""
-    settle(ledger_of(job, name), certificate.id)
+def settle_site(job: Job, name: str) -> None:
+    """End a training whose certificate is on the site's card: it cannot be done again at no price.
+
+    Nothing happens where there is no certificate, or where another run is still to take the site over.
+    """
+    card = _card(job, name)
+    if card and card.privacy and job.main is None:
+        settle(ledger_of(job, name), card.privacy.id)
+
+
+def has_certificate(job: Job, name: str) -> bool:
+    """Tell whether a model with a certificate stands in the site's folder, which may have been paid for."""
+    card = _card(job, name)
+    return card is not None and card.privacy is not None
+
+
+def _card(job: Job, name: str) -> SiteRecord | None:
+    file = job.path / "sites" / name / "card.json"
+    return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
 
 def _fingerprint(job: Job, site: SiteConfig, privacy: Privacy, pairs: Sequence[PreferencePair]) -> str:
