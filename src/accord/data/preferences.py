@@ -121,11 +121,13 @@ def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None
 def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
 
-    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column.
+    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column,
+    nor one for persons where no pair names one.
     """
     rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
-    pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     text = datasets.Value("string")
+    pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
+    named = {"person": text} if any("person" in row for row in rows) else {}
     blocks = datasets.List({"type": text, "text": text})
     features = datasets.Features(
         prompt=datasets.List({"role": text, "content": blocks}),
@@ -134,9 +136,10 @@ def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
         question_id=text,
         question_type=text,
         constructed=datasets.Value("bool"),
+        **named,
         **pictured,
     )
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
 
 
 def build_preferences(
