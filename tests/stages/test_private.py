@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,23 +78,53 @@ def test_scores_cost_nothing(job, settle, square):
     assert epsilon_of(entry.mechanisms, 1e-6) == site.card(CardRequest("c")).privacy.epsilon
 
 
-def test_it_is_not_trained_twice_for_one_price(job, settle):
-    settle()
+def test_the_same_training_again_is_the_model_that_is_there(job, settle, monkeypatch):
+    """It was paid for once and its key is gone: the stage is done again without a step, and nothing is spent."""
+    folder = settle()
     train_site(job, "a")
+    left = {file: file.read_bytes() for file in sorted(job.path.rglob("*")) if file.suffix in (".json", ".safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setattr(private, "private_head", lambda *_, **__: pytest.fail("trained"))
+        train_site(job, "a")
+    assert job.run.done("site a") and len(left) > 3
+    assert {file: file.read_bytes() for file in left} == left
+    shutil.rmtree(folder / "reward")
     with pytest.raises(RecipeError, match=r"ε = 4 is spent"):
         train_site(job, "a")
+
+
+def test_other_pairs_are_not_trained_on_for_the_same_price(job, settle):
+    settle()
+    train_site(job, "a")
+    job.pairs["a"] = job.pairs["a"][:-1]
+    with pytest.raises(RecipeError, match=r"ε = 4 is spent"):
+        train_site(job, "a")
+
+
+def test_a_killed_training_leaves_no_card_of_an_earlier_model(job, settle, monkeypatch):
+    folder = settle()
+    train_site(job, "a")
+    settle(replace(PRIVACY, epsilon=8.0))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(private, "certify", killed)
+        train_site(job, "a")
+    assert not (folder / "card.json").exists()
+    train_site(job, "a")
+    card = json.loads((folder / "card.json").read_text())["privacy"]
+    assert 7.9 < card["total"] <= 8 and card["id"] == read_entries(job.path / "privacy" / "a.json")[1].id
 
 
 class Killed(BaseException):
     pass
 
 
+def killed(*_, **__):
+    raise Killed
+
+
 def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, settle, square, monkeypatch):
     """By the key that the entry holds until the end; a kill after the card trains nothing again."""
     folder = settle()
-
-    def killed(*_, **__):
-        raise Killed
 
     for place in ("private_head", "private_standardisation", "certify"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -120,9 +151,6 @@ def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle,
     """A kill costs once, the retry is the same model, and what is loaded scores as what was trained."""
     folder = settle(replace(PRIVACY, steps=2, sampling=0.5), lora=LoraSettings(rank=2, alpha=4))
 
-    def killed(*_, **__):
-        raise Killed
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(private, "certify", killed)
         train_site(job, "a")
@@ -136,8 +164,6 @@ def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle,
     proof = site.card(CardRequest("c")).privacy
     assert (proof.way, proof.steps, proof.sampling, proof.projection) == ("adapter", 2, 0.5, 0.0)
     assert 3.9 < proof.total == epsilon_of(entry.mechanisms, 1e-6) <= 4
-    with pytest.raises(RecipeError, match="is spent"):
-        train_site(job, "a")
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -150,6 +176,7 @@ def test_labels_alone_are_protected(job, settle, square, stages):
     proof = site.card(CardRequest("c")).privacy
     assert (proof.way, proof.unit, proof.delta) == ("labels", "label", 0.0) and "inputs" in proof.uncovered
     assert proof.epsilon == proof.total == pytest.approx(1.0) and proof.flip == pytest.approx(0.2689, abs=1e-4)
+    shutil.rmtree(folder / "reward")
     with pytest.raises(RecipeError, match="is spent"):
         train_site(job, "a")
     assert len(read_entries(job.path / "privacy" / "a.json")) == 1

@@ -26,7 +26,7 @@ from accord.rewards.noise import SecretNoise
 from accord.rewards.private import Privacy, pair_features, private_head, private_standardisation, unit_index
 from accord.rewards.private_adapter import fresh_model, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
-from accord.rewards.spending import certify, fingerprint_of, settle, spend
+from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
 from accord.rewards.train import check_images
 from accord.runs import read_record
 from accord.stages.job import Job
@@ -45,8 +45,8 @@ def ledger_of(job: Job, name: str) -> Path:
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
     """Pay for a reward model, train it, write it to the site's folder, and return its certificate.
 
-    `settle_site` follows, once the certificate is on the site's card. Where a kill came between the two, the model is
-    there already.
+    `settle_site` follows, once the certificate is on the site's card. A model that this training has left already is
+    kept as it is, whether it was settled or a kill came first: it can never be made again.
 
     Raises:
         RecipeError: nothing is left of the budget.
@@ -60,10 +60,10 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     way: Way = "labels" if privacy.unit == "label" else "adapter" if site.lora else "head"
     if way == "adapter":
         privacy = replace(privacy, dimensions=0)  # there is no projection to pay for
-    entry = spend(path, privacy, _fingerprint(job, site, privacy, pairs))
-    card = _card(job, name)
-    if card and card.privacy and card.privacy.id == entry.id:
-        return card.privacy
+    fingerprint = _fingerprint(job, site, privacy, pairs)
+    if there := _paid_model(job, name, fingerprint):
+        return there
+    entry = spend(path, privacy, fingerprint)
     noise = SecretNoise(bytes.fromhex(entry.key))
     flip, sigmas = entry.mechanisms[0].flip, entry.sigmas
     if way == "labels":  # before anything reads them
@@ -93,6 +93,7 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
         if way == "labels"
         else private_standardisation(scores, unit, sigmas.standardisation, noise)
     )
+    (folder / "card.json").unlink(missing_ok=True)  # of an earlier model, whose certificate is not this one's
     model.save(folder / "reward")
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
 
@@ -105,6 +106,15 @@ def settle_site(job: Job, name: str) -> None:
     card = _card(job, name)
     if card and card.privacy and job.main is None:
         settle(ledger_of(job, name), card.privacy.id)
+
+
+def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
+    """Return the certificate of the model in the site's folder, if this very training has made it; None otherwise."""
+    card = _card(job, name)
+    if card is None or card.privacy is None or not (job.path / "sites" / name / "reward").is_dir():
+        return None
+    paid = {entry.id: entry.fingerprint for entry in read_entries(ledger_of(job, name))}
+    return card.privacy if paid.get(card.privacy.id) == fingerprint else None
 
 
 def has_certificate(job: Job, name: str) -> bool:
