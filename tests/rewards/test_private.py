@@ -217,6 +217,7 @@ def test_features_are_what_the_head_reads(llava, prefer):
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"epsilon": math.inf}, "epsilon must be finite"),
+        ({"ledger": "all.json"}, r"absolute path, got 'all\.json': .*a new budget; write privacy\.ledger = '/.*all\.json'"),
     ],
 )
 def test_a_guarantee_that_is_none_is_refused(wrong, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accord.data.images import load_image
-from accord.errors import DataError, RecipeError
+from accord.errors import DataError, RecipeError, RunError
 from accord.federation.messages import CardRequest
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -26,6 +26,7 @@ pytest.importorskip("dp_accounting")
 
 COLOURS = ("red", "blue", "green", "yellow")
 PRIVACY = Privacy(epsilon=4.0, steps=10, dimensions=4)
+LABELS = Privacy(epsilon=1.0, unit="label", steps=2, dimensions=4)
 
 
 @pytest.fixture
@@ -215,6 +216,28 @@ def test_a_shared_ledger_sees_other_runs(job, settle, tmp_path):
         train_site(job, "a")
 
 
+def test_a_link_to_a_ledger_is_that_ledger(job, settle, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "all.json")
+    settle(Privacy(epsilon=1.0, unit="label", steps=2, ledger=str(link)))
+    train_site(job, "a")
+    assert link.is_symlink() and len(read_entries(tmp_path / "all.json")) == 1
+
+
+def test_a_ledger_that_lacks_what_was_paid_is_refused(job, settle, tmp_path):
+    """It was removed, or another one is named: either would be a new budget for the same data."""
+    folder = settle(LABELS)
+    train_site(job, "a")
+    ledger = job.path / "privacy" / "a.json"
+    ledger.rename(tmp_path / "all.json")
+    with pytest.raises(RunError, match=r"privacy/a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"):
+        train_site(job, "a")
+    assert not ledger.exists() and (folder / "reward").is_dir()
+    settle(replace(LABELS, ledger=str(tmp_path / "all.json")))
+    train_site(job, "a")  # the one that has it
+    assert job.run.done("site a") and len(read_entries(tmp_path / "all.json")) == 1
+
+
 def test_persons_are_protected_where_the_pairs_name_them(job, settle):
     settle(replace(PRIVACY, unit="person"))
     with pytest.raises(DataError, match="24 of 24 pairs have no person"):
@@ -260,6 +283,7 @@ def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
     train_site(job, "a")
     _, one = score(job, square)
     (job.path / "privacy" / "a.json").unlink()
+    (folder / "card.json").unlink()
     train_site(job, "a")
     _, other = score(job, square)
     assert not torch.allclose(one, other)

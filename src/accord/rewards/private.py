@@ -26,6 +26,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Privacy:
     epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
     delta: float = 1e-6  # δ; with the unit "label" it is 0, whatever is here
     unit: Unit = "pair"
-    ledger: str = ""  # file of what was spent; empty for one in the run's folder, which other runs do not see
+    ledger: str = ""  # file of what was spent, an absolute path; empty for one in the run's folder, which other runs do not see
     dimensions: int = 32  # k; 0 for none, the features as they are
     sampling: float = 0.2  # q
     steps: int = 100
@@ -63,6 +64,11 @@ class Privacy:
         for name in ("delta", "sampling"):
             if getattr(self, name) > (1 if name == "sampling" else 0.1):
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
+        if self.ledger and not Path(self.ledger).expanduser().is_absolute():
+            raise RecipeError(
+                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file, and "
+                f"a new budget; write privacy.ledger = {str(Path(self.ledger).absolute())!r}"
+            )
         if self.stages > (2 if self.unit == "label" else 1):
             raise RecipeError(
                 f"stages must be 1, or 2 with the unit 'label', got {self.stages} with {self.unit!r}; lower "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from accord.errors import RunError
 from accord.federation.site import SiteRecord
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
@@ -38,8 +39,8 @@ def ledger_of(job: Job, name: str) -> Path:
     """Return the file of what a site's data have paid."""
     privacy = job.site(name).privacy
     if privacy and privacy.ledger:
-        return Path(privacy.ledger).expanduser()
-    return (job.main or job.path) / "privacy" / f"{name}.json"
+        return Path(privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
+    return (job.main or job.path).resolve() / "privacy" / f"{name}.json"
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -50,6 +51,7 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
 
     Raises:
         RecipeError: nothing is left of the budget.
+        RunError: the ledger cannot be read, or lacks what was paid for the model in the site's folder.
         DataError: a pair has several images, or does not say whose it is where the unit is a person.
     """
     site, path, folder = job.site(name), ledger_of(job, name), job.path / "sites" / name
@@ -109,12 +111,22 @@ def settle_site(job: Job, name: str) -> None:
 
 
 def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
-    """Return the certificate of the model in the site's folder, if this very training has made it; None otherwise."""
-    card = _card(job, name)
-    if card is None or card.privacy is None or not (job.path / "sites" / name / "reward").is_dir():
+    """Return the certificate of the model in the site's folder, if this very training has made it; None otherwise.
+
+    Raises:
+        RunError: the ledger does not have what was paid for the model, so that it is not the whole of what was spent.
+    """
+    card, path, folder = _card(job, name), ledger_of(job, name), job.path / "sites" / name
+    if card is None or card.privacy is None:
         return None
-    paid = {entry.id: entry.fingerprint for entry in read_entries(ledger_of(job, name))}
-    return card.privacy if paid.get(card.privacy.id) == fingerprint else None
+    paid = {entry.id: entry.fingerprint for entry in read_entries(path)}
+    if card.privacy.id not in paid:
+        raise RunError(
+            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for, so that "
+            "nobody knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and only "
+            f"where the site's data are others now, remove {folder}"
+        )
+    return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
 
 
 def has_certificate(job: Job, name: str) -> bool:
