@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from accord.data.images import load_image
-from accord.errors import DataError, RecipeError, RunError
+from accord.errors import AccordError, DataError, RecipeError, RunError
 from accord.federation.messages import CardRequest
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -236,6 +236,21 @@ def test_a_ledger_that_lacks_what_was_paid_is_refused(job, settle, tmp_path):
     settle(replace(LABELS, ledger=str(tmp_path / "all.json")))
     train_site(job, "a")  # the one that has it
     assert job.run.done("site a") and len(read_entries(tmp_path / "all.json")) == 1
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=4)])
+@pytest.mark.parametrize("broken", ["checkpoint", "image"])
+def test_what_cannot_be_trained_costs_nothing(job, settle, tmp_path, lora, broken):
+    """Neither the model nor the first pairs come after the price."""
+    settle(lora=lora)
+    if broken == "checkpoint":
+        site = replace(job.site("a"), checkpoint=str(tmp_path / "nowhere"))
+        job.recipe = replace(job.recipe, sites=(site, job.recipe.sites[1]))
+    else:
+        job.pairs["a"][3] = replace(job.pairs["a"][3], images=(b"no picture",))
+    with pytest.raises(AccordError):
+        train_site(job, "a")
+    assert read_entries(job.path / "privacy" / "a.json") == ()
 
 
 def test_persons_are_protected_where_the_pairs_name_them(job, settle):

@@ -1,4 +1,4 @@
-"""Train a site's reward model with a guarantee: pay first, then read the pairs, then certify.
+"""Train a site's reward model with a guarantee: try it on one batch, pay, then train on the pairs, then certify.
 
 Under `privacy` in a site's table the backbone stays as it came, and one of these is trained:
 
@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
+from accord.data.images import load_if_any
 from accord.errors import RunError
 from accord.federation.site import SiteRecord
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
 from accord.rewards.certificate import Certificate, Uncovered, Way
 from accord.rewards.model import RewardModel, checkpoint_fingerprint
-from accord.rewards.noise import SecretNoise
+from accord.rewards.noise import SecretNoise, new_key
 from accord.rewards.private import Privacy, pair_features, private_head, private_standardisation, unit_index
-from accord.rewards.private_adapter import fresh_model, private_adapter
+from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
 from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
 from accord.rewards.train import check_images
@@ -33,6 +34,10 @@ from accord.runs import read_record
 from accord.stages.job import Job
 from accord.types import PreferencePair
 from accord.version import VERSION
+
+
+_TRIED = 16
+"""Pairs of the batch on which a model is tried before it is paid for."""
 
 
 def ledger_of(job: Job, name: str) -> Path:
@@ -65,16 +70,16 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     fingerprint = _fingerprint(job, site, privacy, pairs)
     if there := _paid_model(job, name, fingerprint):
         return there
+    model = _untrained(site, SecretNoise(new_key()))
+    _try(model, pairs)
     entry = spend(path, privacy, fingerprint)
     noise = SecretNoise(bytes.fromhex(entry.key))
     flip, sigmas = entry.mechanisms[0].flip, entry.sigmas
     if way == "labels":  # before anything reads them
         pairs = randomise(pairs, draw_flips(len(pairs), flip, noise))
-    model = (
-        fresh_model(site.checkpoint, site.lora, noise) if site.lora else RewardModel.from_checkpoint(site.checkpoint)
-    )
-    model.rows_at_once = site.reward_model.rows_at_once
     if way == "adapter":
+        del model  # before there is another
+        model = _untrained(site, noise)
         with stage_bar(f"{name}: private adapter", privacy.steps, quiet=job.quiet) as advance:
             private_adapter(model, pairs, unit, privacy, sigmas.gradient, noise, on_step=lambda: advance(1))
     with stage_bar(f"{name}: features", len(pairs), quiet=job.quiet) as advance:
@@ -98,6 +103,26 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     (folder / "card.json").unlink(missing_ok=True)  # of an earlier model, whose certificate is not this one's
     model.save(folder / "reward")
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
+
+
+def _untrained(site: SiteConfig, noise: SecretNoise) -> RewardModel:
+    if site.lora:
+        model = fresh_model(site.checkpoint, site.lora, noise)
+    else:
+        model = RewardModel.from_checkpoint(site.checkpoint)
+    model.rows_at_once = site.reward_model.rows_at_once
+    return model
+
+
+def _try(model: RewardModel, pairs: Sequence[PreferencePair]) -> None:
+    """Compute one batch and forget it: what cannot be loaded, read or held fails before anything is paid for it."""
+    first = pairs[:_TRIED]
+    if model.lora:
+        with pair_gradients(model) as gradients:
+            gradients(first)
+    else:
+        images = [load_if_any(pair.image) for pair in first]
+        model.states([pair.prompt for pair in first], images, [[pair.chosen, pair.rejected] for pair in first])
 
 
 def settle_site(job: Job, name: str) -> None:
