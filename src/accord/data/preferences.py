@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +31,12 @@ from accord.data.rows import BadRow, Row, keep_good, read_jsonl
 from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, raw_images
 from accord.errors import DataError, RecipeError
 from accord.runs import write_atomic
-from accord.types import ImageSource, PreferencePair, Question, prompt_of
+from accord.types import ImageSource, PreferencePair, Question, Subject, prompt_of
 
-__all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", "to_dataset", "write_preferences"]
+__all__ = [
+    *("MIN_PAIRS", "NegativeMix", "build_preferences", "digest_of", "read_preferences", "to_dataset"),
+    "write_preferences",
+]
 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
@@ -71,7 +74,7 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
 
     def parse(where: str, row: Row) -> PreferencePair:
         pair = _pair(where, row, field, images)
-        digest = _digest(pair, [identify(source) for source in pair.images])
+        digest = digest_of(pair, identify)
         pair = pair if pair.question_id else replace(pair, question_id=digest)
         if content.setdefault(pair.question_id, digest) != digest:
             raise DataError(
@@ -263,5 +266,7 @@ def _pair(where: str, row: Row, field: ImageField, images: ImageCell) -> Prefere
     )
 
 
-def _digest(pair: PreferencePair, images: list[str]) -> str:
+def digest_of(pair: PreferencePair, identify: Callable[[Subject], str]) -> str:
+    """Return what is the same for all pairs about the same images and prompt; `identify` is of `image_identity`."""
+    images = [identify(source) for source in pair.images]
     return hashlib.sha256(json.dumps([list(pair.prompt), images]).encode()).hexdigest()[:16]

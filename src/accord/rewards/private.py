@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from accord.data.images import load_if_any
+from accord.data.preferences import digest_of
+from accord.data.questions import image_identity
 from accord.errors import DataError, RecipeError, check_least, check_positive
 from accord.rewards.certificate import Unit
 from accord.rewards.model import RewardModel, Standardisation
@@ -88,12 +90,15 @@ class Sigmas:
 def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
     """Return which unit each pair belongs to, `[N]`, counted from 0 in order of first appearance.
 
+    Pairs are of one question where images and prompt are the same, whatever their `question_id`s say.
+
     Raises:
         DataError: the unit is a person, and a pair does not say whose it is.
     """
     if unit in ("pair", "label"):
         return torch.arange(len(pairs))
-    names = [pair.person if unit == "person" else pair.question_id for pair in pairs]
+    identify = image_identity()
+    names = [pair.person if unit == "person" else digest_of(pair, identify) for pair in pairs]
     if nameless := sum(not name for name in names):
         raise DataError(
             f"{nameless} of {len(pairs)} pairs have no {unit}, which is the unit of privacy; add the column {unit!r} "
