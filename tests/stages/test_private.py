@@ -14,7 +14,7 @@ from accord.recipe import SiteConfig
 from accord.recipe_file import recipe_of
 from accord.rewards.accounting import epsilon_of
 from accord.rewards.certificate import Certificate
-from accord.rewards.private import Privacy, Sigmas
+from accord.rewards.private import Privacy, Sigmas, check_delta
 from accord.rewards.spending import read_entries
 from accord.rewards.train import RewardConfig
 from accord.stages import private
@@ -251,6 +251,16 @@ def test_what_cannot_be_trained_costs_nothing(job, settle, tmp_path, lora, broke
     with pytest.raises(AccordError):
         train_site(job, "a")
     assert read_entries(job.path / "privacy" / "a.json") == ()
+
+
+def test_a_delta_that_lets_one_unit_be_published_is_refused_before_it_is_paid_for(job, settle):
+    """24 pairs: 24 · 0.05 is above 1; of six persons 6 · 0.05 is below it, as for labels, which have none."""
+    settle(replace(PRIVACY, delta=0.05))
+    with pytest.raises(RecipeError, match=r"delta must be below 1 / 24 for 24 pairs, got 0\.05: .*to 4e-04 or less"):
+        train_site(job, "a")
+    assert read_entries(job.path / "privacy" / "a.json") == ()
+    check_delta(Privacy(delta=0.05, unit="person"), 6)
+    check_delta(Privacy(delta=0.05, unit="label"), 24)
 
 
 def test_persons_are_protected_where_the_pairs_name_them(job, settle):

@@ -108,6 +108,21 @@ def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
     return torch.tensor([places[name] for name in names])
 
 
+def check_delta(privacy: Privacy, units: int) -> None:
+    """Refuse a δ with which one of so many units may be told as it is: that has a probability of δ for each.
+
+    Labels have ε without δ.
+
+    Raises:
+        RecipeError: δ times the number of units is 1 or more.
+    """
+    if privacy.unit != "label" and privacy.delta * units >= 1:
+        raise RecipeError(
+            f"delta must be below 1 / {units} for {units} {privacy.unit}s, got {privacy.delta:g}: with it a mechanism "
+            f"may publish one of them whole; lower privacy.delta, to {0.01 / units:.0e} or less"
+        )
+
+
 def pair_features(
     model: RewardModel,
     pairs: Sequence[PreferencePair],

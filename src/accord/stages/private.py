@@ -25,7 +25,14 @@ from accord.recipe import SiteConfig
 from accord.rewards.certificate import Certificate, Uncovered, Way
 from accord.rewards.model import RewardModel, checkpoint_fingerprint
 from accord.rewards.noise import SecretNoise, new_key
-from accord.rewards.private import Privacy, pair_features, private_head, private_standardisation, unit_index
+from accord.rewards.private import (
+    Privacy,
+    check_delta,
+    pair_features,
+    private_head,
+    private_standardisation,
+    unit_index,
+)
 from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
 from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
@@ -55,7 +62,7 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     kept as it is, whether it was settled or a kill came first: it can never be made again.
 
     Raises:
-        RecipeError: nothing is left of the budget.
+        RecipeError: nothing is left of the budget, or δ is too large for so many units.
         RunError: the ledger cannot be read, or lacks what was paid for the model in the site's folder.
         DataError: a pair has several images, or does not say whose it is where the unit is a person.
     """
@@ -64,6 +71,7 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     assert privacy is not None
     check_images(pairs)
     unit = unit_index(pairs, privacy.unit)
+    check_delta(privacy, int(unit.max()) + 1)
     way: Way = "labels" if privacy.unit == "label" else "adapter" if site.lora else "head"
     if way == "adapter":
         privacy = replace(privacy, dimensions=0)  # there is no projection to pay for
