@@ -61,7 +61,9 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
     (entry,) = read_entries(job.path / "privacy" / "a.json")
     assert card.privacy.id == entry.id and entry.settled and card.ranking == {}
     assert 3.9 < card.privacy.epsilon == card.privacy.total <= 4
-    assert set(card.privacy.uncovered) == {*("counts", "shared training", "gates", "settings", "making", "other runs")}
+    always, here = ("counts", "shared training", "gates", "settings"), ("making", "other runs", "backbone")
+    assert set(card.privacy.uncovered) == {*always, *here}
+    assert set(private._uncovered(SiteConfig("a", "accord/idefics3"), [])) == {*always}  # everybody's backbone
     assert entry.fingerprint not in (folder / "card.json").read_text()
 
 

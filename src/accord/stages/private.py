@@ -20,6 +20,7 @@ import torch
 from accord.data.images import load_if_any
 from accord.errors import RunError
 from accord.federation.site import SiteRecord
+from accord.models.load import PREFIX, locate
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
 from accord.rewards.certificate import Certificate, Uncovered, Way
@@ -186,6 +187,8 @@ def _uncovered(site: SiteConfig, pairs: Sequence[PreferencePair]) -> list[Uncove
     found: list[Uncovered] = ["counts", "shared training", "gates", "settings"]
     if any(pair.constructed for pair in pairs):
         found.append("making")
+    if not site.checkpoint.startswith(PREFIX) and Path(locate(site.checkpoint)).is_dir():
+        found.append("backbone")
     if site.answers or site.owns:
         found.append("answers")
     if site.privacy and site.privacy.unit == "label":
