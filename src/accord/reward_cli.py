@@ -42,10 +42,16 @@ def reward_train(
     from accord.data.preferences import read_preferences
     from accord.models.load import LoraSettings
     from accord.rewards.alone import ALONE, train_on_pairs
+    from accord.rewards.model import PARTS
     from accord.toml import build
 
     if out.exists() and not (out / "reward.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is no reward model, which alone would be replaced; name another folder")
+    if out.exists() and (others := sorted(path.name for path in out.iterdir() if path.name not in PARTS)):
+        raise RunError(
+            f"{out} holds {', '.join(others[:3])} beside a reward model, and all of it would be removed; name another "
+            "folder"
+        )
     hush()
     given = {"steps": steps, "learning_rate": learning_rate, "prompts_per_batch": batch, "head": head}
     config = build(type(ALONE), {"choose": "pairs", **given, "centring": centring, "kept_back": kept_back})

@@ -76,6 +76,12 @@ PAIR_FORMS = {
         "messages": [said("user", TAGGED), said("assistant", "red")],
         "rejected_messages": [said("user", TAGGED), said("assistant", "blue")],
     },
+    "ms-swift, with nulls": {
+        "messages": [said("user", TAGGED), said("assistant", "red")],
+        "rejected_response": "blue",
+        "chosen": None,
+        "rejected": None,
+    },
     "ms-swift, older": {"query": TAGGED, "response": "red", "rejected_response": "blue"},
     "tag in a plain prompt": {"prompt": TAGGED, "chosen": "red", "rejected": "blue"},
     "tag in the only block": {
@@ -93,6 +99,24 @@ def test_every_form_of_a_pair_is_the_same_pair(folder, name):
     for number, pair in enumerate(pairs):
         assert (list(pair.prompt), pair.chosen, pair.rejected) == (vqa_prompt(ASKED), "red", "blue")
         assert pair.images == (folder / f"images/{number}.png",)
+
+
+@pytest.mark.parametrize(
+    ("form", "field"),
+    [
+        ("RLAIF-V", "question"),
+        ("RLAIF-V", "chosen"),
+        ("RLAIF-V", "rejected"),
+        ("ms-swift", "messages"),
+        ("ms-swift", "rejected_response"),
+        ("ms-swift, older", "response"),
+    ],
+)
+def test_a_null_in_one_row_costs_that_row_alone(folder, form, field):
+    row = {**PAIR_FORMS[form], "question_type": "colour"}
+    with pytest.warns(DataWarning, match=rf"left out 1 of 10 rows: \S*:5: .*{field} is null"):
+        pairs = pairs_of(folder, lambda n: {**row, "image": f"images/{n}.png", **({field: None} if n == 4 else {})})
+    assert len(pairs) == 9
 
 
 @pytest.mark.parametrize("name", ["ShareGPT", "LLaVA", "RLAIF-V", "TRL, implicit prompt"])

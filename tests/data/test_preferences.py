@@ -99,6 +99,13 @@ def test_round_trip_through_a_saved_data_set(tmp_path, pair, picture):
     assert contents(read_preferences(tmp_path / "site")) == expected
 
 
+def test_persons_are_kept_where_any_pair_names_one(pair, tmp_path):
+    pairs = [replace(pair(i), person="p1" if i == 3 else "") for i in range(8)]
+    to_dataset(pairs).save_to_disk(tmp_path / "site")
+    assert [found.person for found in read_preferences(tmp_path / "site")] == [given.person for given in pairs]
+    assert "person" not in to_dataset([pair(0)]).column_names
+
+
 def test_both_forms_are_what_trl_takes(tmp_path, pair):
     pairs = [pair(i) for i in range(8)]
     write_preferences(tmp_path / "pairs.jsonl", pairs)

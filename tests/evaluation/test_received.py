@@ -50,6 +50,13 @@ def test_a_folder_that_is_a_link_out(received, tmp_path):
         write_report(received)
 
 
+def test_links_in_a_circle(received):
+    link(received, "checkpoints/a", received / "checkpoints" / "b")
+    link(received, "checkpoints/b", received / "checkpoints" / "a")
+    with pytest.raises(RunError, match=r"checkpoints/a cannot be followed \(.*\); remove it"):
+        write_report(received)
+
+
 def test_what_never_ends(received):
     os.mkfifo(received / "traffic.json")
     with pytest.raises(RunError, match="neither a file nor a folder"):

@@ -5,17 +5,21 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import msgspec
 import psutil
 import pytest
 import tomli_w
 
 from accord.errors import CheckpointError, RecipeError, RunError
+from accord.federation.site import SiteRecord
 from accord.models.features import FEATURES, PIXELS, FeatureConfig, remember
 from accord.pipeline import apart as module
 from accord.pipeline import child as in_child
 from accord.pipeline.apart import apart, at_once, train_sites
 from accord.recipe import Recipe, SiteConfig
 from accord.recipe_file import dump_recipe, load_recipe
+from accord.rewards.private import Privacy
+from accord.rewards.spending import read_entries
 from accord.runs import Run, read_lines, stages_done
 from accord.stages import routing
 from accord.stages.job import open_job
@@ -84,6 +88,43 @@ def test_two_processes_leave_what_one_leaves_also_after_ctrl_c(two, tmp_path, mo
     twice = [2 if name in whole else 1 for name in ("shape", "yes-no")]  # in its own process, and its taking over
     assert [row["stage"] for row in timed] == ["site shape"] * twice[0] + ["site yes-no"] * twice[1]
     assert all(row["done"] for row in timed) and timed[0]["seconds"] > 0.1 and timed[twice[0]]["seconds"] > 0.1
+
+
+PATIENT = """
+import runpy, sys, time
+from accord.stages import private
+private.label_head = lambda *_, **__: time.sleep(600)
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def test_private_sites_that_are_killed_are_paid_for_once(two, tmp_path, monkeypatch):
+    """Both children have paid and not finished when Ctrl-C comes; their retries have the same entries, then settled."""
+    privacy = Privacy(epsilon=1.0, unit="label", steps=2, dimensions=4)
+    sites = [replace(site, finetune=None, answers=False, owns=0.0, privacy=privacy) for site in two.sites]
+    recipe, run = replace(two, sites=tuple(sites)), tmp_path / "run"
+    ledgers = [run / "privacy" / f"{site.name}.json" for site in sites]
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{PATIENT}' \"$@\"\n")
+    slow.chmod(0o755)
+
+    def interrupt(_seconds, sleep=module.time.sleep):
+        sleep(0.1)
+        if all(ledger.exists() for ledger in ledgers):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.sys, "executable", str(slow))
+        patch.setattr(module.time, "sleep", interrupt)
+        train(recipe, run)
+    paid = [read_entries(ledger) for ledger in ledgers]
+    assert children() == [] and not any(entry.settled for (entry,) in paid)
+    train(recipe, run, resume=True)
+    for site, (entry,), ledger in zip(sites, paid, ledgers, strict=True):
+        assert read_entries(ledger) == (msgspec.structs.replace(entry, key=""),)
+        card = msgspec.json.decode((run / "sites" / site.name / "card.json").read_bytes(), type=SiteRecord)
+        assert card.privacy.id == entry.id and card.privacy.total == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -39,7 +39,8 @@ def test_nothing_costs_nothing_and_no_noise_everything():
 def test_two_accountants_agree():
     """T18: Opacus' PRV (Gopi et al. 2021, arXiv 2106.02848) on 30 configurations, within 2 % and its own error.
 
-    PRV's answer is an upper bound with an error of 1 %, so that ours may be below it by as much, and never by more.
+    PRV's answer is an upper bound with an error of 1 %, so that ours may be below it by as much, and never by more:
+    an ε that is too low would be one that the certificate does not keep.
     """
     accountants = pytest.importorskip("opacus.accountants")
     draw = random.Random(0)
@@ -51,7 +52,7 @@ def test_two_accountants_agree():
         prv.history = [(sigma, q, steps)]
         ours = epsilon_of([Mechanism(sigma, q, steps)], delta)
         bound = prv.get_epsilon(delta, eps_error=0.01 * ours)
-        assert ours == pytest.approx(bound, rel=0.02), (q, steps, sigma, delta)
+        assert 0.99 * bound <= ours <= 1.02 * bound, (q, steps, sigma, delta)
 
 
 @pytest.mark.parametrize("epsilon", [8.0, 3.0, 1.0])

@@ -107,6 +107,10 @@ def test_no_other_folder_is_replaced(pairs, tmp_path, monkeypatch, capsys):
     train = ("train", tmp_path / "pairs.jsonl", "--model", "accord/idefics3", "--out", tmp_path)
     status, _, said = run(monkeypatch, capsys, *train)
     assert status == 2 and "exists and is no reward model" in said and (tmp_path / "pairs.jsonl").is_file()
+    (tmp_path / "reward.json").write_text("{}")
+    status, _, said = run(monkeypatch, capsys, *train)
+    assert status == 2 and "holds images, pairs.jsonl beside a reward model" in said
+    assert (tmp_path / "pairs.jsonl").is_file()
     train = (*train[:-1], tmp_path / "new", "--head", "deep")
     status, _, said = run(monkeypatch, capsys, *train)
     assert status == 2 and "head must be" in said and not (tmp_path / "new").exists()

@@ -1,7 +1,10 @@
 import hashlib
+import math
 
+import pytest
 import torch
 
+from accord.rewards import noise
 from accord.rewards.noise import SecretNoise, new_key
 
 KEY = bytes(range(32))
@@ -21,6 +24,19 @@ def test_a_stream_is_its_keys_and_does_not_repeat():
     assert torch.equal(first, again.normal(4)) and torch.equal(second, again.normal(4))
     assert not torch.equal(first, second) and not torch.equal(first, other.normal(4))
     assert len(new_key()) == 32
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 64, 2**18])
+def test_normal_numbers_are_computed_in_parts_and_are_the_same(at_once, monkeypatch):
+    """(n₁ + n₂ + n₃ + n₄) / 2 by Box–Muller, of the radii in the first half of a block and the angles in the other."""
+    radius, angle = SecretNoise(KEY).uniform(2 * 4 * 7 * 13).view(2, 4, 7, 13)
+    expected = (torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)).sum(dim=0) / 2
+    sizes = []
+    compute = noise._uniform
+    monkeypatch.setattr(noise, "_AT_ONCE", at_once)
+    monkeypatch.setattr(noise, "_uniform", lambda words: sizes.append(words.size) or compute(words))
+    assert torch.equal(SecretNoise(KEY).normal(7, 13), expected)
+    assert max(sizes) == 8 * min(at_once, 91)
 
 
 def test_the_law_of_the_numbers():

@@ -21,6 +21,7 @@ from accord.rewards.private import (
     to_sphere,
     unit_index,
 )
+from accord.types import vqa_prompt
 
 SILENT = Sigmas(0, 0, 0)
 
@@ -187,9 +188,12 @@ def test_one_pair_moves_the_standardisation_by_what_the_noise_hides():
 
 
 def test_units(prefer):
-    pairs = [replace(prefer(n // 2, "red", "blue"), person=person) for n, person in enumerate("abba")]
+    colours = ("red", "red", "green", "green")
+    pairs = [prefer(n, colour, "blue", person=person) for n, colour, person in zip(range(4), colours, "abba", strict=True)]
     assert unit_index(pairs, "pair").tolist() == [0, 1, 2, 3]
-    assert unit_index(pairs, "question").tolist() == [0, 0, 1, 1]
+    assert unit_index(pairs, "question").tolist() == [0, 0, 1, 1]  # each has an id of its own
+    other = replace(pairs[1], prompt=vqa_prompt("is it red?"), question_id=pairs[0].question_id)
+    assert unit_index([pairs[0], other], "question").tolist() == [0, 1]
     assert unit_index(pairs, "person").tolist() == [0, 1, 1, 0]
     with pytest.raises(DataError, match=r"1 of 4 pairs have no person.*add the column 'person'"):
         unit_index([*pairs[:3], replace(pairs[3], person="")], "person")
@@ -217,6 +221,7 @@ def test_features_are_what_the_head_reads(llava, prefer):
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"epsilon": math.inf}, "epsilon must be finite"),
+        ({"ledger": "all.json"}, r"absolute path, got 'all\.json': .*a new budget; write privacy\.ledger = '/.*all\.json'"),
     ],
 )
 def test_a_guarantee_that_is_none_is_refused(wrong, message):

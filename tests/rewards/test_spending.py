@@ -56,6 +56,7 @@ def test_other_data_are_another_training(ledger, quick):
     """One noise on two data sets would show their difference."""
     one, other = spend(ledger, PRIVACY, "pairs"), spend(ledger, PRIVACY, "others")
     assert one.key != other.key and len(read_entries(ledger)) == 2
+    assert [entry.settled for entry in read_entries(ledger)] == [True, False] and one.key not in ledger.read_text()
     assert fingerprint_of(["a"], {"b": 1}) != fingerprint_of(["a"], {"b": 2})
 
 
@@ -97,7 +98,8 @@ def test_two_that_spend_at_once_take_turns(ledger, quick):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({entry.key for entry in read_entries(ledger)}) == 8
+    entries = read_entries(ledger)
+    assert len({entry.id for entry in entries}) == 8 and [entry.settled for entry in entries] == [True] * 7 + [False]
 
 
 CHILD = """

@@ -1,11 +1,12 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from accord.data.images import load_image
-from accord.errors import DataError, RecipeError
+from accord.errors import AccordError, DataError, RecipeError, RunError
 from accord.federation.messages import CardRequest
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
@@ -13,7 +14,7 @@ from accord.recipe import SiteConfig
 from accord.recipe_file import recipe_of
 from accord.rewards.accounting import epsilon_of
 from accord.rewards.certificate import Certificate
-from accord.rewards.private import Privacy, Sigmas
+from accord.rewards.private import Privacy, Sigmas, check_delta
 from accord.rewards.spending import read_entries
 from accord.rewards.train import RewardConfig
 from accord.stages import private
@@ -25,6 +26,7 @@ pytest.importorskip("dp_accounting")
 
 COLOURS = ("red", "blue", "green", "yellow")
 PRIVACY = Privacy(epsilon=4.0, steps=10, dimensions=4)
+LABELS = Privacy(epsilon=1.0, unit="label", steps=2, dimensions=4)
 
 
 @pytest.fixture
@@ -51,17 +53,17 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
     """Its model is a linear head on the backbone as it came; its card bears what the ledger says."""
     folder = settle()
     train_site(job, "a")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("card.json", "privacy.json", "privacy.json.lock", "reward")
-    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["card.json", "reward"]
     site, scores = score(job, square)
     assert scores.shape == (4,) and scores.isfinite().all() and scores.std() > 0
     assert site.reward_model.kind == "linear" and site.reward_model.head.bias.item() == 0
     card = site.card(CardRequest("c"))
-    (entry,) = read_entries(folder / "privacy.json")
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
     assert card.privacy.id == entry.id and entry.settled and card.ranking == {}
     assert 3.9 < card.privacy.epsilon == card.privacy.total <= 4
-    assert set(card.privacy.uncovered) == {*("counts", "shared training", "gates", "settings", "making", "other runs")}
+    always, here = ("counts", "shared training", "gates", "settings"), ("making", "other runs", "backbone")
+    assert set(card.privacy.uncovered) == {*always, *here}
+    assert set(private._uncovered(SiteConfig("a", "accord/idefics3"), [])) == {*always}  # everybody's backbone
     assert entry.fingerprint not in (folder / "card.json").read_text()
 
 
@@ -69,7 +71,7 @@ def test_scores_cost_nothing(job, settle, square):
     """T18: the ledger is not opened to answer, so that a million scores leave ε where it was."""
     folder = settle()
     train_site(job, "a")
-    ledger = folder / "privacy.json"
+    ledger = job.path / "privacy" / "a.json"
     before, spent = ledger.read_bytes(), ledger.stat().st_mtime_ns
     site, _ = score(job, square)
     for _ in range(3):
@@ -79,29 +81,59 @@ def test_scores_cost_nothing(job, settle, square):
     assert epsilon_of(entry.mechanisms, 1e-6) == site.card(CardRequest("c")).privacy.epsilon
 
 
-def test_it_is_not_trained_twice_for_one_price(job, settle):
-    settle()
+def test_the_same_training_again_is_the_model_that_is_there(job, settle, monkeypatch):
+    """It was paid for once and its key is gone: the stage is done again without a step, and nothing is spent."""
+    folder = settle()
     train_site(job, "a")
+    left = {file: file.read_bytes() for file in sorted(job.path.rglob("*")) if file.suffix in (".json", ".safetensors")}
+    with monkeypatch.context() as patch:
+        patch.setattr(private, "private_head", lambda *_, **__: pytest.fail("trained"))
+        train_site(job, "a")
+    assert job.run.done("site a") and len(left) > 3
+    assert {file: file.read_bytes() for file in left} == left
+    shutil.rmtree(folder / "reward")
     with pytest.raises(RecipeError, match=r"ε = 4 is spent"):
         train_site(job, "a")
+
+
+def test_other_pairs_are_not_trained_on_for_the_same_price(job, settle):
+    settle()
+    train_site(job, "a")
+    job.pairs["a"] = job.pairs["a"][:-1]
+    with pytest.raises(RecipeError, match=r"ε = 4 is spent"):
+        train_site(job, "a")
+
+
+def test_a_killed_training_leaves_no_card_of_an_earlier_model(job, settle, monkeypatch):
+    folder = settle()
+    train_site(job, "a")
+    settle(replace(PRIVACY, epsilon=8.0))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(private, "certify", killed)
+        train_site(job, "a")
+    assert not (folder / "card.json").exists()
+    train_site(job, "a")
+    card = json.loads((folder / "card.json").read_text())["privacy"]
+    assert 7.9 < card["total"] <= 8 and card["id"] == read_entries(job.path / "privacy" / "a.json")[1].id
 
 
 class Killed(BaseException):
     pass
 
 
+def killed(*_, **__):
+    raise Killed
+
+
 def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, settle, square, monkeypatch):
     """By the key that the entry holds until the end; a kill after the card trains nothing again."""
     folder = settle()
-
-    def killed(*_, **__):
-        raise Killed
 
     for place in ("private_head", "private_standardisation", "certify"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(private, place, killed)
             train_site(job, "a")
-        (entry,) = read_entries(folder / "privacy.json")
+        (entry,) = read_entries(job.path / "privacy" / "a.json")
         assert not entry.settled and not (folder / "card.json").exists()
     _, there = score(job, square)  # written before the certificate
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -114,16 +146,13 @@ def test_a_kill_in_training_costs_once_and_the_retry_is_the_same_model(job, sett
         train_site(job, "a")
     _, again = score(job, square)
     assert torch.equal(once, again)
-    (settled,) = read_entries(folder / "privacy.json")
+    (settled,) = read_entries(job.path / "privacy" / "a.json")
     assert settled.id == entry.id and settled.settled
 
 
 def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle, square, monkeypatch):
     """A kill costs once, the retry is the same model, and what is loaded scores as what was trained."""
     folder = settle(replace(PRIVACY, steps=2, sampling=0.5), lora=LoraSettings(rank=2, alpha=4))
-
-    def killed(*_, **__):
-        raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(private, "certify", killed)
@@ -133,13 +162,11 @@ def test_an_adapter_is_trained_with_the_same_ledger_and_certificate(job, settle,
     site, again = score(job, square)
     assert torch.equal(first, again) and again.std() > 0
     assert (folder / "reward" / "adapter").is_dir() and site.reward_model.head.bias.item() == 0
-    (entry,) = read_entries(folder / "privacy.json")
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
     assert entry.settled and [each.releases for each in entry.mechanisms] == [2, 4]  # no projection is paid for
     proof = site.card(CardRequest("c")).privacy
     assert (proof.way, proof.steps, proof.sampling, proof.projection) == ("adapter", 2, 0.5, 0.0)
     assert 3.9 < proof.total == epsilon_of(entry.mechanisms, 1e-6) <= 4
-    with pytest.raises(RecipeError, match="is spent"):
-        train_site(job, "a")
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -152,9 +179,10 @@ def test_labels_alone_are_protected(job, settle, square, stages):
     proof = site.card(CardRequest("c")).privacy
     assert (proof.way, proof.unit, proof.delta) == ("labels", "label", 0.0) and "inputs" in proof.uncovered
     assert proof.epsilon == proof.total == pytest.approx(1.0) and proof.flip == pytest.approx(0.2689, abs=1e-4)
+    shutil.rmtree(folder / "reward")
     with pytest.raises(RecipeError, match="is spent"):
         train_site(job, "a")
-    assert len(read_entries(folder / "privacy.json")) == 1
+    assert len(read_entries(job.path / "privacy" / "a.json")) == 1
 
 
 def test_labels_are_flipped_before_anything_reads_them(job, settle, monkeypatch):
@@ -181,13 +209,60 @@ def test_a_ledger_of_pairs_takes_no_labels(job, settle):
 def test_a_shared_ledger_sees_other_runs(job, settle, tmp_path):
     folder = settle(replace(PRIVACY, ledger=str(tmp_path / "all.json")))
     train_site(job, "a")
-    assert not (folder / "privacy.json").exists() and len(read_entries(tmp_path / "all.json")) == 1
+    assert not (job.path / "privacy" / "a.json").exists() and len(read_entries(tmp_path / "all.json")) == 1
     certificate = json.loads((folder / "card.json").read_text())["privacy"]
     assert "other runs" not in certificate["uncovered"]
     for path in folder.iterdir():  # as in a new run folder
         path.unlink() if path.is_file() else None
     with pytest.raises(RecipeError, match="is spent"):
         train_site(job, "a")
+
+
+def test_a_link_to_a_ledger_is_that_ledger(job, settle, tmp_path):
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "all.json")
+    settle(Privacy(epsilon=1.0, unit="label", steps=2, ledger=str(link)))
+    train_site(job, "a")
+    assert link.is_symlink() and len(read_entries(tmp_path / "all.json")) == 1
+
+
+def test_a_ledger_that_lacks_what_was_paid_is_refused(job, settle, tmp_path):
+    """It was removed, or another one is named: either would be a new budget for the same data."""
+    folder = settle(LABELS)
+    train_site(job, "a")
+    ledger = job.path / "privacy" / "a.json"
+    ledger.rename(tmp_path / "all.json")
+    with pytest.raises(RunError, match=r"privacy/a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"):
+        train_site(job, "a")
+    assert not ledger.exists() and (folder / "reward").is_dir()
+    settle(replace(LABELS, ledger=str(tmp_path / "all.json")))
+    train_site(job, "a")  # the one that has it
+    assert job.run.done("site a") and len(read_entries(tmp_path / "all.json")) == 1
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2, alpha=4)])
+@pytest.mark.parametrize("broken", ["checkpoint", "image"])
+def test_what_cannot_be_trained_costs_nothing(job, settle, tmp_path, lora, broken):
+    """Neither the model nor the first pairs come after the price."""
+    settle(lora=lora)
+    if broken == "checkpoint":
+        site = replace(job.site("a"), checkpoint=str(tmp_path / "nowhere"))
+        job.recipe = replace(job.recipe, sites=(site, job.recipe.sites[1]))
+    else:
+        job.pairs["a"][3] = replace(job.pairs["a"][3], images=(b"no picture",))
+    with pytest.raises(AccordError):
+        train_site(job, "a")
+    assert read_entries(job.path / "privacy" / "a.json") == ()
+
+
+def test_a_delta_that_lets_one_unit_be_published_is_refused_before_it_is_paid_for(job, settle):
+    """24 pairs: 24 · 0.05 is above 1; of six persons 6 · 0.05 is below it, as for labels, which have none."""
+    settle(replace(PRIVACY, delta=0.05))
+    with pytest.raises(RecipeError, match=r"delta must be below 1 / 24 for 24 pairs, got 0\.05: .*to 4e-04 or less"):
+        train_site(job, "a")
+    assert read_entries(job.path / "privacy" / "a.json") == ()
+    check_delta(Privacy(delta=0.05, unit="person"), 6)
+    check_delta(Privacy(delta=0.05, unit="label"), 24)
 
 
 def test_persons_are_protected_where_the_pairs_name_them(job, settle):
@@ -234,7 +309,8 @@ def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
     folder = settle()
     train_site(job, "a")
     _, one = score(job, square)
-    (folder / "privacy.json").unlink()
+    (job.path / "privacy" / "a.json").unlink()
+    (folder / "card.json").unlink()
     train_site(job, "a")
     _, other = score(job, square)
     assert not torch.allclose(one, other)

@@ -32,6 +32,13 @@ ANSWERS: Final = ("chosen", "rejected", "rejected_response", "rejected_conversat
 COLUMNS: Final = (*PROMPTS, *ANSWERS, *FIELDS, "system")
 """All that is read of a pair, but for what Accord itself adds."""
 
+_HOLD: Final = {
+    "prompt": PROMPTS,
+    "chosen": ("chosen", "response", *PROMPTS),  # a conversation ends with its chosen answer
+    "rejected": ("rejected", *ANSWERS[2:5]),
+}
+"""By the part of a pair, the fields that may hold it."""
+
 _SPOKEN: Final = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -57,20 +64,21 @@ def raw_pair(where: str, row: Row) -> RawPair:
 
     Raises:
         DataError: the row has none of them; the message names the columns present, and the forms.
-        BadRow: its two conversations have no common beginning that ends with a question.
+        BadRow: a column that it needs is there and null; or its two conversations have no common beginning that ends
+            with a question.
     """
     given = {name: value for name, value in row.items() if value is not None}
     name = next((name for name in PROMPTS if name in given), None)
     prompt = given.get(name) if name else None
-    if "chosen" in row and "rejected" in row:
-        chosen, rejected = row["chosen"], row["rejected"]
+    if "chosen" in given and "rejected" in given:
+        chosen, rejected = given["chosen"], given["rejected"]
     else:
         prompt, chosen, rejected = _otherwise(where, row, prompt)
     if _spoken(chosen) and _spoken(rejected) and prompt is None:
         chosen, rejected = _turns_of(str(chosen)), _turns_of(str(rejected))
     if _whole(chosen) and _whole(rejected):
         prompt, chosen, rejected = _parted(chosen, rejected)
-    elif prompt is None and "prompt" not in row:
+    elif prompt is None:
         raise _missing(where, row, "prompt")
     if isinstance(system := given.get("system"), str) and system.strip():
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -82,7 +90,7 @@ def _otherwise(where: str, row: Row, prompt: object) -> tuple[object, object, ob
     """Return prompt, chosen and rejected of a row that lacks one of the two fields of these names."""
     rejected = next((row[name] for name in ANSWERS[2:5] if row.get(name) is not None), None)
     if rejected is None:
-        raise _missing(where, row, "rejected" if "chosen" in row else "chosen")
+        raise _missing(where, row, "chosen" if row.get("chosen") is None else "rejected")
     if _whole(rejected):
         return None, prompt, rejected
     if row.get("response") is not None:
@@ -93,6 +101,9 @@ def _otherwise(where: str, row: Row, prompt: object) -> tuple[object, object, ob
 
 
 def _missing(where: str, row: Row, name: str) -> DataError:
+    """Return what is wrong with the file; or with this row alone, where it has such a column and it is null."""
+    if null := [column for column in _HOLD[name] if column in row and row[column] is None]:
+        return BadRow(f"{null[0]} is null, and nothing else in the row is its {name}")
     hint = "TRL's implicit prompt is read where chosen and rejected are lists of messages; " if name == "prompt" else ""
     return DataError(
         f"{where}: column {name!r} is missing; the columns present are {', '.join(map(repr, row)) or 'none'}; {hint}"

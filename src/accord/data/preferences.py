@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +31,12 @@ from accord.data.rows import BadRow, Row, keep_good, read_jsonl
 from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, raw_images
 from accord.errors import DataError, RecipeError
 from accord.runs import write_atomic
-from accord.types import ImageSource, PreferencePair, Question, prompt_of
+from accord.types import ImageSource, PreferencePair, Question, Subject, prompt_of
 
-__all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", "to_dataset", "write_preferences"]
+__all__ = [
+    *("MIN_PAIRS", "NegativeMix", "build_preferences", "digest_of", "read_preferences", "to_dataset"),
+    "write_preferences",
+]
 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
@@ -71,7 +74,7 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
 
     def parse(where: str, row: Row) -> PreferencePair:
         pair = _pair(where, row, field, images)
-        digest = _digest(pair, [identify(source) for source in pair.images])
+        digest = digest_of(pair, identify)
         pair = pair if pair.question_id else replace(pair, question_id=digest)
         if content.setdefault(pair.question_id, digest) != digest:
             raise DataError(
@@ -121,11 +124,13 @@ def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None
 def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
 
-    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column.
+    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column,
+    nor one for persons where no pair names one.
     """
     rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
-    pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     text = datasets.Value("string")
+    pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
+    named = {"person": text} if any("person" in row for row in rows) else {}
     blocks = datasets.List({"type": text, "text": text})
     features = datasets.Features(
         prompt=datasets.List({"role": text, "content": blocks}),
@@ -134,9 +139,10 @@ def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
         question_id=text,
         question_type=text,
         constructed=datasets.Value("bool"),
+        **named,
         **pictured,
     )
-    return datasets.Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in features}, features=features)
 
 
 def build_preferences(
@@ -260,5 +266,7 @@ def _pair(where: str, row: Row, field: ImageField, images: ImageCell) -> Prefere
     )
 
 
-def _digest(pair: PreferencePair, images: list[str]) -> str:
+def digest_of(pair: PreferencePair, identify: Callable[[Subject], str]) -> str:
+    """Return what is the same for all pairs about the same images and prompt; `identify` is of `image_identity`."""
+    images = [identify(source) for source in pair.images]
     return hashlib.sha256(json.dumps([list(pair.prompt), images]).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Train the sites of a run in processes of their own, several at once; the result is that of one after the other.
 
     run/apart/<site>/   a run folder, the child's until it ends: records, timings, sites/<site>
+    run/privacy/        the ledgers of private sites, which stand here from the start: what is paid stays paid
 
 A site's training depends on no other site, so it may happen anywhere. A child works in a run folder of its own, and
 what it made is taken over in the order of the recipe: `metrics.jsonl` is what one process would have written. A folder
@@ -28,6 +29,7 @@ from accord.recipe import Recipe
 from accord.runs import append_line, read_lines, stages_done
 from accord.stages import routing
 from accord.stages.job import Job
+from accord.stages.private import has_certificate, settle_site
 from accord.stages.sites import check_sites
 from accord.terminal import clean
 
@@ -41,7 +43,9 @@ def train_sites(job: Job) -> None:
         AccordError: a site failed; the others are stopped, and those that were trained are kept.
     """
     here = [] if job.engine is not None else [site.name for site in job.recipe.sites]
-    waiting = [name for name in here if not job.run.done(f"site {name}") and not _whole(job, name)]
+    waiting = [
+        name for name in here if not (job.run.done(f"site {name}") or _whole(job, name) or has_certificate(job, name))
+    ]
     count = min(at_once(job.recipe), len(waiting))
     if count > 1:
         check_sites(job)
@@ -160,4 +164,5 @@ def _take_over(job: Job, name: str) -> bool:
         os.replace(folder / "sites" / name, place)
         for timing in read_lines(folder / "timings.jsonl"):
             append_line(job.path / "timings.jsonl", timing)
+        settle_site(job, name)
     return True

@@ -45,7 +45,7 @@ def train(run: Path, name: str, *, quiet: bool) -> None:
     recipe = load_recipe(file)
     prepare(recipe)
     own = Run.create(apart(run, name), file.read_text(encoding="utf-8"), seed=recipe.seed)
-    with open_job(on_own_projector(recipe, run), own, quiet=quiet) as job:
+    with open_job(on_own_projector(recipe, run), own, quiet=quiet, main=run) as job:
         train_site(job, name)
 
 

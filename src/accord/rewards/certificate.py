@@ -13,7 +13,7 @@ Way: TypeAlias = Literal["head", "adapter", "labels"]
 """DP-SGD on a linear head over frozen features, DP-SGD on an adapter and the head, or randomised response on labels."""
 
 Uncovered: TypeAlias = Literal[
-    "counts", "making", "shared training", "gates", "answers", "other runs", "settings", "inputs"
+    "counts", "making", "shared training", "gates", "answers", "other runs", "settings", "inputs", "backbone"
 ]
 
 UNCOVERED: Final[dict[Uncovered, str]] = {
@@ -26,6 +26,7 @@ UNCOVERED: Final[dict[Uncovered, str]] = {
     "other runs": "other runs on the same data: the ledger is of this run alone; name one in privacy.ledger",
     "settings": "a choice of the settings, or of the seed, by what the model did",
     "inputs": "its images, prompts and answers: nothing is protected but which of two answers was preferred",
+    "backbone": "what its backbone, a folder of the site's, was trained on before: it may have been the same data",
 }
 """What may touch a site's private data, and its certificate says nothing about."""
 

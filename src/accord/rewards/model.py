@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias, cast
 
 import msgspec
 import torch
@@ -83,6 +83,9 @@ class _Manifest:
 
 
 _FORMAT = "accord-reward-model-1"
+
+PARTS: Final = ("adapter", "backbone", "head.safetensors", "reward.json")
+"""What may stand in a reward model's folder."""
 
 
 class RewardModel(nn.Module):

@@ -17,11 +17,16 @@ import math
 import secrets
 from typing import Final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 KEY_BYTES = 32
 GENERATOR: Final = "SHAKE-256"
+
+_AT_ONCE = 2**18
+"""Normal numbers that are computed at once: of a block, which is 64 bytes a number, no second copy is made."""
 
 
 def new_key() -> bytes:
@@ -41,16 +46,25 @@ class SecretNoise:
 
     def uniform(self, count: int) -> Tensor:
         """Return `[count]` numbers from the open interval (0, 1), in double precision."""
-        seed = self._key + self._block.to_bytes(8)
-        self._block += 1
-        if not count:
-            return torch.empty(0, dtype=torch.float64)
-        words = torch.frombuffer(bytearray(hashlib.shake_256(seed).digest(8 * count)), dtype=torch.int64)
-        return ((words & (2**53 - 1)).double() + 0.5) / 2**53
+        return _uniform(self._words(count))
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers of a shape, in double precision."""
-        count = 4 * math.prod(shape)
-        radius, angle = self.uniform(2 * count).view(2, count)
-        drawn = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
-        return drawn.view(4, *shape).sum(dim=0) / 2
+        count = math.prod(shape)
+        words = self._words(8 * count).reshape(2, 4, count)
+        found = torch.empty(count, dtype=torch.float64)
+        for start in range(0, count, _AT_ONCE):
+            radius, angle = _uniform(words[:, :, start : start + _AT_ONCE])
+            drawn = torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+            found[start : start + _AT_ONCE] = drawn.sum(dim=0) / 2
+        return found.view(shape)
+
+    def _words(self, count: int) -> NDArray[np.int64]:
+        """Return the next block, as `[count]` words of 64 bits."""
+        seed = self._key + self._block.to_bytes(8)
+        self._block += 1
+        return np.frombuffer(hashlib.shake_256(seed).digest(8 * count), dtype=np.int64)
+
+
+def _uniform(words: NDArray[np.int64]) -> Tensor:
+    return (torch.from_numpy(words & (2**53 - 1)).double() + 0.5) / 2**53

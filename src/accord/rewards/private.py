@@ -26,11 +26,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from accord.data.images import load_if_any
+from accord.data.preferences import digest_of
+from accord.data.questions import image_identity
 from accord.errors import DataError, RecipeError, check_least, check_positive
 from accord.rewards.certificate import Unit
 from accord.rewards.model import RewardModel, Standardisation
@@ -48,7 +51,7 @@ class Privacy:
     epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
     delta: float = 1e-6  # δ; with the unit "label" it is 0, whatever is here
     unit: Unit = "pair"
-    ledger: str = ""  # file of what was spent; empty for one in the run's folder, which other runs do not see
+    ledger: str = ""  # file of what was spent, an absolute path; empty for one in the run's folder, which other runs do not see
     dimensions: int = 32  # k; 0 for none, the features as they are
     sampling: float = 0.2  # q
     steps: int = 100
@@ -63,6 +66,11 @@ class Privacy:
         for name in ("delta", "sampling"):
             if getattr(self, name) > (1 if name == "sampling" else 0.1):
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
+        if self.ledger and not Path(self.ledger).expanduser().is_absolute():
+            raise RecipeError(
+                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file, and "
+                f"a new budget; write privacy.ledger = {str(Path(self.ledger).absolute())!r}"
+            )
         if self.stages > (2 if self.unit == "label" else 1):
             raise RecipeError(
                 f"stages must be 1, or 2 with the unit 'label', got {self.stages} with {self.unit!r}; lower "
@@ -82,12 +90,15 @@ class Sigmas:
 def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
     """Return which unit each pair belongs to, `[N]`, counted from 0 in order of first appearance.
 
+    Pairs are of one question where images and prompt are the same, whatever their `question_id`s say.
+
     Raises:
         DataError: the unit is a person, and a pair does not say whose it is.
     """
     if unit in ("pair", "label"):
         return torch.arange(len(pairs))
-    names = [pair.person if unit == "person" else pair.question_id for pair in pairs]
+    identify = image_identity()
+    names = [pair.person if unit == "person" else digest_of(pair, identify) for pair in pairs]
     if nameless := sum(not name for name in names):
         raise DataError(
             f"{nameless} of {len(pairs)} pairs have no {unit}, which is the unit of privacy; add the column {unit!r} "
@@ -95,6 +106,21 @@ def unit_index(pairs: Sequence[PreferencePair], unit: Unit) -> Tensor:
         )
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([places[name] for name in names])
+
+
+def check_delta(privacy: Privacy, units: int) -> None:
+    """Refuse a δ with which one of so many units may be told as it is: that has a probability of δ for each.
+
+    Labels have ε without δ.
+
+    Raises:
+        RecipeError: δ times the number of units is 1 or more.
+    """
+    if privacy.unit != "label" and privacy.delta * units >= 1:
+        raise RecipeError(
+            f"delta must be below 1 / {units} for {units} {privacy.unit}s, got {privacy.delta:g}: with it a mechanism "
+            f"may publish one of them whole; lower privacy.delta, to {0.01 / units:.0e} or less"
+        )
 
 
 def pair_features(

@@ -5,7 +5,7 @@
     settle    once model and card are written: the key is erased
 
 The entry is on disk before the first private number is read, so a training that is killed stays paid for. While its
-key is there, the same training of the same data may be done again at no price: from one key it draws the same samples
+key is there, and no other training was paid for since, the same training of the same data may be done again at no price: from one key it draws the same samples
 and the same noise, so that of all attempts one result leaves the site, and it is the one that was paid for. An entry
 fits only where pairs, backbone, settings and version are the same, since one noise on two data sets would show their
 difference. Once the key is erased nothing can be done again, nor can who takes the ledger take the noise away.
@@ -73,7 +73,8 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
 def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
     """Write down that a training will spend what is left of the budget, and return its entry with its key.
 
-    An entry of the same training that is not settled is returned as it is.
+    An entry of the same training that is not settled is returned as it is. A new one erases the keys of all others:
+    a training that was given up, as by a change of settings, is over.
 
     Args:
         path: the ledger, a file that its owner alone may read.
@@ -109,7 +110,7 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
             tuple(mechanisms),
             new_key().hex(),
         )
-        _write(path, (*entries, entry))
+        _write(path, (*(msgspec.structs.replace(each, key="") for each in entries), entry))
         return entry
 
 

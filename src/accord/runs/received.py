@@ -27,12 +27,14 @@ def refuse_foreign(folder: Path) -> None:
     root = folder.resolve()
     for where, folders, names in os.walk(folder):
         for path in sorted(Path(where, name) for name in (*folders, *names)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise RunError(f"{path} is a link to a place outside the run folder; put the file itself there")
             try:
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise RunError(f"{path} is a link to a place outside the run folder; put the file itself there")
                 found = path.stat()
             except FileNotFoundError:  # a dangling link within the folder, or what another process has just removed
                 continue
+            except (OSError, RuntimeError) as error:  # links in a circle are the latter before Python 3.13
+                raise RunError(f"{path} cannot be followed ({error}); remove it") from error
             if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
                 raise RunError(f"{path} is neither a file nor a folder; remove it")
             if path.suffix in (".json", ".jsonl", ".toml") and found.st_size > MAX_RECORDS:

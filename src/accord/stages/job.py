@@ -144,6 +144,7 @@ class Job:
     alone: str = ""  # the one site that works here: no questions but its own need be there
     engine: Engine | None = None  # reaches the sites where they are other organisations'; None: they are opened here
     together: Together | None = None  # the processes that align the policy together with this one
+    main: Path | None = None  # the run folder that takes over what is made here; None: this one is no part of another
     written: Recipe | None = None  # the recipe before `on_own_projector`, where this run trains the projector
     traffic: Traffic = field(default_factory=Traffic)
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
@@ -398,6 +399,7 @@ def open_job(
     *,
     quiet: bool = False,
     alone: str = "",
+    main: Path | None = None,
     engine: Engine | None = None,
     together: Together | None = None,
 ) -> Iterator[Job]:
@@ -406,7 +408,9 @@ def open_job(
         trains = recipe.projector is not None and not alone  # a site alone has the checkpoint that the recipe names
         settled = on_own_projector(recipe, run.path) if trains else recipe
         written = recipe if trains else None
-        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, together=together, written=written)
+        job = Job(
+            settled, run, quiet=quiet, alone=alone, engine=engine, together=together, main=main, written=written
+        )
         try:
             yield job
         finally:

@@ -1,4 +1,4 @@
-"""Train a site's reward model with a guarantee: pay first, then read the pairs, then certify.
+"""Train a site's reward model with a guarantee: try it on one batch, pay, then train on the pairs, then certify.
 
 Under `privacy` in a site's table the backbone stays as it came, and one of these is trained:
 
@@ -17,16 +17,26 @@ from pathlib import Path
 
 import torch
 
+from accord.data.images import load_if_any
+from accord.errors import RunError
 from accord.federation.site import SiteRecord
+from accord.models.load import PREFIX, locate
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
 from accord.rewards.certificate import Certificate, Uncovered, Way
 from accord.rewards.model import RewardModel, checkpoint_fingerprint
-from accord.rewards.noise import SecretNoise
-from accord.rewards.private import Privacy, pair_features, private_head, private_standardisation, unit_index
-from accord.rewards.private_adapter import fresh_model, private_adapter
+from accord.rewards.noise import SecretNoise, new_key
+from accord.rewards.private import (
+    Privacy,
+    check_delta,
+    pair_features,
+    private_head,
+    private_standardisation,
+    unit_index,
+)
+from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
-from accord.rewards.spending import certify, fingerprint_of, settle, spend
+from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
 from accord.rewards.train import check_images
 from accord.runs import read_record
 from accord.stages.job import Job
@@ -34,22 +44,27 @@ from accord.types import PreferencePair
 from accord.version import VERSION
 
 
+_TRIED = 16
+"""Pairs of the batch on which a model is tried before it is paid for."""
+
+
 def ledger_of(job: Job, name: str) -> Path:
     """Return the file of what a site's data have paid."""
     privacy = job.site(name).privacy
     if privacy and privacy.ledger:
-        return Path(privacy.ledger).expanduser()
-    return job.path / "sites" / name / "privacy.json"
+        return Path(privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
+    return (job.main or job.path).resolve() / "privacy" / f"{name}.json"
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
     """Pay for a reward model, train it, write it to the site's folder, and return its certificate.
 
-    `settle_site` follows, once the certificate is on the site's card. Where a kill came between the two, the model is
-    there already.
+    `settle_site` follows, once the certificate is on the site's card. A model that this training has left already is
+    kept as it is, whether it was settled or a kill came first: it can never be made again.
 
     Raises:
-        RecipeError: nothing is left of the budget.
+        RecipeError: nothing is left of the budget, or δ is too large for so many units.
+        RunError: the ledger cannot be read, or lacks what was paid for the model in the site's folder.
         DataError: a pair has several images, or does not say whose it is where the unit is a person.
     """
     site, path, folder = job.site(name), ledger_of(job, name), job.path / "sites" / name
@@ -57,22 +72,23 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     assert privacy is not None
     check_images(pairs)
     unit = unit_index(pairs, privacy.unit)
+    check_delta(privacy, int(unit.max()) + 1)
     way: Way = "labels" if privacy.unit == "label" else "adapter" if site.lora else "head"
     if way == "adapter":
         privacy = replace(privacy, dimensions=0)  # there is no projection to pay for
-    entry = spend(path, privacy, _fingerprint(job, site, privacy, pairs))
-    card = read_record(folder / "card.json", SiteRecord, remedy="remove it, and train the site again")
-    if card and card.privacy and card.privacy.id == entry.id:
-        return card.privacy
+    fingerprint = _fingerprint(job, site, privacy, pairs)
+    if there := _paid_model(job, name, fingerprint):
+        return there
+    model = _untrained(site, SecretNoise(new_key()))
+    _try(model, pairs)
+    entry = spend(path, privacy, fingerprint)
     noise = SecretNoise(bytes.fromhex(entry.key))
     flip, sigmas = entry.mechanisms[0].flip, entry.sigmas
     if way == "labels":  # before anything reads them
         pairs = randomise(pairs, draw_flips(len(pairs), flip, noise))
-    model = (
-        fresh_model(site.checkpoint, site.lora, noise) if site.lora else RewardModel.from_checkpoint(site.checkpoint)
-    )
-    model.rows_at_once = site.reward_model.rows_at_once
     if way == "adapter":
+        del model  # before there is another
+        model = _untrained(site, noise)
         with stage_bar(f"{name}: private adapter", privacy.steps, quiet=job.quiet) as advance:
             private_adapter(model, pairs, unit, privacy, sigmas.gradient, noise, on_step=lambda: advance(1))
     with stage_bar(f"{name}: features", len(pairs), quiet=job.quiet) as advance:
@@ -93,13 +109,69 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
         if way == "labels"
         else private_standardisation(scores, unit, sigmas.standardisation, noise)
     )
+    (folder / "card.json").unlink(missing_ok=True)  # of an earlier model, whose certificate is not this one's
     model.save(folder / "reward")
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
 
 
-def settle_site(job: Job, name: str, certificate: Certificate) -> None:
-    """End a training whose certificate is on the site's card: it cannot be done again at no price."""
-    settle(ledger_of(job, name), certificate.id)
+def _untrained(site: SiteConfig, noise: SecretNoise) -> RewardModel:
+    if site.lora:
+        model = fresh_model(site.checkpoint, site.lora, noise)
+    else:
+        model = RewardModel.from_checkpoint(site.checkpoint)
+    model.rows_at_once = site.reward_model.rows_at_once
+    return model
+
+
+def _try(model: RewardModel, pairs: Sequence[PreferencePair]) -> None:
+    """Compute one batch and forget it: what cannot be loaded, read or held fails before anything is paid for it."""
+    first = pairs[:_TRIED]
+    if model.lora:
+        with pair_gradients(model) as gradients:
+            gradients(first)
+    else:
+        images = [load_if_any(pair.image) for pair in first]
+        model.states([pair.prompt for pair in first], images, [[pair.chosen, pair.rejected] for pair in first])
+
+
+def settle_site(job: Job, name: str) -> None:
+    """End a training whose certificate is on the site's card: it cannot be done again at no price.
+
+    Nothing happens where there is no certificate, or where another run is still to take the site over.
+    """
+    card = _card(job, name)
+    if card and card.privacy and job.main is None:
+        settle(ledger_of(job, name), card.privacy.id)
+
+
+def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
+    """Return the certificate of the model in the site's folder, if this very training has made it; None otherwise.
+
+    Raises:
+        RunError: the ledger does not have what was paid for the model, so that it is not the whole of what was spent.
+    """
+    card, path, folder = _card(job, name), ledger_of(job, name), job.path / "sites" / name
+    if card is None or card.privacy is None:
+        return None
+    paid = {entry.id: entry.fingerprint for entry in read_entries(path)}
+    if card.privacy.id not in paid:
+        raise RunError(
+            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for, so that "
+            "nobody knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and only "
+            f"where the site's data are others now, remove {folder}"
+        )
+    return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
+
+
+def has_certificate(job: Job, name: str) -> bool:
+    """Tell whether a model with a certificate stands in the site's folder, which may have been paid for."""
+    card = _card(job, name)
+    return card is not None and card.privacy is not None
+
+
+def _card(job: Job, name: str) -> SiteRecord | None:
+    file = job.path / "sites" / name / "card.json"
+    return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
 
 def _fingerprint(job: Job, site: SiteConfig, privacy: Privacy, pairs: Sequence[PreferencePair]) -> str:
@@ -115,6 +187,8 @@ def _uncovered(site: SiteConfig, pairs: Sequence[PreferencePair]) -> list[Uncove
     found: list[Uncovered] = ["counts", "shared training", "gates", "settings"]
     if any(pair.constructed for pair in pairs):
         found.append("making")
+    if not site.checkpoint.startswith(PREFIX) and Path(locate(site.checkpoint)).is_dir():
+        found.append("backbone")
     if site.answers or site.owns:
         found.append("answers")
     if site.privacy and site.privacy.unit == "label":

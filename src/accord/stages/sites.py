@@ -76,8 +76,7 @@ def train_site(job: Job, name: str) -> None:
             write_truth(folder / "truth.json", site_truth(job, name))
         record = SiteRecord(len(questions), len(pairs), any(pair.constructed for pair in pairs), ranking, certificate)
         write_atomic(folder / "card.json", msgspec.json.format(msgspec.json.encode(record)))
-        if certificate is not None:
-            settle_site(job, name, certificate)
+        settle_site(job, name)
 
 
 def site_seed(job: Job, name: str) -> int:
