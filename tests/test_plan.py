@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from accord.federation.projector import ProjectorConfig
 from accord.footprint import Gpus, Size, footprint, size_of
 from accord.methods import METHODS
-from accord.plan import _bytes, describe, peaks
+from accord.plan import PHOTOGRAPH, _bytes, describe, peaks
 from accord.recipe import EncoderConfig, Policy, Recipe, SiteConfig
 from accord.recipe_file import load_recipe
 from published_configs import PUBLISHED
@@ -90,6 +90,22 @@ def test_what_does_not_fit_says_what_to_change(published):
     there = {peak.stage: peak.total for peak in peaks(recipe)}
     elsewhere = {peak.stage: peak.total for peak in peaks(recipe, elsewhere=True)}
     assert elsewhere["align"] < there["align"] and not any(stage.startswith("site") for stage in elsewhere)
+
+
+def test_the_base_under_an_adapter_counts_once_where_it_is_the_encoder_too(published):
+    """The 7B policy in bfloat16 is 16.6 GB; beside vLLM, or in the stock way, the encoder is another copy."""
+    (path,) = (path for path in RECIPES if path.stem == "qwen2.5-vl-7b")
+    recipe = load_recipe(path)
+
+    def aligning(**changes):
+        changed = replace(recipe, alignment=replace(recipe.alignment, **changes))
+        return next(peak.parts for peak in peaks(changed) if peak.stage == "align")
+
+    assert "encoder" not in aligning()
+    frozen = footprint(recipe.policy.checkpoint, PHOTOGRAPH, recipe.max_pixels).frozen()
+    assert frozen == pytest.approx(16.6e9, rel=0.01)
+    for changes in ({"lora": None}, {"shared_prefix": False}, {"vllm": "server"}):
+        assert aligning(**changes)["encoder"] == frozen
 
 
 def test_sizes_come_from_names_where_nothing_else_is_there():

@@ -159,6 +159,8 @@ def _aligning(recipe: Recipe, method: Method, policy: Footprint, held: Mapping[s
     a, lora, shards = method.grpo(recipe), method.lora(recipe), gpus.count if gpus else 1
     if a is None:
         return Peak("align", {"policy and optimiser": policy.trained(lora, autocast=True), **held})
+    if recipe.one_base:
+        held = {name: count for name, count in held.items() if name != "encoder"}
     parts = grpo(policy, a, lora, gpu=True, shards=shards)
     served = {"vLLM": a.vllm_memory * gpus.each} if a.vllm == "colocate" and gpus else {}
     less = [] if a.gradient_checkpointing else ["alignment.gradient_checkpointing = true"]

@@ -16,6 +16,7 @@ from typing import TypeAlias, cast
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -302,6 +303,22 @@ def adapter_errors(settings: LoraSettings) -> Iterator[None]:
 def without_adapter(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model, with LoRA layers inside it if there are any."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Let a frozen model compute as it did before an adapter came onto its layers and training began, to the bit."""
+    adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    training = model.training
+    try:
+        model.eval()
+        for layer in adapters:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in adapters:
+            layer.enable_adapters(True)
+        model.train(training)
 
 
 def parameter_count(model: nn.Module) -> int:
