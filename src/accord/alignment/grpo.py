@@ -82,7 +82,7 @@ class AlignmentConfig:
     evaluate_every: int = 50  # steps between points of the accuracy curve; 0 for none
     evaluate_on: int = 300  # dev questions of one point
     save_every: int = 50  # steps between checkpoints
-    shared_prefix: bool = True  # compute once what the completions of a prompt share; False for the stock way
+    shared_prefix: bool = True  # compute once what the completions of a prompt share; False for full rows
 
     def __post_init__(self) -> None:
         """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
