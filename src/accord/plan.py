@@ -32,7 +32,7 @@ from accord.footprint import (
 )
 from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
-from accord.models.load import LoraSettings
+from accord.models.load import LoraSettings, Quantized
 from accord.models.projector import find_projector
 from accord.recipe import Recipe, SiteConfig
 
@@ -193,8 +193,8 @@ def _amount(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _memory(foot: Footprint | None, lora: LoraSettings | None) -> str:
-    return "?" if foot is None else _amount(foot.trained(lora, autocast=False))
+def _memory(foot: Footprint | None, lora: LoraSettings | None, quantize: Quantized = "") -> str:
+    return "?" if foot is None else _amount(foot.trained(lora, autocast=False, quantize=quantize))
 
 
 def _count(size: Size) -> str:
@@ -261,7 +261,7 @@ def _router(recipe: Recipe) -> list[str]:
 def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
     a, adapter = method.grpo(recipe), method.lora(recipe)
     foot = _foot(recipe, recipe.policy.checkpoint)
-    memory = _memory(foot, adapter)
+    memory = _memory(foot, adapter, a.quantize if a else "")
     if a is not None and foot is not None and (adapter or a.kl):  # the others have none, or their own base
         memory += f" + reference {'(shared)' if adapter else _amount(4 * foot.size.parameters)}"
     lines = [

@@ -267,10 +267,8 @@ class Recipe:
 
         Not beside vLLM: it is handed weights with the adapter merged in and taken out again, which rounds them.
         """
-        a = self.alignment
-        return (
-            a.lora is not None and a.shared_prefix and not a.vllm and self.encoder_checkpoint == self.policy.checkpoint
-        )
+        a, same = self.alignment, self.encoder_checkpoint == self.policy.checkpoint
+        return same and a.lora is not None and a.shared_prefix and not a.vllm and not a.quantize
 
     def __post_init__(self) -> None:
         """Refuse names that collide, and numbers out of range."""

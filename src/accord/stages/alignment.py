@@ -217,7 +217,8 @@ def run_grpo(
         del job.policy, model  # not a third copy beside policy and reference; it is loaded again if it is wanted
     set_seed(recipe.seed)
     if not recipe.one_base:
-        model, processor = load_model(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
+        whole, stored = recipe.alignment.lora is None, recipe.alignment.quantize
+        model, processor = load_model(recipe.policy.checkpoint, trainable=whole, quantize=stored)
     out = job.path / "checkpoints" / stage
     # The trainer reads optimizer.pt, scheduler.pt and rng_state.pth from there by torch.load (weights only): our own
     # files in our own run folder. Their hashes, compared here before any is read, show damage and not malice.
