@@ -12,7 +12,7 @@ from accord.federation.projector import ProjectorConfig
 from accord.footprint import Gpus, Size, footprint, size_of
 from accord.methods import METHODS
 from accord.models.load import LoraSettings
-from accord.plan import _amount, _bytes, describe, peaks
+from accord.plan import PHOTOGRAPH, _amount, _bytes, describe, peaks
 from accord.recipe import EncoderConfig, Policy, Recipe, SiteConfig
 from accord.recipe_file import load_recipe
 from accord.rewards.private import Privacy
@@ -141,6 +141,22 @@ def test_many_gpus_share_a_policy_only_where_the_method_lets_them(published):
     assert held["shared", 8] == held["shared", 1] / 8 and held["alone", 8] == held["alone", 1]
     few, many = (totals["shared", count]["activations"] for count in (8, 100_000))
     assert few >= many > 0
+
+
+def test_the_base_under_an_adapter_counts_once_where_it_is_the_encoder_too(published):
+    """The 7B policy in bfloat16 is 16.6 GB; beside vLLM, or in the stock way, the encoder is another copy."""
+    (path,) = (path for path in RECIPES if path.stem == "qwen2.5-vl-7b")
+    recipe = load_recipe(path)
+
+    def aligning(**changes):
+        changed = replace(recipe, alignment=replace(recipe.alignment, **changes))
+        return next(peak.parts for peak in peaks(changed) if peak.stage == "align")
+
+    assert "encoder" not in aligning()
+    frozen = footprint(recipe.policy.checkpoint, PHOTOGRAPH, recipe.max_pixels).frozen()
+    assert frozen == pytest.approx(16.6e9, rel=0.01)
+    for changes in ({"lora": None}, {"shared_prefix": False}, {"vllm": "server"}):
+        assert aligning(**changes)["encoder"] == frozen
 
 
 def test_sizes_come_from_names_where_nothing_else_is_there():

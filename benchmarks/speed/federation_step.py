@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from stock import stock_trainer
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
@@ -133,23 +134,19 @@ def run_arm(
     encoder: Encoder | None,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
-    """Return the seconds of every step but the first, by the clock `now`."""
-    model, processor = load_model(checkpoint)
+    """Return the seconds of every step but the first, by the clock `now`; of stock TRL without `shared_prefix`."""
     questions = [q for q in load_easy_vqa() if q.split == "public"]
     data = prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0))
     times = StepTimes(now)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = SharedPrefixTrainer(
-            shared_prefix=config.shared_prefix,
-            encoder=encoder,
-            model=model,
-            reward_funcs=reward,
-            args=grpo_config(config, seed=0, out=Path(scratch)),
-            train_dataset=data,
-            processing_class=processor,
-            callbacks=[times],
-        )
-        trainer.remove_callback(PrinterCallback)
+        args = grpo_config(config, seed=0, out=Path(scratch))
+        told = {"reward_funcs": reward, "args": args, "train_dataset": data, "callbacks": [times]}
+        if config.shared_prefix:
+            model, processor = load_model(checkpoint)
+            trainer = SharedPrefixTrainer(model=model, processing_class=processor, encoder=encoder, **told)
+            trainer.remove_callback(PrinterCallback)
+        else:
+            trainer = stock_trainer(checkpoint, **told)
         trainer.train()
     return times.seconds
 

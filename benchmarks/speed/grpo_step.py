@@ -5,11 +5,13 @@
              G (P + R) / (P + G R)
     memory   the peak resident memory of a training, each way in a process of its own, above that with the model loaded
 
-P prefix tokens, R completion tokens, G completions a prompt. Both ways are the same trainer class with the switch on
-and off, so that off is `trl.GRPOTrainer`; they alternate within one run. No completion ends before R tokens (its end
-token is one that is never sampled), so both ways compute the same number of tokens. The reward is the text's length of
-distinct letters. `demo` is the shipped policy with the demo's P, G and R; the others are a LLaVA of 256 features with
-4 + 2 layers and random weights, whose image gives the prefix.
+P prefix tokens, R completion tokens, G completions a prompt. One way is `trl.GRPOTrainer` with model and processor by
+transformers (`stock.py`), the other `SharedPrefixTrainer`; they alternate within one run. No completion ends before R
+tokens (its end token is one that is never sampled), so both ways compute the same number of tokens. The reward is the
+text's length of distinct letters. `demo` is the shipped policy with the demo's P, G and R; the others are a LLaVA of
+256 features with 4 + 2 layers and random weights, whose image gives the prefix.
+
+On a CPU the seconds are those that this process computes in all its threads, whatever else the machine does.
 
     OMP_NUM_THREADS=1 python benchmarks/speed/grpo_step.py [--repetitions 5] [--figure benchmarks/speed/step.svg]
     python benchmarks/speed/grpo_step.py --gpu        3 B parameters, bfloat16, 8 prompts × 8, 1,000 image tokens
@@ -37,8 +39,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from stock import stock_trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
+from trl import GRPOTrainer
 
 from accord.alignment.grpo import AlignmentConfig, grpo_config
 from accord.alignment.trainer import SharedPrefixTrainer
@@ -108,11 +112,8 @@ def letters(prompts, completions, **_) -> list[float]:
     return [float(len(set(completion[-1]["content"]))) for completion in completions]
 
 
-def trainer_for(work: Work, checkpoint: str, data: Dataset, scratch: Path, *, shared: bool) -> SharedPrefixTrainer:
-    model, processor = load_model(checkpoint)
+def trainer_for(work: Work, checkpoint: str, data: Dataset, scratch: Path, *, shared: bool) -> GRPOTrainer:
     large = work.size != "small"
-    if large and torch.cuda.is_available():
-        model = model.to(torch.bfloat16)
     config = AlignmentConfig(
         steps=1000,
         prompts_per_step=work.prompts,
@@ -125,16 +126,16 @@ def trainer_for(work: Work, checkpoint: str, data: Dataset, scratch: Path, *, sh
     )
     random.seed(0)
     torch.manual_seed(0)
-    trainer = SharedPrefixTrainer(
-        shared_prefix=shared,
-        model=model,
-        reward_funcs=letters,
-        args=grpo_config(config, seed=0, out=scratch),
-        train_dataset=data,
-        processing_class=processor,
-    )
-    trainer.remove_callback(PrinterCallback)
-    never = model.config.image_token_id  # suppressed, so that every completion has R tokens
+    told = {"reward_funcs": letters, "args": grpo_config(config, seed=0, out=scratch), "train_dataset": data}
+    half = large and torch.cuda.is_available()
+    if shared:
+        model, processor = load_model(checkpoint)
+        model = model.to(torch.bfloat16) if half else model
+        trainer: GRPOTrainer = SharedPrefixTrainer(model=model, processing_class=processor, **told)
+        trainer.remove_callback(PrinterCallback)
+    else:
+        trainer = stock_trainer(checkpoint, torch.bfloat16 if half else "auto", **told)
+    never = trainer.model.config.image_token_id  # suppressed, so that every completion has R tokens
     trainer.eos_token_ids = [never]
     trainer.generation_kwargs["eos_token_id"] = trainer.generation_config.eos_token_id = never
     if large:
@@ -147,7 +148,7 @@ def trainer_for(work: Work, checkpoint: str, data: Dataset, scratch: Path, *, sh
 class Step:
     """One trainer, stepped by hand, with a clock around its parts."""
 
-    def __init__(self, trainer: SharedPrefixTrainer) -> None:
+    def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
         self.rows = iter(trainer.get_train_dataloader())
         self.spent: dict[str, float] = defaultdict(float)
@@ -198,9 +199,10 @@ class Step:
 
 
 def now() -> float:
-    """Return the time, once the GPU has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Return the time, once the GPU has done what it was given; on a CPU the seconds that this process has computed."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
     return time.perf_counter()
 
 

@@ -4,9 +4,10 @@
     7B    an adapter of rank 16 on it       the same
     tiny  either, of 0.3 million parameters, for a look at the script on a CPU
 
-Both ways are one trainer class with the switch on and off: off is `trl.GRPOTrainer`. Each is measured in a process of
-its own, so that neither's memory is the other's. An image makes about 1,000 tokens. Beside what is measured stands what
-`accord.footprint` plans. EasyR1 reports 2.67 completions a second and GPU for its 7B example on geometry problems.
+One way is `accord.alignment.grpo.align`, the other `trl.GRPOTrainer` with model and processor by transformers
+(`stock.py`). Each is measured in a process of its own, so that neither's memory is the other's. An image makes about
+1,000 tokens. Beside what is measured stands what `accord.footprint` plans. EasyR1 reports 2.67 completions a second and
+GPU for its 7B example on geometry problems.
 
     python benchmarks/speed/large_step.py                     on a GPU 3B and 7B; without one tiny, and what it would do
     python benchmarks/speed/large_step.py --size 7B --steps 3
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -28,12 +30,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from stock import stock_trainer
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from accord.alignment.grpo import AlignmentConfig, align
+from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset
 from accord.footprint import footprint, grpo
-from accord.models.load import LoraSettings, load_model, save_model
+from accord.models.load import LoraSettings, load_model, lora_config, save_model
 from accord.models.tiny import TinyConfig, build_tiny
 from accord.types import Question
 
@@ -118,7 +121,7 @@ def build(work: Work, folder: Path) -> str:
 def measure(name: str, shared: bool, steps: int, checkpoint: str) -> dict[str, float]:
     """Return the seconds of a step after the first, and the peak memory in GB; on a CPU the resident one."""
     work = WORKS[name]
-    config = replace(work.config, steps=steps + 1, lora=work.lora, shared_prefix=shared)
+    config = replace(work.config, steps=steps + 1, lora=work.lora)
     pixels, side = np.random.default_rng(0), work.shape.image_size
     questions = [
         Question(
@@ -131,12 +134,24 @@ def measure(name: str, shared: bool, steps: int, checkpoint: str) -> dict[str, f
         )
         for n in range(config.prompts_per_step)
     ]
-    model, processor = load_model(checkpoint, trainable=work.lora is None)
     clock = Clock()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as scratch:
-        align(model, processor, questions, letters, config, seed=0, out=Path(scratch), callbacks=[clock])
+        out = Path(scratch)
+        if shared:
+            model, processor = load_model(checkpoint, trainable=work.lora is None)
+            align(model, processor, questions, letters, config, seed=0, out=out, callbacks=[clock])
+        else:
+            stock_trainer(
+                checkpoint,
+                torch.float32 if work.lora is None else "auto",
+                reward_funcs=letters,
+                args=grpo_config(config, seed=0, out=out),
+                train_dataset=prompt_dataset(questions, config.steps * config.prompts_per_step, random.Random(0)),
+                callbacks=[clock],
+                peft_config=lora_config(work.lora) if work.lora else None,
+            ).train()
     seconds = (clock.ends[-1] - clock.ends[0]) / steps
     if torch.cuda.is_available():
         peak = float(torch.cuda.max_memory_allocated())

@@ -2,7 +2,7 @@
 
     whole      16 bytes a trained parameter: weight, gradient and AdamW's two moments, float32; 4 a frozen one
                on a GPU 2 more: autocast keeps a bfloat16 copy of every weight from forward to backward pass
-    adapter    the base in its own type, 16 bytes a parameter of the adapter
+    adapter    the base in its own type, or its language model in 4 bits; 16 bytes a parameter of the adapter
                at the end of a backward pass the gradients are there and the activations gone; before it, the other
                way round, unless a batch is accumulated: the larger of the two counts
     row        for each token what the backward pass reads: 9 d + 2 k + 4 m values a layer, or d with gradient
@@ -44,13 +44,16 @@ from accord.errors import CheckpointError, RecipeError
 from accord.models.finetune import FineTuneConfig
 from accord.models.inputs import prompt_text
 from accord.models.inspection import inspect_checkpoint, inspect_weights
-from accord.models.load import LoraSettings, locate
+from accord.models.load import LoraSettings, Quantized, locate
 from accord.models.tower import vision_tower
 from accord.rewards.train import RewardConfig
 from accord.types import vqa_prompt
 
 TRAINED: Final = 16
 """Bytes a trained parameter: weight, gradient and two moments in float32."""
+
+NF4: Final = 0.5 + 1 / 64 + 4 / 64 / 256
+"""Bytes a weight: 4 bits, one byte of scale for 64 of them, and four bytes for 256 of the scales."""
 
 QUESTION: Final = "What colour is the roof of the house that stands to the left of the church, and how many windows?"
 
@@ -126,21 +129,27 @@ class Footprint:
     vision: Layers
     patches: float
     tokens: float
-    linear: Mapping[str, int]
+    linear: Mapping[str, tuple[int, int]]
 
     def adapter(self, settings: LoraSettings) -> float:
         """Return the parameters of an adapter: rank times the features in and out of every layer that it is put on."""
         pattern = re.compile(settings.target_modules)
-        return settings.rank * float(sum(both for name, both in self.linear.items() if pattern.fullmatch(name)))
+        return settings.rank * float(sum(sum(both) for name, both in self.linear.items() if pattern.fullmatch(name)))
 
     def frozen(self) -> float:
         """Return the bytes of the model as its checkpoint stores it."""
         return self.size.parameters * self.bytes_each
 
-    def trained(self, lora: LoraSettings | None, *, autocast: bool) -> float:
+    def quantized(self) -> float:
+        """Return the bytes of the model with its language model in 4 bits (`accord.models.load.nf4`)."""
+        pattern = re.compile(LoraSettings().target_modules)
+        weights = sum(math.prod(both) for name, both in self.linear.items() if pattern.fullmatch(name))
+        return self.frozen() - weights * (self.bytes_each - NF4)
+
+    def trained(self, lora: LoraSettings | None, *, autocast: bool, quantize: Quantized = "") -> float:
         """Return the bytes of weights, gradients and moments; with `autocast` passes are in bfloat16."""
         if lora is not None:
-            return self.frozen() + TRAINED * self.adapter(lora)
+            return (self.quantized() if quantize else self.frozen()) + TRAINED * self.adapter(lora)
         frozen = self.size.parameters - self.learning(None)
         return self.learning(None) * (TRAINED + 2 * autocast) + frozen * 4
 
@@ -280,7 +289,7 @@ def footprint(checkpoint: str, pixels: float, max_pixels: int, question: str = Q
         vision,
         patches,
         float(counted or tokens + WORDS),
-        {n: m.in_features + m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+        {n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear)},
     )
 
 
@@ -289,8 +298,9 @@ def _guessed(size: Size, pixels: float) -> Footprint:
     layers = max(1, round((size.parameters / (12 * 128**2)) ** (1 / 3)))
     width = 128 * layers
     text = Layers(layers, width, 4 * width, width // 4)
-    # Features in and out of the seven linear layers: 22 d, where keys have d / 4.
-    adapted = {f"model.layers.{n}.mlp.up_proj": 22 * width for n in range(layers)}
+    # The seven linear layers as one: 22 d features in and out, where keys have d / 4, and 12 d² weights.
+    small = round((11 - math.sqrt(109)) * width)
+    adapted = {f"model.layers.{n}.mlp.up_proj": (small, 22 * width - small) for n in range(layers)}
     vision = Layers(32, 1280, 5120, 1280) if pixels else Layers(0, 0, 0, 0)
     tokens = pixels / 28**2
     return Footprint(size, 0.0, True, 2, 152_000, text, vision, 4 * tokens, tokens + WORDS, adapted)
@@ -387,7 +397,7 @@ def grpo(
     at_once = min(config.completions_per_device or rows, rows)
     sampled = min(config.rollout_rows or at_once, rows)
     prompts = [math.ceil(count / config.group_size) if shared else count for count in (at_once, sampled)]
-    parts = {"policy and optimiser": foot.trained(lora, autocast=gpu) / shards}
+    parts = {"policy and optimiser": foot.trained(lora, autocast=gpu, quantize=config.quantize) / shards}
     if lora is None and config.kl:
         parts["reference"] = foot.size.parameters * 4 / shards
     update = foot.update(at_once, prompts[0], answer, each, checkpointing=config.gradient_checkpointing)

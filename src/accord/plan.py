@@ -33,7 +33,7 @@ from accord.footprint import (
 )
 from accord.methods import check_methods, find_method, needed
 from accord.methods.method import Method
-from accord.models.load import LoraSettings
+from accord.models.load import LoraSettings, Quantized
 from accord.models.projector import find_projector
 from accord.recipe import Recipe, SiteConfig
 
@@ -168,6 +168,8 @@ def _aligning(recipe: Recipe, method: Method, policy: Footprint, held: Mapping[s
     a, lora, shards = method.grpo(recipe), method.lora(recipe), _shards(recipe, gpus)
     if a is None:
         return Peak("align", {"policy and optimiser": policy.trained(lora, autocast=True), **held})
+    if recipe.one_base:
+        held = {name: count for name, count in held.items() if name != "encoder"}
     parts = grpo(policy, a, lora, gpu=True, shards=shards)
     served = {"vLLM": a.vllm_memory * gpus.each} if a.vllm == "colocate" and gpus else {}
     less = [] if a.gradient_checkpointing else ["alignment.gradient_checkpointing = true"]
@@ -207,8 +209,8 @@ def _amount(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _memory(foot: Footprint | None, lora: LoraSettings | None) -> str:
-    return "?" if foot is None else _amount(foot.trained(lora, autocast=False))
+def _memory(foot: Footprint | None, lora: LoraSettings | None, quantize: Quantized = "") -> str:
+    return "?" if foot is None else _amount(foot.trained(lora, autocast=False, quantize=quantize))
 
 
 def _count(size: Size) -> str:
@@ -285,7 +287,7 @@ def _router(recipe: Recipe) -> list[str]:
 def _alignment(recipe: Recipe, method: Method, policy: Size) -> list[str]:
     a, adapter = method.grpo(recipe), method.lora(recipe)
     foot = _foot(recipe, recipe.policy.checkpoint)
-    memory = _memory(foot, adapter)
+    memory = _memory(foot, adapter, a.quantize if a else "")
     if a is not None and foot is not None and (adapter or a.kl):  # the others have none, or their own base
         memory += f" + reference {'(shared)' if adapter else _amount(4 * foot.size.parameters)}"
     lines = [

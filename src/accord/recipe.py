@@ -261,6 +261,15 @@ class Recipe:
         """What routers and gates read: the encoder that is named, or else the policy."""
         return self.encoder.checkpoint or self.policy.checkpoint
 
+    @property
+    def one_base(self) -> bool:
+        """Whether the base under the policy's adapter is the encoder, too: one copy, read with the adapter off.
+
+        Not beside vLLM: it is handed weights with the adapter merged in and taken out again, which rounds them.
+        """
+        a, same = self.alignment, self.encoder_checkpoint == self.policy.checkpoint
+        return same and a.lora is not None and a.shared_prefix and not a.vllm and not a.quantize
+
     def __post_init__(self) -> None:
         """Refuse names that collide, and numbers out of range."""
         if not 0 <= self.seed <= MAX_SEED:

@@ -3,6 +3,7 @@
 What holds of a family is a row of the table in docs/models.md, which the last test compares.
 """
 
+import math
 import random
 import re
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image, ImageDraw
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from accord.alignment.grpo import AlignmentConfig, align, grpo_config, prompt_dataset
+from accord.alignment.dpo import AdapterDpo
+from accord.alignment.grpo import AlignmentConfig, align, grpo_config, placeholders_muted, prompt_dataset
+from accord.alignment.selector import Comparison, Selector, letter_tokens, selector_prompt
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.errors import CheckpointError, DataWarning
 from accord.evaluation.likelihood import answer_nll
@@ -23,10 +26,10 @@ from accord.models.encoder import Encoder
 from accord.models.finetune import FineTuneConfig, finetune
 from accord.models.generate import answer
 from accord.models.inputs import accepted, build_batch, completion_text, encode, model_inputs, shared_inputs
-from accord.models.load import LoraSettings, load_model, save_model, tokenizer_of
+from accord.models.load import LoraSettings, load_model, save_model, tokenizer_of, without_adapter
 from accord.models.trial import try_checkpoint
 from accord.rewards.model import RewardModel
-from accord.types import Question, vqa_prompt
+from accord.types import PreferencePair, Question, vqa_prompt
 from families.checkpoints import FAMILIES
 from families.conftest import SEES_TORCHVISION, WITHOUT_TORCHVISION
 
@@ -73,16 +76,20 @@ def carried(family, built):
     return built(family)
 
 
-def stock_prompt(processor, n, images):
-    turns = [{"role": "user", "content": [{"type": "image", "image": images[n]}, {"type": "text", "text": TEXTS[n]}]}]
+def with_image(n, images):
+    return [{"type": "image", "image": images[n]}, {"type": "text", "text": TEXTS[n]}]
+
+
+def stock_prompt(processor, n, images, turns=None):
+    turns = turns or [{"role": "user", "content": with_image(n, images)}]
     return processor.apply_chat_template(
         turns, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
 
 
-def stock_row(model, processor, n, candidate, images, family):
+def stock_row(model, processor, n, candidate, images, family, turns=None):
     """One whole row of prompt and answer, as the family's own processor would have it."""
-    fields = accepted(model, stock_prompt(processor, n, images))
+    fields = accepted(model, stock_prompt(processor, n, images, turns))
     text = completion_text(processor, PROMPTS[n], candidate)
     end = torch.tensor(tokenizer_of(processor)([text], add_special_tokens=False)["input_ids"])
     for name in ("token_type_ids", "mm_token_type_ids"):
@@ -277,6 +284,44 @@ def test_fine_tuning_and_evaluation(carried, family, questions, images, tmp_path
     cells.setdefault(family, {})["finetune"] = "yes"
 
 
+def test_preferences_by_dpo_and_by_a_selector(carried, family, images, files, tmp_path, cells):
+    """The loss of a step of DPO, and a selector's log-odds, are those of stock rows, one at a time."""
+    model, processor = load_model(carried)
+    answers = [("red", "green and blue"), ("no", "one"), ("two", "three circles left")]
+    pairs = [PreferencePair(PROMPTS[n], *answers[n], (files[n],), f"q{n}", "all") for n in range(3)]
+    dpo = AdapterDpo(model, processor, LoraSettings(rank=2), beta=0.5, sft=0.5, batch_size=3, out=tmp_path / "dpo")
+    dpo.train(pairs, steps=4, learning_rate=0.05, seed=0)
+
+    def log_probabilities(n, text):
+        fields, length = stock_row(without_adapter(dpo.model), processor, n, text, images, family)
+        logits = dpo.model(**fields).logits[0, -length - 1 : -1].float()
+        return logits.log_softmax(-1).gather(1, fields["input_ids"][0, -length:, None]).squeeze(1)
+
+    dpo.model.eval()
+    with torch.no_grad(), placeholders_muted(without_adapter(dpo.model)):
+        policy = [[log_probabilities(n, text) for text in answers[n]] for n in range(3)]
+        with dpo.model.disable_adapter():
+            reference = [[log_probabilities(n, text) for text in answers[n]] for n in range(3)]
+    ratios = [[(a - b).sum() for a, b in zip(*both, strict=True)] for both in zip(policy, reference, strict=True)]
+    margin = -logsigmoid(0.5 * torch.stack([chosen - rejected for chosen, rejected in ratios])).mean()
+    expected = margin - 0.5 * torch.cat([chosen for chosen, _ in policy]).mean()
+    assert abs(margin - math.log(2)) > 1e-3
+    assert dpo.train(pairs, steps=1, learning_rate=1e-4, seed=1) == pytest.approx(expected.item(), rel=1e-4)
+
+    selector = Selector(dpo.model, processor)
+    asked = [Comparison(PROMPTS[n], images[n], *answers[n]) for n in range(3)]
+    a, b, shared = letter_tokens(processor, PROMPTS[0])
+    dpo.model.eval()
+    with torch.no_grad():
+        together = selector(asked)
+        for n, each in enumerate(together.tolist()):
+            turns = selector_prompt([{"role": "user", "content": with_image(n, images)}], *answers[n])
+            fields, length = stock_row(without_adapter(dpo.model), processor, n, "A", images, family, turns)
+            after = dpo.model(**fields).logits[0, -length - 1 + shared].float()
+            assert each == pytest.approx((after[a] - after[b]).item(), abs=1e-4)
+    cells.setdefault(family, {})["dpo"] = "yes"
+
+
 def test_the_trial_before_a_run(carried):
     try_checkpoint(carried)
 
@@ -312,10 +357,10 @@ def test_a_fallback_is_told_once(built, images):
     assert len(told) == 1
 
 
-COLUMNS = ("class", "policy", "reward", "router", "finetune", "shared")
+COLUMNS = ("class", "policy", "reward", "router", "finetune", "dpo", "shared")
 HEADER = (
     "| family | class in transformers | policy | reward model | router's encoder | fine-tuning, evaluation "
-    "| shared prefixes | image processor |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| DPO, selectors | shared prefixes | image processor |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
 

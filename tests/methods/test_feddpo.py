@@ -1,14 +1,16 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load
 from torch.nn.functional import logsigmoid
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from accord.alignment.dpo import AdapterDpo
+from accord.alignment.dpo import AdapterDpo, preference_batch
 from accord.alignment.grpo import placeholders_muted
-from accord.data.images import load_image
+from accord.data.images import load_if_any, load_image
 from accord.errors import DataError, DataWarning, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import Averaging, round_rate
@@ -17,6 +19,7 @@ from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.methods.feddpo import FedDpoConfig, LocalDpo, train_dpo
 from accord.models.inputs import build_batch
 from accord.models.load import LoraSettings, load_model, seeded_adapter, without_adapter
+from accord.types import PreferencePair
 
 LORA = LoraSettings(rank=4, alpha=8)
 
@@ -47,7 +50,7 @@ def log_ratios(dpo, processor, pairs):
     batch = build_batch(
         processor,
         [pair.prompt for pair in pairs],
-        [load_image(pair.images[0]) for pair in pairs],
+        [load_if_any(pair.image) for pair in pairs],
         [[pair.chosen, pair.rejected] for pair in pairs],
     )
     images = {name: tensor[batch.prompt_index] for name, tensor in batch.image_inputs.items()}
@@ -85,6 +88,52 @@ def test_the_loss_is_equation_7_with_each_image_at_its_own_prompt(family, checkp
     assert abs(by_hand - math.log(2)) > 0.05  # the adapter has moved
     # One step of four pairs is one pass over all of them; its loss is taken before it.
     assert trained.train(pairs, steps=1, learning_rate=1e-3, seed=1) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_the_batches_are_those_of_trl(family, checkpoints, pairs):
+    """To the bit: the chat templates of the small models leave no beginning of a sequence to the tokenizer.
+
+    Only under the padding TRL's collator has tokens of another kind: it takes a padding token of id 0 for none.
+    """
+    model, processor = load_model(checkpoints[family])
+    ours = preference_batch(model, processor, [(pair, 0) for pair in pairs])
+    rows = [
+        {
+            "prompt": [dict(turn) for turn in pair.prompt],
+            "chosen": [{"role": "assistant", "content": pair.chosen}],
+            "rejected": [{"role": "assistant", "content": pair.rejected}],
+            "images": [load_image(image) for image in pair.images],
+        }
+        for pair in pairs
+    ]
+    stock = DataCollatorForVisionPreference(processor)(rows)
+    assert ours["completion_mask"].shape == ours["input_ids"].shape and len(ours["input_ids"]) == 2 * len(pairs)
+    stock["input_ids"] = stock["input_ids"].masked_fill(stock["attention_mask"] == 0, processor.tokenizer.pad_token_id)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, stock[name]), name
+
+
+def test_a_text_only_policy_learns_by_equation_7(texts_only, tmp_path):
+    """Its pairs have no image; the loss before a step is that of plain rows."""
+    prompt = [{"role": "user", "content": [{"type": "text", "text": "what colour is it?"}]}]
+    pairs = [
+        PreferencePair(prompt, chosen, rejected, (), f"q{n}", "colour")
+        for n, (chosen, rejected) in enumerate(
+            [("red", "blue"), ("one two", "no"), ("yes", "green red"), ("two", "no")]
+        )
+    ]
+    trained = dpo(texts_only, tmp_path, beta=0.5)
+    trained.train(pairs, steps=3, learning_rate=2e-2, seed=0)
+    chosen, rejected = log_ratios(trained, load_model(texts_only)[1], pairs)
+    by_hand = -logsigmoid(0.5 * (chosen - rejected)).mean().item()
+    assert abs(by_hand - math.log(2)) > 0.05
+    assert trained.train(pairs, steps=1, learning_rate=1e-3, seed=1) == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_pairs_with_and_without_images_are_kept_apart(llava, pairs):
+    bare = replace(pairs[0], prompt=[{"role": "user", "content": "what colour is it?"}], images=())
+    with pytest.raises(DataError, match="1 of 2 prompts have an image"):
+        preference_batch(*load_model(llava), [(bare, 0), (pairs[1], 0)])
 
 
 def test_the_batches_of_a_step_count_as_one(llava, tmp_path, pairs):

@@ -10,11 +10,12 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataWarning, RunError
 from accord.federation.engine import InProcessEngine
 from accord.models.load import LoraSettings, load_model, save_model
-from accord.recipe import Policy, Routing
+from accord.recipe import Policy, Recipe, Routing
 from accord.runs import read_lines
 from accord.stages import alignment
 from accord.stages.alignment import federated_reward, greedy, remembered, run_grpo
 from accord.stages.routing import constant_router
+from accord.types import vqa_prompt
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,45 @@ def test_a_policy_comes_back_in_the_type_of_its_checkpoint(job, ask, llava, tmp_
     saved, _ = load_model(save_model(policy, processor, tmp_path / "policy"))
     assert (seen, saved.dtype) == ([trained], torch.bfloat16)
     assert all(torch.equal(saved.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_encoder_and_reference_are_one_base_under_an_adapter(job, ask, llava, monkeypatch):
+    """One load in place of two, and the same policy to the bit as beside a copy; the job's own base is another then."""
+    settings = AlignmentConfig(
+        steps=3, prompts_per_step=2, group_size=2, max_completion_length=2, evaluate_every=0, learning_rate=1e-2, kl=0.1
+    )
+    settings = replace(settings, lora=LoraSettings(rank=2, alpha=4))
+    job.recipe = replace(job.recipe, policy=Policy(llava), alignment=settings)
+    job.questions = {"dev": [ask(0)], "public": [ask(1), ask(2, "blue")]}
+    loaded, load = [], alignment.load_model
+    monkeypatch.setattr(alignment, "load_model", lambda *given, **how: loaded.append(given) or load(*given, **how))
+
+    def aligned(stage):
+        """A reward that reads: the mean state of a prompt and its answer, and again what the reference hands over."""
+        encoder, read = job.encoder, []
+
+        def reward(prompts, completions, image, **_):
+            encoder.remember({}, [])  # the encoder is to compute it
+            turns = [vqa_prompt(prompt[-1]["content"][-1]["text"]) for prompt in prompts]
+            states, mask = encoder(turns, image, [[each[-1]["content"]] for each in completions])
+            read.append((states * mask[..., None]).sum(dim=1).mean(dim=1))
+            return read[-1].tolist()
+
+        with job.doing(stage):
+            policy, _ = run_grpo(job, stage, reward, encoder=encoder)
+        assert len(read) == 3
+        return policy.state_dict(), torch.cat(read), policy is encoder.model
+
+    weights, read, same = aligned("align")
+    assert same and not loaded and job.policy[0] is job.encoder.model
+    base = load(llava)[0].state_dict()
+    assert all(torch.equal(job.policy[0].state_dict()[name], weight) for name, weight in base.items())
+    assert any(not torch.equal(weights[name], weight) for name, weight in base.items())
+    monkeypatch.setattr(Recipe, "one_base", False)
+    apart, alone, same = aligned("compare")
+    assert not same and loaded == [(llava,)]
+    assert torch.equal(read, alone)
+    assert weights.keys() == apart.keys() and all(torch.equal(weights[name], apart[name]) for name in weights)
 
 
 def full_from(monkeypatch, step, module, name, error):

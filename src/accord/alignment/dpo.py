@@ -8,21 +8,25 @@ make both answers of a pair less likely: short ones lose the end token that they
 became "notriangletriangle").
 
 π is the base under a LoRA adapter, π_ref the base with the adapter off, whatever round of a federation it is. The
-trainer is TRL's, unchanged, and lives as long as the adapter: one that is made around an adapter takes the adapter as
-it is then for the reference.
+trainer and its losses are TRL's, and it lives as long as the adapter: one that is made around an adapter takes the
+adapter as it is then for the reference. The batches are ours (`preference_batch`): TRL's collator never lets the
+tokenizer begin a sequence, also where the chat template leaves that to it, and passes on every field of a processor.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
+from PIL.Image import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
@@ -32,12 +36,45 @@ from accord.alignment.grpo import placeholders_muted
 from accord.data.images import load_image
 from accord.data.sampling import draw_balanced
 from accord.models.finetune import SYMMETRIES, on_one_device, transform
-from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, without_adapter
-from accord.models.words import plain_prompt, plain_words
+from accord.models.inputs import all_or_none, batch_of, encode, endings
+from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, tokenizer_of, without_adapter
 from accord.types import PreferencePair
 
-Row = dict[str, object]
-"""A pair in TRL's conversational preference form."""
+Drawn: TypeAlias = tuple[PreferencePair, int]
+"""A pair, and which symmetry of the square its images are seen under."""
+
+
+def preference_batch(model: PreTrainedModel, processor: Processor, drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """Return what `DPOTrainer` reads of P pairs: a row for each chosen answer, then one for each rejected one.
+
+    Args:
+        model: whose forward pass says which fields are taken.
+        processor: its processor.
+        drawn: P pairs with their symmetries.
+
+    Returns:
+        `input_ids`, `attention_mask` and `completion_mask`, which is 1 on answers, `[2 P, T]`, and what is made of the
+        images of the 2 P rows.
+
+    Raises:
+        DataError: some pairs have images and others none, or the model takes none.
+        ImageError: an image cannot be read.
+    """
+    pairs = [pair for pair, _ in drawn]
+    prompts = [pair.prompt for pair in pairs]
+    seen = [[cast(Image, transform(load_image(each), symmetry)) for each in pair.images] for pair, symmetry in drawn]
+    encoded = encode(processor, prompts, all_or_none(seen))
+    both = endings(processor, prompts, [[pair.chosen, pair.rejected] for pair in pairs])
+    rows = [[chosen] for chosen, _ in both] + [[rejected] for _, rejected in both]
+    batch = batch_of([*encoded, *encoded], rows, cast(int, tokenizer_of(processor).pad_token_id))
+    return {**batch.accepted(model), "completion_mask": (batch.labels != -100).long()}
+
+
+class _Trainer(DPOTrainer):
+    """`DPOTrainer` whose data needs no preparation, since `preference_batch` does all of it."""
+
+    def _prepare_dataset(self, dataset: datasets.Dataset, *_: object) -> datasets.Dataset:
+        return dataset
 
 
 class AdapterDpo:
@@ -93,17 +130,17 @@ class AdapterDpo:
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         with adapter_errors(lora):
-            self._trainer = DPOTrainer(
+            self._trainer = _Trainer(
                 model=model,
                 args=on_one_device(settings),
                 # Of the data that it is made with, the trainer looks only at the names of the columns.
-                train_dataset=datasets.Dataset.from_dict({"images": [None]}),
+                train_dataset=datasets.Dataset.from_dict({"pair": [None]}),
+                data_collator=functools.partial(preference_batch, model, processor),
                 processing_class=processor,
                 peft_config=lora_config(lora),
             )
         self._trainer.remove_callback(PrinterCallback)
         self._per_step = batch_size * accumulate
-        self._processor = processor
 
     @property
     def model(self) -> PeftModel:
@@ -135,7 +172,7 @@ class AdapterDpo:
         trainer = self._trainer
         trainer.args.learning_rate, trainer.args.weight_decay = learning_rate, weight_decay
         trainer.optimizer = None
-        trainer.train_dataset = _Drawn(pairs, steps * self._per_step, symmetries, random.Random(seed), self._processor)
+        trainer.train_dataset = _Drawn(pairs, steps * self._per_step, symmetries, random.Random(seed))
         for callback in callbacks:
             trainer.add_callback(callback)
         with placeholders_muted(without_adapter(self.model)):
@@ -158,18 +195,10 @@ class AdapterDpo:
         return cast(PreTrainedModel, model)
 
 
-class _Drawn(Dataset[Row]):
+class _Drawn(Dataset[Drawn]):
     """The pairs of a whole training in their order, types equally often, each with the symmetry drawn for it."""
 
-    def __init__(
-        self,
-        pairs: Sequence[PreferencePair],
-        count: int,
-        symmetries: bool,
-        generator: random.Random,
-        processor: Processor,
-    ) -> None:
-        self.processor = processor
+    def __init__(self, pairs: Sequence[PreferencePair], count: int, symmetries: bool, generator: random.Random) -> None:
         choices = len(SYMMETRIES) if symmetries else 1
         order = draw_balanced([pair.question_type for pair in pairs], count, generator)
         self.items = [(pairs[i], generator.randrange(choices)) for i in order]
@@ -177,11 +206,5 @@ class _Drawn(Dataset[Row]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> Row:
-        pair, symmetry = self.items[i]
-        return {
-            "prompt": [dict(message) for message in plain_prompt(self.processor, pair.prompt)],
-            "chosen": [{"role": "assistant", "content": plain_words(self.processor, pair.chosen)}],
-            "rejected": [{"role": "assistant", "content": plain_words(self.processor, pair.rejected)}],
-            "images": [transform(load_image(image), symmetry) for image in pair.images],
-        }
+    def __getitem__(self, i: int) -> Drawn:
+        return self.items[i]

@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias, cast
 import datasets  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState  # type: ignore[import-untyped]
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from PIL.Image import Image
 from torch import nn
 from transformers import (
@@ -45,9 +45,18 @@ from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, DataWarning, RecipeError, check_least, check_positive
+from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.finetune import on_one_device
-from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, placeholder_tokens
+from accord.models.load import (
+    LoraSettings,
+    Processor,
+    Quantized,
+    adapter_errors,
+    add_lora,
+    lora_config,
+    placeholder_tokens,
+)
 from accord.models.words import plain_words
 from accord.types import ImageSource, Message, Prompt, Question
 
@@ -79,10 +88,11 @@ class AlignmentConfig:
     vllm_memory: float = 0.3  # share of a GPU that a colocated vLLM takes
     vllm_server: str = "http://127.0.0.1:8000"  # where vLLM is served
     lora: LoraSettings | None = None
+    quantize: Quantized = ""  # "nf4": the base under the adapter in 4 bits, which is the reference too
     evaluate_every: int = 50  # steps between points of the accuracy curve; 0 for none
     evaluate_on: int = 300  # dev questions of one point
     save_every: int = 50  # steps between checkpoints
-    shared_prefix: bool = True  # compute once what the completions of a prompt share; False for the stock way
+    shared_prefix: bool = True  # compute once what the completions of a prompt share; False for full rows
 
     def __post_init__(self) -> None:
         """Refuse a group of one, rows that do not divide, and counts that leave nothing to train."""
@@ -95,6 +105,11 @@ class AlignmentConfig:
         if self.group_size < 2:
             raise RecipeError(
                 f"group_size must be at least 2 to centre rewards, got {self.group_size}; raise alignment.group_size"
+            )
+        if self.quantize and (self.lora is None or self.vllm):
+            raise RecipeError(
+                "a base in 4 bits is trained by an adapter, and vLLM cannot be handed it; set alignment.lora and leave "
+                "alignment.vllm out, or leave alignment.quantize out"
             )
         rows = self.prompts_per_step * self.group_size
         if self.completions_per_device and rows % self.completions_per_device:
@@ -366,8 +381,10 @@ def placeholders_muted(*models: PreTrainedModel | None) -> Iterator[None]:
 
 def is_reference(encoder: Encoder, model: PreTrainedModel) -> bool:
     """Tell whether `encoder` is what `model` was loaded from, as its reference is."""
-    same: bool = encoder.model.name_or_path == model.name_or_path and encoder.model.dtype == model.dtype
-    return same
+    alike: list[tuple[object, ...]] = [
+        (each.name_or_path, each.dtype, getattr(each, "is_loaded_in_4bit", False)) for each in (encoder.model, model)
+    ]
+    return alike[0] == alike[1]
 
 
 def _attention(model: PreTrainedModel) -> dict[str, str]:
@@ -475,6 +492,11 @@ def align(
             peft_config=peft,
         )
     trainer.remove_callback(PrinterCallback)
+    if config.quantize:
+        for weight in cast(
+            nn.Module, trainer.model
+        ).parameters():  # TRL makes an adapter bfloat16, which rounds small updates away
+            weight.data = weight.data.float() if weight.requires_grad else weight.data
     if sharded := trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         if config.lora:
             raise RecipeError(
@@ -494,4 +516,16 @@ def align(
     if sharded:
         return _collected(trainer, model)
     trained = unwrap(trainer.model)
+    if config.lora and config.quantize:
+        trained = _dequantized(trained, config.lora)
     return trained.merge_and_unload() if config.lora else trained  # type: ignore[no-any-return]
+
+
+def _dequantized(trained: PeftModel, lora: LoraSettings) -> PeftModel:
+    """Return an adapter on the numbers that its base in 4 bits stood for: merged there, it says what was trained."""
+    weights = trainable_weights(trained)
+    base = cast(PreTrainedModel, trained.unload())
+    dtype = base.dtype
+    again = add_lora(base.dequantize(dtype).to(dtype), lora)
+    set_trainable_weights(again, weights)
+    return again

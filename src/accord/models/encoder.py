@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from accord.models.attention import skip_hidden
 from accord.models.inputs import build_batch, completion_text, shared_inputs
-from accord.models.load import Processor, tokenizer_of
+from accord.models.load import Processor, as_base, tokenizer_of
 from accord.types import Prompt
 
 StateKey: TypeAlias = tuple[str, int, str]
@@ -44,7 +44,7 @@ class Encoder:
     """A frozen model that turns (image, prompt, completion) into hidden states; a text-only one takes no image.
 
     Where they are computed already, as by GRPO's reference when it is the same model, `remember` spares the
-    encoder the work.
+    encoder the work. Where the model is trained meanwhile by an adapter on it, the encoder reads with the adapter off.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
@@ -101,7 +101,8 @@ class Encoder:
         batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
         inner = self.model.base_model
         inputs, where = shared_inputs(inner, batch)
-        hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
+        with as_base(self.model):
+            hidden = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)  # [P · S, D]
         return hidden[where].float(), batch.attention_mask.bool()
 
 

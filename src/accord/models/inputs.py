@@ -164,7 +164,7 @@ def completion_text(processor: Processor, prompt: Prompt, completion: str) -> st
     whole = _rendered(processor, [*prompt, turn], opens=False)
     if whole.startswith(opening):
         return whole[len(opening) :]
-    return completion + cast(str, tokenizer_of(processor).eos_token)
+    return plain_words(processor, completion) + cast(str, tokenizer_of(processor).eos_token)
 
 
 def _rendered(processor: Processor, prompt: Prompt, *, opens: bool) -> str:
@@ -289,13 +289,21 @@ def one_each(images: Sequence[Image | None]) -> list[list[Image]]:
     Raises:
         DataError: some prompts have an image and others none.
     """
-    given = [[] if image is None else [image] for image in images]
-    if any(given) and not all(given):
+    return all_or_none([[] if image is None else [image] for image in images])
+
+
+def all_or_none(images: list[list[Image]]) -> list[list[Image]]:
+    """Return the images of prompts, of which all have some or none has any.
+
+    Raises:
+        DataError: some prompts have an image and others none.
+    """
+    if any(images) and not all(images):
         raise DataError(
-            f"{sum(map(len, given))} of {len(images)} prompts have an image, and a batch takes one for each or none; "
+            f"{sum(map(bool, images))} of {len(images)} prompts have an image, and a batch takes one for each or none; "
             "keep questions about images and questions without any in runs of their own"
         )
-    return given
+    return images
 
 
 def encode_prompts(
@@ -338,16 +346,20 @@ def build_batch(
     prompts, images = [prompts[p] for p in asked], [images[p] for p in asked]
     completions = [completions[p] for p in asked]
     encoded = encode(processor, prompts, one_each(images))
-    endings = [
+    return batch_of(encoded, endings(processor, prompts, completions), cast(int, tokenizer_of(processor).pad_token_id))
+
+
+def endings(
+    processor: Processor, prompts: Sequence[Prompt], completions: Sequence[Sequence[str]]
+) -> list[list[list[int]]]:
+    """Return the tokens of `completions[p]` as they stand behind `prompts[p]`, their ends included."""
+    texts = [
         completion_text(processor, prompt, completion)
         for prompt, those in zip(prompts, completions, strict=True)
         for completion in those
     ]
-    tokenizer = tokenizer_of(processor)
-    tokens = iter(tokenizer(endings, add_special_tokens=False)["input_ids"])
-    return batch_of(
-        encoded, [list(islice(tokens, len(those))) for those in completions], cast(int, tokenizer.pad_token_id)
-    )
+    tokens = iter(tokenizer_of(processor)(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    return [list(islice(tokens, len(those))) for those in completions]
 
 
 def batch_of(encoded: Sequence[Encoded], completions: Sequence[Sequence[Sequence[int]]], padding: int) -> Batch:
@@ -402,12 +414,12 @@ def shared_inputs(model: PreTrainedModel, batch: Batch) -> tuple[dict[str, objec
     first = {p: n for n, p in reversed(list(enumerate(owner)))}
     prompts = range(len(first))
     prefixes = [tokens[first[p]][: starts[first[p]]] for p in prompts]
-    endings: list[list[list[int]]] = [[] for _ in prompts]
+    said: list[list[list[int]]] = [[] for _ in prompts]
     for n, p in enumerate(owner):
-        endings[p].append(tokens[n][starts[n] : lengths[n]])
+        said[p].append(tokens[n][starts[n] : lengths[n]])
     kinds, images = batch.kinds.get("mm_token_type_ids"), accepted(model, batch.image_inputs)
     types = None if kinds is None else [kinds[first[p]].tolist()[: len(prefixes[p])] for p in prompts]
-    packed = pack(model, prefixes, endings, prefix_positions(model, prefixes, types, images), pad=0)
+    packed = pack(model, prefixes, said, prefix_positions(model, prefixes, types, images), pad=0)
     size = packed.input_ids.shape[1]
     begins = [start for row in packed.starts for start in row]  # rows come prompt after prompt
     column = torch.arange(longest)

@@ -6,16 +6,18 @@ else is the same.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -42,6 +45,9 @@ FETCHED = ("*.json", "*.jinja", "*.txt", "*.model", "model*.safetensors")
 
 OPTIONAL = ("torchvision", "num2words")
 """Packages of the extra `vlm`, which the processors of some families need."""
+
+Quantized: TypeAlias = Literal["", "nf4"]
+"""How a frozen base is stored: in its checkpoint's type, or in 4 bits."""
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What makes a model's inputs: a processor of images and text, or the tokenizer of a text-only model."""
@@ -165,7 +171,7 @@ def reads_images(checkpoint: str) -> bool:
 
 
 def load_model(
-    checkpoint: str, *, revision: str = "main", trainable: bool = False
+    checkpoint: str, *, revision: str = "main", trainable: bool = False, quantize: Quantized = ""
 ) -> tuple[PreTrainedModel, Processor]:
     """Load a model that answers questions, about images or without any, onto `device()`, and its processor.
 
@@ -179,10 +185,14 @@ def load_model(
         revision: a branch, tag or commit of a checkpoint on the hub; a folder has none.
         trainable: load it in float32, as whatever is trained whole must be: a bfloat16 weight has 8 significant bits,
             and an update of 1e-6 is rounded away. A frozen model keeps its checkpoint's type, under an adapter too.
+        quantize: "nf4" for the linear layers of the language model that an adapter goes onto in 4 bits (`nf4`).
 
     Raises:
+        RecipeError: it is to be quantized, and bitsandbytes is not installed.
         CheckpointError: it is absent, incomplete, or of another kind (a vision-only model, or one that only reads).
     """
+    if quantize:
+        check_quantized()
     with inspected(checkpoint, revision) as (place, weights):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
         kinds = (AutoModelForImageTextToText, AutoProcessor), (AutoModelForCausalLM, AutoTokenizer)
@@ -202,6 +212,7 @@ def load_model(
                 dtype=torch.float32 if trainable else "auto",
                 use_safetensors=True,
                 output_loading_info=True,
+                **(nf4(kind[0], config) if quantize else {}),
             )
         model, found = cast(tuple[PreTrainedModel, dict[str, set[str]]], loaded)
     if found["missing_keys"]:  # transformers draws these at random and goes on
@@ -219,10 +230,46 @@ def load_model(
     tokenizer_of(processor).padding_side = "left"  # generation continues from the last column
     if model.generation_config is not None and not model.generation_config.suppress_tokens:
         model.generation_config.suppress_tokens = placeholder_tokens(model) or None
+    if quantize:
+        for layer in model.modules():  # on some CPUs evaluation would be in another layout, with coarser scales
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     model.to(device())  # type: ignore[arg-type]  # the signature of transformers' wrapper has lost `self`
     if getattr(model.config, "freeze_vision", True):
         pin(model)
     return model, processor
+
+
+def check_quantized() -> None:
+    """Refuse a base in 4 bits where nothing can read it.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            'alignment.quantize = "nf4" needs bitsandbytes, which is not installed; run: pip install '
+            "'accord[quantized]', or leave it out"
+        )
+
+
+def nf4(kind: type[AutoModelForImageTextToText | AutoModelForCausalLM], config: PreTrainedConfig) -> dict[str, object]:
+    """Return what `from_pretrained` takes for a base in 4 bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314).
+
+    Weights are of the type NF4 in blocks of 64 with scales of their own, which are quantized again. They are computed
+    with in the checkpoint's type. What is no linear layer of the language model stays as it is.
+    """
+    with torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    told = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=config.get_text_config().dtype or config.dtype or torch.float32,
+        llm_int8_skip_modules=[name for name in layers if not re.fullmatch(LoraSettings().target_modules, name)],
+    )
+    return {"quantization_config": told, "device_map": {"": device()}}
 
 
 def _ready_tokenizer(checkpoint: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -302,6 +349,22 @@ def adapter_errors(settings: LoraSettings) -> Iterator[None]:
 def without_adapter(model: nn.Module) -> PreTrainedModel:
     """Return the transformers model, with LoRA layers inside it if there are any."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+@contextmanager
+def as_base(model: nn.Module) -> Iterator[None]:
+    """Let a frozen model compute as it did before an adapter came onto its layers and training began, to the bit."""
+    adapters = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters]
+    training = model.training
+    try:
+        model.eval()
+        for layer in adapters:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in adapters:
+            layer.enable_adapters(True)
+        model.train(training)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from accord.evaluation.report import write_report
 from accord.methods import check_methods, find_method, needed
-from accord.models.load import save_model
+from accord.models.load import check_quantized, save_model
 from accord.models.trial import try_checkpoint
 from accord.pipeline.apart import train_sites
 from accord.pipeline.comparison import compare
@@ -55,6 +55,8 @@ def execute(job: Job) -> Path:
     check_projector(job.written or recipe, elsewhere=job.engine is not None)
     if job.together is not None:
         check_together(recipe)
+    if recipe.alignment.quantize:
+        check_quantized()
     job.run.plan(stages_of(job))
     if not job.run.done("align"):
         warn_of_long_answers(job)

@@ -185,7 +185,8 @@ def run_grpo(
 ) -> Aligned:
     """Align a fresh copy of the base policy, from the newest checkpoint if the stage was interrupted.
 
-    It comes back in the base checkpoint's own type, whatever it was trained in.
+    It comes back in the base checkpoint's own type, whatever it was trained in. Where an adapter is trained on the
+    model that the router's encoder is, both have one copy of it, and the job's own is loaded anew when it is wanted.
 
     Args:
         job: the run.
@@ -208,11 +209,16 @@ def run_grpo(
         )
     first = together is None or together.rank == 0
     recipe = job.recipe
-    dtype = job.policy[0].dtype
-    if recipe.encoder_checkpoint != recipe.policy.checkpoint:
-        del job.policy  # not a third copy beside policy and reference; it is loaded again if it is wanted
+    model, processor = job.policy
+    dtype = model.dtype
+    if recipe.one_base:  # the adapter comes onto the encoder, and is merged in at last; whoever asks again gets another
+        del job.policy, job.encoder
+    elif recipe.encoder_checkpoint != recipe.policy.checkpoint:
+        del job.policy, model  # not a third copy beside policy and reference; it is loaded again if it is wanted
     set_seed(recipe.seed)
-    model, processor = load_model(recipe.policy.checkpoint, trainable=recipe.alignment.lora is None)
+    if not recipe.one_base:
+        whole, stored = recipe.alignment.lora is None, recipe.alignment.quantize
+        model, processor = load_model(recipe.policy.checkpoint, trainable=whole, quantize=stored)
     out = job.path / "checkpoints" / stage
     # The trainer reads optimizer.pt, scheduler.pt and rng_state.pth from there by torch.load (weights only): our own
     # files in our own run folder. Their hashes, compared here before any is read, show damage and not malice.
