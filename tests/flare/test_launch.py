@@ -14,7 +14,7 @@ import pytest
 
 from accord.errors import RunError
 from accord.flare.client import put_aside, remove_job_folders, unheard
-from accord.flare.launch import Production
+from accord.flare.launch import Production, _Line
 
 
 @pytest.fixture
@@ -94,17 +94,87 @@ def test_a_session_that_failed_is_opened_anew(operator, session):
 
 
 def test_a_call_that_never_ends_is_given_up(operator, session, monkeypatch):
-    """As FLARE's does now and then when its server was killed; the next call has a thread and a session of its own."""
-    monkeypatch.setattr("accord.flare.launch.ANSWER", 0.2)
-    launcher, ended = Production(operator), threading.Event()
+    """As FLARE's does now and then when its server was killed; the next call has a thread and a session of its own.
+
+    So does whoever waited behind the first: it gives up the first call's thread, too, and not the one that came after.
+    Once the first call ends after all, it closes the session that it used, and no other.
+    """
+    launcher, ended, both, ask = Production(operator), threading.Event(), threading.Barrier(2), _Line.ask
     session.info = lambda: ended.wait(60)
-    with pytest.raises(ConnectionError, match="no answer within 0 s"):
-        launcher.connected()
+    refused = []
+
+    def together(line, what):
+        future = ask(line, what)
+        both.wait(60)
+        return future
+
+    def call():
+        with pytest.raises(ConnectionError, match="no answer within 0 s"):
+            launcher.connected()
+        refused.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accord.flare.launch.ANSWER", 0.2)
+        patch.setattr(_Line, "ask", together)
+        behind = threading.Thread(target=call)
+        behind.start()
+        call()
+        behind.join()
     session.info = lambda: SimpleNamespace(client_info=[])
-    monkeypatch.setattr("accord.flare.launch.ANSWER", 60.0)
-    assert launcher.connected() == {}
+    assert launcher.connected() == {} and refused == [True, True]
+    assert (session.opened, session.closed) == (2, 0)
     ended.set()
+    until = time.monotonic() + 60
+    while session.closed < 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert launcher.connected() == {} and session.opened == 2
     launcher.close()
+    assert (session.opened, session.closed) == (2, 2)
+    with pytest.raises(ConnectionError, match="logged out"):
+        launcher.connected()
+
+
+def test_a_call_that_never_ends_holds_up_neither_results_nor_exit(operator):
+    """FLARE's lines, which it prints for a console of its own, are not among the results."""
+    code = (
+        "import sys, threading\n"
+        "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from nvflare.fuel.flare_api import flare_api\n"
+        "from nvflare.fuel.hci.client.api import _print_hci_message\n"
+        "from accord.flare import launch\n"
+        "from accord.terminal import say\n"
+        "def never():\n"
+        "    _print_hci_message('Connecting to FLARE ...')\n"
+        "    threading.Event().wait()\n"
+        "flare_api.new_secure_session = lambda *_, **__: SimpleNamespace(get_system_info=never)\n"
+        "launch.ANSWER = launch.PARTING = 0.5\n"
+        "production = launch.Production(Path(sys.argv[1]))\n"
+        "try:\n"
+        "    production.connected()\n"
+        "except ConnectionError as error:\n"
+        "    say(error)\n"
+        "production.close()\n"
+        "say('report: run/report.html')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(operator)], capture_output=True, text=True, timeout=50)
+    assert done.stdout == "FLARE's server gave no answer within 0 s\nreport: run/report.html\n", done.stderr
+    assert done.returncode == 0
+
+
+def test_closing_waits_for_a_call_no_longer_than_that(operator, session, monkeypatch):
+    """As after Ctrl-C, while FLARE waits for a server that was killed."""
+    monkeypatch.setattr("accord.flare.launch.PARTING", 0.2)
+    launcher, began, ended = Production(operator), threading.Event(), threading.Event()
+    session.info = lambda: began.set() or (ended.wait(60) and SimpleNamespace(client_info=[]))
+    calling = threading.Thread(target=launcher.connected)
+    calling.start()
+    began.wait(60)
+    launcher.close()
+    assert session.closed == 0
+    ended.set()
+    calling.join()
 
 
 def test_what_is_no_operators_kit(tmp_path):
