@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from accord.errors import RunError
-from accord.flare.client import put_aside, remove_job_folders, unheard
+from accord.flare.client import FAILED, FlareClient, put_aside, remove_job_folders, unheard
 from accord.flare.launch import Production, _Line
 
 
@@ -38,7 +38,8 @@ def session(monkeypatch):
 
     def opened(*_, **__):
         made.opened += 1
-        return SimpleNamespace(get_system_info=get_system_info, close=close)
+        made.get_system_info, made.close = get_system_info, close
+        return made
 
     monkeypatch.setattr("nvflare.fuel.flare_api.flare_api.new_secure_session", opened)
     return made
@@ -225,3 +226,51 @@ def test_heartbeats_that_fail_are_the_last_word(tmp_path):
         assert unheard(log) is told
     log.write_text(3 * failed)
     assert not unheard(log, start=len(failed)) and unheard(log, start=10_000)
+
+
+class Stop(threading.Event):
+    """Keeps how long is waited between two starts, waits no longer than a moment, and is set before the fourth."""
+
+    def __init__(self):
+        super().__init__()
+        self.pauses = []
+
+    def wait(self, timeout=None):
+        if timeout >= 1.0:
+            self.pauses.append(timeout)
+            if len(self.pauses) == 3:
+                self.set()
+        return super().wait(min(timeout, 0.05))
+
+
+def client(folder, code, told, **settings):
+    """A client whose FLARE process is that Python, and whose server is there."""
+    return FlareClient(
+        [sys.executable, "-uc", code], dict(os.environ), folder / "flare.log", told.append, ("", 0), **settings
+    )
+
+
+def test_a_server_that_answers_no_heartbeat_is_told_and_asked_ever_more_seldom(tmp_path, monkeypatch):
+    """The port answers; FLARE is started again after 2, 4 and 8 seconds, and each time a person can read why."""
+    monkeypatch.setattr("accord.flare.client.listens", lambda *_: True)
+    monkeypatch.setattr("accord.flare.client.LOOK", 0.0)
+    told, stop = [], Stop()
+    code = f"import time\nfor _ in range(3): print({FAILED.decode()!r})\ntime.sleep(600)"
+    client(tmp_path, code, told).keep(stop, lambda _: None)
+    assert stop.pauses == [2.0, 4.0, 8.0]
+    again = "the server is there, but answers none of its heartbeats, again in"
+    assert told == [word for n in (2, 4, 8) for word in ("running", f"{again} {n} s")]
+
+
+def test_a_certificate_is_looked_at_before_each_start(tmp_path):
+    """One that ends while the site is there: at the first start after its end the site hears so, and stops."""
+    told, looks = [], []
+
+    def check():
+        looks.append(True)
+        if len(looks) == 2:
+            raise RunError("client.crt expired on 2027-11-16")
+
+    with pytest.raises(RunError, match="expired on"):
+        client(tmp_path, "raise SystemExit(7)", told, check=check).keep(Stop(), lambda _: None)
+    assert told == ["running", "ended with status 7, again in 2 s"]

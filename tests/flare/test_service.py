@@ -894,6 +894,22 @@ def test_join_and_leave(joined, trained, sockets, square, monkeypatch):
     assert not found.running and found.outcomes["answered"] == 1 and read_running(folder).flare is None
 
 
+def test_a_site_leaves_when_its_certificate_has_ended(joined, trained, monkeypatch):
+    """It is looked at before the model is opened, and whenever FLARE's client is started: here the second time."""
+    looks = []
+
+    def check(_):
+        looks.append(True)
+        if len(looks) == 3:
+            raise RunError("client.crt expired on 2027-11-16; ask the consortium's lead for a new kit")
+
+    monkeypatch.setattr("accord.flare.kit.check_certificate", check)
+    told = []
+    with pytest.raises(RunError, match="expired on 2027-11-16"):
+        join(joined.path, trained[1], on_flare=told.append)
+    assert told == ["running", "ended with status 7, again in 0 s"] and not status(trained[1]).running
+
+
 def test_what_a_killed_service_left_is_ended(joined, trained, sockets):
     """Its FLARE client goes on alone; the next start ends it, but no process that only got its number."""
     stop = threading.Event()

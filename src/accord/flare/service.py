@@ -409,7 +409,8 @@ def join(
         on_flare: told when FLARE's client starts or ends.
 
     Raises:
-        RunError: the kit is no site's or not valid, the folder is not this site's or is in use, or FLARE is missing.
+        RunError: the kit is no site's, or not valid or no longer, the folder is not this site's or is in use, or FLARE
+            is missing.
         AccordError: as `open_site_folder`.
     """
     from accord.flare.kit import check_certificate, site_kit, start_command, start_environment
@@ -431,7 +432,10 @@ def join(
         site = open_site_folder(folder, found.name, opening=Opening(decoder, limits.pixels))
         service = SiteService(site, folder, path, cache=cache, limits=limits, budget=budget, on_entry=on_entry)
         command, environment = start_command(found), start_environment(found)
-        flare = FlareClient(command, environment, found.path / "flare.log", on_flare, (found.host, found.port))
+        address = (found.host, found.port)
+        flare = FlareClient(
+            command, environment, found.path / "flare.log", on_flare, address, check=lambda: check_certificate(found)
+        )
         # FLARE goes last: it carries the reply in hand.
         with decoder, _leaving(stop), flare, service:
             on_start(found)
