@@ -387,6 +387,15 @@ def test_renewing_kits(consortium, kits, tmp_path, who):
     assert load_consortium(authority / "consortium.toml").days == 100
 
 
+@pytest.mark.parametrize("renew", [["colour"], ["all"]])
+def test_no_name_is_given_to_another_organisation(consortium, kits, tmp_path, renew):
+    """Its old kit would still be good, and the site's place in every recipe would be another's."""
+    changed = replace(consortium, sites=(Member("colour", "org_other"), *consortium.sites[1:]))
+    with pytest.raises(RecipeError, match=r"colour: admitted by .* but changed or missing now"):
+        provision(changed, tmp_path / "renewed", authority=kits / "authority", renew=renew)
+    assert load_consortium(kits / "authority" / "consortium.toml") == consortium
+
+
 def test_another_port_needs_everybodys_kit(consortium, kits, tmp_path):
     authority, moved = kits / "authority", replace(consortium, server=replace(consortium.server, port=8103))
     for renew in ([], ["server"]):
