@@ -274,3 +274,28 @@ def test_a_certificate_is_looked_at_before_each_start(tmp_path):
     with pytest.raises(RunError, match="expired on"):
         client(tmp_path, "raise SystemExit(7)", told, check=check).keep(Stop(), lambda _: None)
     assert told == ["running", "ended with status 7, again in 2 s"]
+
+
+def test_revoking_ends_the_jobs(operator, session):
+    """FLARE ends none; those that are over are left, and one that ends meanwhile is no failure."""
+    aborted = []
+
+    def abort(job):
+        aborted.append(job)
+        if job == "over":
+            raise ValueError("server internal error: Job over is not running.")
+
+    session.disable_client = lambda name: {
+        "clients": [{"client_name": name, "already_disabled": False, "active_session_removed": name == "colour"}]
+    }
+    jobs = {"old": "FINISHED:COMPLETED", "now": "RUNNING", "over": "RUNNING", "next": "SUBMITTED"}
+    session.list_jobs = lambda: [{"job_id": job, "status": status} for job, status in jobs.items()]
+    session.abort_job = abort
+    launcher = Production(operator)
+    assert launcher.revoke("colour") is True and aborted == ["now", "over", "next"]
+    assert launcher.revoke("color") is False
+    jobs["bad"] = "RUNNING"
+    session.abort_job = lambda job: (_ for _ in ()).throw(ValueError(f"{job}: no reply"))
+    with pytest.raises(ConnectionError, match="no reply"):
+        launcher.revoke("colour")
+    launcher.close()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,11 +19,15 @@ import msgspec
 from accord.errors import RunError
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
-from accord.flare.kit import PRIVATE, Kit, require_flare, server_kit
+from accord.flare.kit import PRIVATE, Kit, check_certificate, operator_kit, require_flare, server_kit
 from accord.runs import write_atomic
+from accord.runs.lock import locked
 
 HEARTBEAT: Final = 45.0
 """Seconds since a site's last word to FLARE's server after which it counts as gone."""
+
+LIST: Final = "disabled_clients.json"
+"""The sites that are shut out, in the server's kit; FLARE's own file."""
 
 T = TypeVar("T")
 
@@ -34,16 +39,30 @@ def open_engine(
 
     Args:
         kit: the server's start-up kit.
-        operator: the operator's kit; by default the folder `operator` beside the server's.
+        operator: as `production`.
         sites: their names, as in the recipe.
         tell: called with what a person should know.
 
     Raises:
-        RunError: a folder is not the kit that it should be, or another run uses this server.
+        RunError: as `production`, or another run uses this server.
     """
     require_flare()
-    server_kit(kit)
-    return FlareEngine(sites, Production(operator or kit.parent / "operator"), socket_folder(kit), tell=tell)
+    return FlareEngine(sites, production(server_kit(kit), operator), socket_folder(kit), tell=tell)
+
+
+def production(server: Kit, operator: Path | None) -> Production:
+    """Return the operator's access to a server.
+
+    Args:
+        server: its start-up kit.
+        operator: the operator's kit; by default the folder `operator` beside the server's.
+
+    Raises:
+        RunError: a folder is not the kit that it should be, or its certificate is not valid.
+    """
+    kit = operator_kit(operator or server.path.parent / "operator")
+    check_certificate(kit)
+    return Production(kit.path)
 
 
 ANSWER: Final = 120.0
@@ -81,13 +100,19 @@ class Production:
         heard = {str(client.name): float(client.last_connect_time) for client in info.client_info}
         return {site: last for site, last in heard.items() if time.time() - last < HEARTBEAT}
 
-    def revoke(self, site: str) -> None:
-        """Shut a site out: its connection ends, and FLARE's server refuses it from now on, restarts included."""
-        self._call(lambda session: session.disable_client(site))
+    def revoke(self, site: str) -> bool:
+        """Shut a site out; return whether it was there, or shut out already. FLARE's server refuses it from now on.
 
-    def admit(self, site: str) -> None:
-        """Let a site in that was shut out."""
-        self._call(lambda session: session.enable_client(site))
+        FLARE ends neither the site's connection nor a job that it is in. So the jobs are ended here, and a run that
+        goes on begins the next without it.
+        """
+        found = self._call(lambda session: _only(session.disable_client(site)))
+        self._call(_end_jobs)
+        return bool(found["active_session_removed"] or found["already_disabled"])
+
+    def admit(self, site: str) -> bool:
+        """Let a site in that was shut out, and return whether it was."""
+        return bool(self._call(lambda session: _only(session.enable_client(site))["was_disabled"]))
 
     def close(self) -> None:
         """Log out."""
@@ -166,23 +191,63 @@ def _log_out(session: Any) -> None:
 
 def _forget_finished(session: Any) -> None:
     for job in session.list_jobs():
-        if str(job.get("status", "")).startswith("FINISHED"):
+        if _finished(job):
             session.delete_job(job["job_id"])
 
 
-def mark_revoked(server: Kit, site: str, *, undo: bool = False) -> None:
-    """Write into a server's kit that a site is shut out, or is no longer; FLARE's server reads it when it starts.
+def _end_jobs(session: Any) -> None:
+    for job in session.list_jobs():
+        if not _finished(job):
+            try:
+                session.abort_job(job["job_id"])
+            except Exception as error:
+                if "is not running" not in str(error):  # it has ended meanwhile
+                    raise
+
+
+def _finished(job: Mapping[str, object]) -> bool:
+    return str(job.get("status", "")).startswith("FINISHED")
+
+
+def _only(reply: Mapping[str, Sequence[Mapping[str, object]]]) -> Mapping[str, object]:
+    """Return what FLARE's reply says of the one client that was named."""
+    (client,) = reply["clients"]
+    return client
+
+
+def revoked_sites(server: Kit) -> list[str]:
+    """Return the sites that are shut out, by the list in the server's kit, which FLARE's server keeps while it runs.
 
     Raises:
-        RunError: what is there cannot be read.
+        RunError: the list cannot be read.
     """
-    file = server.path / "disabled_clients.json"
+    file = server.path / LIST
     try:
-        known = msgspec.json.decode(file.read_bytes(), type=_Disabled).disabled_clients if file.exists() else []
+        return msgspec.json.decode(file.read_bytes(), type=_Disabled).disabled_clients if file.exists() else []
     except msgspec.MsgspecError as error:
         raise RunError(f"{file} cannot be read ({error}); FLARE would let everybody in: correct it") from error
-    names = {*known} - {site} if undo else {*known, site}
-    write_atomic(file, json.dumps({"disabled_clients": sorted(names)}), mode=PRIVATE)
+
+
+def mark_revoked(server: Kit, site: str, *, undo: bool = False) -> bool:
+    """Write into the kit of a server that does not run that a site is shut out, or no longer; return whether it was.
+
+    FLARE's server reads the list when it starts, and never again: the kit is locked meanwhile, as by a server.
+
+    Raises:
+        RunError: the list cannot be read, or a server holds the kit.
+    """
+    lock = locked(
+        server.path,
+        "if a server starts there, try again in some seconds; if it runs in a container, run the command in the same: "
+        f"docker compose exec server accord server revoke server {site}",
+    )
+    try:
+        known = revoked_sites(server)
+        names = {*known} - {site} if undo else {*known, site}
+        write_atomic(server.path / LIST, json.dumps({"disabled_clients": sorted(names)}), mode=PRIVATE)
+    finally:
+        os.close(lock)
+    return site in known
 
 
 class _Disabled(msgspec.Struct):
