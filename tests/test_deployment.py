@@ -45,6 +45,12 @@ def test_services_are_exposed_little(unit):
 
 
 @pytest.mark.parametrize("unit", UNITS)
+def test_the_reply_in_hand_leaves_before_flare_ends(unit):
+    """SIGTERM is for Accord alone, which ends FLARE last: by default systemd sends it to every process of a service."""
+    assert "\nKillMode=mixed\n" in (DEPLOY / unit).read_text()
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_sockets_lie_where_no_other_user_looks(unit):
     """And stay when the service is started again: a run holds its own there."""
     name, text = unit.removesuffix(".service"), (DEPLOY / unit).read_text()

@@ -48,7 +48,7 @@ from accord.federation.messages import (
 )
 from accord.federation.site import ScoreRange, Site
 from accord.flare.engine import FlareEngine
-from accord.flare.frames import listen, receive_frame, send_frame, socket_folder
+from accord.flare.frames import listen, receive_frame, send_frame, site_socket, socket_folder
 from accord.flare.kit import kit_of, start_command, start_environment
 from accord.flare.launch import Production
 from accord.flare.provision import Consortium, Member, Server, provision
@@ -122,7 +122,7 @@ def consortium(names: list[str], *, models: bool = False) -> Iterator[FlareEngin
             start(start_command(kit), start_environment(kit), f"{name}.log")
             if name == "server":
                 continue
-            path = socket_folder(kits / name) / f"{name}.sock"
+            path = site_socket(socket_folder(kits / name), name)
             if models:
                 start([sys.executable, __file__, "serve", name, str(path)], {}, f"{name}-model.log")
             else:

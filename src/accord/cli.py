@@ -216,8 +216,8 @@ def _job(
                     tell(line, style="dim")
 
             flare = stack.enter_context(open_engine(*kits, names, tell=tell_both))
-            stack.enter_context(federation.follow(flare))
             engine = Agreeing(flare, agreement_of(recipe), run=run.tag)
+            stack.enter_context(federation.follow(flare, engine))
         yield stack.enter_context(open_job(recipe, run, quiet=quiet, alone=alone, engine=engine, together=together))
 
 

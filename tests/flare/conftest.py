@@ -18,7 +18,7 @@ import pytest
 import tomli_w
 
 from accord.flare.engine import FlareEngine
-from accord.flare.frames import listen, receive_frame, send_frame, socket_folder
+from accord.flare.frames import listen, receive_frame, send_frame, site_socket, socket_folder
 from accord.flare.kit import kit_of, start_command, start_environment
 from accord.flare.launch import Production
 from accord.flare.provision import Consortium as Members
@@ -194,7 +194,7 @@ class Wire:
         self.processes, self.said = {}, []
         self.open = None
         self.services = {
-            name: Service(socket_folder(self.kits / name) / f"{name}.sock", reply) for name, reply in replies.items()
+            name: Service(site_socket(socket_folder(self.kits / name), name), reply) for name, reply in replies.items()
         }
         for name in ("server", *self.names):
             self.start(name)

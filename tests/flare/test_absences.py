@@ -22,6 +22,7 @@ from accord.federation.messages import (
     image_name,
 )
 from accord.flare.frames import send_frame
+from accord.flare.launch import Production
 from accord.types import vqa_prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -191,6 +192,28 @@ def kill_and_wait(asking, name, chance):
     assert others == {}
     wire.start(name)
     return asking.until_all(240)
+
+
+def test_a_revoked_site_is_asked_no_more(asking):
+    """Its FLARE process goes on, as an honest site's does not, and so does the segment that it is in."""
+    wire, access = asking.wire, Production(asking.wire.kits / "operator")
+    try:
+        assert access.revoke("third")
+        end = time.monotonic() + 90
+        while asking(10.0)[0] != {"third": "gone"}:
+            assert time.monotonic() < end, wire.said
+            time.sleep(0.5)
+        asked = len(wire.services["third"].asked)
+        for _ in range(5):
+            assert asking(10.0)[0] == {"third": "gone"}
+        assert len(wire.services["third"].asked) == asked
+        assert wire.said[-1] == "a segment with first, second"
+        assert access.admit("third") and not access.admit("third")
+    finally:
+        access.close()
+    wire.kill("third")
+    wire.start("third")
+    asking.until_all(240)
 
 
 def job_processes(wire, name):

@@ -76,6 +76,28 @@ def test_who_comes_later_and_differs_is_left_out_and_told_once():
         assert asked(engine, "b") == {"b": Absence("b", "refused")}
 
 
+def test_what_can_be_seen_of_a_run_while_sites_are_compared():
+    """Who was left out, until it agrees; and the run's traffic, although what the comparison takes is not in it."""
+    works, seen = {"b": msgspec.structs.replace(OURS, router="x")}, []
+
+    def look(request):
+        seen.append(dict(engine.traffic.counts))
+        return site(works["b"])(request)
+
+    engine = Agreeing(InProcessEngine({"a": site(OURS), "b": look}), OURS)
+    asked(engine, "a")
+    before = dict(engine.traffic.counts)
+    assert before and engine.left_out == set()
+    with pytest.warns(DataWarning):
+        asked(engine, "b")
+    assert seen == [before] and engine.left_out == {"b"}
+    asked(engine, "a")
+    assert engine.left_out == {"b"}
+    works["b"] = OURS
+    asked(engine, "b")
+    assert engine.left_out == set() and engine.traffic is engine.engine.traffic
+
+
 def test_who_was_away_is_compared_again():
     """A site that failed once may come back as another."""
     works = {"a": OURS}

@@ -32,7 +32,7 @@ from accord.federation.messages import (
     image_name,
     to_turns,
 )
-from accord.flare.frames import socket_folder
+from accord.flare.frames import site_socket, socket_folder
 from accord.flare.ledger import site_log
 from accord.flare.service import SiteService, open_site_folder
 from accord.types import vqa_prompt
@@ -125,7 +125,7 @@ def conversation(wire, planted, in_process, square):
     def ask(name, request):
         came[name] = engine.ask({"colour": request}, deadline=120)["colour"]
 
-    path = socket_folder(wire.kits / "colour") / "colour.sock"
+    path = site_socket(socket_folder(wire.kits / "colour"), "colour")
     left, answer = [], SiteService._answer
     blue, asked = square("blue"), to_turns(vqa_prompt("what colour is it?"))
 

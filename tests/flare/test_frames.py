@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from accord.errors import RunError
-from accord.flare.frames import connect, listen, socket_folder
+from accord.flare.frames import connect, listen, site_socket, socket_folder
 
 
 @pytest.fixture
@@ -55,3 +55,15 @@ def test_a_socket_that_a_dead_process_left_is_replaced_and_a_live_one_is_not(tem
         connect(path).close()
         with pytest.raises(RunError, match=r"another process listens on .*; stop it, or wait until it ends"):
             listen(path)
+
+
+def test_the_longest_name_of_a_site_fits():
+    """Below the services' own temporary folder, at the greatest number of a user; the system takes 107 bytes."""
+    folder = Path("/run/accord-site/accord-4294967294") / f"{0:016x}"
+    assert len(os.fspath(site_socket(folder, "x" * 64))) <= 103  # macOS takes no more
+    assert site_socket(folder, "x" * 64) != site_socket(folder, "x" * 63)
+
+
+def test_a_temporary_folder_that_is_too_long_is_told(tmp_path):
+    with pytest.raises(RunError, match=r"server\.sock is too long for a socket .*; set TMPDIR to a shorter folder"):
+        listen(tmp_path / ("x" * 100) / "server.sock")

@@ -9,7 +9,7 @@ import torch
 from accord.federation.projector import OnePass, ProjectorConfig
 from accord.flare.check import what_crosses
 from accord.flare.engine import FlareEngine
-from accord.flare.frames import socket_folder
+from accord.flare.frames import site_socket, socket_folder
 from accord.flare.service import SiteService, open_site_folder
 from accord.recipe import Policy, Preferences, Recipe, SiteConfig, Source
 from accord.recipe_file import dump_recipe
@@ -59,7 +59,7 @@ def test_the_projector_has_the_bits_of_one_process(recipe, tmp_path):
             with open_job(recipe, Run.create(folder, text, seed=0), quiet=True, alone=site.name) as job:
                 train_site(job, site.name)
             opened = open_site_folder(folder, site.name)
-            services.append(SiteService(opened, folder, sockets / f"{site.name}.sock").__enter__())
+            services.append(SiteService(opened, folder, site_socket(sockets, site.name)).__enter__())
         with (
             FlareEngine(("a", "b"), Simulator(("a", "b"), sockets, tmp_path / "flare"), sockets) as engine,
             open_job(recipe, Run.create(tmp_path / "there", text, seed=0), quiet=True, engine=engine) as job,

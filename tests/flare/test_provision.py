@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -19,6 +20,7 @@ from accord.flare import kit as kit_module
 from accord.flare.cli import provision_command, server_app
 from accord.flare.frames import SOCKETS_VARIABLE, socket_folder
 from accord.flare.kit import CLASSES, Kit, check_certificate, kit_of, start_command, start_environment
+from accord.flare.launch import open_engine
 from accord.flare.provision import Consortium, Member, Server, load_consortium, provision
 from accord.toml import build
 
@@ -387,6 +389,15 @@ def test_renewing_kits(consortium, kits, tmp_path, who):
     assert load_consortium(authority / "consortium.toml").days == 100
 
 
+@pytest.mark.parametrize("renew", [["colour"], ["all"]])
+def test_no_name_is_given_to_another_organisation(consortium, kits, tmp_path, renew):
+    """Its old kit would still be good, and the site's place in every recipe would be another's."""
+    changed = replace(consortium, sites=(Member("colour", "org_other"), *consortium.sites[1:]))
+    with pytest.raises(RecipeError, match=r"colour: admitted by .* but changed or missing now"):
+        provision(changed, tmp_path / "renewed", authority=kits / "authority", renew=renew)
+    assert load_consortium(kits / "authority" / "consortium.toml") == consortium
+
+
 def test_another_port_needs_everybodys_kit(consortium, kits, tmp_path):
     authority, moved = kits / "authority", replace(consortium, server=replace(consortium.server, port=8103))
     for renew in ([], ["server"]):
@@ -403,22 +414,107 @@ def test_whom_there_is_not_nobody_renews(consortium, kits, tmp_path):
         provision(consortium, tmp_path / "x", renew=["colour"])
 
 
+def revoke(app, kits, *words):
+    words = ["server", "revoke", str(kits / "server"), *words]
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    return result.stdout, result.stderr
+
+
 def test_a_site_is_revoked_where_no_server_runs(app, kits):
     """FLARE's server reads the file when it starts."""
     from nvflare.private.fed.server.client_manager import ClientManager
 
-    def revoke(*words):
-        result = CliRunner().invoke(app, ["server", "revoke", str(kits / "server"), *words], catch_exceptions=False)
+    def shut_out():
         manager = ClientManager()
         manager.set_disabled_clients_file(str(kits / "server" / "disabled_clients.json"))
-        return result.output, {name for name in ("colour", "yes-no") if manager.is_client_disabled(name)}
+        return {name for name in ("colour", "yes-no") if manager.is_client_disabled(name)}
 
-    assert revoke("colour") == ("colour is revoked: consortium lets it in no more\n", {"colour"})
-    assert revoke("yes-no")[1] == {"colour", "yes-no"}
-    assert revoke("colour", "--undo") == ("colour is admitted again\n", {"yes-no"})
+    said, warned = revoke(app, kits, "colour")
+    assert said == "colour is revoked: consortium lets it in no more\n" and "no site colour was connected" in warned
+    assert shut_out() == {"colour"}
+    revoke(app, kits, "yes-no")
+    assert shut_out() == {"colour", "yes-no"}
+    assert revoke(app, kits, "colour", "--undo") == ("colour is admitted again\n", "")
+    assert shut_out() == {"yes-no"}
+    with pytest.raises(RunError, match="no site colour is revoked, so it is not admitted again; revoked: yes-no"):
+        revoke(app, kits, "colour", "--undo")
     (kits / "server" / "disabled_clients.json").write_text("[")
     with pytest.raises(RunError, match=r"disabled_clients\.json cannot be read"):
-        revoke("colour")
+        revoke(app, kits, "colour")
+
+
+def test_a_list_that_a_server_holds_is_not_written(app, kits, monkeypatch):
+    """FLARE's server reads it before it listens, and would write its own over it: here while it starts."""
+    refused = []
+
+    def start(kit):
+        with pytest.raises(RunError, match=r"in use by process .*docker compose exec server accord server revoke"):
+            revoke(app, kits, "colour")
+        refused.append(kit)
+        return subprocess.Popen([sys.executable, "-c", ""])
+
+    monkeypatch.setattr("accord.flare.cli._start", start)
+    with pytest.raises(RunError, match="FLARE's server ended with status 0"):
+        CliRunner().invoke(app, ["server", "start", str(kits / "server")], catch_exceptions=False)
+    assert refused and not (kits / "server" / "disabled_clients.json").exists()
+    revoke(app, kits, "colour")
+
+
+@pytest.fixture
+def running(monkeypatch):
+    """A server that runs, with one site, and answers as FLARE's does."""
+    made = SimpleNamespace(shut_out=set(), close=lambda: None, list_jobs=list)
+
+    def disable(name):
+        already = name in made.shut_out
+        made.shut_out.add(name)
+        return {"clients": [{"already_disabled": already, "active_session_removed": name == "colour" and not already}]}
+
+    def enable(name):
+        was = name in made.shut_out
+        made.shut_out.discard(name)
+        return {"clients": [{"was_disabled": was}]}
+
+    made.disable_client, made.enable_client = disable, enable
+    monkeypatch.setattr("nvflare.fuel.flare_api.flare_api.new_secure_session", lambda *_, **__: made)
+    monkeypatch.setattr("accord.flare.cli._listens", lambda _: True)
+    return made
+
+
+def test_a_name_that_nobody_has_is_told(app, kits, running):
+    """It is shut out all the same: a site that is not there just now may be the one."""
+    for name, told in (("colour", False), ("colour", False), ("color", True)):
+        said, warned = revoke(app, kits, name)
+        assert said == f"{name} is revoked: consortium lets it in no more\n"
+        assert (f"no site {name} was connected" in warned) is told
+    assert running.shut_out == {"colour", "color"}
+    assert revoke(app, kits, "color", "--undo") == ("color is admitted again\n", "")
+    with pytest.raises(RunError, match="no site color is revoked"):
+        revoke(app, kits, "color", "--undo")
+
+
+def test_the_operators_kit_lies_beside_the_servers(app, kits, running, monkeypatch):
+    """Also where the server's kit is named as the folder in which the command runs."""
+    monkeypatch.chdir(kits / "server")
+    words = ["server", "revoke", ".", "colour"]
+    assert "is revoked" in CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    running.get_system_info = lambda: SimpleNamespace(client_info=[])
+    open_engine(Path("."), None, ("colour",), tell=print).close()
+    with pytest.raises(RunError, match="is the kit of colour, a site; name the operator's with --operator"):
+        open_engine(Path("."), Path("../colour"), ("colour",), tell=print)
+
+
+def test_an_operators_certificate_that_has_ended_is_told(app, kits, running):
+    """And nobody waits an hour for a server that lets the operator in no more."""
+    kit = kit_of(kits / "operator")
+    signed_again(kit, kits / "authority", datetime(2020, 1, 1, tzinfo=UTC), datetime(2020, 12, 31, tzinfo=UTC))
+    for call in (
+        lambda: revoke(app, kits, "colour"),
+        lambda: open_engine(kits / "server", None, ("colour",), tell=print),
+    ):
+        with pytest.raises(RunError, match=r"operator/startup/client\.crt expired on 2020-12-31; ask the consortium's"):
+            call()
+    assert running.shut_out == set()
 
 
 def test_the_server_command_wants_the_servers_kit(app, made):

@@ -10,7 +10,7 @@ import pytest
 from accord.federation.endpoint import Endpoint
 from accord.federation.messages import Card, CardRequest, Refusal, decode_reply, encode
 from accord.flare import relay
-from accord.flare.frames import listen, receive_frame, send_frame
+from accord.flare.frames import listen, receive_frame, send_frame, site_socket
 
 
 class Called:
@@ -39,7 +39,7 @@ def service(tmp_path, monkeypatch):
                 else:
                     time.sleep(1.0)
 
-    with listen(tmp_path / "colour.sock") as listener:
+    with listen(site_socket(tmp_path, "colour")) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()
         yield seen
 

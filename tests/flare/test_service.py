@@ -50,7 +50,7 @@ from accord.federation.messages import (
 )
 from accord.federation.site import Site
 from accord.flare import service as module
-from accord.flare.frames import connect, receive_frame, send_frame
+from accord.flare.frames import connect, receive_frame, send_frame, site_socket
 from accord.flare.kit import Kit
 from accord.flare.ledger import Entry, read_ledger, read_running, site_log, status
 from accord.flare.service import SiteService, join, open_site_folder
@@ -874,7 +874,7 @@ def test_join_and_leave(joined, trained, sockets, square, monkeypatch):
         assert status(folder).running
         with pytest.raises(RunError, match=r"in use|another"):
             join(joined.path, folder)
-        with connect(sockets / "colour.sock") as connection:
+        with connect(site_socket(sockets, "colour")) as connection:
             send_frame(connection, encode(score_request(square)))
             assert begun.wait(5)
             os.kill(os.getpid(), signal.SIGINT)
@@ -888,10 +888,26 @@ def test_join_and_leave(joined, trained, sockets, square, monkeypatch):
     assert isinstance(decode_reply(replies[0]), ScoreReply)
     assert told == ["running", "ended with status 7, again in 0 s", "running"]
     assert "said by FLARE" in (joined.path / "flare.log").read_text()
-    assert not psutil.pid_exists(int(child.read_text())) and not (sockets / "colour.sock").exists()
+    assert not psutil.pid_exists(int(child.read_text())) and not site_socket(sockets, "colour").exists()
     assert signal.getsignal(signal.SIGINT) is before and logging.getLogger("accord").propagate
     found = status(folder)
     assert not found.running and found.outcomes["answered"] == 1 and read_running(folder).flare is None
+
+
+def test_a_site_leaves_when_its_certificate_has_ended(joined, trained, monkeypatch):
+    """It is looked at before the model is opened, and whenever FLARE's client is started: here the second time."""
+    looks = []
+
+    def check(_):
+        looks.append(True)
+        if len(looks) == 3:
+            raise RunError("client.crt expired on 2027-11-16; ask the consortium's lead for a new kit")
+
+    monkeypatch.setattr("accord.flare.kit.check_certificate", check)
+    told = []
+    with pytest.raises(RunError, match="expired on 2027-11-16"):
+        join(joined.path, trained[1], on_flare=told.append)
+    assert told == ["running", "ended with status 7, again in 0 s"] and not status(trained[1]).running
 
 
 def test_what_a_killed_service_left_is_ended(joined, trained, sockets):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from accord.flare.engine import FlareEngine
-from accord.flare.frames import socket_folder
+from accord.flare.frames import site_socket, socket_folder
 from accord.flare.service import SiteService, open_site_folder
 from accord.pipeline import execute
 from accord.recipe_file import dump_recipe, load_recipe
@@ -27,7 +27,7 @@ def at_the_server(run):
 def simulate(settings, site_folders, run, folder):
     """Do a whole run, the sites answering through FLARE's simulator."""
     threads = torch.get_num_threads()
-    services = [SiteService(open_site_folder(site_folders[name], name), site_folders[name], folder / f"{name}.sock")
+    services = [SiteService(open_site_folder(site_folders[name], name), site_folders[name], site_socket(folder, name))
                 for name in site_folders]  # fmt: skip
     torch.set_num_threads(settings.threads)
     try:

@@ -8,7 +8,9 @@ import msgspec
 import pytest
 
 from accord.errors import RunError
-from accord.federation.engine import Traffic
+from accord.federation.agreement import Agreeing
+from accord.federation.engine import InProcessEngine, Traffic
+from accord.federation.messages import Agreement
 from accord.flare.state import FederationFile, SiteState, read_federation
 
 
@@ -63,6 +65,19 @@ def test_a_site_that_gave_no_answer_is_absent(engine, tmp_path):
         await_that((tmp_path / "federation.json").exists)
     states = {name: site.state for name, site in sites(tmp_path).items()}
     assert states == {"colour": "present", "shape": "absent", "yes-no": "given up", "late": "away"}
+
+
+def test_a_site_that_does_not_agree_is_absent(engine, tmp_path):
+    """It answers with its card, and is asked nothing else; what the comparison takes is not the run's."""
+    engine.present = {"colour", "shape"}
+    agreeing = Agreeing(InProcessEngine({}), Agreement(1, "", "", "", "", ""))
+    agreeing.left_out = frozenset({"shape"})
+    agreeing.traffic.add("colour", "score", 20, 3, absent=False)
+    with FederationFile(tmp_path).follow(engine, agreeing):
+        await_that((tmp_path / "federation.json").exists)
+    found = sites(tmp_path)
+    assert (found["colour"].state, found["shape"].state) == ("present", "absent")
+    assert (found["colour"].messages, found["colour"].bytes_to_site) == (1, 20)
 
 
 def test_bytes_of_the_stages_done_and_of_this_one(engine, tmp_path):

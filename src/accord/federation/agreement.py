@@ -48,6 +48,9 @@ class Agreeing:
 
     def __init__(self, engine: Engine, ours: Agreement, *, run: str = "") -> None:
         self.engine, self.ours, self.run = engine, ours, run
+        self.left_out: frozenset[str] = frozenset()
+        """The sites that could not be asked when they last should have been."""
+        self._traffic = engine.traffic
         self._agreed: set[str] = set()
         self._refused: set[str] = set()
         self._begun = False
@@ -64,12 +67,12 @@ class Agreeing:
 
     @property
     def traffic(self) -> Traffic:
-        """The engine's, without what the comparison takes."""
-        return self.engine.traffic
+        """The engine's, without what the comparison takes, also while one is going on."""
+        return self._traffic
 
     @traffic.setter
     def traffic(self, traffic: Traffic) -> None:
-        self.engine.traffic = traffic
+        self._traffic = self.engine.traffic = traffic
 
     def total(self, values: Sequence[float]) -> Sequence[float]:
         """As the engine's."""
@@ -83,6 +86,7 @@ class Agreeing:
         """
         seconds = SECONDS if deadline is None or not self._begun else min(SECONDS, deadline)
         absent = self._compare([site for site in requests if site not in self._agreed], seconds)
+        self.left_out = self.left_out - requests.keys() | absent.keys()
         asked = {site: request for site, request in requests.items() if site not in absent}
         replies = self.engine.ask(asked, deadline=deadline) if asked else {}
         # Whoever was away may come back as another: it is compared again.
@@ -94,11 +98,11 @@ class Agreeing:
         if not sites:
             return {}
         requests = {site: CardRequest(f"agreement-{self.run}") for site in sites}
-        before, self.engine.traffic = self.engine.traffic, Traffic()  # not part of the run
+        self.engine.traffic = Traffic()  # not part of the run
         try:
             replies = self.engine.ask(requests, deadline=seconds)
         finally:
-            self.engine.traffic = before
+            self.engine.traffic = self._traffic
         absent, differ = dict[str, Absence](), dict[str, list[str]]()
         for site, reply in replies.items():
             if isinstance(reply, Absence):

@@ -7,6 +7,7 @@ accord server revoke KIT SITE              shut a site out
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import socket
@@ -68,10 +69,13 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
     """Run the server of a consortium in the foreground, until Ctrl-C."""
     from accord.flare.client import end, put_aside, remove_job_folders
     from accord.flare.kit import check_certificate, server_kit
+    from accord.runs.lock import locked
 
     server = server_kit(kit)
     until = check_certificate(server)
     _refuse_taken_port(server)
+    # Until this process ends: nobody else may change the kit, above all the list of those who are shut out.
+    lock = locked(server.path, "stop it first")
     put_aside(server.path / "audit.log")
     process = _start(server)
     stopped = []
@@ -101,6 +105,7 @@ def server_start(kit: Annotated[Path, typer.Argument(help="the server's start-up
         status = process.wait()
         for each, handler in before.items():
             signal.signal(each, handler)
+        os.close(lock)
     if not stopped:
         raise RunError(f"FLARE's server ended with status {status}; see {server.path / 'console.log'}")
     say("stopped")
@@ -117,20 +122,25 @@ def server_revoke(
 ) -> None:
     """Shut a site out by its name, whether the server runs or not; its kit is of no use from then on."""
     from accord.flare.kit import server_kit
-    from accord.flare.launch import Production, mark_revoked
+    from accord.flare.launch import mark_revoked, production, revoked_sites
 
     server = server_kit(kit)
     if _listens(server):
-        production = Production(operator or kit.resolve().parent / "operator")
+        access = production(server, operator)
         try:
-            (production.admit if undo else production.revoke)(site)
+            was = access.admit(site) if undo else access.revoke(site)
         except ConnectionError as error:
             raise RunError(f"FLARE's server did not do it ({error}); see {server.path / 'console.log'}") from error
         finally:
-            production.close()
+            access.close()
     else:
-        mark_revoked(server, site, undo=undo)
+        was = mark_revoked(server, site, undo=undo)
+    if undo and not was:
+        shut_out = ", ".join(sorted(revoked_sites(server))) or "none"
+        raise RunError(f"no site {site} is revoked, so it is not admitted again; revoked: {shut_out}")
     say(f"{site} is admitted again" if undo else f"{site} is revoked: {server.consortium} lets it in no more")
+    if not was:
+        warn(f"no site {site} was connected, and the server has no list of all sites; see that the name is right")
 
 
 def _listens(kit: Kit) -> bool:

@@ -37,6 +37,8 @@ TAIL: Final = 64 * 2**10
 
 REVOKED: Final = "the server has revoked this site; ask the consortium's lead"
 
+UNANSWERED: Final = "the server is there, but answers none of its heartbeats"
+
 PAUSES: Final = (1.0, 60.0)
 """Seconds before it is started again: at first, and at most; they double while it ends early."""
 
@@ -53,6 +55,7 @@ class FlareClient:
         log: what it prints is appended there.
         tell: told in words when it starts or ends.
         server: the server's host and port.
+        check: called before each start; raises where the server would not let this site in, as for its certificate.
     """
 
     def __init__(
@@ -62,9 +65,11 @@ class FlareClient:
         log: Path,
         tell: Callable[[str], None],
         server: tuple[str, int],
+        *,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self._command, self._environment, self._log, self._tell = command, environment, log, tell
-        self._server = server
+        self._server, self._check = server, check
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> None:
@@ -82,9 +87,14 @@ class FlareClient:
         remove_job_folders(self._log.parent)
 
     def keep(self, stop: threading.Event, note: Callable[[tuple[int, float]], None]) -> None:
-        """Keep it running until `stop` is set; `note` is told each new process."""
+        """Keep it running until `stop` is set; `note` is told each new process.
+
+        Raises:
+            AccordError: what `check` raises.
+        """
         pause = PAUSES[0]
         while not stop.is_set():
+            self._check()
             began = time.monotonic()
             self._tidy()
             with self._log.open("ab") as log:
@@ -121,11 +131,10 @@ class FlareClient:
                 pause = PAUSES[1]
                 stop.wait(pause)
                 continue
-            if lost:
-                continue
             pause = PAUSES[0] if time.monotonic() - began > PAUSES[1] else min(2 * pause, PAUSES[1])
-            logger.warning("FLARE's client ended with status %d; it is started again in %.0f s", ended, pause)
-            self._tell(f"ended with status {ended}, again in {pause:.0f} s")
+            why = UNANSWERED if lost else f"ended with status {ended}"
+            logger.warning("FLARE's client: %s; it is started again in %.0f s", why, pause)
+            self._tell(f"{why}, again in {pause:.0f} s")
             stop.wait(pause)
 
     def _end(self) -> None:

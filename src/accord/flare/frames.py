@@ -48,6 +48,11 @@ def socket_folder(kit: Path | str) -> Path:
     return folder
 
 
+def site_socket(folder: Path, site: str) -> Path:
+    """Return the path of a site's socket, as long for one name as for another."""
+    return folder / f"{hashlib.sha256(site.encode()).hexdigest()[:16]}.sock"
+
+
 WAITING: Final = 16
 """Connections that wait to be accepted at most; the system refuses or holds back further ones."""
 
@@ -56,7 +61,7 @@ def listen(path: Path) -> socket.socket:
     """Listen on a Unix socket that only this user may connect to; one that a dead process left is replaced.
 
     Raises:
-        RunError: another process listens there.
+        RunError: another process listens there, or the path is longer than the system takes.
     """
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -67,6 +72,11 @@ def listen(path: Path) -> socket.socket:
         raise RunError(f"another process listens on {path}; stop it, or wait until it ends")
     except (FileNotFoundError, ConnectionRefusedError):
         path.unlink(missing_ok=True)
+    except OSError as error:
+        listener.close()
+        if error.errno is not None:
+            raise
+        raise RunError(f"{path} is too long for a socket ({error}); set TMPDIR to a shorter folder") from error
     listener.bind(os.fspath(path))
     path.chmod(0o600)
     listener.listen(WAITING)

@@ -116,6 +116,18 @@ def site_kit(folder: Path | str) -> Kit:
     return kit
 
 
+def operator_kit(folder: Path | str) -> Kit:
+    """Read the operator's start-up kit.
+
+    Raises:
+        RunError: the folder is not it.
+    """
+    kit = kit_of(folder)
+    if kit.role != "operator":
+        raise RunError(f"{folder} is the kit of {kit.name}, a {kit.role}; name the operator's with --operator")
+    return kit
+
+
 def listens(host: str, port: int) -> bool:
     """Tell whether something takes connections there."""
     try:

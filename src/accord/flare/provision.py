@@ -226,7 +226,7 @@ def _wanted(consortium: Consortium, authority: Path, every: Collection[str], ren
         )
     known = {site.name: site for site in admitted.sites}
     here = {site.name: site for site in consortium.sites}
-    if missing := [name for name, site in known.items() if here.get(name) != site and name not in renewed]:
+    if missing := [name for name, site in known.items() if here.get(name) != site]:
         raise RecipeError(
             f"{', '.join(missing)}: admitted by {authority}, but changed or missing now; leave its lines as they were"
         )

@@ -26,7 +26,7 @@ import msgspec
 from nvflare.collab import CollabCallError, collab
 
 from accord.federation.messages import Refusal, encode
-from accord.flare.frames import MAX_FRAME, SOCKETS_VARIABLE, connect, receive_frame, send_frame
+from accord.flare.frames import MAX_FRAME, SOCKETS_VARIABLE, connect, receive_frame, send_frame, site_socket
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +67,11 @@ decode_ask = msgspec.msgpack.Decoder(Ask).decode
 decode_from_relay = cast(Callable[[bytes], FromRelay], msgspec.msgpack.Decoder(FromRelay).decode)
 
 
-def _socket(name: str) -> Path:
+def _sockets() -> Path:
     folder = os.environ.get(SOCKETS_VARIABLE)
     if not folder:
         raise RuntimeError(f"{SOCKETS_VARIABLE} is not set; start FLARE by `accord server start` or `accord site join`")
-    return Path(folder) / name
+    return Path(folder)
 
 
 def without_tensors() -> None:
@@ -90,7 +90,7 @@ class ServerRelay:
         """Carry messages until the other side closes."""
         sites = {proxy.name: proxy for proxy in collab.clients}
         writing = threading.Lock()
-        with connect(_socket(SERVER_SOCKET)) as connection, ThreadPoolExecutor(max(1, 4 * len(sites))) as calls:
+        with connect(_sockets() / SERVER_SOCKET) as connection, ThreadPoolExecutor(max(1, 4 * len(sites))) as calls:
 
             def tell(message: FromRelay) -> None:
                 with writing, contextlib.suppress(OSError):  # whoever asked is gone; the loop below notices
@@ -134,7 +134,7 @@ class SiteRelay:
             logger.warning("another site asked this one; only the server may")
             return encode(Refusal("", "refused"))
         try:
-            with connect(_socket(f"{collab.site_name}.sock"), timeout=seconds) as connection:
+            with connect(site_socket(_sockets(), collab.site_name), timeout=seconds) as connection:
                 send_frame(connection, message)
                 return receive_frame(connection)
         except (OSError, EOFError):

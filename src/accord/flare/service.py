@@ -1,6 +1,6 @@
 """What a site runs between organisations: a service that keeps its model warm and writes down whatever is asked of it.
 
-    server ⇄ mutual TLS ⇄ FLARE client, job process ⇄ <name>.sock ⇄ this process: reward model, pairs, ledger
+    server ⇄ mutual TLS ⇄ FLARE client, job process ⇄ a socket ⇄ this process: reward model, pairs, ledger
 
 This process never talks to a network: bytes come and go over a Unix socket that this user alone may enter, and FLARE's
 client is its child. One request is answered at a time, in one thread, and the result is the in-process engine's, bit
@@ -54,7 +54,7 @@ from accord.federation.messages import (
 )
 from accord.federation.site import LocalUpdate, Site
 from accord.flare.client import FlareClient, end
-from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, socket_folder
+from accord.flare.frames import MAX_FRAME, listen, receive_frame, send_frame, site_socket, socket_folder
 from accord.flare.ledger import Entry, Outcome, Running, mend, note, now, read_ledger, read_running, site_log
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
@@ -409,7 +409,8 @@ def join(
         on_flare: told when FLARE's client starts or ends.
 
     Raises:
-        RunError: the kit is no site's or not valid, the folder is not this site's or is in use, or FLARE is missing.
+        RunError: the kit is no site's, or not valid or no longer, the folder is not this site's or is in use, or FLARE
+            is missing.
         AccordError: as `open_site_folder`.
     """
     from accord.flare.kit import check_certificate, site_kit, start_command, start_environment
@@ -420,7 +421,7 @@ def join(
     check_certificate(found)
     config = alone(read_site_folder(folder, found.name), found.name).site(found.name)
     stop = stop or threading.Event()
-    path = socket_folder(found.path) / f"{found.name}.sock"
+    path = site_socket(socket_folder(found.path), found.name)
     with Run.resume(folder, (folder / "recipe.toml").read_text(encoding="utf-8")), site_log(folder):
         if (before := read_running(folder)) is not None and before.flare is not None:
             end(*before.flare)  # a service that was killed left it behind
@@ -431,7 +432,10 @@ def join(
         site = open_site_folder(folder, found.name, opening=Opening(decoder, limits.pixels))
         service = SiteService(site, folder, path, cache=cache, limits=limits, budget=budget, on_entry=on_entry)
         command, environment = start_command(found), start_environment(found)
-        flare = FlareClient(command, environment, found.path / "flare.log", on_flare, (found.host, found.port))
+        address = (found.host, found.port)
+        flare = FlareClient(
+            command, environment, found.path / "flare.log", on_flare, address, check=lambda: check_certificate(found)
+        )
         # FLARE goes last: it carries the reply in hand.
         with decoder, _leaving(stop), flare, service:
             on_start(found)

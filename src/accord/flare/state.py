@@ -26,6 +26,7 @@ from accord.errors import RunError
 from accord.runs import read_record, write_atomic
 
 if TYPE_CHECKING:
+    from accord.federation.agreement import Agreeing
     from accord.federation.engine import Traffic  # with it comes torch, which `accord watch` has no use for
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,9 @@ SAID: Final = 5
 """Lines that are kept of what a person should know."""
 
 Presence: TypeAlias = Literal["present", "absent", "waiting", "given up", "away"]
-"""`present`: it is asked; `absent`: it is asked, and gave no answer to the last question; `waiting`: it is there, and
-the next segment takes it in; `given up`: it missed its deadlines and was not heard of since; `away`: FLARE's server
-does not hear of it."""
+"""`present`: it is asked; `absent`: it is asked, and gave no answer to the last question, or works by another recipe;
+`waiting`: it is there, and the next segment takes it in; `given up`: it missed its deadlines and was not heard of
+since; `away`: FLARE's server does not hear of it."""
 
 
 class SiteState(msgspec.Struct, frozen=True):
@@ -118,13 +119,18 @@ class FederationFile:
         self._said.append(f"{_utc(datetime.now(UTC))} {line}")
 
     @contextlib.contextmanager
-    def follow(self, engine: Reachable) -> Iterator[None]:
-        """Write the file while the body runs, and once more at its end."""
+    def follow(self, engine: Reachable, agreeing: Agreeing | None = None) -> Iterator[None]:
+        """Write the file while the body runs, and once more at its end.
+
+        Args:
+            engine: what reaches the sites.
+            agreeing: what asks through it, and asks nothing of a site that works by something else.
+        """
         stop = threading.Event()
 
         def watch() -> None:
             while not stop.is_set():
-                self._write(engine, ended=False)
+                self._write(engine, agreeing, ended=False)
                 stop.wait(self._seconds)
 
         thread = threading.Thread(target=watch, name="accord-federation-file", daemon=True)
@@ -134,12 +140,12 @@ class FederationFile:
         finally:
             stop.set()
             thread.join()
-            self._write(engine, ended=True)
+            self._write(engine, agreeing, ended=True)
 
-    def _write(self, engine: Reachable, *, ended: bool) -> None:
+    def _write(self, engine: Reachable, agreeing: Agreeing | None, *, ended: bool) -> None:
         try:
             self._heard |= engine.heard  # who falls silent is no longer among them, but was heard of
-            current = (ended, list(self._said), self._states(engine))
+            current = (ended, list(self._said), self._states(engine, agreeing))
             if current != self._written:
                 state = Federation(_utc(datetime.now(UTC)), *current)
                 write_atomic(self._folder / FILE, msgspec.json.format(msgspec.json.encode(state)))
@@ -147,10 +153,10 @@ class FederationFile:
         except (RunError, OSError, ValueError, RuntimeError) as error:  # a view must not end the run
             logger.warning("%s was not written: %s", FILE, error)
 
-    def _states(self, engine: Reachable) -> list[SiteState]:
-        totals = self._totals(engine)
+    def _states(self, engine: Reachable, agreeing: Agreeing | None) -> list[SiteState]:
+        totals = self._totals(engine.traffic if agreeing is None else agreeing.traffic)
         present, given_up, there = set(engine.present), set(engine.given_up), set(engine.heard)
-        absent = set(engine.absent)
+        absent = set(engine.absent) | (frozenset() if agreeing is None else agreeing.left_out)
 
         def presence(site: str) -> Presence:
             if site in present:
@@ -169,7 +175,7 @@ class FederationFile:
             for site in engine.sites
         ]
 
-    def _totals(self, engine: Reachable) -> dict[str, list[int]]:
+    def _totals(self, traffic: Traffic) -> dict[str, list[int]]:
         """Return messages, absences, bytes to and from each site: of the stages that are done, and of this one."""
         totals: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
 
@@ -179,7 +185,7 @@ class FederationFile:
         for file in sorted((self._folder / "traffic").glob("*.json")):
             for site, _, messages, down, up, absences, *_ in json.loads(file.read_bytes()):
                 add(site, messages, absences, down, up)
-        for (site, _), count in list(engine.traffic.counts.items()):  # the engine adds to it meanwhile
+        for (site, _), count in list(traffic.counts.items()):  # the engine adds to it meanwhile
             add(site, count.messages, count.absences, count.bytes_to_site, count.bytes_from_site)
         return totals
 

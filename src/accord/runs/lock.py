@@ -11,8 +11,12 @@ from accord.errors import RunError
 from accord.runs.atomic import cannot_write
 
 
-def locked(folder: Path) -> int:
-    """Return a file descriptor that holds the folder's lock; the system frees the lock however this process ends."""
+def locked(folder: Path, remedy: str = "wait until it ends, or pass another --out") -> int:
+    """Return a file descriptor that holds the folder's lock; the system frees the lock however this process ends.
+
+    Raises:
+        RunError: another process holds it, and `remedy` says what to do; or the folder cannot be written.
+    """
     path = folder / "run.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -26,7 +30,7 @@ def locked(folder: Path) -> int:
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
-        raise RunError(f"{folder} is in use by {holder}; wait until it ends, or pass another --out") from error
+        raise RunError(f"{folder} is in use by {holder}; {remedy}") from error
     except OSError as error:
         os.close(descriptor)
         raise cannot_write(path, error) from error
