@@ -15,6 +15,7 @@ from accord.methods import (
     bounds,
     check_methods,
     check_names,
+    disco,
     fedavg_reward,
     fedbis,
     fedbiscuit,
@@ -40,7 +41,7 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
+    *(mor, disco, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
     *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")

@@ -72,6 +72,7 @@ class AlignmentConfig:
     questions_at_once: int = 128  # whenever the policy answers outside training: for pairs, curve and evaluation
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    balanced: bool = True  # draw question types equally often, which must be known; false: questions as they come
     completions_per_device: int = 0  # rows of one forward and backward pass; 0 for all at once
     rollout_rows: int = 0  # completions sampled at once in one process; 0 for as many as `completions_per_device`
     gradient_checkpointing: bool = False
@@ -153,8 +154,9 @@ def prompt_dataset(
     *,
     processor: Processor | None = None,
     keep_errors: bool = False,
+    balanced: bool = True,
 ) -> datasets.Dataset:
-    """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
+    """Return `count` prompts in training order, in TRL's form with further columns.
 
     Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
     (`accord.data.images.load_image`): the policy sees the pixels that the sites see. Questions without images make no
@@ -166,6 +168,7 @@ def prompt_dataset(
         generator: of the order.
         processor: of the policy; its special tokens are neutralised in the questions (`accord.models.words`).
         keep_errors: whether an image that cannot be read is its `DataError` in a row, and not raised.
+        balanced: whether question types come equally often; else all questions do, in reshuffled passes.
 
     Raises:
         DataError: some questions have an image and others none.
@@ -198,7 +201,7 @@ def prompt_dataset(
         "answer": [q.answer for q in questions],
         "references": [list(q.references) for q in questions],
     }
-    order = draw_balanced([q.question_type for q in questions], count, generator)
+    order = draw_balanced([q.question_type if balanced else "" for q in questions], count, generator)
     return (
         datasets.Dataset.from_dict(columns, features=features)
         .select(order)
@@ -446,7 +449,8 @@ def align(
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
     """
     dataset = functools.partial(prompt_dataset, processor=processor, keep_errors=failures is not None)
-    data = dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
+    count = config.steps * config.prompts_per_step
+    data = dataset(questions, count, random.Random(seed), balanced=config.balanced)
     parking = None
     if failures is not None:
         parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)

@@ -20,6 +20,7 @@ from accord.errors import RecipeError
 from accord.federation.messages import ScoreRange
 from accord.methods import (
     bounds,
+    disco,
     fedavg_reward,
     fedbis,
     fedbiscuit,
@@ -39,6 +40,7 @@ from accord.recipe import Recipe
 
 METHODS: Final[dict[str, Method]] = {
     **mor.METHODS,
+    **disco.METHODS,
     **gates.METHODS,
     **means.METHODS,
     **fedgrpo.METHODS,
