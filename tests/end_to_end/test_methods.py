@@ -50,7 +50,17 @@ VARIANTS = {
     *("mor-raw", "mor-opposite", "mor-quantile", "mor-random-feedback", "trimmed-mean", "minimum", "pessimistic"),
     *("fedgrpo-all", "fedgrpo-reward-random", "fedgrpo-reward-all", "fedgrpo-literal", "fedgrpo-halves"),
     *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
-    *("routed-disco-labels", "fedgrpo-reward", "fedit-fedprox", "rank-median", "rank-trimmed", "canary-mean"),
+    *(
+        "routed-disco-labels",
+        "routed-dr-grpo",
+        "routed-dapo",
+        "routed-bnpo",
+        "fedgrpo-reward",
+        "fedit-fedprox",
+        "rank-median",
+        "rank-trimmed",
+        "canary-mean",
+    ),
 }
 """Methods that differ from another by a setting alone: with `make test-long`. A new method is not among them."""
 

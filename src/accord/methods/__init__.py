@@ -31,6 +31,7 @@ from accord.methods import (
     gates,
     means,
     mor,
+    objectives,
     robust,
     server_alone,
     single,
@@ -41,6 +42,7 @@ from accord.recipe import Recipe
 METHODS: Final[dict[str, Method]] = {
     **mor.METHODS,
     **disco.METHODS,
+    **objectives.METHODS,
     **gates.METHODS,
     **means.METHODS,
     **fedgrpo.METHODS,
