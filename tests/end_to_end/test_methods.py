@@ -55,6 +55,8 @@ VARIANTS = {
         "routed-dr-grpo",
         "routed-dapo",
         "routed-bnpo",
+        "routed-ratio",
+        "density-average",
         "fedgrpo-reward",
         "fedit-fedprox",
         "rank-median",

@@ -15,11 +15,13 @@ from accord.methods import (
     bounds,
     check_methods,
     check_names,
+    density,
     disco,
     fedavg_reward,
     fedbis,
     fedbiscuit,
     feddpo,
+    feddrm,
     fedgrpo,
     fedit,
     find_method,
@@ -42,7 +44,7 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, disco, objectives, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
+    *(mor, feddrm, disco, objectives, density, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
     *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")

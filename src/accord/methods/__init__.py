@@ -20,11 +20,13 @@ from accord.errors import RecipeError
 from accord.federation.messages import ScoreRange
 from accord.methods import (
     bounds,
+    density,
     disco,
     fedavg_reward,
     fedbis,
     fedbiscuit,
     feddpo,
+    feddrm,
     fedgrpo,
     fedit,
     fusions,
@@ -41,10 +43,12 @@ from accord.recipe import Recipe
 
 METHODS: Final[dict[str, Method]] = {
     **mor.METHODS,
+    **feddrm.METHODS,
     **disco.METHODS,
     **objectives.METHODS,
     **gates.METHODS,
     **means.METHODS,
+    **density.METHODS,
     **fedgrpo.METHODS,
     **fusions.METHODS,
     **robust.METHODS,
