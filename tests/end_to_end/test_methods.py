@@ -57,6 +57,7 @@ VARIANTS = {
         "routed-bnpo",
         "routed-ratio",
         "density-average",
+        "shared-head",
         "fedgrpo-reward",
         "fedit-fedprox",
         "rank-median",

@@ -33,7 +33,9 @@ from accord.methods import (
     objectives,
     robust,
     server_alone,
+    shared_head,
     single,
+    sketches,
 )
 from accord.methods.method import Method, Need, Role, Table, by_reward
 from accord.pipeline import align_policy, execute
@@ -44,7 +46,22 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, feddrm, disco, objectives, density, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
+    *(
+        mor,
+        feddrm,
+        disco,
+        objectives,
+        density,
+        robust,
+        gates,
+        means,
+        fedgrpo,
+        fusions,
+        single,
+        fedavg_reward,
+        sketches,
+        shared_head,
+    ),
     *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")

@@ -36,7 +36,9 @@ from accord.methods import (
     objectives,
     robust,
     server_alone,
+    shared_head,
     single,
+    sketches,
 )
 from accord.methods.method import Method
 from accord.recipe import Recipe
@@ -54,6 +56,8 @@ METHODS: Final[dict[str, Method]] = {
     **robust.METHODS,
     **single.METHODS,
     **fedavg_reward.METHODS,
+    **sketches.METHODS,
+    **shared_head.METHODS,
     **fedit.METHODS,
     **feddpo.METHODS,
     **fedbis.METHODS,
