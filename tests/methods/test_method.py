@@ -27,6 +27,7 @@ from accord.methods import (
     find_method,
     fusions,
     gates,
+    late,
     means,
     mor,
     needed,
@@ -46,23 +47,8 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(
-        mor,
-        feddrm,
-        disco,
-        objectives,
-        density,
-        robust,
-        gates,
-        means,
-        fedgrpo,
-        fusions,
-        single,
-        fedavg_reward,
-        sketches,
-        shared_head,
-    ),
-    *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
+    *(mor, feddrm, late, disco, objectives, density, robust, gates, means, fedgrpo, fusions, single),
+    *(fedavg_reward, sketches, shared_head, fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")
 ALL = [*METHODS, "site a", "local b"]

@@ -31,6 +31,7 @@ from accord.methods import (
     fedit,
     fusions,
     gates,
+    late,
     means,
     mor,
     objectives,
@@ -46,6 +47,7 @@ from accord.recipe import Recipe
 METHODS: Final[dict[str, Method]] = {
     **mor.METHODS,
     **feddrm.METHODS,
+    **late.METHODS,
     **disco.METHODS,
     **objectives.METHODS,
     **gates.METHODS,
