@@ -8,10 +8,10 @@ that no site holds. In further rows one site is left out, and its types are unkn
 
     AUROC        how often a known prompt has a larger margin, max_k log f_k(x) − q_k, than an unknown one
     abstained    share of the known and of the unknown prompts that are below every site's quantile
-    right        share of the known prompts that the linear discriminant sends to a site that holds their type
+    right        share of the known prompts that go to a site that holds their type, by the mixtures or else the means
 
-`diagonal` is what `means-abstain` does. `full` has the whole covariance of a site, of which 5 % of what is beside the
-diagonal is dropped: D² numbers a site.
+`diagonal` is what `means-abstain` does, `mixture` what `density-abstain` does; each has a choice of its own. `full` has
+the whole covariance of a site, of which 5 % of what is beside the diagonal is dropped: D² numbers a site.
 """
 
 import argparse
@@ -27,7 +27,9 @@ from torch.distributions import MultivariateNormal
 
 from accord.data.images import load_if_any
 from accord.evaluation.markdown import markdown_table
+from accord.methods.density import PUBLIC
 from accord.recipe_file import load_recipe
+from accord.routing.density import Centres, Mixtures, centres_of, sketch
 from accord.routing.means import QUANTILE, SHRINKAGE, ClassMeans, features_of, sums_of
 from accord.stages.job import Job
 from accord.types import Question, prompt_of
@@ -47,6 +49,12 @@ def class_means(sites: Sequence[Tensor]) -> ClassMeans:
     sums = [sums_of(x) for x in sites]
     counts = torch.tensor([len(x) for x in sites], dtype=torch.float64)
     return ClassMeans(counts, *(torch.stack([s[name] for s in sums]) for name in ("total", "square", "quantile")))
+
+
+def mixtures_of(sites: Sequence[Tensor], centres: Centres) -> Mixtures:
+    """Return what the server has of sites with these features `[n, D]`, by the same centres."""
+    told = [sketch(x, centres) for x in sites]
+    return Mixtures(*(torch.stack([each[name] for each in told]) for name in ("count", "total", "square", "quantile")))
 
 
 def full(sites: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -79,6 +87,7 @@ def measure(recipe_file: Path, seed: int) -> dict[tuple[str, str], tuple[float, 
     sites = {name: read(job, questions, SITE)[0] for name, questions in job.private.items()}
     x, asked = read(job, job.questions["dev"], NEW)
     fits = torch.tensor([[job.shares[name].wants(q) for name in sites] for q in asked])
+    centres = centres_of(read(job, job.prompts, PUBLIC)[0], seed=seed)
     found = {}
     for gone in (None, *sites):
         here = [k for k, name in enumerate(sites) if name != gone]
@@ -87,9 +96,14 @@ def measure(recipe_file: Path, seed: int) -> dict[tuple[str, str], tuple[float, 
             judged = fits.any(dim=1)
         rows = [list(sites.values())[k] for k in here]
         means = class_means(rows)
-        top = means.posterior(x).argmax(dim=1)
-        right = fits[:, here][known, top[known]].double().mean().item()
-        for density, margin in (("diagonal", means.margin(x)), ("full", full(rows, x))):
+        mixed = mixtures_of(rows, centres)
+        for density, margin, choice in (
+            ("diagonal", means.margin(x), means),
+            ("mixture", mixed.margin(x), mixed),
+            ("full", full(rows, x), means),
+        ):
+            top = choice.posterior(x).argmax(dim=1)
+            right = fits[:, here][known, top[known]].double().mean().item()
             inside, outside = margin[known & judged], margin[~known & judged]
             shares = [(each < 0).double().mean().item() for each in (inside, outside)]
             found[gone or "types of no site", density] = (auroc(inside, outside), *shares, right)

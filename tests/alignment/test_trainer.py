@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from contextlib import nullcontext
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from accord.alignment import trainer as trainer_module
-from accord.alignment.grpo import AlignmentConfig, align, grpo_config, is_reference, prompt_dataset
+from accord.alignment.grpo import OBJECTIVES, AlignmentConfig, align, grpo_config, is_reference, prompt_dataset
 from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.errors import DataWarning, RunError, warn_once
@@ -57,6 +58,7 @@ def make(ask, tmp_path):
         torch.manual_seed(0)
         return SharedPrefixTrainer(
             shared_prefix=shared,
+            objective=OBJECTIVES.get(config.loss),
             model=model,
             reward_funcs=reward,
             args=grpo_config(config, seed=0, out=tmp_path / "out"),
@@ -108,6 +110,41 @@ def test_loss_and_gradient_are_those_of_full_rows(vlm, make, monkeypatch, lora, 
     assert loss == approx(full_loss, abs=1e-5) and gradient.norm() > 1e-3
     torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
     assert batch["prompt_of"].unique().numel() == 3
+
+
+@pytest.mark.parametrize("rows", [0, G], ids=["one pass", "three passes"])
+@pytest.mark.parametrize("loss", get_args(get_type_hints(AlignmentConfig)["loss"]))
+def test_every_loss_is_that_of_full_rows(llava, make, loss, rows):
+    """Of TRL's losses that of full rows is TRL's own."""
+    trainer = make(*load_model(llava), loss=loss, completions_per_device=rows, iterations=2)
+    rollouts(trainer)
+    parts = trainer._buffered_inputs
+    assert len(parts) == (3 if rows else 1) and all(part["old_per_token_logps"] is not None for part in parts)
+    with torch.no_grad():  # away from the policy that drew, and from the reference
+        for parameter in trainer.model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    shared = [loss_and_gradient(trainer, part) for part in parts]
+    trainer._shares = False
+    full = [loss_and_gradient(trainer, part) for part in parts]
+    for (mine, gradient), (theirs, full_gradient) in zip(shared, full, strict=True):
+        assert mine == approx(theirs, abs=1e-5)
+        torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+    assert sum(gradient for _, gradient in shared).norm() > 1e-3
+
+
+def test_a_prompt_that_is_drawn_twice_has_two_groups(llava, make, ask):
+    """Two questions twice each: a pass holds one group, and not half of either of a prompt."""
+    trainer = make(
+        *load_model(llava),
+        data=prompt_dataset([ask(0), ask(1, "blue")], 12, random.Random(0)),
+        loss="discriminative",
+        prompts_per_step=4,
+        completions_per_device=G,
+    )
+    rollouts(trainer)
+    parts = trainer._buffered_inputs
+    assert sorted(part["group_of"].tolist() for part in parts) == [[g] * G for g in range(4)]
+    assert sorted(set(part["prompt_of"].tolist()).pop() for part in parts) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["dense", "skips"])

@@ -23,6 +23,7 @@ pytestmark = [
 
 REMEMBERING = [
     *("random", "plural-alpha", "mor", "mor-quantile", "mor-random-feedback", "fedgrpo", "fedgrpo-random", "canary"),
+    "routed-disco",
 ]
 
 
@@ -50,6 +51,8 @@ VARIANTS = {
     *("fedgrpo-all", "fedgrpo-reward-random", "fedgrpo-reward-all", "fedgrpo-literal", "fedgrpo-halves"),
     *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
     *("fedgrpo-reward", "fedit-fedprox", "rank-median", "rank-trimmed", "canary-mean"),
+    *("routed-disco-labels", "routed-dr-grpo", "routed-dapo", "routed-bnpo", "routed-ratio", "routed-late-plain"),
+    *("density-abstain", "density-average", "routed-average", "shared-head"),
 }
 """Methods that differ from another by a setting alone: with `make test-long`. A new method is not among them."""
 
@@ -74,7 +77,8 @@ def test_a_method_gives_a_policy_and_counts_its_bytes(folder, measured, arm):
     else:
         assert sent and all(down > 0 and up > 0 for down, up in sent.values())
     paid = {kind for _, kind, *_ in result["traffic"]}
-    assert ("router" in paid) is ("router" in find_method(arm, ("colour", "shape")).needs)
+    own = arm.startswith("routed-late")  # which trains one of its own
+    assert ("router" in paid) is (own or "router" in find_method(arm, ("colour", "shape")).needs)
 
 
 @pytest.mark.parametrize("arm", REMEMBERING)

@@ -1,7 +1,7 @@
 """The laws of every method: what is asked about it elsewhere can be answered, and nothing has two names."""
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,21 +15,28 @@ from accord.methods import (
     bounds,
     check_methods,
     check_names,
+    density,
+    disco,
     fedavg_reward,
     fedbis,
     fedbiscuit,
     feddpo,
+    feddrm,
     fedgrpo,
     fedit,
     find_method,
     fusions,
     gates,
+    late,
     means,
     mor,
     needed,
+    objectives,
     robust,
     server_alone,
+    shared_head,
     single,
+    sketches,
 )
 from accord.methods.method import Method, Need, Role, Table, by_reward
 from accord.pipeline import align_policy, execute
@@ -40,8 +47,8 @@ from accord.recipe_file import dump_recipe, method_tables
 from accord.stages.job import Job
 
 FAMILIES = (
-    *(mor, robust, gates, means, fedgrpo, fusions, single, fedavg_reward),
-    *(fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
+    *(mor, feddrm, late, disco, objectives, density, robust, gates, means, fedgrpo, fusions, single),
+    *(fedavg_reward, sketches, shared_head, fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
 SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")
 ALL = [*METHODS, "site a", "local b"]
@@ -179,7 +186,8 @@ def test_a_reward_becomes_a_method(job, monkeypatch, own):
     """It is aligned by GRPO under the stage's name, with the recipe's KL weight or the method's, all else the same."""
     seen = []
     monkeypatch.setattr("accord.methods.method.run_grpo", lambda *given, **more: seen.append((given, more)))
-    by_reward(lambda job: (job, "reward"), kl=own)(job, "compare mine")
+    change = {} if own is None else {"change": lambda settings: replace(settings, kl=own)}
+    by_reward(lambda job: (job, "reward"), **change)(job, "compare mine")
     ((given, more),) = seen
     assert given == (job, "compare mine", (job, "reward")) and more["encoder"] is None
     kl = job.recipe.alignment.kl if own is None else own

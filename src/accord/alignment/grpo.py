@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
@@ -39,8 +39,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from accord.alignment.discriminative import discriminative_loss
 from accord.alignment.parking import Parking
-from accord.alignment.trainer import SharedPrefixTrainer
+from accord.alignment.trainer import Objective, SharedPrefixTrainer
 from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
 from accord.data.sampling import draw_balanced
@@ -63,6 +64,9 @@ from accord.types import ImageSource, Message, Prompt, Question
 MUTED = -1e4
 """The logit of a token that cannot be said: finite, since an entropy with 0 · -inf in it is no number."""
 
+OBJECTIVES: Final[Mapping[str, Objective]] = {"discriminative": discriminative_loss}
+"""Losses that TRL has not, by name."""
+
 RewardFunction: TypeAlias = Callable[..., list[float | None]]
 """TRL's own: `(prompts, completions, **columns) -> list[float | None]`."""
 
@@ -79,8 +83,10 @@ class AlignmentConfig:
     temperature: float = 1.0
     max_completion_length: int = 4  # tokens
     questions_at_once: int = 128  # whenever the policy answers outside training: for pairs, curve and evaluation
-    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "grpo"
+    loss: Literal["grpo", "dr_grpo", "dapo", "bnpo", "discriminative"] = "grpo"  # TRL's, and DisCO
     scale_rewards: Literal["group", "batch", "none"] = "group"
+    iterations: int = 1  # updates, which are what `steps` counts, on the same completions (μ)
+    balanced: bool = True  # draw question types equally often, which must be known; false: questions as they come
     completions_per_device: int = 0  # rows of one forward and backward pass; 0 for all at once
     rollout_rows: int = 0  # completions sampled at once in one process; 0 for as many as `completions_per_device`
     gradient_checkpointing: bool = False
@@ -100,7 +106,7 @@ class AlignmentConfig:
         check_positive(self, "temperature")
         if not 0 < self.vllm_memory < 1:
             raise RecipeError(f"vllm_memory is a share between 0 and 1, got {self.vllm_memory}; correct it")
-        check_least(self, completions_per_device=0, rollout_rows=0, questions_at_once=1)
+        check_least(self, completions_per_device=0, rollout_rows=0, questions_at_once=1, iterations=1)
         check_least(self, evaluate_every=0, evaluate_on=1, save_every=0)
         if self.group_size < 2:
             raise RecipeError(
@@ -116,6 +122,22 @@ class AlignmentConfig:
             raise RecipeError(
                 f"completions_per_device must divide prompts_per_step × group_size = {rows}, "
                 f"got {self.completions_per_device}"
+            )
+        if self.loss == "discriminative":
+            if self.scale_rewards != "group":
+                raise RecipeError(
+                    "the discriminative loss tells good from bad by a group's deviation, got "
+                    f'scale_rewards = "{self.scale_rewards}"; set it to "group"'
+                )
+            if self.completions_per_device % self.group_size:
+                raise RecipeError(
+                    "the discriminative loss compares the completions of a group, got completions_per_device = "
+                    f"{self.completions_per_device}; make it a multiple of group_size = {self.group_size}"
+                )
+        if self.save_every % self.iterations:
+            raise RecipeError(
+                f"save_every must be a multiple of iterations = {self.iterations}, since completions are in no "
+                f"checkpoint, got {self.save_every}; correct alignment.save_every"
             )
 
 
@@ -168,8 +190,9 @@ def prompt_dataset(
     *,
     processor: Processor | None = None,
     keep_errors: bool = False,
+    balanced: bool = True,
 ) -> datasets.Dataset:
-    """Return `count` prompts in training order, question types equally often, in TRL's form with further columns.
+    """Return `count` prompts in training order, in TRL's form with further columns.
 
     Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
     (`accord.data.images.load_image`): the policy sees the pixels that the sites see. Questions without images make no
@@ -181,6 +204,7 @@ def prompt_dataset(
         generator: of the order.
         processor: of the policy; its special tokens are neutralised in the questions (`accord.models.words`).
         keep_errors: whether an image that cannot be read is its `DataError` in a row, and not raised.
+        balanced: whether question types come equally often; else all questions do, in reshuffled passes.
 
     Raises:
         DataError: some questions have an image and others none.
@@ -213,7 +237,7 @@ def prompt_dataset(
         "answer": [q.answer for q in questions],
         "references": [list(q.references) for q in questions],
     }
-    order = draw_balanced([q.question_type for q in questions], count, generator)
+    order = draw_balanced([q.question_type if balanced else "" for q in questions], count, generator)
     return (
         datasets.Dataset.from_dict(columns, features=features)
         .select(order)
@@ -275,7 +299,9 @@ def grpo_config(config: AlignmentConfig, *, seed: int, out: Path) -> GRPOConfig:
         beta=config.kl,
         temperature=config.temperature,
         max_completion_length=config.max_completion_length,
-        loss_type=config.loss,
+        loss_type="grpo" if config.loss in OBJECTIVES else config.loss,
+        epsilon_high=0.28 if config.loss == "dapo" else None,  # "clip higher", Yu et al. 2025, arXiv 2503.14476
+        num_iterations=config.iterations,
         scale_rewards=config.scale_rewards,
         shuffle_dataset=False,  # `prompt_dataset` already holds the order
         activation_checkpointing=config.gradient_checkpointing,
@@ -463,7 +489,8 @@ def align(
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
     """
     dataset = functools.partial(prompt_dataset, processor=processor, keep_errors=failures is not None)
-    data = dataset(questions, config.steps * config.prompts_per_step, random.Random(seed))
+    count = config.steps * config.prompts_per_step
+    data = dataset(questions, count, random.Random(seed), balanced=config.balanced)
     parking = None
     if failures is not None:
         parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)
@@ -483,6 +510,7 @@ def align(
             encoder=encoder,
             parking=parking,
             rollout_rows=config.rollout_rows,
+            objective=OBJECTIVES.get(config.loss),
             model=model,
             reward_funcs=finite(reward),
             args=arguments,

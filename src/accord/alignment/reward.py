@@ -32,7 +32,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, TypeAlias, cast
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from PIL import Image as PillowImage
@@ -67,6 +67,16 @@ class Group:
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
     kind: str = ""  # question type, where the rows have that column
+
+
+class Scaling(Protocol):
+    """What a step's rewards are multiplied by, group by group, when all else is done; one that remembers qualifies."""
+
+    def __call__(
+        self, groups: Sequence[Group], weights: Sequence[Tensor], rewards: Sequence[Tensor], /
+    ) -> list[Tensor]:
+        """Return rewards `[G]` of every group from its weights `[G, K]` and rewards `[G]`, NaN where there is none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -150,6 +160,7 @@ class FederatedReward:
             as PNG.
         canaries: hidden questions in every request, whose answers tell whom to trust: that is multiplied into the
             router's weights, by which the sites are still asked.
+        scaling: scales the finished rewards, group by group.
 
     Raises:
         RunError: there are canaries, and several processes ask together.
@@ -172,6 +183,7 @@ class FederatedReward:
         missing: Literal["group_mean", "none"] = "none",
         sources: Mapping[str, ImageSource] | None = None,
         canaries: Canaries | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         if canaries is not None and engine.processes > 1:
             raise RunError(
@@ -189,6 +201,7 @@ class FederatedReward:
         self.missing = missing
         self.sources = sources or {}
         self.canaries = canaries
+        self.scaling = scaling
         self._asked = 0
         self._started: _Started | None = None
         self._tabled: tuple[ScoreQuery | None, int, Tensor] = None, 0, torch.empty(0)
@@ -249,6 +262,8 @@ class FederatedReward:
         for group, of_group in zip(groups, fused, strict=True):
             texts = [group.candidates[row] for row in group.rows]
             rewards += self._finish(of_group.tolist(), texts, cut[len(rewards) :])
+        if self.scaling is not None:
+            rewards = self._scale(self.scaling, groups, routed, rewards)
         absent = sum(reward is None or math.isnan(reward) for reward in rewards)
         log_metric("absent", absent / len(rewards))
         return self._fill(rewards, [len(group.rows) for group in groups])
@@ -463,6 +478,17 @@ class FederatedReward:
                 reward = self.scores.low
             finished.append(reward)
         return finished
+
+    def _scale(
+        self, scaling: Scaling, groups: Sequence[Group], routed: Tensor, rewards: Sequence[float | None]
+    ) -> list[float | None]:
+        """Scale the rewards of all rows by what `scaling` says of their groups."""
+        own = routed.split([len(group.candidates) for group in groups])
+        weights = [of_group[torch.tensor(group.rows)] for of_group, group in zip(own, groups, strict=True)]
+        known = torch.tensor([torch.nan if reward is None else reward for reward in rewards])
+        parts = known.split([len(group.rows) for group in groups])
+        scaled = [reward for part in scaling(groups, weights, parts) for reward in part.tolist()]
+        return [None if math.isnan(reward) else reward for reward in scaled]
 
     def _fill(self, rewards: list[float | None], sizes: Sequence[int]) -> list[float | None]:
         """Put what `missing` says where no site scored."""

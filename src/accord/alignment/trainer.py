@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -106,6 +106,22 @@ class _Read(NamedTuple):
     word: str | None
 
 
+class Objective(Protocol):
+    """A loss in the place of TRL's; a plain function qualifies."""
+
+    def __call__(self, logps: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, groups: Tensor, /) -> Tensor:
+        """Return the loss of whole groups.
+
+        Args:
+            logps: log π of every token, `[N, T]`.
+            old: log π of the policy that drew them, `[N, T]`.
+            advantages: of every completion, `[N]`.
+            mask: 1 for tokens of the completion, `[N, T]`.
+            groups: number of each completion's group, `[N]`.
+        """
+        ...
+
+
 class SharedPrefixTrainer(GRPOTrainer):
     """`GRPOTrainer` with shared prefixes, which also resumes the weights of a vision-language model.
 
@@ -115,6 +131,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
         parking: leaves out questions on which a step fails, in one process; None lets it fail.
         rollout_rows: completions that are sampled at once; 0 for as many as one forward pass has in training.
+        objective: the loss, beside which the KL term to the reference stays; None for TRL's.
         **settings: as `GRPOTrainer`.
     """
 
@@ -127,6 +144,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         encoder: Encoder | None = None,
         parking: Parking | None = None,
         rollout_rows: int = 0,
+        objective: Objective | None = None,
         **settings: object,
     ) -> None:
         super().__init__(*args, **settings)  # type: ignore[arg-type]
@@ -147,7 +165,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
-        self._parking, self._rollout_rows = parking, rollout_rows
+        self._parking, self._rollout_rows, self._objective = parking, rollout_rows, objective
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
@@ -190,6 +208,10 @@ class SharedPrefixTrainer(GRPOTrainer):
         output = stock(self._bare)
         if self._hides:
             output["prompt_of"] = torch.tensor(self._prompt_of, device=self.accelerator.device)
+        if self._objective is not None:
+            output["group_of"] = torch.arange(len(inputs), device=self.accelerator.device) // cast(
+                int, self.num_generations
+            )
         return output
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
@@ -328,7 +350,32 @@ class SharedPrefixTrainer(GRPOTrainer):
         if self._hides:
             self._prompt_of = inputs["prompt_of"].tolist()
         stock: Callable[..., Tensor] = super()._compute_loss
-        return stock(model, inputs)
+        return stock(model, inputs) if self._objective is None else self._own_loss(self._objective, model, inputs)
+
+    def _own_loss(self, objective: Objective, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Return the objective's loss with the KL term, and note what TRL notes of its own: kl and entropy."""
+        mask = inputs["completion_mask"]
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            mask.shape[1],
+            compute_entropy=True,
+        )
+        old = inputs.get("old_per_token_logps")
+        old = logps.detach() if old is None else old
+        loss = objective(logps, old, inputs["advantages"], mask, inputs["group_of"])
+        noted = {"entropy": entropies}
+        if self.beta != 0.0:
+            apart = inputs["ref_per_token_logps"] - logps
+            noted["kl"] = kl = apart.exp() - apart - 1
+            loss = loss + self.beta * ((kl * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+        for name, values in noted.items():
+            assert values is not None
+            sums = torch.stack([(values.detach() * mask).sum(), mask.sum()])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._metrics[self._mode][name].append(total / max(count, 1))
+        return loss / (self.current_gradient_accumulation_steps if self._mode == "train" else 1)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -586,6 +633,8 @@ def _distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int]]:
 def _by_prompt(parts: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Deal rows out to the micro-batches anew, prompt after prompt."""
     rows = torch.cat([part["prompt_of"] for part in parts])
+    if "group_of" in parts[0]:  # a prompt that was drawn twice has two groups
+        rows = rows * len(rows) + torch.cat([part["group_of"] for part in parts])
     order = rows.argsort(stable=True)
     merged = {
         name: torch.cat([part[name] for part in parts])[order] if value.ndim else value

@@ -154,6 +154,7 @@ def train_shared_reward(
     config: SharedRewardConfig,
     *,
     seed: int,
+    sites: Sequence[str] | None = None,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> RewardModel:
     """Train `model` in place with the sites of `engine`; return it, not standardised.
@@ -163,6 +164,7 @@ def train_shared_reward(
         model: the shared architecture, with a fresh head.
         config: settings, the same as the sites'.
         seed: of the sites' draws.
+        sites: those that take part; None for all.
         on_round: told the round (from 1, those of the backbone first) and the mean loss of the sites that answered.
 
     Raises:
@@ -190,6 +192,7 @@ def train_shared_reward(
             aggregate=settings.aggregation.start(seed),
             bits=settings.aggregation.bits,
             first=done,
+            sites=sites,
             most=most,
             probe=probe_of(part, outputs[task]),
             on_round=on_round,
@@ -220,6 +223,19 @@ def standardise(model: RewardModel, questions: Sequence[Question], answers: Sequ
     model.standardisation = Standardisation(mean, deviation)
 
 
+def said_by_base(job: Job) -> tuple[list[Question], list[list[str]]]:
+    """Return 300 of the public prompts, and four answers of the base policy to each."""
+    asked = sample_questions(job.prompts, 300, seed=job.recipe.seed)
+    said = answer(
+        *job.policy,
+        asked,
+        max_new_tokens=job.recipe.alignment.max_completion_length,
+        samples=4,
+        seed=job.recipe.seed,
+    )
+    return asked, said
+
+
 SETTINGS: Final = Table("shared_reward", SharedRewardConfig)
 
 
@@ -237,15 +253,7 @@ def shared_reward(job: Job, stage: str) -> Aligned:
             )
             engine.traffic = Traffic()
             train_shared_reward(engine, model, config, seed=seed, on_round=on_round)
-        asked = sample_questions(job.prompts, 300, seed=seed)
-        said = answer(
-            *job.policy,
-            asked,
-            max_new_tokens=job.recipe.alignment.max_completion_length,
-            samples=4,
-            seed=seed,
-        )
-        standardise(model, asked, said)
+        standardise(model, *said_by_base(job))
         write_atomic(folder.with_suffix(".json"), json.dumps(traffic_rows(engine.traffic)) + "\n")
         model.save(folder)
     add_rows(job.traffic, json.loads(folder.with_suffix(".json").read_text()))

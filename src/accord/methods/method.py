@@ -11,7 +11,7 @@ want to know: nothing else in Accord names one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeAlias, TypeVar
 
@@ -114,24 +114,23 @@ class Method:
 def by_reward(
     make: Callable[[Job], RewardFunction],
     *,
-    kl: float | None = None,
+    change: Callable[[AlignmentConfig], AlignmentConfig] = lambda settings: settings,
     reads: Callable[[Job], Encoder | None] | None = None,
 ) -> Align:
     """Return how to align by GRPO with the reward that `make` returns.
 
     Args:
         make: of a job.
-        kl: weight of the KL term; None for the recipe's.
+        change: GRPO's settings from the recipe's.
         reads: the encoder by which the reward reads completions, if it does: spared what the reference has computed.
     """
 
     def align(job: Job, stage: str) -> Aligned:
-        settings = job.recipe.alignment
         return run_grpo(
             job,
             stage,
             make(job),
-            settings=settings if kl is None else replace(settings, kl=kl),
+            settings=change(job.recipe.alignment),
             encoder=reads(job) if reads else None,
         )
 

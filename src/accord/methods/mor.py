@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from accord.alignment.feedback import AnchorChange, LossSign, OnlineUpdate, QuantileLoss, RandomBit, Signal
+from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import FederatedReward, Mode, Scope
 from accord.data.preferences import build_preferences
 from accord.data.sampling import sample_questions
@@ -100,21 +101,31 @@ def opened_online(folder: Path, recipe: Recipe, encoder: Encoder) -> Router:
     return _as_it_ended(router, folder)
 
 
-def _offline(
+def offline(
     make: Callable[[Job], FederatedReward],
     about: str,
     *,
-    kl: float | None = None,
+    change: Callable[[AlignmentConfig], AlignmentConfig] = lambda settings: settings,
     many: bool = False,
     scores: Literal["recipe", "raw"] | None = "recipe",
     as_the_recipe: bool = False,
 ) -> Method:
+    """Return GRPO against a reward of the offline router.
+
+    Args:
+        make: the reward of a job.
+        about: as `Method`.
+        change: GRPO's settings from the recipe's.
+        many: whether all sites are asked; else as many as the recipe's routing says.
+        scores: as `Method`.
+        as_the_recipe: whether the router of the run folder alone makes the reward.
+    """
     return Method(
-        by_reward(make, kl=kl, reads=lambda job: job.encoder),
+        by_reward(make, change=change, reads=lambda job: job.encoder),
         about,
         needs=NEEDS,
         scores=scores,
-        grpo=lambda recipe: recipe.alignment if kl is None else replace(recipe.alignment, kl=kl),
+        grpo=lambda recipe: change(recipe.alignment),
         asks=(lambda recipe: len(recipe.sites)) if many else asks,
         together=True,
         reward=make,
@@ -138,16 +149,22 @@ def _online(
 
 
 METHODS: Final = {
-    "routed": _offline(
+    "routed": offline(
         routed, "the site with the largest weight of the client-id router, per completion", as_the_recipe=True
     ),
-    "routed-soft": _offline(partial(routed, mode="soft"), "all sites, mixed by its weights", many=True),
-    "routed-prompt": _offline(partial(routed, scope="prompt"), "one site for all completions of a prompt"),
-    "routed-unclipped": _offline(routed_unclipped, "as routed, by scores that the sites do not clip", scores=None),
-    "routed-raw": _offline(partial(routed_unclipped, standardised=False), "as routed, by raw scores", scores="raw"),
-    "routed-kl-0": _offline(routed, "as routed, without the KL term", kl=0.0, as_the_recipe=True),
-    "routed-kl-0.005": _offline(routed, "as routed, KL weight 0.005", kl=0.005, as_the_recipe=True),
-    "routed-kl-0.08": _offline(routed, "as routed, KL weight 0.08", kl=0.08, as_the_recipe=True),
+    "routed-soft": offline(partial(routed, mode="soft"), "all sites, mixed by its weights", many=True),
+    "routed-prompt": offline(partial(routed, scope="prompt"), "one site for all completions of a prompt"),
+    "routed-unclipped": offline(routed_unclipped, "as routed, by scores that the sites do not clip", scores=None),
+    "routed-raw": offline(partial(routed_unclipped, standardised=False), "as routed, by raw scores", scores="raw"),
+    "routed-kl-0": offline(
+        routed, "as routed, without the KL term", change=partial(replace, kl=0.0), as_the_recipe=True
+    ),
+    "routed-kl-0.005": offline(
+        routed, "as routed, KL weight 0.005", change=partial(replace, kl=0.005), as_the_recipe=True
+    ),
+    "routed-kl-0.08": offline(
+        routed, "as routed, KL weight 0.08", change=partial(replace, kl=0.08), as_the_recipe=True
+    ),
     "mor": _online(lambda job: LossSign(), "Thompson sampling, told whether the GRPO loss did not rise"),
     "mor-raw": _online(
         lambda job: LossSign(),

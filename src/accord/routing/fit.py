@@ -147,6 +147,7 @@ def fit_router(
     *,
     seed: int,
     audit: Audit | None = None,
+    run: Callable[..., dict[str, Tensor]] = federated_rounds,
     on_round: Callable[[int, float], None] = lambda _round, _loss: None,
 ) -> RouterNetwork:
     """Train a router with all sites of `engine`; one that is absent or sends unusable weights sits out that round.
@@ -157,6 +158,7 @@ def fit_router(
         config: settings.
         seed: of the initial weights and of the sites' draws.
         audit: `router_audit`, to name a site that poisons the router.
+        run: the rounds: `federated_rounds`, or another that takes what this gives it.
         on_round: told the round (from 1) and the mean loss of the sites that answered.
 
     Raises:
@@ -166,7 +168,7 @@ def fit_router(
     # Whatever the hidden states, the router's first layer makes them of this size.
     hidden = torch.randn(8, 4, features, generator=torch.Generator().manual_seed(0))
     counted = _Counted(engine.sites)
-    weights = federated_rounds(
+    weights = run(
         engine,
         "router",
         trainable_weights(network),

@@ -24,7 +24,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from PIL.Image import Image
@@ -66,6 +66,18 @@ more than −½ ln `FLOOR`, or 7 a feature. Two or three prompts, whose halves h
 """
 
 PROMPTS_AT_ONCE: Final = 128
+
+
+class Density(Protocol):
+    """What the server knows of the sites' prompts: class means, or `accord.routing.density.Mixtures`."""
+
+    def posterior(self, x: Tensor, /) -> Tensor:
+        """Return α `[P, K]`, rows summing to 1, for features `[P, D]`."""
+        ...
+
+    def margin(self, x: Tensor, /) -> Tensor:
+        """Return by how much each prompt's log density is above the nearest site's quantile, `[P]`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -259,7 +271,7 @@ class MeansRouter:
     With `abstains`, those of a prompt that belongs to no site have none.
     """
 
-    def __init__(self, encoder: Encoder, means: ClassMeans, *, abstains: bool = False) -> None:
+    def __init__(self, encoder: Encoder, means: Density, *, abstains: bool = False) -> None:
         self.encoder = encoder
         self.means = means
         self.abstains = abstains
@@ -278,7 +290,7 @@ class MeansRouter:
 class Abstaining:
     """Take all weight from the completions of a prompt that belongs to no site: a `Router` around another."""
 
-    def __init__(self, router: Router, encoder: Encoder, means: ClassMeans) -> None:
+    def __init__(self, router: Router, encoder: Encoder, means: Density) -> None:
         self.router = router
         self.encoder = encoder
         self.means = means

@@ -20,7 +20,7 @@ from transformers import (
 
 from accord import terminal
 from accord.alignment.grpo import AlignmentConfig, RewardFunction, align
-from accord.alignment.reward import FederatedReward, Mode, PerGroup, Scope, Waiting
+from accord.alignment.reward import FederatedReward, Mode, PerGroup, Scaling, Scope, Waiting
 from accord.data.sampling import sample_questions
 from accord.errors import RunError
 from accord.evaluation.accuracy import count_correct
@@ -60,6 +60,7 @@ def federated_reward(
     standardised: bool = True,
     engine: Engine | None = None,
     canaries: Canaries | None = None,
+    scaling: Scaling | None = None,
 ) -> FederatedReward:
     """Make the sites of a job a reward function.
 
@@ -74,6 +75,7 @@ def federated_reward(
         standardised: whether the sites standardise their scores.
         engine: carries the questions; by default the federation is opened.
         canaries: as `FederatedReward`.
+        scaling: likewise.
     """
     chosen = job.recipe.scores if scores == "recipe" else scores
     if engine is None and (job.together is None or job.together.rank == 0):
@@ -93,6 +95,7 @@ def federated_reward(
         scores=chosen,
         sources={q.id: q.image for q in job.questions["public"] if q.image is not None},
         canaries=canaries,
+        scaling=scaling,
     )
 
 
@@ -109,6 +112,7 @@ def reward_of(
     per_group: PerGroup | None = None,
     sources: Mapping[str, ImageSource] | None = None,
     canaries: Canaries | None = None,
+    scaling: Scaling | None = None,
 ) -> FederatedReward:
     """Return the reward of a recipe's federation; `model` says which tokens end a completion."""
     tell = terminal.tell if rank_and_count()[0] == 0 else lambda _: None
@@ -124,6 +128,7 @@ def reward_of(
         waiting=Waiting(recipe.routing.deadline, recipe.routing.quorum, tell),
         sources=sources,
         canaries=canaries,
+        scaling=scaling,
     )
 
 
