@@ -129,6 +129,18 @@ def test_the_numbers_are_written_beside_the_bars() -> None:
     assert "25 % → 75 %" in DRAWINGS["accuracy"](WIDE)
 
 
+def test_the_controls_are_told_apart_by_shape_fill_and_place() -> None:
+    """Both at 40 %: equal values, which once lay on each other in one colour."""
+    share = accuracy({"colour": (4, 10)})
+    drawing = accuracy_bars(None, share, {"question only": share, "shuffled image": share})
+    shapes = re.findall(r'<path id="[^"]*" d="([^"]*)"', drawing)
+    marks = re.findall(r'<use xlink:href="([^"]*)" x="([^"]*)" y="([^"]*)" style="fill: (var[^;]*);', drawing)
+    assert len(shapes) == len(set(shapes)) == 2
+    (first, second) = {shape: [mark for mark in marks if mark[0] == shape] for shape, *_ in marks}.values()
+    assert {mark[3] for mark in first}.isdisjoint(mark[3] for mark in second)
+    assert first[0][1] == second[0][1] and float(second[0][2]) - float(first[0][2]) > 7  # points
+
+
 @pytest.mark.parametrize(
     ("size", "shown"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_234_567, "1.23 MB"), (999_600, "1 MB")]
 )

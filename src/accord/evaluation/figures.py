@@ -32,17 +32,18 @@ WIDE, NARROW = 7.6, 3.7
 """Inches across for a desk and for a phone."""
 
 # Stand-ins: `svg` replaces each by the page's own colour, and keeps it as the fallback.
-INK, RULE, BEFORE, AFTER, ACCENT = "#1a1b1c", "#d4d5d6", "#a3a4a5", "#0072b2", "#d55e00"
+INK, RULE, BEFORE, AFTER, ACCENT, PAPER = "#1a1b1c", "#d4d5d6", "#a3a4a5", "#0072b2", "#d55e00", "#fefefd"
 _VARIABLES = {
     INK: "currentColor",
     RULE: f"var(--figure-rule, {RULE})",
     BEFORE: f"var(--figure-before, {BEFORE})",
     AFTER: f"var(--figure-after, {AFTER})",
     ACCENT: f"var(--figure-accent, {ACCENT})",
+    PAPER: f"var(--page, {PAPER})",
 }
 _TYPE_COLOURS = ("#e69f00", "#009e73", "#cc79a7", "#56b4e9", ACCENT)
 _TYPE_STYLES = ("-", "--", "-.", ":")
-_CONTROL_MARKS = ("D", "^", "s", "v")
+_CONTROL_MARKS = (("D", ACCENT, PAPER, -0.17), ("o", PAPER, INK, 0.17))  # shape, fill, edge, place in its row
 _SILO_MARKS = ("o", "^", "s", "D", "v", "P", "X")
 
 STYLE: dict[Any, Any] = {
@@ -85,23 +86,23 @@ def accuracy_bars(
             at = [y for y, _ in drawn]
             axes.barh(at, [100 * v[0] for _, v in drawn], height * 0.9, color=colour, label=label)
             axes.hlines(at, [100 * v[1] for _, v in drawn], [100 * v[2] for _, v in drawn], color=INK, linewidth=1.1)
-        for mark, (label, result) in zip(_CONTROL_MARKS, controls.items(), strict=False):
-            found = [(row, values[0]) for row, name in enumerate(names) if (values := _interval(result, name))]
+        for (mark, fill, edge, place), (label, result) in zip(_CONTROL_MARKS, controls.items(), strict=False):
+            found = [(row + place, values[0]) for row, name in enumerate(names) if (values := _interval(result, name))]
             axes.plot(
                 [100 * value for _, value in found],
                 [row for row, _ in found],
                 linestyle="none",
                 marker=mark,
-                markersize=6.5,
-                markerfacecolor=ACCENT,
-                markeredgecolor="#ffffff",
-                markeredgewidth=0.9,
+                markersize=7,
+                markerfacecolor=fill,
+                markeredgecolor=edge,
+                markeredgewidth=1.2,
                 label=label,
             )
         for row, name in enumerate(names):
             _note_right(axes, row, _change(before, after, name), bold=name is _MACRO)
         axes.axhline(0.5, color=RULE, linewidth=0.8)
-        _percent_axis(axes, names)
+        _percent_axis(axes, names, width)
         handles, labels = axes.get_legend_handles_labels()  # lines come before bars, whatever was drawn first
         bars = len(controls)
         handles, labels = handles[bars:] + handles[:bars], labels[bars:] + labels[:bars]
@@ -179,7 +180,7 @@ def competence_items(competence: CompetenceSummary, *, width: float = WIDE) -> s
         axes.set(xlim=(0, ends[-1] + gap * (len(spans) - 1)), ylim=(len(rows) - 0.45, -0.55))
         middles = [start + len(span) / 2 for start, span in zip(starts, spans, strict=True)]
         _columns_on_top(axes, middles, list(competence.items), width)
-        axes.set_yticks(range(len(rows)), [short(site) for site in rows])
+        axes.set_yticks(range(len(rows)), [short(site, _letters(width)) for site in rows])
         axes.tick_params(length=0)
         return svg(figure, "answers", "Which of the server's questions each site got right, type after type")
 
@@ -204,7 +205,7 @@ def traffic_bars(traffic: Sequence[TrafficRow], *, width: float = WIDE) -> str:
         axes.plot(*_columns(to), marker=">", color=AFTER, label="server to site", **mark)  # type: ignore[arg-type]
         axes.plot(*_columns(back), marker="<", color=ACCENT, markerfacecolor="none", label="site to server", **mark)  # type: ignore[arg-type]
         axes.set_xscale("log")
-        letters = 22 if width > 5 else 11
+        letters = _letters(width)
         labels = [f"{short(row.site, letters)} · {short(row.kind, letters)}" for row in rows]
         low = min(size for size, _ in to + back)
         high = max(size for size, _ in to + back)
@@ -233,7 +234,7 @@ def comparison_bars(compare: Mapping[str, Accuracy], *, highlight: str = "", wid
             axes.barh(y, 100 * result.macro, 0.62, color=AFTER if name == highlight else BEFORE)
             axes.hlines(y, 100 * result.macro_low, 100 * result.macro_high, color=INK, linewidth=1.1)
             _note_right(axes, y, percent(result.macro), bold=name == highlight)
-        _percent_axis(axes, [name for name, _ in ranked])
+        _percent_axis(axes, [name for name, _ in ranked], width)
         return svg(figure, "comparison", "Macro accuracy of the methods compared, with 95 % intervals")
 
 
@@ -279,10 +280,12 @@ def silo_scatter(silos: Mapping[str, Sequence[Sequence[float]]], *, width: float
     """
     if not any(map(len, silos.values())):
         return ""
+    names = [short(site, _letters(width)) for site in silos]
+    across = max(1, int(10 * width / (12 + max(map(len, names)))))  # names with their marks, beside each other
     with matplotlib.rc_context(STYLE):
-        figure, axes = canvas(width, 0.55 * width + 0.4)
-        for (site, points), mark, colour in zip(
-            silos.items(), itertools.cycle(_SILO_MARKS), itertools.cycle((AFTER, *_TYPE_COLOURS)), strict=False
+        figure, axes = canvas(width, 0.55 * width + 0.2 * (1 + math.ceil(len(names) / across)))
+        for name, points, mark, colour in zip(
+            names, silos.values(), itertools.cycle(_SILO_MARKS), itertools.cycle((AFTER, *_TYPE_COLOURS)), strict=False
         ):
             shown = [(float(x), float(y)) for x, y in points[:: math.ceil(len(points) / 300) or 1]]
             axes.plot(
@@ -293,10 +296,10 @@ def silo_scatter(silos: Mapping[str, Sequence[Sequence[float]]], *, width: float
                 markeredgewidth=0,
                 alpha=0.75,
                 color=colour,
-                label=f"{short(site, 18)}: {len(points):,}",
+                label=f"{name}: {len(points):,}",
             )
         axes.set(xticks=(), yticks=(), xlabel="first principal axis", ylabel="second principal axis")
-        figure.legend(loc="outside upper left", ncols=5 if width > 5 else 2, columnspacing=1.4, handletextpad=0.3)
+        figure.legend(loc="outside upper left", ncols=across, columnspacing=1.4, handletextpad=0.3)
         return svg(figure, "silos", "Items of each site on the two principal axes of their features, and how many")
 
 
@@ -317,6 +320,7 @@ def _heatmap(shares: Mapping[str, Mapping[str, float]], name: str, label: str, w
     columns = list(dict.fromkeys(column for row in shares.values() for column in row))
     if not columns:
         return ""
+    beside = 0.075 * min(_letters(width), max(map(len, shares)))  # inches that the rows' names take
     with matplotlib.rc_context(STYLE | {"axes.spines.left": False, "axes.spines.bottom": False}):
         figure, axes = canvas(width, (0.42 if len(shares) <= 10 else 0.26) * len(shares) + 0.7)
         for y, row in enumerate(shares.values()):
@@ -327,11 +331,11 @@ def _heatmap(shares: Mapping[str, Mapping[str, float]], name: str, label: str, w
                 # Opacity over the page, not a palette from white: an empty cell is then empty in the dark too.
                 axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, facecolor=AFTER, alpha=alpha, linewidth=0))
                 ink = "#ffffff" if alpha > 0.85 else INK
-                if width / len(columns) > 0.35:  # inches a number needs; below it only the shade is left
+                if (width - beside) / len(columns) > 0.5:  # inches a number needs; below it only the shade is left
                     axes.text(x, y, percent(share) if known else "–", ha="center", va="center", color=ink)
         axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(shares) - 0.5, -0.5))
         _columns_on_top(axes, range(len(columns)), columns, width)
-        axes.set_yticks(range(len(shares)), [short(row) for row in shares])
+        axes.set_yticks(range(len(shares)), [short(row, _letters(width)) for row in shares])
         axes.tick_params(length=0)
         return svg(figure, name, label)
 
@@ -349,10 +353,9 @@ def _bar(axes: Axes, spans: Sequence[tuple[float, float]], y: float, alpha: floa
 
 def _columns_on_top(axes: Axes, at: Sequence[float], names: Sequence[str], width: float) -> None:
     """Name columns above them, slanted where the names would not fit beside each other."""
+    names = [short(name, _letters(width)) for name in names]
     slanted = max(map(len, names)) * len(names) > 10 * width
-    axes.set_xticks(
-        at, [short(name) for name in names], rotation=35 if slanted else 0, ha="left" if slanted else "center"
-    )
+    axes.set_xticks(at, names, rotation=35 if slanted else 0, ha="left" if slanted else "center")
     axes.xaxis.tick_top()
 
 
@@ -387,10 +390,16 @@ def short(name: str, limit: int = 22) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _percent_axis(axes: Axes, names: Sequence[str]) -> None:
+def _letters(width: float) -> int:
+    """Return how many letters of a name stand beside a figure of so many inches."""
+    return 22 if width > 5 else 15
+
+
+def _percent_axis(axes: Axes, names: Sequence[str], width: float) -> None:
     axes.set_xlim(0, 100)
-    axes.set_xticks(range(0, 101, 25), [f"{tick} %" for tick in range(0, 101, 25)])
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    ticks = range(0, 101, 25 if width > 5 else 50)
+    axes.set_xticks(ticks, [f"{tick} %" for tick in ticks])
+    axes.set_yticks(range(len(names)), [short(name, _letters(width)) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x")
     axes.tick_params(length=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -174,7 +174,7 @@ def _template() -> jinja2.Template:
         "duration": _human_seconds,
         "breakable": _breakable,
     }
-    environment.globals |= {"macro_direction": macro_direction, "type_direction": type_direction}
+    environment.globals |= {"macro_direction": macro_direction, "type_direction": type_direction, "shares": _shares}
     return environment.from_string(files("accord.evaluation").joinpath("report.html.j2").read_text("utf-8"))
 
 
@@ -273,6 +273,11 @@ def _human_seconds(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _shares(names: Iterable[str]) -> list[str]:
+    """Return the heads of columns with shares."""
+    return [f"{name}, %" for name in names]
 
 
 def _of_type(question_type: str) -> Callable[[Accuracy], float | None]:
