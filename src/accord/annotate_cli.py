@@ -75,7 +75,11 @@ def annotate_command(
     def asked() -> list[Question]:
         return _questions(questions, split)
 
-    hush()
+    def another(address: str) -> None:
+        tell(f"for another browser: {address}")
+
+    if policy or uncertain:
+        hush()
     source = Source(
         file=pairs,
         data=f"{questions} {split}".strip(),
@@ -93,14 +97,11 @@ def annotate_command(
         if journal.torn:
             tell(f"half a line at the end of {journal.path} was cut off; its judgement had not been called saved")
         desk = Desk(candidates, journal, overlap=settings.overlap, seed=settings.seed)
-        page = Page(
-            desk, title=folder.resolve().name, port=port, tell=lambda address: tell(f"for another browser: {address}")
-        )
-        tell(f"{len(candidates)} pairs, {len(journal.standing)} judgements; Ctrl-C ends the page, and all is saved")
-        say(page.address)
-        if sys.stdout.isatty() and not no_open:
-            webbrowser.open(page.address)
-        with suppress(KeyboardInterrupt):
+        with Page(desk, title=folder.resolve().name, port=port, tell=another) as page, suppress(KeyboardInterrupt):
+            tell(f"{len(candidates)} pairs, {len(journal.standing)} judgements; Ctrl-C ends the page, and all is saved")
+            say(page.address)
+            if sys.stdout.isatty() and not no_open:
+                webbrowser.open(page.address)
             page.serve()
 
 

@@ -62,12 +62,13 @@ class Client:
     def ask(self, method, path, body=None, **headers):
         """Return status, headers and body; a header that is None is left out."""
         connection = http.client.HTTPConnection(self.place, timeout=30)
-        given = {"Host": self.place, "Cookie": self.cookie, "Content-Type": "application/json", **headers}
+        given = {"Host": self.place, "Cookie": self.cookie, "Content-Type": "application/json"}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
         try:
             connection.putrequest(method, path, skip_host=True)
             for name, value in given.items():
                 if value is not None:
-                    connection.putheader(name.replace("_", "-"), value)
+                    connection.putheader(name, value)
             data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
             connection.putheader("Content-Length", str(len(data)))
             connection.endheaders(data)
@@ -93,12 +94,10 @@ class Client:
 @contextmanager
 def serving(desk, told=None):
     """Serve a desk in a thread; yields the page."""
-    page = server.Page(desk, title="a <title>", port=0, tell=(told if told is not None else []).append)
-    with server.Decoder() as decode:
+    told = [] if told is None else told
+    with server.Page(desk, title="a <title>", port=0, tell=told.append) as page, server.Decoder() as decode:
         app = server.build_app(desk, page._entrance, decode, title="a <title>")
-        running = uvicorn.Server(
-            uvicorn.Config(app, http="h11", ws="none", loop="asyncio", lifespan="off", log_config=None)
-        )
+        running = uvicorn.Server(server.settings(app))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [page._socket]})
         thread.start()
         try:

@@ -167,5 +167,5 @@ def test_a_judgement_of_a_pair_that_is_gone(desk, tmp_path):
     open_desk = desk(2)
     open_desk.judge("A", open_desk.next("A").pair.id, "left")
     write_pairs(tmp_path / "annotation", read_pairs(tmp_path / "annotation")[1:])
-    with pytest.raises(RunError, match="a judgement of the pair .* which is not in the folder"):
+    with pytest.raises(RunError, match=r"a judgement of the pair .* which is not in the folder"):
         desk()

@@ -9,10 +9,9 @@ from pathlib import Path
 import msgspec
 
 from accord.annotation.folder import SETTINGS, Settings, read_all, read_settings, write_pairs, write_settings
-from accord.annotation.pairs import Candidate, least_certain, read_candidates, sample_candidates
+from accord.annotation.pairs import Candidate, read_candidates
 from accord.data.sampling import sample_questions
 from accord.errors import RecipeError, RunError
-from accord.rewards.model import RewardModel
 from accord.types import Question
 
 OVERLAP = 0.1
@@ -81,6 +80,8 @@ def collect(folder: Path, source: Source, *, tell: Callable[[str], None], quiet:
     described = f"{', '.join(source.policies)}: {source.samples} samples of {source.data}, seed {settings.seed}"
     sampled = source.questions is not None and described not in settings.sampled
     if source.questions is not None and sampled:
+        from accord.annotation.sampling import sample_candidates  # loads PyTorch, which a page alone does without
+
         questions = source.questions()
         if source.limit and source.uncertain is None:  # a pool to choose from is sampled whole
             questions = sample_questions(questions, source.limit, seed=settings.seed)
@@ -99,6 +100,9 @@ def collect(folder: Path, source: Source, *, tell: Callable[[str], None], quiet:
     if source.uncertain is None:
         found = [*known, *new[:room]]
     else:
+        from accord.annotation.sampling import least_certain
+        from accord.rewards.model import RewardModel
+
         model = RewardModel.load(source.uncertain)
         judged = {each.pair for each in judgements}
         added = {each.id for each in least_certain(model, new)[:room]} if new else set()

@@ -1,22 +1,17 @@
-"""Where pairs of answers come from, of which nobody has said yet which is better.
+"""Pairs of answers of which nobody has said yet which is better, and how a file gives them.
 
-    a file            {"prompt": …, "answers": ["…", "…"], "image": "…"}, or preference pairs, to be judged anew
-    one policy        two of its samples
-    two policies      a sample of each
+    {"prompt": "…", "answers": ["…", "…"], "image": "images/1.png"}
 
-Two answers that agree once normalised are no pair, and neither is an answer with nothing: people's time is for what
-must be ranked. Of a pool, the pairs on which a reward model is least certain come first: the smallest |R(x, y) −
-R(x, y′)|, where Bradley–Terry's probability is nearest to one half (uncertainty sampling; Lewis and Gale 1994, "A
-sequential algorithm for training text classifiers", https://doi.org/10.1007/978-1-4471-2099-5_1).
+A file of preference pairs is read, too, and its pairs are judged anew. Two answers that agree once normalised are no
+pair, and neither is an answer with nothing: people's time is for what must be ranked.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +20,7 @@ from accord.data.preferences import read_preferences
 from accord.data.questions import image_identity, normalise_answer
 from accord.data.rows import BadRow, Row
 from accord.errors import DataError
-from accord.models.generate import answer
-from accord.models.load import load_model
-from accord.progress import stage_bar
-from accord.rewards.model import RewardModel
-from accord.rewards.train import check_images, pair_margins
-from accord.types import ImageSource, PreferencePair, Prompt, Question, Subject, prompt_of
+from accord.types import ImageSource, PreferencePair, Prompt, Subject
 
 ANSWERS: Final = "answers"
 """The field with two answers of which none is preferred."""
@@ -74,7 +64,7 @@ def read_candidates(path: Path | str) -> list[Candidate]:
     """
     pairs = read_preferences(path, least=1, raw=_two_answers, columns=(*COLUMNS, ANSWERS))
     identify = image_identity()
-    return _distinct([_candidate(pair, identify) for pair in pairs if normalise_answer(pair.rejected)])
+    return distinct([candidate_of(pair, identify) for pair in pairs if normalise_answer(pair.rejected)])
 
 
 def _two_answers(where: str, row: Row) -> RawPair:
@@ -89,84 +79,7 @@ def _two_answers(where: str, row: Row) -> RawPair:
     return RawPair(prompt, *answers)
 
 
-def sample_candidates(
-    questions: Sequence[Question],
-    policies: Sequence[str],
-    *,
-    samples: int,
-    every: bool = False,
-    max_new_tokens: int = 128,
-    seed: int = 0,
-    quiet: bool = True,
-) -> list[Candidate]:
-    """Return pairs of what one policy says to a question, or of what one says and what another says.
-
-    Args:
-        questions: what is asked, `[Q]`; their reference answers are not looked at.
-        policies: one checkpoint or two.
-        samples: of each policy for each question; of one policy at least two.
-        every: all distinct pairs of a question, a pool to choose from, and not only the first.
-        max_new_tokens: length limit of an answer.
-        seed: of the samples.
-        quiet: without a progress bar.
-
-    Raises:
-        DataError: all answers to each question agree.
-        CheckpointError: a policy cannot be loaded.
-    """
-    said: list[list[list[str]]] = []  # [policies][Q][distinct samples]
-    for number, checkpoint in enumerate(policies):
-        model, processor = load_model(checkpoint)
-        with stage_bar(f"samples of {checkpoint}", len(questions), quiet=quiet) as advance:
-            texts = answer(
-                model,
-                processor,
-                questions,
-                max_new_tokens=max_new_tokens,
-                samples=samples,
-                seed=seed + number,  # two policies that are the same say different things
-                batch_size=32,
-                on_batch=lambda n: advance(n),
-            )
-        said.append([_distinct_texts(each) for each in texts])
-    identify = image_identity()
-    found = []
-    for q, question in enumerate(questions):
-        one, other = said[0][q], said[-1][q]
-        couples = itertools.combinations(one, 2) if len(policies) == 1 else itertools.product(one, other)
-        differing = [(a, b) for a, b in couples if normalise_answer(a) != normalise_answer(b)]
-        for a, b in differing if every else differing[:1]:
-            pair = PreferencePair(
-                prompt=prompt_of(question),
-                chosen=a,
-                rejected=b,
-                images=() if question.image is None else (question.image,),
-                question_id=question.id,
-                question_type=question.question_type,
-            )
-            found.append(replace(_candidate(pair, identify), origins=(policies[0], policies[-1])))
-    if not found:
-        raise DataError(
-            f"all of {samples} samples agree for each of {len(questions)} questions, so there is nothing to rank; "
-            "draw more samples, or take another policy"
-        )
-    return _distinct(found)
-
-
-def least_certain(model: RewardModel, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates in the order of |margin|, those first that the model is least certain of.
-
-    Raises:
-        DataError: one has several images.
-    """
-    pairs = [candidate.preferring(first=True) for candidate in candidates]
-    check_images(pairs)
-    margins = pair_margins(model, pairs)
-    order = sorted(range(len(pairs)), key=lambda n: abs(margins[n]))  # stable: equal ones stay as they were
-    return [candidates[n] for n in order]
-
-
-def _candidate(pair: PreferencePair, identify: Callable[[Subject], str]) -> Candidate:
+def candidate_of(pair: PreferencePair, identify: Callable[[Subject], str]) -> Candidate:
     """Return a pair without its preference; its id does not tell which answer was preferred."""
     answers = sorted((pair.chosen, pair.rejected))
     content = json.dumps([list(pair.prompt), [identify(image) for image in pair.images], answers])
@@ -181,14 +94,9 @@ def _candidate(pair: PreferencePair, identify: Callable[[Subject], str]) -> Cand
     )
 
 
-def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
+def distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return each pair of answers once, the first of those that are the same."""
     found: dict[str, Candidate] = {}
     for candidate in candidates:
         found.setdefault(candidate.id, candidate)
     return list(found.values())
-
-
-def _distinct_texts(texts: Sequence[str]) -> list[str]:
-    """Return what differs once normalised, without nothing."""
-    return [text for norm, text in {normalise_answer(text): text for text in texts}.items() if norm]

@@ -300,6 +300,14 @@ class Page:
         self._entrance = Entrance(self.port, lambda token: tell(self.address))
         self._desk, self._title = desk, title
 
+    def __enter__(self) -> Page:
+        """Return the page."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the socket."""
+        self._socket.close()
+
     @property
     def address(self) -> str:
         """What lets one browser in."""
@@ -309,19 +317,23 @@ class Page:
         """Answer browsers until Ctrl-C."""
         with Decoder() as decode:
             app = build_app(self._desk, self._entrance, decode, title=self._title)
-            config = uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=False,  # a line would quote the token
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=5,
-            )
-            uvicorn.Server(config).run(sockets=[self._socket])
+            uvicorn.Server(settings(app)).run(sockets=[self._socket])
+
+
+def settings(app: ASGIApp) -> uvicorn.Config:
+    """Return how uvicorn serves the page: plain HTTP, and no line about any request."""
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        loop="asyncio",
+        lifespan="off",
+        log_config=None,
+        access_log=False,  # a line would quote the token
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def _shown(handed: Handed) -> dict[str, object]:
