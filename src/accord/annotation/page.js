@@ -247,7 +247,7 @@ async function start(name) {
     state.name = data.annotator;
     openTab();
     await show(data);
-    if (!byId("judge").hidden) byId("asked").focus();
+    if (!byId("judge").hidden) byId("judge").focus();
   } catch (error) {
     byId("alert").textContent = error.message;
   } finally {
