@@ -20,7 +20,8 @@ def test_preference_pairs_lose_their_preference(tmp_path, prefer):
     """The same id whichever answer was chosen, and one pair of the two; fewer than a training needs are enough."""
     pairs = [prefer(0, "red", "blue", constructed=True), prefer(0, "blue", "red", images=prefer(0).images)]
     write_preferences(tmp_path / "pairs.jsonl", pairs)
-    (found,) = read_candidates(tmp_path / "pairs.jsonl")
+    with pytest.warns(DataWarning, match="of 2 pairs 0 have an answer with nothing and 1 are there twice; 1 are left"):
+        (found,) = read_candidates(tmp_path / "pairs.jsonl")
     assert found.answers == ("red", "blue") and (found.question_id, found.question_type) == ("q0", "colour")
     assert not found.preferring(first=False).constructed and found.preferring(first=False).chosen == "blue"
 
@@ -41,7 +42,9 @@ def test_what_is_no_pair_of_answers_is_left_out(tmp_path, answers):
 
 
 def test_an_answer_with_nothing_needs_no_judge(tmp_path):
-    assert len(read_candidates(rows(tmp_path, *GOOD, {"prompt": "?", "chosen": "a", "rejected": " "}))) == 9
+    file = rows(tmp_path, *GOOD, {"prompt": "?", "chosen": "a", "rejected": " "})
+    with pytest.warns(DataWarning, match="of 10 pairs 1 have an answer with nothing and 0 are there twice; 9 are left"):
+        assert len(read_candidates(file)) == 9
 
 
 def test_a_file_without_prompts_is_refused(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from accord.data.forms import COLUMNS, PROMPTS, RawPair, raw_pair
 from accord.data.preferences import read_preferences
 from accord.data.questions import image_identity, normalise_answer
 from accord.data.rows import BadRow, Row
-from accord.errors import DataError
+from accord.errors import DataError, DataWarning
 from accord.types import ImageSource, PreferencePair, Prompt, Subject
 
 ANSWERS: Final = "answers"
@@ -60,11 +61,20 @@ def read_candidates(path: Path | str) -> list[Candidate]:
         DataError: as `accord.data.preferences.read_preferences`.
 
     Warns:
-        DataWarning: rows were left out.
+        DataWarning: rows were left out: as there, or an answer has nothing in it, or the same pair came before.
     """
     pairs = read_preferences(path, least=1, raw=_two_answers, columns=(*COLUMNS, ANSWERS))
     identify = image_identity()
-    return distinct([candidate_of(pair, identify) for pair in pairs if normalise_answer(pair.rejected)])
+    found = [candidate_of(pair, identify) for pair in pairs if normalise_answer(pair.rejected)]
+    once = distinct(found)
+    if len(once) < len(pairs):
+        warnings.warn(
+            f"{path}: of {len(pairs)} pairs {len(pairs) - len(found)} have an answer with nothing and "
+            f"{len(found) - len(once)} are there twice; {len(once)} are left",
+            DataWarning,
+            stacklevel=2,
+        )
+    return once
 
 
 def _two_answers(where: str, row: Row) -> RawPair:
