@@ -144,7 +144,8 @@ def test_no_module_is_a_drawer() -> None:
 ORDER = (
     *("version", "errors", "terminal", "types", "progress", "toml", "runs"),
     *("data", "models", "rewards", "federation", "attacks", "routing", "alignment", "evaluation"),
-    *("recipe", "stages", "methods", "recipe_file", "footprint", "plan", "pipeline", "flare", "reward_cli", "cli"),
+    *("annotation", "recipe", "stages", "methods", "recipe_file", "footprint", "plan", "pipeline", "flare"),
+    *("reward_cli", "annotate_cli", "cli"),
 )
 """The parts of the package; each imports only from itself and from those before it."""
 

@@ -20,6 +20,7 @@
     accord pretrain OUT                      make the shipped checkpoints again
     accord judge OUT --recipe RECIPE         train what judges captions in the end
     accord reward train|evaluate|serve       a reward model alone, from a file of preference pairs
+    accord annotate FOLDER                   a page at which people say which of two answers is better
 
 An error that Accord foresees is printed in one line without a traceback and ends with status 2; Ctrl-C ends with
 status 130, and the same command with --resume goes on.
@@ -44,6 +45,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from accord.annotate_cli import annotate_command
 from accord.errors import AccordError, DataError, DataWarning, RunError, printable
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
@@ -68,6 +70,7 @@ app.add_typer(router_app, name="router")
 app.add_typer(server_app, name="server")
 app.add_typer(reward_app, name="reward")
 app.command("provision")(provision_command)
+app.command("annotate")(annotate_command)
 site_app.command("check")(site_check)
 site_app.command("join")(site_join)
 site_app.command("status")(site_status)

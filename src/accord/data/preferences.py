@@ -23,7 +23,7 @@ import datasets  # type: ignore[import-untyped]
 
 from accord.data.cells import FIELDS, ImageCell, ImageField
 from accord.data.conversation import content_blocks, read_completion, read_prompt
-from accord.data.forms import COLUMNS, pair_cells, raw_pair
+from accord.data.forms import COLUMNS, RawPair, pair_cells, raw_pair
 from accord.data.images import image_bytes, image_format
 from accord.data.negatives import NegativeMix, Negatives
 from accord.data.questions import image_identity, normalise_answer
@@ -34,8 +34,15 @@ from accord.runs import write_atomic
 from accord.types import ImageSource, PreferencePair, Question, Subject, prompt_of
 
 __all__ = [
-    *("MIN_PAIRS", "NegativeMix", "build_preferences", "digest_of", "read_preferences", "to_dataset"),
+    "MIN_PAIRS",
+    "NegativeMix",
+    "build_preferences",
+    "digest_of",
+    "pair_row",
+    "read_preferences",
+    "to_dataset",
     "write_preferences",
+    "write_rows",
 ]
 
 MIN_PAIRS = 8
@@ -44,24 +51,38 @@ OPTIONAL = ("question_id", "question_type", "constructed", "person")
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
-def read_preferences(path: Path | str) -> list[PreferencePair]:
+def read_preferences(
+    path: Path | str,
+    *,
+    least: int = MIN_PAIRS,
+    raw: Callable[[str, Row], RawPair] = raw_pair,
+    columns: Sequence[str] = COLUMNS,
+) -> list[PreferencePair]:
     """Read a site's pairs from a `.jsonl` file, Parquet files, or a folder made by `datasets.save_to_disk`.
 
     Images are in `images` (a list) or `image` (one), or as `accord.data.cells` says; in a file, as paths relative to
     the file's folder. Pairs without images have no image block in their prompts. Pairs without a `question_id` get one
     from their images and prompt.
 
+    Args:
+        path: the file or folder.
+        least: fewer pairs are refused.
+        raw: finds prompt, chosen and rejected answer in a row.
+        columns: what `raw` looks at.
+
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a column is missing, one `question_id` stands for two
-            prompts, more than 20 % of the rows are bad, or fewer than `MIN_PAIRS` pairs are left.
+            prompts, more than 20 % of the rows are bad, or fewer than `least` pairs are left.
 
     Warns:
         DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".parquet":
-        dataset = _open_pairs(path)
-        pictures = dataset.select_columns([name for name in (*FIELDS, *COLUMNS) if name in dataset.column_names])
+        dataset = _open_pairs(path, columns)
+        pictures = dataset.select_columns(
+            [name for name in dict.fromkeys((*FIELDS, *columns)) if name in dataset.column_names]
+        )
         field = ImageField(pictures, source=str(path), cells=pair_cells)
         rows: Iterable[tuple[str, Row | None]] = named_rows(dataset, str(path))
         images = ImageCell(None, beside=path if path.is_dir() else path.parent)
@@ -73,7 +94,7 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
     content: dict[str, str] = {}
 
     def parse(where: str, row: Row) -> PreferencePair:
-        pair = _pair(where, row, field, images)
+        pair = _pair(where, row, raw(where, row), field, images)
         digest = digest_of(pair, identify)
         pair = pair if pair.question_id else replace(pair, question_id=digest)
         if content.setdefault(pair.question_id, digest) != digest:
@@ -84,9 +105,9 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
         return pair
 
     pairs = keep_good(rows, parse, source=str(path))
-    if len(pairs) < MIN_PAIRS:
+    if len(pairs) < least:
         raise DataError(
-            f"{path}: the site has {len(pairs)} pairs, and a reward model needs at least {MIN_PAIRS}; "
+            f"{path}: the site has {len(pairs)} pairs, and a reward model needs at least {least}; "
             "collect more preferences, or leave the site out"
         )
     return pairs
@@ -95,23 +116,33 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
 def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None:
     """Write `pairs` to a `.jsonl` file, and each distinct image once to `images/<sha256>.<ext>` beside it.
 
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+        ImageError: an image of a pair cannot be read.
+    """
+    write_rows(path, ((pair_row(pair), pair.images) for pair in pairs))
+
+
+def write_rows(path: Path | str, rows: Iterable[tuple[Row, Sequence[ImageSource]]]) -> None:
+    """Write rows and the images that each is about: the rows to a `.jsonl` file, the images to `images/` beside it.
+
     The images come first and the file last, whole or not at all; after a failure the images it added are removed.
 
     Raises:
         RunError: the disk is full or the folder cannot be written.
-        ImageError: an image of a pair cannot be read.
+        ImageError: an image cannot be read.
     """
     path = Path(path)
     added: list[Path] = []
     stored: dict[ImageSource, str] = {}
     try:
         lines: list[str] = []
-        for pair in pairs:
-            for source in pair.images:
+        for row, sources in rows:
+            for source in sources:
                 if source not in stored:
                     stored[source] = _store(source, path.parent, added)
-            images = {"images": [stored[source] for source in pair.images]} if pair.images else {}
-            lines.append(json.dumps({**_columns(pair), **images}, ensure_ascii=False) + "\n")
+            images = {"images": [stored[source] for source in sources]} if sources else {}
+            lines.append(json.dumps({**row, **images}, ensure_ascii=False) + "\n")
         write_atomic(path, "".join(lines))
     except BaseException:
         for file in added:
@@ -127,7 +158,7 @@ def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column,
     nor one for persons where no pair names one.
     """
-    rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
+    rows = [{**pair_row(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
     text = datasets.Value("string")
     pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     named = {"person": text} if any("person" in row for row in rows) else {}
@@ -207,7 +238,8 @@ def _answers_by_type(questions: Sequence[Question]) -> dict[str, list[str]]:
     return {kind: list(found) for kind, found in answers.items()}
 
 
-def _columns(pair: PreferencePair) -> dict[str, object]:
+def pair_row(pair: PreferencePair) -> dict[str, object]:
+    """Return the row of a pair in TRL's form, without its images."""
     return {
         "prompt": [{"role": message["role"], "content": content_blocks(message["content"])} for message in pair.prompt],
         "chosen": [{"role": "assistant", "content": pair.chosen}],
@@ -234,7 +266,7 @@ def _cell(source: ImageSource) -> dict[str, object]:
     return {"path": str(source), "bytes": None} if isinstance(source, Path) else {"path": None, "bytes": source}
 
 
-def _open_pairs(path: Path) -> datasets.Dataset:
+def _open_pairs(path: Path, columns: Sequence[str]) -> datasets.Dataset:
     if not is_saved(path) and not is_parquet(path):
         files = ", ".join(sorted(file.name for file in path.glob("*.json*"))[:5])
         raise DataError(
@@ -242,11 +274,10 @@ def _open_pairs(path: Path) -> datasets.Dataset:
             f"name a .jsonl file inside it instead{f', one of {files}' if files else ''}"
         )
     dataset = open_dataset(str(path), None)
-    return raw_images(dataset, [*dict.fromkeys((*COLUMNS, *OPTIONAL))])
+    return raw_images(dataset, [*dict.fromkeys((*columns, *OPTIONAL))])
 
 
-def _pair(where: str, row: Row, field: ImageField, images: ImageCell) -> PreferencePair:
-    raw = raw_pair(where, row)
+def _pair(where: str, row: Row, raw: RawPair, field: ImageField, images: ImageCell) -> PreferencePair:
     sources = tuple(images.source(cell) for cell in field(where, row))
     messages = read_prompt(raw.prompt, len(sources))
     right, wrong = read_completion("chosen", raw.chosen), read_completion("rejected", raw.rejected)
