@@ -29,7 +29,7 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from accord.alignment.grpo import placeholders_muted
-from accord.data.images import load_image
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.models.finetune import SYMMETRIES, on_one_device, transform
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, without_adapter
@@ -183,5 +183,5 @@ class _Drawn(Dataset[Row]):
             "prompt": [dict(message) for message in plain_prompt(self.processor, pair.prompt)],
             "chosen": [{"role": "assistant", "content": plain_words(self.processor, pair.chosen)}],
             "rejected": [{"role": "assistant", "content": plain_words(self.processor, pair.rejected)}],
-            "images": [transform(load_image(image), symmetry) for image in pair.images],
+            "images": transform(load_images(pair.images), symmetry),
         }

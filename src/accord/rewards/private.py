@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import DataError, RecipeError, check_least, check_positive
 from accord.rewards.certificate import Unit
 from accord.rewards.model import RewardModel, Standardisation
@@ -123,7 +123,7 @@ def pair_features(
         chunk = groups[start : start + prompts_at_once]
         answers = [list(dict.fromkeys(a for n in g for a in (pairs[n].chosen, pairs[n].rejected))) for g in chunk]
         first = [pairs[group[0]] for group in chunk]
-        states = model.states([pair.prompt for pair in first], [load_if_any(pair.image) for pair in first], answers)
+        states = model.states([pair.prompt for pair in first], [load_images(pair.images) for pair in first], answers)
         for group, given, state in zip(chunk, answers, states, strict=True):
             place = {answer: n for n, answer in enumerate(given)}
             for n in group:

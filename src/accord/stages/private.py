@@ -27,7 +27,6 @@ from accord.rewards.private import Privacy, pair_features, private_head, private
 from accord.rewards.private_adapter import fresh_model, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
 from accord.rewards.spending import certify, fingerprint_of, settle, spend
-from accord.rewards.train import check_images
 from accord.runs import read_record
 from accord.stages.job import Job
 from accord.types import PreferencePair
@@ -50,12 +49,11 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
 
     Raises:
         RecipeError: nothing is left of the budget.
-        DataError: a pair has several images, or does not say whose it is where the unit is a person.
+        DataError: a pair does not say whose it is where the unit is a person.
     """
     site, path, folder = job.site(name), ledger_of(job, name), job.path / "sites" / name
     privacy = site.privacy
     assert privacy is not None
-    check_images(pairs)
     unit = unit_index(pairs, privacy.unit)
     way: Way = "labels" if privacy.unit == "label" else "adapter" if site.lora else "head"
     if way == "adapter":
