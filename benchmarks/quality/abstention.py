@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.evaluation.markdown import markdown_table
 from accord.methods.density import PUBLIC
 from accord.recipe_file import load_recipe
@@ -40,7 +40,7 @@ SITE, NEW = 500, 1200
 def read(job: Job, questions: Sequence[Question], most: int) -> tuple[Tensor, list[Question]]:
     """Return the features `[n, D]` of at most `most` questions, and these."""
     drawn = random.Random(job.recipe.seed).sample(list(questions), min(most, len(questions)))
-    prompts, images = [prompt_of(q) for q in drawn], [load_if_any(q.image) for q in drawn]
+    prompts, images = [prompt_of(q) for q in drawn], [load_images(q.images) for q in drawn]
     return features_of(job.encoder, prompts, images), drawn
 
 

@@ -9,7 +9,7 @@ lie. Only poisoned pairs need their sites trained anew. The attack `absent` is t
 liars gone. What is measured is kept, and the same command goes on where it stopped.
 
     <out>/<recipe>/<attack>-<liars>/<seed>/     a run folder: compare/<method>.json, and cpu.json, seconds a cell
-    <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, mean over seeds ± half its 95 % t-interval, in per cent
+    <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, %, mean over seeds ± half its 95 % t-interval
 
     python benchmarks/quality/liars.py --canaries     how many canaries find a liar, and how often an alarm is false
 """
@@ -69,7 +69,11 @@ def opened(
         RunError: that holds no trained sites.
     """
     text = dump_recipe(recipe)
-    run = Run.resume(folder, text, renewed=renewed) if something_done(folder) else Run.create(folder, text, seed=recipe.seed)
+    run = (
+        Run.resume(folder, text, renewed=renewed)
+        if something_done(folder)
+        else Run.create(folder, text, seed=recipe.seed)
+    )
     with open_job(recipe, run, quiet=True) as job:
         train_sites(job, take_over=lambda name: take_over(job, name))
         if "router" in needed(recipe, methods) and not run.done("router"):

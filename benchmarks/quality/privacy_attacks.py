@@ -33,7 +33,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d, cosine_similarity
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import DataError, check_least, check_positive
 from accord.models.encoder import Encoder
 from accord.models.inputs import Batch, shared_inputs
@@ -81,7 +81,7 @@ def pair_scores(model: RewardModel, pairs: Sequence[PreferencePair], *, pairs_at
         chunk = pairs[start : start + pairs_at_once]
         scores += model.score(
             [pair.prompt for pair in chunk],
-            [load_if_any(pair.image) for pair in chunk],
+            [load_images(pair.images) for pair in chunk],
             [[pair.chosen, pair.rejected] for pair in chunk],
         )
     return torch.stack(scores).double()

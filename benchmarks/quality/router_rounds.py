@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import sample_questions
 from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import markdown_table
@@ -71,7 +71,7 @@ def read(recipe_file: str, seed: int) -> World:
     known = [q for q in job.questions["dev"] if any(share.wants(q) for share in shares)]
     asked = sample_questions(known, 300, seed=0)
     said = answer(*job.policy, asked, max_new_tokens=recipe.alignment.max_completion_length, samples=1, seed=0)
-    states = job.encoder([prompt_of(q) for q in asked], [load_if_any(q.image) for q in asked], said)
+    states = job.encoder([prompt_of(q) for q in asked], [load_images(q.images) for q in asked], said)
     return World(
         [router_training(job, site.name).features for site in recipe.sites],
         states,

@@ -158,8 +158,8 @@ def trips(options: argparse.Namespace) -> None:
                 seconds = {"flare": [], "here": []}
                 for repetition in range(options.repetitions):
                     data = os.urandom(size)
-                    item = ScoreItem(image_name(data), [], ["yes", "no"])
-                    requests = {name: ScoreRequest(f"s{repetition}", {item.image: data}, [item]) for name in names}
+                    item = ScoreItem([image_name(data)], [], ["yes", "no"])
+                    requests = {name: ScoreRequest(f"s{repetition}", {item.images[0]: data}, [item]) for name in names}
                     for way, asked in (("here", here), ("flare", engine)):
                         if way == "flare":  # the bytes all at once, not names first: what is timed is the size
                             engine._outbox._sent.clear()
@@ -217,8 +217,8 @@ def count_bytes(options: argparse.Namespace) -> None:
                 counted["candidates"] += len(item.candidates)
                 for candidate in item.candidates:
                     alone = msgspec.structs.replace(item, candidates=[candidate])
-                    image = request.images[item.image]
-                    one = ScoreRequest("0", {item.image: image}, [alone])
+                    image = request.images[item.images[0]]
+                    one = ScoreRequest("0", {item.images[0]: image}, [alone])
                     counted["naive"] += len(encode(one)) + len(encode(ScoreReply("0", [[0.5]])))
                     counted["images"] += len(image)
         return asked(requests, deadline=deadline)

@@ -53,7 +53,7 @@ def federation(attack, liars):
 
 def canaries(square, count=200, **settings):
     pool = [
-        Canary(vqa_prompt("what?"), square("red", (4 + n // 40, 4 + n % 40)), TEXTS[-1], TEXTS[:-1], "colour")
+        Canary(vqa_prompt("what?"), (square("red", (4 + n // 40, 4 + n % 40)),), TEXTS[-1], TEXTS[:-1], "colour")
         for n in range(count)
     ]
     return Canaries(pool, SITES, CanaryConfig(**settings), key=0)

@@ -20,7 +20,7 @@ from accord.alignment.grpo import (
     prompt_dataset,
 )
 from accord.data.images import load_image
-from accord.errors import DataWarning, RecipeError
+from accord.errors import DataError, DataWarning, RecipeError
 from accord.models.load import LoraSettings, load_model, placeholder_tokens, save_model
 
 QUICK = AlignmentConfig(
@@ -100,6 +100,31 @@ def test_a_prompt_is_in_the_form_of_trl(questions):
     assert row["prompt"] == [{"role": "user", "content": "what colour is it?"}]
     assert (row["question_id"], row["question_type"], row["answer"]) == ("q0", "colour", "red")
     assert row["image"].mode == "RGB" and row["image"].tobytes() == load_image(questions[0].image).tobytes()
+
+
+def test_a_prompt_about_several_images_has_their_places(questions, square, llava):
+    """With one such question all have the column `images`; an image that cannot be read is a row's error, if asked."""
+    several = replace(questions[0], text="is <image> </s> like <image>?", further=(square("blue"),))
+    rows = {row["question_id"]: row for row in prompt_dataset([several, questions[1]], 2, random.Random(0))}
+    words, image = {"type": "text", "text": "like"}, {"type": "image"}
+    (turn,) = rows["q0"]["prompt"]
+    assert turn["content"] == [
+        {**words, "text": "is"},
+        image,
+        {**words, "text": "</s> like"},
+        image,
+        {**words, "text": "?"},
+    ]
+    assert rows["q1"]["prompt"][0]["content"] == [image, {**words, "text": questions[1].text}]
+    assert [picture.getpixel((0, 0)) for picture in rows["q0"]["images"]] == [(255, 0, 0), (0, 0, 255)]
+    assert len(rows["q1"]["images"]) == 1 and "image" not in rows["q1"]
+    (plain,) = prompt_dataset([several], 1, random.Random(0), processor=load_model(llava)[1])
+    assert plain["prompt"][0]["content"][2]["text"] == "< /s> like"
+    torn = replace(several, further=(b"no picture",))
+    (row,) = prompt_dataset([torn], 1, random.Random(0), keep_errors=True)
+    assert isinstance(row["images"], DataError)
+    with pytest.raises(DataError, match="not a readable"):
+        prompt_dataset([torn], 1, random.Random(0))[0]
 
 
 def test_the_policy_sees_the_pixels_that_the_sites_see(questions):

@@ -137,7 +137,10 @@ def test_an_image_travels_once_per_message():
     for request in engine.asked[0].values():
         ((name, data),) = request.images.items()
         assert name == image_name(data) and load_image(data).tobytes() == RED.tobytes()
-        assert [(item.image, item.candidates) for item in request.items] == [(name, ["a", "b"]), (name, ["c", "a"])]
+        assert [(item.images, item.candidates) for item in request.items] == [
+            ([name], ["a", "b"]),
+            ([name], ["c", "a"]),
+        ]
 
 
 def test_the_prompt_arrives_without_the_picture():
@@ -153,7 +156,7 @@ def test_groups_are_split_by_image_even_if_the_text_is_the_same():
     images = [RED, RED, BLUE, BLUE]
     assert ask(FederatedReward(engine, route), ["a", "b", "a", "b"], images) == [1.0, -2.0, 1.0, -2.0]
     items = engine.asked[0]["here"].items
-    assert [load_image(engine.asked[0]["here"].images[i.image]).getpixel((0, 0)) for i in items] == [
+    assert [load_image(engine.asked[0]["here"].images[i.images[0]]).getpixel((0, 0)) for i in items] == [
         (255, 0, 0),
         (0, 0, 255),
     ]
@@ -220,7 +223,7 @@ def test_rows_without_images_are_groups_by_their_words():
     engine = spy()
     assert FederatedReward(engine, route)(prompts, ["a", "c", "a"]) == [1.0, 3.0, 1.0]
     asked = engine.asked[0]["here"]
-    assert asked.images == {} and [item.image for item in asked.items] == [None, None]
+    assert asked.images == {} and [item.images for item in asked.items] == [[], []]
     assert [item.candidates for item in asked.items] == [["a", "c"], ["a"]]
 
 
@@ -811,10 +814,10 @@ def by_single_reads(reward, groups, weights):
         for group in groups:
             rows = [start + i for i in range(len(group.candidates)) if weights[start + i, k] > 0]
             if rows:
-                name = image_name(group.data)
-                images[name] = group.data
+                name = image_name(group.data[0])
+                images[name] = group.data[0]
                 turns, texts = to_turns(group.prompt), [group.candidates[row - start] for row in rows]
-                items.append(ScoreItem(name, turns, texts))
+                items.append(ScoreItem([name], turns, texts))
                 places.setdefault(site, []).append(rows)
             start += len(group.candidates)
         if items:
@@ -830,7 +833,7 @@ def test_requests_are_those_of_single_reads(sites, share):
     engine = InProcessEngine({f"site-{k}": judge(HERE) for k in range(sites)})
     reward = FederatedReward(engine, route)
     groups = [
-        Group(vqa_prompt(f"{n}?"), None, bytes([n % 3]), tuple(f"{n}-{i}" for i in range(1 + n % 4)), (0,))
+        Group(vqa_prompt(f"{n}?"), (), (bytes([n % 3]),), tuple(f"{n}-{i}" for i in range(1 + n % 4)), (0,))
         for n in range(12)
     ]
     weights = torch.rand(sum(len(g.candidates) for g in groups), sites, generator=generator)

@@ -23,7 +23,7 @@ from accord.alignment.reward import FederatedReward
 from accord.alignment.trainer import SharedPrefixTrainer
 from accord.errors import DataWarning, RunError, warn_once
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import ScoreReply
+from accord.federation.messages import ImageBlock, ScoreReply
 from accord.models import prefix
 from accord.models.encoder import Encoder
 from accord.models.load import LoraSettings, load_model, lora_config, tokenizer_of
@@ -145,6 +145,48 @@ def test_a_prompt_that_is_drawn_twice_has_two_groups(llava, make, ask):
     parts = trainer._buffered_inputs
     assert sorted(part["group_of"].tolist() for part in parts) == [[g] * G for g in range(4)]
     assert sorted(set(part["prompt_of"].tolist()).pop() for part in parts) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("skips", [False, True], ids=["dense", "skips"])
+def test_prompts_about_one_and_about_several_images(vlm, make, ask, square, monkeypatch, skips):
+    """Two images between the words, three before them, one; two prompts differ in the order of their images alone."""
+    monkeypatch.setattr(prefix, "_worth_skipping", lambda *_: skips)
+    red, blue = square("red"), square("blue", (48, 24))
+    between = dataclasses.replace(ask(0, "red", text="is <image> like <image>?"), further=(blue,))
+    asked = [
+        between,
+        dataclasses.replace(between, id="q1", image=blue, further=(red,)),
+        dataclasses.replace(ask(2, "blue", text="alike?"), further=(red, blue)),
+        ask(3, "green"),
+    ]
+    data = prompt_dataset(asked, 4, random.Random(0), processor=vlm[1])
+    trainer = make(*vlm, data=data, prompts_per_step=4)
+    (loss, gradient), (full_loss, full_gradient), batch = compare(trainer)
+    assert sorted(trainer._prompts["train"].counts) == [1, 2, 2, 3] and batch["prompt_of"].unique().numel() == 4
+    assert loss == approx(full_loss, abs=1e-5) and gradient.norm() > 1e-3
+    torch.testing.assert_close(gradient, full_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_several_images_reach_the_sites_as_they_are_stored(llava, make, ask, square):
+    """Their bytes in order, and their places between the words."""
+    red, blue = square("red"), square("blue", (48, 24))
+    asked = [dataclasses.replace(ask(n, text=f"is {n} <image> like <image>?"), further=(blue,)) for n in range(3)]
+    seen = []
+
+    def site(request):
+        seen.extend((request, item) for item in request.items)
+        return ScoreReply(request.id, [[float(len(text)) for text in item.candidates] for item in request.items])
+
+    reward = FederatedReward(
+        InProcessEngine({"here": site}),
+        lambda prompts, images, completions: torch.ones(sum(map(len, completions)), 1),
+        sources={q.id: q.images for q in asked},
+    )
+    rollouts(make(*load_model(llava), reward=reward, data=prompt_dataset(asked, 3, random.Random(0))))
+    assert len(seen) == 3
+    for request, item in seen:
+        assert [request.images[name] for name in item.images] == [red, blue]
+        assert [isinstance(block, ImageBlock) for block in item.prompt[0].content] == [False, True, False, True, False]
 
 
 @pytest.mark.parametrize("skips", [False, True], ids=["dense", "skips"])
@@ -292,7 +334,7 @@ class Routed:
 
     def __call__(self, prompts, completions, **columns):
         groups = self.reward.group(prompts, completions, columns)
-        given = [g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups]
+        given = [g.prompt for g in groups], [g.images for g in groups], [g.candidates for g in groups]
         encoder, computed = self.router.encoder, []
         real = encoder._compute
         encoder._compute = lambda *asked: computed.append(sum(map(len, asked[2]))) or real(*asked)
@@ -305,8 +347,8 @@ class Routed:
         return letters(prompts, completions)
 
 
-@pytest.mark.parametrize("seeing", [True, False], ids=["images", "text"])
-def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing, tmp_path, ask, monkeypatch):
+@pytest.mark.parametrize("seeing", [1, 0, 2], ids=["images", "text", "several images"])
+def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing, tmp_path, ask, square, monkeypatch):
     """Two of three distinct answers end properly, one is cut off; none is read again, and the weights are the same."""
     checkpoint = llava if seeing else texts_only
     reward, tokenizer = Routed(checkpoint), tokenizer_of(load_model(checkpoint)[1])
@@ -320,6 +362,8 @@ def test_the_router_reads_what_the_reference_has_read(llava, texts_only, seeing,
     if not seeing:
         texts = ("is it red?", "is it blue?", "how many squares?")
         questions = [dataclasses.replace(q, image=None, text=t) for q, t in zip(questions, texts, strict=True)]
+    if seeing == 2:
+        questions = [dataclasses.replace(q, further=(square("black"),)) for q in questions]
     encoder = reward.router.encoder
     align(*load_model(checkpoint), questions, reward, SETTINGS, seed=0, out=tmp_path / "out", encoder=encoder)
     assert len(reward.apart) == 2

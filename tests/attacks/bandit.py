@@ -83,7 +83,7 @@ def align(
         scores = scores if unclipped else scores.clamp(RANGE.low, RANGE.high)
         texts = [("high" if y[0] > 0.5 else "low") + f" {y[0]:.9f}" for y in answers]
         names = [text if attack is None or attack.kind == "collude" else text.split()[0] for text in texts]
-        item = ScoreItem(None, [Turn("user", words + texts[0])], names)
+        item = ScoreItem([], [Turn("user", words + texts[0])], names)
         labelled.here = words == "canary "
         for k, lie in enumerate(lies):
             scores[:, k] = torch.tensor(lie(ScoreRequest("r", {}, [item]), [scores[:, k].tolist()])[0])

@@ -17,7 +17,7 @@ RANGE = ScoreRange(0.0, 2.0)
 
 
 def item(*candidates, words="what colour?"):
-    return ScoreItem(None, [Turn("user", words)], list(candidates))
+    return ScoreItem([], [Turn("user", words)], list(candidates))
 
 
 def told(attack, scores=(0.5, 2.0), candidates=("circle", "red"), words="what colour?", limits=RANGE, **settings):

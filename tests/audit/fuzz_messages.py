@@ -45,9 +45,9 @@ with atheris.instrument_imports(include=["accord.federation.messages"]) if ather
     )
 
 TURNS = [Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
-ITEM = ScoreItem(image_name(b"png"), TURNS, ["left", ""])
+ITEM = ScoreItem([image_name(b"png")], TURNS, ["left", ""])
 SCORE = ScoreRequest("s", {image_name(b"png"): b"png"}, [ITEM, ITEM])
-ANSWER = AnswerRequest("a", {}, 2 * [AnswerItem(None, TURNS)])
+ANSWER = AnswerRequest("a", {}, 2 * [AnswerItem([], TURNS)])
 SEEDS = [
     encode(message)
     for message in (

@@ -55,7 +55,7 @@ def soak(groups):
     engine = InProcessEngine({"a": honest, "b": honest, "c": honest, "d": breaks, "e": lies})
     peak = 0
     for group in range(groups):
-        item = ScoreItem(None, [Turn("user", f"question {group}")], [f"{n}" * 50 for n in range(8)])
+        item = ScoreItem([], [Turn("user", f"question {group}")], [f"{n}" * 50 for n in range(8)])
         replies = engine.ask(dict.fromkeys("abcde", ScoreRequest(f"s{group}", {}, [item])))
         for reply in replies.values():
             told["absent" if isinstance(reply, Absence) else "honest"] += 1

@@ -84,9 +84,14 @@ BAD_CELLS = {
     "drive": ({"image": "C:\\1.png"}, "leaves the data's folder"),
     "no path": ({"image": None}, "the image is empty or no path, got None"),
     "not text": ({"image": 3}, r"no path, got 3"),
-    "several images": (
-        {"image": ["images/1.png", "images/2.png"]},
-        "the row has 2 images, and a question is about one; keep one",
+    "one of several images": ({"image": ["images/1.png", "images/corrupt.png"]}, r"corrupt\.png: not a readable"),
+    "several images in the place of one": (
+        {"image": ["images/1.png", ["images/1.png", "images/2.png"]]},
+        "the row has 2 images, and there is place for one; keep one",
+    ),
+    "more places than images": (
+        {"image": ["images/1.png", "images/2.png"], "question": "<image> or <image> or <image>?"},
+        "the question has 3 places '<image>' for its 2 images; leave as many, or fewer",
     ),
     "empty question": ({"question": "  "}, "the question is empty"),
     "empty answer": ({"answer": ""}, "the answer is empty"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from accord.data.images import image_id
 from accord.data.sites import SiteShare, check_disjoint, share_out
 from accord.errors import DataError, RecipeError
-from accord.types import Question
+from accord.types import Question, subjects_of
 
 
 def images_of(questions):
@@ -106,6 +106,6 @@ def test_a_question_without_an_image_is_its_own_words():
     sites = share_out(questions, [SiteShare("x"), SiteShare("y")], seed=0)
     texts = {name: {q.text for q in held} for name, held in sites.items()}
     assert not texts["x"] & texts["y"] and len(texts["x"] | texts["y"]) == 20
-    check_disjoint({name: [q.subject for q in held] for name, held in sites.items()})
+    check_disjoint({name: subjects_of(held) for name, held in sites.items()})
     with pytest.raises(DataError, match=r"a and b share 1 questions, 'what is 3\?' among them"):
-        check_disjoint({"a": ["what is 3?"], "b": [questions[3].subject]})
+        check_disjoint({"a": ["what is 3?"], "b": list(questions[3].subjects)})

@@ -20,20 +20,20 @@ from accord.models.generate import answer
 from accord.models.load import load_model
 from accord.types import prompt_of, vqa_prompt
 
-KEYS = [question_key(None, [{"role": "user", "content": str(n)}]) for n in range(3)]
+KEYS = [question_key([], [{"role": "user", "content": str(n)}]) for n in range(3)]
 
 
 def test_a_question_is_known_by_its_image_and_its_words():
     """SHA-256 of the JSON of both; the form of the prompt, on the wire or in a trainer, does not matter."""
     user = [{"role": "user", "content": "where?"}]
-    assert question_key("ab", user) == hashlib.sha256(b'["ab", [["user", "where?"]]]').hexdigest()
-    assert question_key(None, user) == hashlib.sha256(b'[null, [["user", "where?"]]]').hexdigest()
+    assert question_key(["ab"], user) == hashlib.sha256(b'["ab", [["user", "where?"]]]').hexdigest()
+    assert question_key([], user) == hashlib.sha256(b'[null, [["user", "where?"]]]').hexdigest()
     picture = {"type": "image", "image": Image.new("RGB", (1, 1))}
     pictured = [{"role": "user", "content": [picture, {"type": "text", "text": "where?"}]}]
-    keys = {question_key("ab", prompt) for prompt in (user, vqa_prompt("where?"), pictured)}
-    assert keys == {key_of(AnswerItem("ab", to_turns(pictured)))}
+    keys = {question_key(["ab"], prompt) for prompt in (user, vqa_prompt("where?"), pictured)}
+    assert keys == {key_of(AnswerItem(["ab"], to_turns(pictured)))}
     others = [[{"role": "user", "content": "here?"}], [{"role": "system", "content": "where?"}], [*user, *user]]
-    assert len({question_key(image, prompt) for image in (None, "ab", "None") for prompt in (user, *others)}) == 12
+    assert len({question_key(images, prompt) for images in ([], ["ab"], ["None"]) for prompt in (user, *others)}) == 12
 
 
 def test_exact_match_is_that_of_the_evaluation():
@@ -61,11 +61,11 @@ def test_the_answers_are_the_greedy_ones(answerer, loads, llava, ask, square):
     """Those of the evaluation, two at once; the model is loaded at the first question, and no earlier."""
     questions = [ask(n, colour) for n, colour in enumerate(("red", "blue", "green"))]
     images = {image_name(q.image): q.image for q in questions}
-    items = [AnswerItem(name, to_turns(vqa_prompt("what colour is it?"))) for name in images]
+    items = [AnswerItem([name], to_turns(vqa_prompt("what colour is it?"))) for name in images]
     assert answerer([], {}) == [] and loads == []
     expected = [said for (said,) in answer(*load_model(llava), questions, max_new_tokens=4, batch_size=2)]
     assert answerer(items, images) == expected
-    scored = [ScoreItem(item.image, item.prompt, ["red"]) for item in items]
+    scored = [ScoreItem(item.images, item.prompt, ["red"]) for item in items]
     assert answerer(scored, {}) == expected  # remembered, and so the images are not looked at
     assert loads == [llava]
 
@@ -73,11 +73,11 @@ def test_the_answers_are_the_greedy_ones(answerer, loads, llava, ask, square):
 def test_a_text_only_model_answers_questions_without_images(texts_only, ask, square, caplog):
     """Those of the evaluation; asked about an image it answers nothing."""
     questions = [replace(ask(n, text=f"{n} plus 2?"), image=None) for n in range(3)]
-    items = [AnswerItem(None, to_turns(prompt_of(q))) for q in questions]
+    items = [AnswerItem([], to_turns(prompt_of(q))) for q in questions]
     answerer = Answerer(lambda: load_model(texts_only), max_new_tokens=4)
     assert answerer(items, {}) == [said for (said,) in answer(*load_model(texts_only), questions, max_new_tokens=4)]
     red = square("red")
-    pictured = AnswerItem(image_name(red), to_turns(vqa_prompt("what?")))
+    pictured = AnswerItem([image_name(red)], to_turns(vqa_prompt("what?")))
     assert answerer([pictured], {image_name(red): red}) == [Declined.ERROR]
     assert "a text-only model was asked about an image" in caplog.text
 
@@ -91,7 +91,7 @@ class Counting(Answerer):
 
 
 def words(*texts):
-    return [AnswerItem(None, to_turns([{"role": "user", "content": text}])) for text in texts]
+    return [AnswerItem([], to_turns([{"role": "user", "content": text}])) for text in texts]
 
 
 def test_a_question_is_answered_once_while_it_is_remembered():
@@ -104,13 +104,13 @@ def test_a_question_is_answered_once_while_it_is_remembered():
     assert len(counting._known) == 3
 
 
-def test_questions_with_and_without_images_are_answered_apart(square):
+def test_questions_with_and_without_images_are_answered_together(square):
     red = square("red")
     counting = Counting(None, max_new_tokens=4)
     seen, told = words("seen")[0], words("told")[0]
-    mixed = [told, AnswerItem(image_name(red), seen.prompt), told]
+    mixed = [told, AnswerItem([image_name(red)], seen.prompt), told]
     assert counting(mixed, {image_name(red): red}) == ["told", "seen", "told"]
-    assert counting.asked == ["seen", "told"]
+    assert counting.asked == ["told", "seen"]
 
 
 def test_a_long_answer_is_cut(llava, monkeypatch):
@@ -122,7 +122,7 @@ def test_a_long_answer_is_cut(llava, monkeypatch):
 def test_an_image_that_cannot_be_read(answerer, square):
     """Its question is refused, each time anew; the others are answered."""
     turns = to_turns(vqa_prompt("what?"))
-    items = [AnswerItem("bad", turns), AnswerItem("good", turns), AnswerItem("bad", turns)]
+    items = [AnswerItem(["bad"], turns), AnswerItem(["good"], turns), AnswerItem(["bad"], turns)]
     said = answerer(items, {"bad": b"GIF89a", "good": square("red")})
     assert said[0] is said[2] is Declined.IMAGE and said[1] == answerer(items[1:2], {})[0]
     assert list(answerer._known) == [key_of(items[1])]

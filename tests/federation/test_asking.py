@@ -71,7 +71,7 @@ def test_a_score_that_is_not_finite_is_an_absence_there():
     scores = {"a": [[1.0], [2.0]], "b": [[1.0], [math.nan]], "c": [[1.0]]}
     engine = InProcessEngine({site: lambda r, s=site: ScoreReply(r.id, scores[s]) for site in scores})
     image = image_name(b"png")
-    items = [ScoreItem(image, [], ["red"]), ScoreItem(image, [], ["blue"])]
+    items = [ScoreItem([image], [], ["red"]), ScoreItem([image], [], ["blue"])]
     with pytest.warns(DataWarning) as told:
         found = ask_scores(
             engine, {site: ScoreRequest(f"s-{site}", {image: b"png"}, items) for site in scores}, consequence="so be it"
@@ -110,7 +110,7 @@ def test_questions_that_a_site_refuses_are_absences_there_and_are_counted():
     """Of three questions a site answers one; the warning says how many it refused, and for what."""
     refused = {0: Declined.IMAGE, 2: Declined.BUDGET}
     engine = InProcessEngine({"a": lambda r: ScoreReply(r.id, [[], [2.0], []], refused)})
-    items = [ScoreItem(None, [], ["red"])] * 3
+    items = [ScoreItem([], [], ["red"])] * 3
     with pytest.warns(DataWarning) as told:
         found = ask_scores(engine, {"a": ScoreRequest("s", {}, items)}, consequence="so be it")
     assert found == {"a": [None, [2.0], None]}
@@ -123,7 +123,7 @@ def test_questions_that_a_site_refuses_are_absences_there_and_are_counted():
 
 def test_answers_that_a_site_refuses_are_none():
     engine = InProcessEngine({"a": lambda r: AnswerReply(r.id, ["left", ""], {1: Declined.LIMIT})})
-    asked = {"a": AnswerRequest("q", {}, [AnswerItem(None, [])] * 2)}
+    asked = {"a": AnswerRequest("q", {}, [AnswerItem([], [])] * 2)}
     with pytest.warns(DataWarning, match=r"refused 1 of 2 questions \(1 for its limit\); so be it"):
         found = ask_checked(engine, asked, check_answers, what="answers", consequence="so be it")
     assert found == {"a": ["left", None]}

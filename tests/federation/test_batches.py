@@ -69,7 +69,7 @@ def pictures(side, count):
 
 def asked(images):
     turns = to_turns(vqa_prompt("what colour is it?"))
-    items = [ScoreItem(image_name(data), turns, ["red"]) for data in images]
+    items = [ScoreItem([image_name(data)], turns, ["red"]) for data in images]
     return ScoreRequest("s", {image_name(data): data for data in images}, items)
 
 
@@ -101,7 +101,10 @@ def open_named(data):
 
 def run(names, *, sizes=None, rows=512, opening=None, texts=None, fails=()):
     """Return the results, and the batches' places as `compute` was asked; a result is the place and the width."""
-    items = [AnswerItem(name, [Turn("user", f"{n:03}" + (texts[n] if texts else ""))]) for n, name in enumerate(names)]
+    items = [
+        AnswerItem([name] if name else [], [Turn("user", f"{n:03}" + (texts[n] if texts else ""))])
+        for n, name in enumerate(names)
+    ]
     taken = []
 
     def compute(batch, images):
@@ -109,7 +112,7 @@ def run(names, *, sizes=None, rows=512, opening=None, texts=None, fails=()):
         taken.append(places)
         if set(places) & set(fails):
             raise ValueError("no")
-        return [(n, image and image.width) for n, image in zip(places, images, strict=True)]
+        return [(n, own[0].width if own else None) for n, own in zip(places, images, strict=True)]
 
     images = {name: name.encode() for name in names if name is not None}
     opening = opening or Opening(open_named)

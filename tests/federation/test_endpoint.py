@@ -24,7 +24,7 @@ RED, BLUE = b"red picture", b"blue picture!"
 
 
 def ask(*images, sent=None, name="s"):
-    items = [ScoreItem(image_name(image), [], ["x"]) for image in images]
+    items = [ScoreItem([image_name(image)], [], ["x"]) for image in images]
     return ScoreRequest(name, {image_name(image): image for image in (images if sent is None else sent)}, items)
 
 
@@ -36,7 +36,7 @@ class Judge:
 
     def __call__(self, request):
         self.seen.append(request)
-        return ScoreReply(request.id, [[float(len(request.images[item.image]))] for item in request.items])
+        return ScoreReply(request.id, [[float(len(request.images[item.images[0]]))] for item in request.items])
 
 
 def test_an_image_that_was_kept_need_not_come_again():
@@ -49,7 +49,7 @@ def test_an_image_that_was_kept_need_not_come_again():
 
 def question(*images, name="a"):
     """A question about each image, and one about none."""
-    items = [AnswerItem(image if image is None else image_name(image), []) for image in (*images, None)]
+    items = [*(AnswerItem([image_name(image)], []) for image in images), AnswerItem([], [])]
     return AnswerRequest(name, {image_name(image): image for image in images}, items)
 
 
@@ -106,7 +106,7 @@ def test_an_image_that_is_not_there_is_asked_for():
 def test_an_image_under_a_wrong_name_is_neither_used_nor_kept(caplog):
     judge = Judge()
     endpoint = Endpoint("colour", judge)
-    wrong = ScoreRequest("s", {image_name(RED): BLUE}, [ScoreItem(image_name(RED), [], ["x"])])
+    wrong = ScoreRequest("s", {image_name(RED): BLUE}, [ScoreItem([image_name(RED)], [], ["x"])])
     assert decode_reply(endpoint(encode(wrong))) == Refusal("s", "invalid")
     assert judge.seen == [] and len(endpoint.cache) == 0
 

@@ -43,7 +43,7 @@ REQUESTS = [
     ScoreRequest("s", {image_name(b"png"): b"png"}, []),
     UpdateRequest("r", "router", 0, b"w" * 100, 1),
     CardRequest("c"),
-    AnswerRequest("a", {image_name(b"png"): b"png"}, [AnswerItem(None, [])]),
+    AnswerRequest("a", {image_name(b"png"): b"png"}, [AnswerItem([], [])]),
 ]
 
 

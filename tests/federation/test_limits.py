@@ -11,19 +11,24 @@ SHORT = [Turn("user", "where?")]
 
 
 def request(*candidates, images=None):
-    """A request of a question for each number of candidates."""
-    images = images or [None] * len(candidates)
-    return ScoreRequest("s", {}, [ScoreItem(i, SHORT, ["x"] * n) for i, n in zip(images, candidates, strict=True)])
+    """A request of a question for each number of candidates, about images such as "a" or "ab", which are two."""
+    images = images or [""] * len(candidates)
+    return ScoreRequest(
+        "s", {}, [ScoreItem(list(own), SHORT, ["x"] * n) for own, n in zip(images, candidates, strict=True)]
+    )
 
 
 def test_what_is_over_a_limit_is_refused_alone():
     """Three questions; two candidates; ten characters with the longest candidate, of which `where?` has six."""
     limits = Limits(items=3, candidates=2, characters=10)
     assert limits.declined(request(2, 3, 1, 1)) == {1: Declined.LIMIT, 3: Declined.LIMIT}
-    texts = [ScoreItem(None, SHORT, ["x", "y" * n]) for n in (4, 5)]
-    blocks = AnswerItem(None, [Turn("system", "12345"), Turn("user", [TextBlock("67890"), TextBlock("1")])])
+    texts = [ScoreItem([], SHORT, ["x", "y" * n]) for n in (4, 5)]
+    blocks = AnswerItem([], [Turn("system", "12345"), Turn("user", [TextBlock("67890"), TextBlock("1")])])
     assert limits.declined(ScoreRequest("s", {}, texts)) == {1: Declined.LIMIT}
-    assert limits.declined(AnswerRequest("a", {}, [blocks, AnswerItem(None, SHORT)])) == {0: Declined.LIMIT}
+    assert limits.declined(AnswerRequest("a", {}, [blocks, AnswerItem([], SHORT)])) == {0: Declined.LIMIT}
+    assert Limits(images=2).declined(request(1, 1, 1, images=["ab", "abc", "aaa"])) == dict.fromkeys(
+        [1, 2], Declined.LIMIT
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +49,7 @@ def test_limits_that_are_none(kind, table, message):
 def test_budgets_by_day_run_and_image():
     """Ten a day, 14 a run, 6 an image. Questions of 4, 4, 4 about one image, and 2 about none."""
     spent = Spent(Budget(per_day=10, per_run=14, per_image=6))
-    asked = request(4, 4, 2, 4, 2, images=["i", "i", "i", None, None])
+    asked = request(4, 4, 2, 4, 2, images=["i", "i", "i", "", ""])
     # 4 of i; 4 more of it are over 6, 2 more are not; 4 without an image fill the day.
     assert spent.declined(asked, "2026-01-01", {}) == {1: Declined.BUDGET, 4: Declined.BUDGET}
     assert spent.declined(asked, "2026-01-01", {0: Declined.LIMIT}) == {4: Declined.BUDGET}
@@ -56,8 +61,19 @@ def test_budgets_by_day_run_and_image():
     assert (spent.run, spent.today, spent.day) == (14, 4, "2026-01-02")
 
 
+def test_a_question_about_several_images_is_a_query_about_each():
+    """Three an image: after two about a and b, two about b and c are too many for b, and one of c is left to take."""
+    spent = Spent(Budget(per_image=3))
+    assert spent.declined(request(2, 2, 1, images=["ab", "bc", "ca"]), "2026-01-01", {}) == {1: Declined.BUDGET}
+    spent.add("2026-01-01", 2, {"a": 2, "b": 2})
+    assert spent.declined(request(2, 3, images=["ca", "c"]), "2026-01-01", {}) == {0: Declined.BUDGET}
+    assert spent.declined(request(3, images=["aa"]), "2026-01-01", {}) == {0: Declined.BUDGET}
+
+
 @given(
-    st.lists(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["a", "b", None])), max_size=6), max_size=12),
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["a", "b", "", "ab", "aa"])), max_size=6), max_size=12
+    ),
     st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(0, 5)),
 )
 def test_no_budget_is_ever_passed_and_none_is_refused_that_fits(asked, most):
@@ -68,7 +84,7 @@ def test_no_budget_is_ever_passed_and_none_is_refused_that_fits(asked, most):
         made = request(*[count for count, _ in questions], images=[image for _, image in questions])
         declined = spent.declined(made, day, {})
         taken = [item for n, item in enumerate(made.items) if n not in declined]
-        by_image = {i: sum(queries(item) for item in taken if item.image == i) for i in ("a", "b")}
+        by_image = {i: sum(queries(item) for item in taken if i in item.images) for i in ("a", "b")}
         spent.add(day, sum(map(queries, taken)), by_image)
         totals = (spent.today, spent.run, max(spent.by_image.values()))
         assert all(not limit or total <= limit for limit, total in zip(most, totals, strict=True))

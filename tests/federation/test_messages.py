@@ -45,11 +45,11 @@ from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.types import vqa_prompt
 
 TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
-ITEM = ScoreItem(image_name(b"png"), TURNS, ["left", ""])
+ITEM = ScoreItem([image_name(b"png")], TURNS, ["left", ""])
 REQUEST = ScoreRequest("s1", {image_name(b"png"): b"png"}, [ITEM, ITEM])
-JUDGED = ScoreRequest("s2", {}, [ScoreItem(None, [Turn("user", "2 + 2?")], ["4"])], judge="answer", truth=True)
+JUDGED = ScoreRequest("s2", {}, [ScoreItem([], [Turn("user", "2 + 2?")], ["4"])], judge="answer", truth=True)
 ANSWER = AnswerRequest(
-    "a1", {image_name(b"png"): b"png"}, [AnswerItem(image_name(b"png"), TURNS), AnswerItem(None, TURNS[:1])]
+    "a1", {image_name(b"png"): b"png"}, [AnswerItem([image_name(b"png")], TURNS), AnswerItem([], TURNS[:1])]
 )
 ROUTER = UpdateRequest("r1", "router", 2, b"weights", 7)
 NARROW = UpdateRequest("u1", "preference", 2, b"weights", 7, b"beside", 1, 16)
@@ -93,9 +93,9 @@ FIELDS = {
         "judge": typing.Literal["reward", "answer"],
         "truth": bool,
     },
-    "ScoreItem": {"image": str | None, "prompt": list[Turn], "candidates": list[str]},
+    "ScoreItem": {"images": list[str], "prompt": list[Turn], "candidates": list[str]},
     "AnswerRequest": {"id": str, "images": dict[str, bytes], "items": list[AnswerItem]},
-    "AnswerItem": {"image": str | None, "prompt": list[Turn]},
+    "AnswerItem": {"images": list[str], "prompt": list[Turn]},
     "AnswerReply": {"id": str, "answers": list[str], "refused": dict[int, Declined]},
     "Turn": {"role": typing.Literal["system", "user", "assistant"], "content": str | list[ImageBlock | TextBlock]},
     "ImageBlock": {},
@@ -349,7 +349,7 @@ def test_a_prompt_survives_and_loses_its_image():
     ]
     expected = [prompt[0], *vqa_prompt("where?")]
     assert from_turns(to_turns(prompt)) == expected
-    assert decode_request(encode(ScoreRequest("s", {}, [ScoreItem("", to_turns(prompt), [])]))).items[0].prompt == [
+    assert decode_request(encode(ScoreRequest("s", {}, [ScoreItem([], to_turns(prompt), [])]))).items[0].prompt == [
         Turn("system", "Be brief."),
         Turn("user", [ImageBlock(), TextBlock("where?")]),
     ]
@@ -363,7 +363,7 @@ def test_the_name_of_an_image():
 def test_an_image_that_is_not_what_its_name_says():
     check_images(REQUEST.images)
     with pytest.raises(ReplyError, match="does not match its SHA-256"):
-        check_images({ITEM.image: b"png!"})
+        check_images({ITEM.images[0]: b"png!"})
 
 
 def test_a_request_of_mor_has_not_a_byte_more_than_its_three_fields():
@@ -534,15 +534,36 @@ def test_a_card_that_is_not_shown(changes, message):
 
 def test_an_honest_reply_is_within_its_limit():
     scores = ScoreReply("s1", [[math.pi] * len(item.candidates) for item in REQUEST.items])
-    missing = MissingImages("s1", [item.image for item in REQUEST.items])
+    missing = MissingImages("s1", [name for item in REQUEST.items for name in item.images])
     assert max(len(encode(scores)), len(encode(missing))) <= reply_limit(REQUEST)
     answers = AnswerReply("a1", ["🙂" * MAX_ANSWER] * len(ANSWER.items))
     none_kept = MissingImages("a1", [image_name(b"")] * len(ANSWER.items))
     assert max(len(encode(answers)), len(encode(none_kept))) <= reply_limit(ANSWER)
-    many = ScoreRequest("s1", {}, [ScoreItem(None, [], ["x"])] * 70_000)
+    many = ScoreRequest("s1", {}, [ScoreItem([], [], ["x"])] * 70_000)
     refused = ScoreReply("s1", [[]] * 70_000, dict.fromkeys(range(70_000), Declined.BUDGET))
     assert len(encode(refused)) <= reply_limit(many)
     many = AnswerRequest("a1", {}, ANSWER.items * 500)
     assert len(encode(AnswerReply("a1", ["🙂" * MAX_ANSWER] * 1000))) <= reply_limit(many) < 1_100_000
     update = UpdateRequest("r", "router", 0, b"w" * 10_000, 1, b"s" * 10_000)
     assert len(encode(UpdateReply("r", b"w" * 10_000, 1, 0.5, b"s" * 10_000))) <= reply_limit(update)
+
+
+def test_a_question_about_several_images_arrives_as_it_was_sent():
+    """In order, one of them twice; the reply may name each as missing."""
+    item = AnswerItem([image_name(b"a"), image_name(b"b"), image_name(b"a")], TURNS)
+    asked = AnswerRequest("a", {image_name(b"a"): b"a"}, [item])
+    assert decode_request(encode(asked)) == asked
+    missing = MissingImages("a", [image_name(bytes([n])) for n in range(200)])
+    several = AnswerRequest("a", {}, [AnswerItem(missing.images, [])])
+    assert len(encode(missing)) < reply_limit(several)
+
+
+def test_a_question_of_the_form_with_one_image_is_refused():
+    """`image` in the place of `images`, as messages of version 2 had it; and more images than anybody means."""
+    item = {"image": image_name(b"a"), "prompt": [], "candidates": ["x"]}
+    old = {"type": "score", "id": "s", "images": {}, "items": [item]}
+    with pytest.raises(ReplyError, match=r"unknown field `image`"):
+        decode_request(msgspec.msgpack.encode(old))
+    with pytest.raises(ReplyError, match="length <= 1024"):
+        decode_request(encode(AnswerRequest("a", {}, [AnswerItem([""] * 1025, [])])))
+    assert messages.MESSAGES == 3

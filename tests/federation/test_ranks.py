@@ -78,7 +78,7 @@ def test_two_ranks_ask_as_one(tmp_path):
         """
         def request(*items):
             pictures = {image_name(data): data for data, _ in items}
-            return ScoreRequest("r", pictures, [ScoreItem(image_name(data), [], texts) for data, texts in items])
+            return ScoreRequest("r", pictures, [ScoreItem([image_name(data)], [], texts) for data, texts in items])
 
         def told(answers):
             return {s: a.reason if isinstance(a, Absence) else [a.id, a.scores] for s, a in sorted(answers.items())}
@@ -88,7 +88,7 @@ def test_two_ranks_ask_as_one(tmp_path):
 
         def answering(request):
             if isinstance(request, AnswerRequest):
-                return AnswerReply(request.id, [str(item.image)[:4] for item in request.items])
+                return AnswerReply(request.id, [str(next(iter(item.images), None))[:4] for item in request.items])
             if (request.judge, request.truth) != ("reward", False):
                 return ScoreReply(request.id, [[1.0] for _ in request.items])
             return scores(request)
@@ -111,9 +111,10 @@ def test_two_ranks_ask_as_one(tmp_path):
         alone = told(connection.ask({} if rank == 0 else {"here": request((b"red", ["a"]))}))
         nobody = told(connection.ask({}))
         items = [[None], [image_name(b"red"), None]][rank]
-        asked = AnswerRequest(f"a{rank}", {image_name(b"red"): b"red"}, [AnswerItem(image, []) for image in items])
+        asks = [AnswerItem([image] if image else [], []) for image in items]
+        asked = AnswerRequest(f"a{rank}", {image_name(b"red"): b"red"}, asks)
         said = answered(connection.ask({"here": asked}))
-        judged = ScoreRequest(f"j{rank}", {}, [ScoreItem(None, [], ["long"])], judge="answer", truth=True)
+        judged = ScoreRequest(f"j{rank}", {}, [ScoreItem([], [], ["long"])], judge="answer", truth=True)
         judged = told(connection.ask({"here": judged}))
         total = connection.total([1.0 + rank, 10.0])
         counts = {f"{s} {k}": [c.messages, c.absences] for (s, k), c in connection.traffic.counts.items()}

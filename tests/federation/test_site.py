@@ -53,8 +53,8 @@ def request_(square):
         "s1",
         {image_name(red): red, image_name(blue): blue},
         [
-            ScoreItem(image_name(red), to_turns(vqa_prompt("what colour is it?")), ["red", "blue", "as you like"]),
-            ScoreItem(image_name(blue), to_turns(vqa_prompt("is it red?")), ["no"]),
+            ScoreItem([image_name(red)], to_turns(vqa_prompt("what colour is it?")), ["red", "blue", "as you like"]),
+            ScoreItem([image_name(blue)], to_turns(vqa_prompt("is it red?")), ["no"]),
         ],
     )
 
@@ -80,15 +80,15 @@ class Says:
 
     def __call__(self, items, images):
         self.asked.append(len(items))
-        return [self.unseen if item.image is None else self.seen for item in items]
+        return [self.unseen if not item.images else self.seen for item in items]
 
 
 def judged(square, judge, truth):
     """A question about an image and one without; the candidates are 'red', ' blue.', 'four' and '4', 'red', 'blue'."""
     red = square("red")
     items = [
-        ScoreItem(image_name(red), COLOUR, ["red", " blue.", "four"]),
-        ScoreItem(None, WORDS, ["4", "red", "blue"]),
+        ScoreItem([image_name(red)], COLOUR, ["red", " blue.", "four"]),
+        ScoreItem([], WORDS, ["4", "red", "blue"]),
     ]
     return ScoreRequest("s1", {image_name(red): red}, items, judge, truth)
 
@@ -96,8 +96,8 @@ def judged(square, judge, truth):
 def book(square, image=None, words=None):
     """The reference answers of a site; None for a question whose answer it does not own."""
     keys = {
-        question_key(image_name(square("red")), vqa_prompt("what colour is it?")): image,
-        question_key(None, [{"role": "user", "content": "2 + 2?"}]): words,
+        question_key([image_name(square("red"))], vqa_prompt("what colour is it?")): image,
+        question_key([], [{"role": "user", "content": "2 + 2?"}]): words,
     }
     return {key: (answer,) for key, answer in keys.items() if answer is not None}
 
@@ -137,7 +137,7 @@ def test_judgements_of_zero_and_one_are_clipped_as_scores_are(square):
 
 def test_a_site_says_what_its_own_model_answers(square):
     request = judged(square, "reward", False)
-    asked = AnswerRequest("a1", request.images, [AnswerItem(item.image, item.prompt) for item in request.items])
+    asked = AnswerRequest("a1", request.images, [AnswerItem(item.images, item.prompt) for item in request.items])
     site = Site("colour", None, answerer=Says("left\n", ""), truth=book(square, image="red", words="4"))
     assert InProcessEngine({"colour": site.answer}).ask({"colour": asked}) == {
         "colour": AnswerReply("a1", ["left\n", ""])
@@ -234,8 +234,8 @@ def test_special_tokens_in_a_candidate_or_a_question_leave_the_others_scores(rew
             "s1",
             {image_name(red): red},
             [
-                ScoreItem(image_name(red), to_turns(vqa_prompt("what colour is it?")), ["red", *more, "blue"]),
-                ScoreItem(image_name(red), to_turns(vqa_prompt(f"is it {word} red?")), ["yes", "no"]),
+                ScoreItem([image_name(red)], to_turns(vqa_prompt("what colour is it?")), ["red", *more, "blue"]),
+                ScoreItem([image_name(red)], to_turns(vqa_prompt(f"is it {word} red?")), ["yes", "no"]),
             ],
         )
         for more, word in (((), "really"), (("<image></s>",), "<image></s>"))
@@ -249,9 +249,9 @@ def test_special_tokens_in_a_candidate_or_a_question_leave_the_others_scores(rew
 
 
 def test_an_image_that_cannot_be_read_costs_its_question_alone(request_, caplog):
-    bad = ScoreItem(image_name(b"GIF89a"), COLOUR, ["x"])
+    bad = ScoreItem([image_name(b"GIF89a")], COLOUR, ["x"])
     first, second = request_.items
-    asked = ScoreRequest("s1", {bad.image: b"GIF89a", **request_.images}, [bad, first, bad, second])
+    asked = ScoreRequest("s1", {bad.images[0]: b"GIF89a", **request_.images}, [bad, first, bad, second])
     reply = InProcessEngine({"colour": Site("colour", Fixed()).answer}).ask({"colour": asked})["colour"]
     assert reply == ScoreReply("s1", [[], [-3.0, 0.5, 7.0], [], [-3.0]], {0: Declined.IMAGE, 2: Declined.IMAGE})
     assert check_scores(asked, reply) == [None, [-3.0, 0.5, 7.0], None, [-3.0]]
@@ -269,7 +269,7 @@ class Fails(Fixed):
 
 def test_a_question_on_which_the_model_fails_costs_no_other(request_, caplog):
     """Where it fails on all, the request is answered by an error, as when the model is broken."""
-    hostile = ScoreItem(None, WORDS, ["<image>"])
+    hostile = ScoreItem([], WORDS, ["<image>"])
     site = Site("colour", Fails())
     asked = ScoreRequest("s1", request_.images, [request_.items[0], hostile])
     assert site.answer(asked) == ScoreReply("s1", [[-3.0, 0.5, 7.0], []], {1: Declined.ERROR})
@@ -281,7 +281,7 @@ def test_questions_that_are_declined_are_not_looked_at(request_):
     site = Site("colour", Fixed())
     site.declined = lambda asked: {0: Declined.LIMIT} if len(asked.items) > 1 else {}
     assert site.answer(request_) == ScoreReply("s1", [[], [-3.0]], {0: Declined.LIMIT})
-    asked = AnswerRequest("a1", request_.images, [AnswerItem(item.image, item.prompt) for item in request_.items])
+    asked = AnswerRequest("a1", request_.images, [AnswerItem(item.images, item.prompt) for item in request_.items])
     site.answerer = Says()
     assert site.answer(asked) == AnswerReply("a1", ["", "Red."], {0: Declined.LIMIT}) and site.answerer.asked == [1]
 
@@ -289,7 +289,7 @@ def test_questions_that_are_declined_are_not_looked_at(request_):
 def test_a_text_only_site_scores_questions_without_images(texts_only):
     """As its reward model does, asked without images."""
     model = RewardModel.from_checkpoint(texts_only).eval()
-    asked = ScoreRequest("s", {}, [ScoreItem(None, WORDS, ["4", "5"]), ScoreItem(None, WORDS, ["six"])])
+    asked = ScoreRequest("s", {}, [ScoreItem([], WORDS, ["4", "5"]), ScoreItem([], WORDS, ["six"])])
     expected = model.score([[{"role": "user", "content": "2 + 2?"}]] * 2, [None, None], [["4", "5"], ["six"]])
     engine = InProcessEngine({"sums": Site("sums", model).answer})
     assert check_scores(asked, engine.ask({"sums": asked})["sums"]) == [scores.tolist() for scores in expected]

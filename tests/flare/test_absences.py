@@ -59,7 +59,7 @@ class Asking:
     def __call__(self, deadline):
         """Ask once; return the reasons of the absences, by site, and the seconds."""
         self.asks += 1
-        item = ScoreItem(image_name(IMAGE), [], [f"{time.monotonic_ns() % 10**9}", "1"])
+        item = ScoreItem([image_name(IMAGE)], [], [f"{time.monotonic_ns() % 10**9}", "1"])
         requests = {
             name: ScoreRequest(f"ask-{self.asks}-{name}", {image_name(IMAGE): IMAGE}, [item])
             for name in self.wire.names

@@ -94,19 +94,19 @@ def planted(site_folders, tmp_path_factory):
     table = tomllib.loads((root / "site" / "recipe.toml").read_text())
     table["sites"][0]["preferences"] = str(root / "data" / "pairs.jsonl")
     table["sites"][0] |= {"finetune": False, "answers": True}
-    book = {question_key(None, vqa_prompt(secret)): (secret,) for secret in secrets}
+    book = {question_key([], vqa_prompt(secret)): (secret,) for secret in secrets}
     write_truth(root / "site" / "sites" / "colour" / "truth.json", {**book, key_of(HELD): (secrets[0],)})
     (root / "site" / "recipe.toml").write_text(tomli_w.dumps(table))
     assert len(set(secrets)) == 1200
     return root, secrets
 
 
-HELD = AnswerItem(None, to_turns([{"role": "user", "content": "which ward?"}]))
+HELD = AnswerItem([], to_turns([{"role": "user", "content": "which ward?"}]))
 """A question whose answer the site holds: a secret."""
 
 
 def score_request(name, picture):
-    item = ScoreItem(image_name(picture), to_turns(vqa_prompt(HOSTILE)), ["red", "Marple"])
+    item = ScoreItem([image_name(picture)], to_turns(vqa_prompt(HOSTILE)), ["red", "Marple"])
     return ScoreRequest(name, {image_name(picture): picture}, [item])
 
 
@@ -141,8 +141,10 @@ def conversation(wire, planted, in_process, square):
         ask("card", CardRequest("card"))
         ask("router", router)
         ask("scores", score_request("scores", square("red")))
-        ask("answers", AnswerRequest("answers", {image_name(blue): blue}, [AnswerItem(image_name(blue), asked), HELD]))
-        held = ScoreItem(None, HELD.prompt, ["ward 1", secrets[0], "ward 3"])
+        ask(
+            "answers", AnswerRequest("answers", {image_name(blue): blue}, [AnswerItem([image_name(blue)], asked), HELD])
+        )
+        held = ScoreItem([], HELD.prompt, ["ward 1", secrets[0], "ward 3"])
         ask("truth", ScoreRequest("truth", {}, [held], judge="answer", truth=True))
         score = site.reward_model.score
 

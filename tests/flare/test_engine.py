@@ -170,7 +170,7 @@ def test_a_reply_carries_the_id_that_was_asked_under(start):
 def test_an_image_goes_to_a_site_once(start, jobs):
     engine, image = start(), b"x" * 1000
     for _ in range(3):
-        request = ScoreRequest("s", {image_name(image): image}, [ScoreItem(image_name(image), [], ["a", "b"])])
+        request = ScoreRequest("s", {image_name(image): image}, [ScoreItem([image_name(image)], [], ["a", "b"])])
         assert engine.ask({"shape": request}, deadline=5)["shape"].scores == [[0.5, 0.5]]
     assert [len(decode_request(ask.message).images) for ask in jobs.asked] == [1, 0, 0]
 

@@ -59,7 +59,7 @@ def behave(wire):
 
 def question(n, site, groups=3):
     """Three questions about four candidates each, whose scores nobody has given before."""
-    items = [ScoreItem(image_name(IMAGE), [], [f"{n}.{g}{c}" for c in range(4)]) for g in range(groups)]
+    items = [ScoreItem([image_name(IMAGE)], [], [f"{n}.{g}{c}" for c in range(4)]) for g in range(groups)]
     return ScoreRequest(f"score-{n}-{site}", {image_name(IMAGE): IMAGE}, items)
 
 

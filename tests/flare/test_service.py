@@ -203,12 +203,14 @@ def ask(service, message):
 
 def score_request(square, name="s", colours=("red", "blue"), text="what colour is it?"):
     images = {image_name(square(colour)): square(colour) for colour in colours}
-    return ScoreRequest(name, images, [ScoreItem(each, to_turns(vqa_prompt(text)), ["red", "blue"]) for each in images])
+    return ScoreRequest(
+        name, images, [ScoreItem([each], to_turns(vqa_prompt(text)), ["red", "blue"]) for each in images]
+    )
 
 
 def answer_request(square, name="a", colours=("red", "blue")):
     scored = score_request(square, colours=colours)
-    return AnswerRequest(name, scored.images, [AnswerItem(item.image, item.prompt) for item in scored.items])
+    return AnswerRequest(name, scored.images, [AnswerItem(item.images, item.prompt) for item in scored.items])
 
 
 def echo(request):
@@ -355,7 +357,7 @@ def test_an_answer_holds_no_planted_secret(trained, serve, square, tmp_path, cap
     truth = tmp_path / "planted" / "sites" / "colour" / "truth.json"
     asked = answer_request(square)
     write_truth(
-        truth, {key_of(i): ("Marple ward 7",) for i in asked.items} | {question_key(None, vqa_prompt("x")): ("Ward 9",)}
+        truth, {key_of(i): ("Marple ward 7",) for i in asked.items} | {question_key([], vqa_prompt("x")): ("Ward 9",)}
     )
     service = serve(open_site_folder(tmp_path / "planted", "colour"))
     judged = msgspec.structs.replace(score_request(square), judge="answer", truth=True)
@@ -640,7 +642,7 @@ with SiteService(Site("colour", Half()), Path(sys.argv[1]), Path(sys.argv[2]), b
 def test_a_budget_holds_when_the_service_is_killed(square, tmp_path, sockets):
     """Four times killed -9 while it answers: what came back is never more than the ledger says, and that than 200."""
     whole = score_request(square, colours=("red",))
-    one = [ScoreItem(None, whole.items[0].prompt, ["red"])]
+    one = [ScoreItem([], whole.items[0].prompt, ["red"])]
     came, path = [], sockets / "colour.sock"
     for death in range(5):
         process = subprocess.Popen(
@@ -771,7 +773,7 @@ def test_no_planted_secret_leaves(tmp_path, square, write_recipe, serve, monkeyp
         monkeypatch.setattr(site.reward_model, "score", failing)
         left.append(ask(service, score_request(square)))
         monkeypatch.setattr(site.reward_model, "score", score)
-        bad = ScoreRequest("b", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem(image_name(b"GIF89a"), [], ["x"])])
+        bad = ScoreRequest("b", {image_name(b"GIF89a"): b"GIF89a"}, [ScoreItem([image_name(b"GIF89a")], [], ["x"])])
         left += [ask(service, message) for message in (UpdateRequest("u", "reward", 0, b"", 0), b"rubbish")]
         assert all(isinstance(decode_reply(reply), Refusal) for reply in left)
         left.append(ask(service, bad))

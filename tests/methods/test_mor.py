@@ -48,7 +48,7 @@ def trained(job, ask, llava):
 
 def _request(question):
     data = image_bytes(question.image)
-    item = ScoreItem(image_name(data), to_turns(vqa_prompt("what colour is it?")), COLOURS)
+    item = ScoreItem([image_name(data)], to_turns(vqa_prompt("what colour is it?")), COLOURS)
     return ScoreRequest("r", {image_name(data): data}, [item])
 
 

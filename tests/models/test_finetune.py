@@ -36,7 +36,7 @@ def test_the_symmetries_are_the_eight_of_the_square():
     """The pixels 1 2 / 3 4 take the 8 orders that keep neighbours neighbours; the first is the picture itself."""
     image = Image.new("L", (2, 2))
     image.putdata([1, 2, 3, 4])
-    orders = [tuple(transform(image, s).get_flattened_data()) for s in range(len(SYMMETRIES))]
+    orders = [tuple(transform([image], s)[0].get_flattened_data()) for s in range(len(SYMMETRIES))]
     upright = {(1, 2, 3, 4), (2, 1, 4, 3), (3, 4, 1, 2), (4, 3, 2, 1)}
     lying = {(1, 3, 2, 4), (2, 4, 1, 3), (3, 1, 4, 2), (4, 2, 3, 1)}
     assert orders[0] == (1, 2, 3, 4) and set(orders) == upright | lying

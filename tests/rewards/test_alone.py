@@ -12,9 +12,9 @@ import torch
 from accord.cli import main
 from accord.data.images import load_image
 from accord.data.preferences import read_preferences, write_preferences
-from accord.errors import DataError, RunError
+from accord.errors import CheckpointError, DataError, RunError
 from accord.federation.loopback import MAX_ANSWERS, LoopbackServer, score_request
-from accord.federation.messages import to_turns
+from accord.federation.messages import ImageBlock, TextBlock, to_turns
 from accord.federation.site import Site
 from accord.rewards.alone import ALONE, train_on_pairs
 from accord.rewards.model import RewardModel
@@ -66,7 +66,12 @@ def test_margins_are_differences_of_scores(pairs, trained):
 def test_what_it_refuses_it_refuses_before_it_loads_anything(pairs, monkeypatch):
     monkeypatch.setattr(RewardModel, "from_checkpoint", None)
     two = replace(pairs[0], images=pairs[0].images * 2)
-    with pytest.raises(DataError, match="has 2 images, and a reward model takes one"):
+
+    def single(checkpoint, *, several):
+        raise CheckpointError(f"{checkpoint} takes one image, several is {several}")
+
+    monkeypatch.setattr("accord.rewards.alone.try_checkpoint", single)
+    with pytest.raises(CheckpointError, match="accord/idefics3 takes one image, several is True"):
         train_on_pairs("accord/idefics3", [two, *pairs])
     monkeypatch.setattr("accord.rewards.alone.reads_images", lambda _: False)
     with pytest.raises(DataError, match=r"pairs are about images, and accord/idefics3 is a text-only model; name a"):
@@ -175,7 +180,8 @@ WRONG = {
     "a URL": ({"prompt": "?", "answers": ["a"], "image": "http://localhost/x.png"}, "paths are not read"),
     "no image": ({"prompt": "?", "answers": ["a"], "image": in_text(b"hello")}, "not a readable PNG, JPEG or WEBP"),
     "no prompt": ({"answers": ["a"]}, "the prompt must be text or a list of messages"),
-    "a typing error": ({"prompt": "?", "answers": ["a"], "images": []}, "unknown field 'images'"),
+    "a typing error": ({"prompt": "?", "answers": ["a"], "pictures": []}, "unknown field 'pictures'"),
+    "one of several": ({"prompt": "?", "answers": ["a"], "images": [in_text(b"hello"), "x"]}, "paths are not read"),
 }
 
 
@@ -190,7 +196,16 @@ def test_a_request_is_the_federations(pairs):
     request = score_request({"prompt": "?", "answers": ["a"], "image": in_text(pairs[0].image)})
     assert list(request.images.values()) == [pairs[0].image]
     (item,) = request.items
-    assert item.image in request.images and item.prompt == to_turns(vqa_prompt("?"))
+    assert item.images == list(request.images) and item.prompt == to_turns(vqa_prompt("?"))
+    one, other = in_text(pairs[0].image), in_text(pairs[1].image)
+    several = score_request({"prompt": "<image> or <image>?", "answers": ["a"], "images": [one, other, one]})
+    assert [several.images[name] for name in several.items[0].images] == [pairs[n].image for n in (0, 1, 0)]
+    assert [type(block) for block in several.items[0].prompt[0].content] == [
+        *[ImageBlock] * 2,
+        TextBlock,
+        ImageBlock,
+        TextBlock,
+    ]
 
 
 def test_the_server_is_for_this_machine_alone(trained):

@@ -189,7 +189,9 @@ def test_one_pair_moves_the_standardisation_by_what_the_noise_hides():
 
 def test_units(prefer):
     colours = ("red", "red", "green", "green")
-    pairs = [prefer(n, colour, "blue", person=person) for n, colour, person in zip(range(4), colours, "abba", strict=True)]
+    pairs = [
+        prefer(n, colour, "blue", person=person) for n, colour, person in zip(range(4), colours, "abba", strict=True)
+    ]
     assert unit_index(pairs, "pair").tolist() == [0, 1, 2, 3]
     assert unit_index(pairs, "question").tolist() == [0, 0, 1, 1]  # each has an id of its own
     other = replace(pairs[1], prompt=vqa_prompt("is it red?"), question_id=pairs[0].question_id)
@@ -221,7 +223,10 @@ def test_features_are_what_the_head_reads(llava, prefer):
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"epsilon": math.inf}, "epsilon must be finite"),
-        ({"ledger": "all.json"}, r"absolute path, got 'all\.json': .*a new budget; write privacy\.ledger = '/.*all\.json'"),
+        (
+            {"ledger": "all.json"},
+            r"absolute path, got 'all\.json': .*a new budget; write privacy\.ledger = '/.*all\.json'",
+        ),
     ],
 )
 def test_a_guarantee_that_is_none_is_refused(wrong, message):

@@ -134,12 +134,10 @@ def test_a_score_that_is_not_finite_makes_its_question_absent(encoder, pairs):
     assert found.scores.isnan().flatten(1).all(dim=1).tolist() == [True, False, True]
 
 
-def test_pairs_that_cannot_be_asked(encoder, prefer, square):
+def test_pairs_that_cannot_be_asked(encoder):
     engine = InProcessEngine({"a": judge(1.0)})
     with pytest.raises(DataError, match="0 public pairs"):
         collect(engine, encoder, [])
-    with pytest.raises(DataError, match="'q0' has 2 images"):
-        collect(engine, encoder, [prefer(0, images=(square("red"), square("blue")))])
 
 
 def test_last_states_are_those_of_the_last_real_token():

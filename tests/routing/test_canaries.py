@@ -20,7 +20,7 @@ CONFIG = CanaryConfig()
 def pool(square, count=12):
     wrong = tuple(f"wrong {n}" for n in range(7))
     images = [square("red", (8 + n, 8)) for n in range(count)]
-    return [Canary(vqa_prompt("what?"), image, "right", wrong, KINDS[n % 2]) for n, image in enumerate(images)]
+    return [Canary(vqa_prompt("what?"), (image,), "right", wrong, KINDS[n % 2]) for n, image in enumerate(images)]
 
 
 def requests(square, sites=("a", "b"), sizes=(4, 2, 4, 1)):
@@ -28,7 +28,7 @@ def requests(square, sites=("a", "b"), sizes=(4, 2, 4, 1)):
     images = [square("blue"), square("green")]
     turns = [Turn("user", "what?")]
     items = [
-        ScoreItem(image_name(images[n % 2]), turns, [f"{n} {c}" for c in range(size)]) for n, size in enumerate(sizes)
+        ScoreItem([image_name(images[n % 2])], turns, [f"{n} {c}" for c in range(size)]) for n, size in enumerate(sizes)
     ]
     named = {image_name(image): image for image in images}
     return {site: ScoreRequest(f"score-1-{site}", named, items) for site in sites}
@@ -48,8 +48,8 @@ def test_a_canary_looks_as_its_neighbours(square):
             at = [each.position for each in hidden[site]]
             ordinary = [item for n, item in enumerate(request.items) if n not in at]
             assert ordinary == asked[site].items and len(at) == 2 and request.id == asked[site].id
-            assert set(request.images) == {item.image for item in request.items}
-            assert list(request.images) == list(dict.fromkeys(item.image for item in request.items))
+            assert set(request.images) == {item.images[0] for item in request.items}
+            assert list(request.images) == list(dict.fromkeys(item.images[0] for item in request.items))
             for each in hidden[site]:
                 sizes.append(len(request.items[each.position].candidates))
                 assert request.items[each.position].candidates[each.right] == "right"
@@ -66,7 +66,7 @@ def test_no_canary_is_asked_twice_and_a_pool_ends(square):
     seen, found = [], []
     for _ in range(4):
         mixed, hidden = canaries.mix(requests(square, ("a",)))
-        seen += [mixed["a"].items[each.position].image for each in hidden["a"]]
+        seen += [mixed["a"].items[each.position].images[0] for each in hidden["a"]]
         found.append(len(hidden["a"]))
         kinds = [each.kind for each in hidden["a"]]
         assert abs(kinds.count("colour") - kinds.count("shape")) <= 1

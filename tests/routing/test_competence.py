@@ -151,7 +151,7 @@ def test_answers_are_graded_here(ask):
     assert grade(engine, [ask(0, "red"), ask(1, "blue")]).tolist() == [[1, 0], [0, 0]]
     (request,) = asked
     assert len(request.items) == 2 and len(request.images) == 2
-    assert all(item.image in request.images for item in request.items)
+    assert all(item.images[0] in request.images for item in request.items)
     said = json.dumps(
         [[block.text for block in item.prompt[0].content if hasattr(block, "text")] for item in request.items]
     )
@@ -171,7 +171,7 @@ def test_a_picture_travels_once_and_a_question_without_one_travels_alone(ask):
     assert grade(engine, questions).tolist() == [[1, 1, 1]]
     (request,) = asked
     assert len(request.images) == 1
-    assert [item.image is None for item in request.items] == [False, False, True]
+    assert [len(item.images) for item in request.items] == [1, 1, 0]
 
 
 def test_whoever_does_not_answer_is_absent_and_not_wrong(ask):

@@ -8,7 +8,7 @@ import pytest
 
 from accord import pipeline
 from accord.cli import main
-from accord.errors import DataError, DataWarning
+from accord.errors import CheckpointError, DataError, DataWarning
 from accord.models.load import load_tokenizer
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
@@ -156,7 +156,7 @@ PAIR = {"prompt": "which?", "chosen": "red", "rejected": "blue"}
 
 
 def test_every_fault_is_said_at_once(write, monkeypatch, capsys):
-    """Several images for a model that takes one, an image that is missing, and answers over the limit."""
+    """Several images, which a run tries, an image that is missing, and answers over the limit."""
     pairs = [{**PAIR, "images": [f"images/{n}.png", f"images/{n + 1}.png"]} for n in range(0, 20, 2)]
     path = write(
         'preferences = "data/pairs.jsonl"',
@@ -167,20 +167,30 @@ def test_every_fault_is_said_at_once(write, monkeypatch, capsys):
     path.write_text(path.read_text().replace('"data/pairs', f'"{path.parent}/data/pairs'))
     status, said = check(path, monkeypatch, capsys)
     assert status == 2
-    assert "problem: the pair of question" in said and "has 2 images, and a reward model takes one" in said
+    assert "problem: the preferences of site 'a' and the split 'public' share" in said
+    assert "10 preference pairs of its own about 20 images (10 about several, which a run tries with each model" in said
     assert "warning:" in said and "left out 1 of 25 rows" in said and "gone.png" in said
     assert "100% of the reference answers" in said
 
 
-def test_nothing_trains_on_several_images(write, monkeypatch):
+def test_nothing_trains_on_several_images_where_the_model_takes_one(write, monkeypatch):
     """Not even the backbone that comes before the reward model."""
-    pairs = [{**PAIR, "images": [f"images/{n}.png", f"images/{n + 1}.png"]} for n in range(0, 20, 2)]
+    own = [n for n in range(25) if SPLITS[n % 5] in ("base", "private")]
+    pairs = [{**PAIR, "images": [f"images/{n}.png", f"images/{own[0]}.png"]} for n in own[1:]]
     path = write('preferences = "data/pairs.jsonl"', pairs)
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr("accord.stages.sites.finetune", None)
+    tried = []
+
+    def single(checkpoint, *, several):
+        tried.append(several)
+        raise CheckpointError(f"{checkpoint} takes one image")
+
+    monkeypatch.setattr("accord.stages.sites.try_checkpoint", single)
     monkeypatch.setattr("sys.argv", ["accord", "site", "train", str(path), "a", "--quiet", "--out", "run"])
     with pytest.raises(SystemExit, match="2"):
         main()
+    assert tried == [True]
 
 
 def test_rows_that_cannot_be_used_are_a_problem(write, monkeypatch, capsys):

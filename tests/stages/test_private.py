@@ -69,7 +69,7 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
 
 def test_scores_cost_nothing(job, settle, square):
     """T18: the ledger is not opened to answer, so that a million scores leave ε where it was."""
-    folder = settle()
+    settle()
     train_site(job, "a")
     ledger = job.path / "privacy" / "a.json"
     before, spent = ledger.read_bytes(), ledger.stat().st_mtime_ns
@@ -232,7 +232,9 @@ def test_a_ledger_that_lacks_what_was_paid_is_refused(job, settle, tmp_path):
     train_site(job, "a")
     ledger = job.path / "privacy" / "a.json"
     ledger.rename(tmp_path / "all.json")
-    with pytest.raises(RunError, match=r"privacy/a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"):
+    with pytest.raises(
+        RunError, match=r"privacy/a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"
+    ):
         train_site(job, "a")
     assert not ledger.exists() and (folder / "reward").is_dir()
     settle(replace(LABELS, ledger=str(tmp_path / "all.json")))

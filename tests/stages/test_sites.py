@@ -91,12 +91,11 @@ def test_a_sites_folder_is_all_it_needs(job, hold, tmp_path, lora):
 
 
 def key(question):
-    image = None if question.image is None else image_id(question.image)
-    return question_key(image, prompt_of(question))
+    return question_key([image_id(image) for image in question.images], prompt_of(question))
 
 
 def ask_about(question, name="a1"):
-    items = [AnswerItem(image_name(question.image), to_turns(prompt_of(question)))]
+    items = [AnswerItem([image_name(question.image)], to_turns(prompt_of(question)))]
     return AnswerRequest(name, {image_name(question.image): question.image}, items)
 
 
@@ -121,8 +120,8 @@ def test_a_site_that_answers_keeps_its_fine_tuned_model(job, hold, ask, lora):
     )
     assert site.answer(ask_about(question)).answers == [expected]
     own = job.private["a"][1]
-    item = ScoreItem(image_name(own.image), to_turns(prompt_of(own)), ["red", "Blue.", "green"])
-    judged = ScoreRequest("s", {item.image: own.image}, [item], judge="answer", truth=True)
+    item = ScoreItem([image_name(own.image)], to_turns(prompt_of(own)), ["red", "Blue.", "green"])
+    judged = ScoreRequest("s", {item.images[0]: own.image}, [item], judge="answer", truth=True)
     assert own.answer == "blue" and site.answer(judged).scores == [[0.0, 1.0, 0.0]]
     train_site(job, "b")
     other = open_site(job.recipe, job.path, "b", scores=job.recipe.scores)
@@ -224,7 +223,7 @@ def test_questions_without_images_are_owned_by_their_words(public):
     public.recipe = replace(public.recipe, sites=tuple(replace(s, owns=1.0) for s in public.recipe.sites))
     book = site_truth(public, "a")
     asked = [{"role": "user", "content": "question 0?"}]
-    assert book[question_key(None, asked)] == ("red",) and len(book) == 3
+    assert book[question_key([], asked)] == ("red",) and len(book) == 3
 
 
 def test_a_share_of_owned_answers_that_is_none():

@@ -25,7 +25,6 @@ from typing import TypeAlias, cast
 import datasets  # type: ignore[import-untyped]
 import torch
 from peft import PeftModel
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -33,10 +32,10 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from accord.alignment.grpo import placeholders_muted
-from accord.data.images import load_image
+from accord.data.images import as_list, load_images
 from accord.data.sampling import draw_balanced
 from accord.models.finetune import SYMMETRIES, on_one_device, transform
-from accord.models.inputs import all_or_none, batch_of, encode, endings
+from accord.models.inputs import batch_of, encode, endings
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, tokenizer_of, without_adapter
 from accord.types import PreferencePair
 
@@ -57,13 +56,13 @@ def preference_batch(model: PreTrainedModel, processor: Processor, drawn: Sequen
         images of the 2 P rows.
 
     Raises:
-        DataError: some pairs have images and others none, or the model takes none.
+        DataError: the model takes no images, and a pair has some.
         ImageError: an image cannot be read.
     """
     pairs = [pair for pair, _ in drawn]
     prompts = [pair.prompt for pair in pairs]
-    seen = [[cast(Image, transform(load_image(each), symmetry)) for each in pair.images] for pair, symmetry in drawn]
-    encoded = encode(processor, prompts, all_or_none(seen))
+    seen = [as_list(transform(load_images(pair.images), symmetry)) for pair, symmetry in drawn]
+    encoded = encode(processor, prompts, seen)
     both = endings(processor, prompts, [[pair.chosen, pair.rejected] for pair in pairs])
     rows = [[chosen] for chosen, _ in both] + [[rejected] for _, rejected in both]
     batch = batch_of([*encoded, *encoded], rows, cast(int, tokenizer_of(processor).pad_token_id))

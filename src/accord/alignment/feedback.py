@@ -35,7 +35,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.inputs import Batch, build_batch, model_inputs
 from accord.models.load import Processor, without_adapter
@@ -209,7 +209,7 @@ class AnchorChange:
         pairs_at_once: pairs of one forward pass.
 
     Raises:
-        DataError: there are no anchors, or one has several images.
+        DataError: there are no anchors.
     """
 
     def __init__(
@@ -219,17 +219,11 @@ class AnchorChange:
         check_least(self, every=1)
         if not anchors:
             raise DataError("cannot measure a policy on 0 anchors; give AnchorChange public preference pairs")
-        for pair in anchors:
-            if len(pair.images) > 1:
-                raise DataError(
-                    f"the anchor of question {pair.question_id!r} has {len(pair.images)} images, and AnchorChange "
-                    "takes one; give it one image, or leave it out"
-                )
         self.batches = [
             build_batch(
                 processor,
                 [pair.prompt for pair in some],
-                [load_if_any(pair.image) for pair in some],
+                [load_images(pair.images) for pair in some],
                 [[pair.chosen, pair.rejected] for pair in some],
             )
             for some in (anchors[start : start + pairs_at_once] for start in range(0, len(anchors), pairs_at_once))

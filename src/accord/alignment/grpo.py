@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, cast
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import datasets  # type: ignore[import-untyped]
 import torch
@@ -58,8 +58,8 @@ from accord.models.load import (
     lora_config,
     placeholder_tokens,
 )
-from accord.models.words import plain_words
-from accord.types import ImageSource, Message, Prompt, Question
+from accord.models.words import plain_prompt, plain_words
+from accord.types import ImageSource, Message, Prompt, Question, prompt_of
 
 MUTED = -1e4
 """The logit of a token that cannot be said: finite, since an entropy with 0 · -inf in it is no number."""
@@ -196,7 +196,7 @@ def prompt_dataset(
 
     Images stay compressed until a row is read, and repeated rows share them. They are decoded as everywhere in Accord
     (`accord.data.images.load_image`): the policy sees the pixels that the sites see. Questions without images make no
-    image column.
+    image column. Where a question has several, the column `images` holds those of each, and prompts say their places.
 
     Args:
         questions: what is asked.
@@ -209,29 +209,35 @@ def prompt_dataset(
     Raises:
         DataError: some questions have an image and others none.
     """
-    sources = [q.image for q in questions if q.image is not None]
-    if sources and len(sources) < len(questions):
+    bare, several = sum(not q.images for q in questions), any(q.further for q in questions)
+    if 0 < bare < len(questions):
         raise DataError(
-            f"{len(questions) - len(sources)} of {len(questions)} prompts have no image, and a policy is aligned on "
+            f"{bare} of {len(questions)} prompts have no image, and a policy is aligned on "
             "questions about images or on questions without any; choose one kind in [prompts]"
         )
-    used: dict[ImageSource, dict[str, object]] = {source: _cell(source) for source in sources}
+    used: dict[ImageSource, dict[str, object]] = {source: _cell(source) for q in questions for source in q.images}
+    text, stored = datasets.Value("string"), datasets.Image(decode=False)
+    content: object = text
+    pictures: dict[str, list[object]] = {}
+    kinds: dict[str, object] = {}
+    if several:
+        content = [{"type": text, "text": text}]
+        pictures, kinds = {"images": [[used[source] for source in q.images] for q in questions]}, {"images": [stored]}
+    elif used:
+        pictures, kinds = {"image": [used[q.images[0]] for q in questions]}, {"image": stored}
     features = datasets.Features(
         {
-            "prompt": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
-            **({"image": datasets.Image(decode=False)} if sources else {}),
-            "question_id": datasets.Value("string"),
-            "question_type": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-            "references": [datasets.Value("string")],
+            "prompt": [{"role": text, "content": content}],
+            **kinds,
+            "question_id": text,
+            "question_type": text,
+            "answer": text,
+            "references": [text],
         }
     )
     columns = {
-        "prompt": [
-            [{"role": "user", "content": q.text if processor is None else plain_words(processor, q.text)}]
-            for q in questions
-        ],
-        **({"image": [used[source] for source in sources]} if sources else {}),
+        "prompt": [_turns(q, processor, in_blocks=several) for q in questions],
+        **pictures,
         "question_id": [q.id for q in questions],
         "question_type": [q.question_type for q in questions],
         "answer": [q.answer for q in questions],
@@ -245,19 +251,53 @@ def prompt_dataset(
     )
 
 
-def _decoded(rows: dict[str, list[dict[str, object]]], *, keep_errors: bool) -> dict[str, object]:
-    if "image" not in rows:  # only other columns were asked for
-        return dict(rows)
-    sources = [cast(bytes | None, cell["bytes"]) or Path(str(cell["path"])) for cell in rows["image"]]
-    pictures: dict[bytes | Path, Image | DataError] = {}
-    for source in dict.fromkeys(sources):  # the rows of a group share theirs
-        try:
-            pictures[source] = load_image(source)
-        except DataError as error:
-            if not keep_errors:
-                raise
-            pictures[source] = error
-    return {**rows, "image": [pictures[source] for source in sources]}
+def _turns(question: Question, processor: Processor | None, *, in_blocks: bool) -> list[dict[str, object]]:
+    """Return a question's conversation, its words as plain text or in blocks between the places of its images."""
+    if not in_blocks:
+        words = question.text if processor is None else plain_words(processor, question.text)
+        return [{"role": "user", "content": words}]
+    prompt = prompt_of(question)
+    return [dict(turn) for turn in (prompt if processor is None else plain_prompt(processor, prompt))]
+
+
+def _decoded(rows: dict[str, list[Any]], *, keep_errors: bool) -> dict[str, object]:
+    found: dict[str, object] = dict(rows)  # there may be columns that were not asked for
+    if "image" in rows:
+        found["image"] = [
+            own if isinstance(own, DataError) else own[0]
+            for own in _opened([[cell] for cell in rows["image"]], keep_errors)
+        ]
+    if "images" in rows:
+        found["images"] = _opened(rows["images"], keep_errors)
+        found["prompt"] = [[_without_nulls(turn) for turn in prompt] for prompt in rows.get("prompt", [])]
+    return found
+
+
+def _without_nulls(turn: Mapping[str, Any]) -> dict[str, object]:
+    """Return a turn without what Arrow adds: it gives every block all fields, and chat templates print nulls."""
+    blocks = [{name: value for name, value in block.items() if value is not None} for block in turn["content"]]
+    return {**turn, "content": blocks}
+
+
+def _opened(cells: Sequence[Sequence[Mapping[str, object]]], keep_errors: bool) -> list[list[Image] | DataError]:
+    """Return the opened images of every row, or why one of them cannot be opened; the rows of a group share theirs."""
+    known: dict[bytes | Path, Image | DataError] = {}
+    rows: list[list[Image] | DataError] = []
+    for own in cells:
+        images: list[Image | DataError] = []
+        for cell in own:
+            source = cast(bytes | None, cell["bytes"]) or Path(str(cell["path"]))
+            if source not in known:
+                try:
+                    known[source] = load_image(source)
+                except DataError as error:
+                    if not keep_errors:
+                        raise
+                    known[source] = error
+            images.append(known[source])
+        wrong = [image for image in images if isinstance(image, DataError)]
+        rows.append(wrong[0] if wrong else cast(list[Image], images))
+    return rows
 
 
 def _cell(source: ImageSource) -> dict[str, object]:

@@ -127,8 +127,9 @@ def _undrawn(step: Callable[[list[Row]], Done], groups: Sequence[list[Row]]) -> 
     kept, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
         for group in groups:
-            if isinstance(error := group[0].get("image"), Exception):  # it could not be read
-                raise error
+            for column in ("image", "images"):
+                if isinstance(error := group[0].get(column), Exception):  # it could not be read
+                    raise error
         return step([row for group in groups for row in group])
     except Exception:
         torch.set_rng_state(kept)

@@ -32,6 +32,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
@@ -39,7 +40,7 @@ from PIL import Image as PillowImage
 from PIL.Image import Image
 from torch import Tensor
 
-from accord.data.images import image_bytes, picture_key
+from accord.data.images import image_bytes, load_images, picture_key
 from accord.data.questions import normalise_answer
 from accord.errors import DataError, QuorumError, RunError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
@@ -49,7 +50,7 @@ from accord.routing.canaries import Canaries, Hidden
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.robust import capped
 from accord.routing.router import Router
-from accord.types import ImageSource, Message, Prompt
+from accord.types import ImageSource, Message, Prompt, Question, prompt_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class Group:
     """The completions of one prompt: the distinct ones, and which of them each row was."""
 
     prompt: Prompt
-    image: Image | None  # None for a question without one
-    data: bytes | None  # the image as it travels
+    images: tuple[Image, ...]  # none for a question without any
+    data: tuple[bytes, ...]  # the images as they travel
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
     kind: str = ""  # question type, where the rows have that column
@@ -77,6 +78,12 @@ class Scaling(Protocol):
     ) -> list[Tensor]:
         """Return rewards `[G]` of every group from its weights `[G, K]` and rewards `[G]`, NaN where there is none."""
         ...
+
+
+def group_about(question: Question, candidates: Sequence[str], rows: Sequence[int]) -> Group:
+    """Return the group of candidates for a question, whose images travel as they are stored."""
+    images, data = tuple(load_images(question.images)), tuple(map(image_bytes, question.images))
+    return Group(prompt_of(question), images, data, tuple(candidates), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,8 @@ class FederatedReward:
         end_tokens: ids that end a completion; without them no completion counts as cut off.
         waiting: how long a step waits for sites.
         missing: what a completion gets that no site scored (see the module's docstring).
-        sources: the stored image behind a row's `question_id`, so that its original bytes travel; other images are sent
-            as PNG.
+        sources: the stored images behind a row's `question_id`, so that their original bytes travel; other images are
+            sent as PNG.
         canaries: hidden questions in every request, whose answers tell whom to trust: that is multiplied into the
             router's weights, by which the sites are still asked.
         scaling: scales the finished rewards, group by group.
@@ -181,7 +188,7 @@ class FederatedReward:
         end_tokens: Sequence[int] = (),
         waiting: Waiting = Waiting(),
         missing: Literal["group_mean", "none"] = "none",
-        sources: Mapping[str, ImageSource] | None = None,
+        sources: Mapping[str, ImageSource | Sequence[ImageSource]] | None = None,
         canaries: Canaries | None = None,
         scaling: Scaling | None = None,
     ) -> None:
@@ -274,14 +281,14 @@ class FederatedReward:
         completions: Sequence[Sequence[Message]] | Sequence[str],
         columns: Mapping[str, object],
     ) -> list[Group]:
-        """Split rows into groups: consecutive rows with the same conversation and the same image, at most G."""
+        """Split rows into groups: consecutive rows with the same conversation and the same images, at most G."""
         ids = cast(Sequence[str] | None, columns.get("question_id"))
         kinds = cast(Sequence[str] | None, columns.get("question_type"))
         groups: list[Group] = []
         most = self.per_group.size if self.per_group else 0
         key: object = None
         texts: list[str] = []
-        opening: tuple[Prompt, Image | None, bytes | None] | None = None
+        opening: tuple[Prompt, tuple[Image, ...], tuple[bytes, ...]] | None = None
         kind = ""
 
         def close() -> None:
@@ -291,14 +298,14 @@ class FederatedReward:
                 groups.append(Group(*opening, distinct, tuple(position[text] for text in texts), kind))
 
         for n, prompt in enumerate(prompts):
-            image = _image_of(prompt, n, columns)
+            images = _images_of(prompt, n, columns)
             plain = [_plain(message) for message in prompt]
             known = ids is not None and ids[n] in self.sources  # else an id may name the words alone
-            this = (str(plain), (ids[n],) if ids and known else None if image is None else picture_key(image))
+            this = (str(plain), (ids[n],) if ids and known else tuple(map(picture_key, images)))
             if this != key or len(texts) == most > 0:
                 close()
-                source = self.sources.get(ids[n]) if ids is not None else None
-                opening, texts, key = (plain, image, _travelling(image, source)), [], this
+                sources = self.sources.get(ids[n]) if ids is not None else None
+                opening, texts, key = (plain, images, _travelling(images, sources)), [], this
                 kind = "" if kinds is None else kinds[n]
             texts.append(_text_of(completions[n]))
         close()
@@ -317,7 +324,7 @@ class FederatedReward:
         return self._scores(self._query(groups, wanted))
 
     def _route_and_query(self, groups: Sequence[Group]) -> ScoreQuery:
-        weights = self.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
+        weights = self.router([g.prompt for g in groups], [g.images for g in groups], [g.candidates for g in groups])
         if self.scope == "prompt":
             weights = per_prompt(weights, [len(group.candidates) for group in groups])
         return self._query(groups, top1(weights) if self.mode == "top1" else weights)
@@ -329,7 +336,7 @@ class FederatedReward:
         truth = self.per_group is not None and self.per_group.truth
         places: dict[str, list[list[int]]] = defaultdict(list)
         self._asked += 1
-        names = [None if group.data is None else image_name(group.data) for group in groups]
+        names = [[image_name(data) for data in group.data] for group in groups]
         turns = [to_turns(group.prompt) for group in groups]
         of_row = [(g, text) for g, group in enumerate(groups) for text in group.candidates]
         # Only what is asked is looked at, once: a read of every site's weight for every completion grows with both.
@@ -341,10 +348,9 @@ class FederatedReward:
             images: dict[str, bytes] = {}
             items: list[ScoreItem] = []
             for g, own in itertools.groupby(of_site, lambda row: of_row[row][0]):
-                rows, name, data = list(own), names[g], groups[g].data
-                if name is not None and data is not None:
-                    images[name] = data
-                items.append(ScoreItem(name, turns[g], [of_row[row][1] for row in rows]))
+                rows = list(own)
+                images.update(zip(names[g], groups[g].data, strict=True))
+                items.append(ScoreItem(names[g], turns[g], [of_row[row][1] for row in rows]))
                 places[sites[k]].append(rows)
             requests[sites[k]] = ScoreRequest(f"score-{self._asked}-{sites[k]}", images, items, judge, truth)
         return ScoreQuery(groups, weights, requests, places)
@@ -506,29 +512,28 @@ def _mean(rewards: Sequence[float | None], otherwise: float) -> float:
     return sum(known) / len(known) if known else otherwise
 
 
-def _image_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> Image | None:
-    """Find row n's image: in the prompt's content blocks, as TRL puts it there, or in an `image` or `images` column.
+def _images_of(prompt: Prompt, n: int, columns: Mapping[str, object]) -> tuple[Image, ...]:
+    """Find row n's images: in the prompt's content blocks, as TRL puts them there, or in an `image` or `images` column.
 
-    A row without one is a question without an image if its prompt has no place for one.
+    A row without any is a question without an image if its prompt has no place for one.
 
     Raises:
-        DataError: it has.
+        DataError: it has, or it has places for another number of images.
     """
-    for message in prompt:
-        for block in _blocks(message):
-            if block["type"] == "image" and isinstance(block.get("image"), PillowImage.Image):
-                return cast(Image, block["image"])
-    for name in ("image", "images"):
+    places = [block for message in prompt for block in _blocks(message) if block["type"] == "image"]
+    images = tuple(image for b in places if isinstance(image := b.get("image"), PillowImage.Image))
+    for name in () if images else ("image", "images"):
         column = columns.get(name)
         if isinstance(column, Sequence) and len(column) > n:
-            found = column[n][0] if isinstance(column[n], Sequence) and column[n] else column[n]
-            if isinstance(found, PillowImage.Image):
-                return found
-    if all(block["type"] != "image" for message in prompt for block in _blocks(message)):
-        return None
-    raise DataError(
-        f"row {n} has no image in its prompt and none in an 'image' or 'images' column, got {sorted(columns)}"
-    )
+            own = column[n] if isinstance(column[n], Sequence) else [column[n]]
+            images = images or tuple(image for image in own if isinstance(image, PillowImage.Image))
+    if places and not images:
+        raise DataError(
+            f"row {n} has no image in its prompt and none in an 'image' or 'images' column, got {sorted(columns)}"
+        )
+    if places and len(places) != len(images):
+        raise DataError(f"row {n} has {len(images)} images for {len(places)} places in its prompt; give one for each")
+    return images
 
 
 def _blocks(message: Message) -> Sequence[Mapping[str, object]]:
@@ -555,12 +560,14 @@ def _text_of(completion: Sequence[Message] | str) -> str:
     )
 
 
-def _travelling(image: Image | None, source: ImageSource | None) -> bytes | None:
-    """Return the bytes of `source`, else the image as PNG, else None."""
-    if source is not None:
-        return image_bytes(source)
-    if image is None:
-        return None
+def _travelling(images: Sequence[Image], sources: ImageSource | Sequence[ImageSource] | None) -> tuple[bytes, ...]:
+    """Return the bytes of the sources, else the images as PNG."""
+    if sources is not None:
+        return tuple(map(image_bytes, (sources,) if isinstance(sources, bytes | Path) else sources))
+    return tuple(map(_png, images))
+
+
+def _png(image: Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()

@@ -16,12 +16,11 @@ from itertools import combinations
 from typing import TypeAlias, cast
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.data.questions import normalise_answer
 from accord.federation.weights import set_trainable_weights
 from accord.models.inputs import build_batch, completion_text, shared_inputs
@@ -33,10 +32,10 @@ Weights: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two answers to one prompt about one image, in the order in which they are shown."""
+    """Two answers to one prompt about the same images, in the order in which they are shown."""
 
     prompt: Prompt
-    image: Image | None
+    images: Pictures
     first: str  # A
     second: str  # B
 
@@ -55,7 +54,7 @@ class Selector:
     def __call__(self, comparisons: Sequence[Comparison]) -> Tensor:
         """Return the log-odds `log s(A) − log s(B)` of every comparison, `[N]` in float32."""
         prompts = [selector_prompt(c.prompt, c.first, c.second) for c in comparisons]
-        batch = build_batch(self.processor, prompts, [c.image for c in comparisons], [["A"]] * len(prompts))
+        batch = build_batch(self.processor, prompts, [c.images for c in comparisons], [["A"]] * len(prompts))
         plain = without_adapter(self.model)
         a, b, shared = letter_tokens(self.processor, prompts[0])
         inner = cast(PreTrainedModel, plain.base_model)
@@ -134,7 +133,7 @@ def label_pairs(
     selector.model.eval()
     for start in range(0, len(asked), batch_size):
         comparisons = [
-            Comparison(prompt_of(q), load_if_any(q.image), first, second)
+            Comparison(prompt_of(q), load_images(q.images), first, second)
             for q, first, second in asked[start : start + batch_size]
         ]
         for u, weights in enumerate(selectors):
@@ -145,7 +144,7 @@ def label_pairs(
             prompt=prompt_of(q),
             chosen=second if better else first,
             rejected=first if better else second,
-            images=() if q.image is None else (q.image,),
+            images=q.images,
             question_id=q.id,
             question_type=q.question_type,
         )

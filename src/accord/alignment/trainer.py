@@ -495,12 +495,11 @@ class SharedPrefixTrainer(GRPOTrainer):
         if self._alike is None:
             row, processor = self._bare[self._first[0]], cast(Processor, self.processing_class)
             prompt, images = _turns(row["prompt"]), _images(row)
-            read = build_batch(processor, [prompt], images or [None], [[" x "]]) if len(images) <= 1 else None
+            read = build_batch(processor, [prompt], [images], [[" x "]])
             ids = self._prompts[self._mode].ids[0]
             end = completion_text(processor, prompt, "")
             self._alike = (
-                read is not None
-                and read.input_ids[0, : len(ids)].tolist() == ids
+                read.input_ids[0, : len(ids)].tolist() == ids
                 and int((read.labels[0] != -100).int().argmax()) == len(ids)
                 and completion_text(processor, prompt, " x ") == f" x {end}"  # templates may trim
             )
@@ -533,8 +532,8 @@ class SharedPrefixTrainer(GRPOTrainer):
             first = self._bare[self._first[p]]
             prefix = hidden[row, : len(self._prompts[self._mode].ids[p]) - 1]
             for start, (ids, word) in zip(packed.starts[row], read[row], strict=True):
-                if word is not None and len(images := _images(first)) <= 1:
-                    key = state_key(_turns(first["prompt"]), images[0] if images else None, word)
+                if word is not None:
+                    key = state_key(_turns(first["prompt"]), _images(first), word)
                     states[key] = torch.cat([prefix, hidden[row, start : start + 1 + len(ids)]])
         return states
 

@@ -22,7 +22,7 @@ from accord.models.generate import answer
 from accord.models.load import load_model
 from accord.progress import stage_bar
 from accord.rewards.model import RewardModel
-from accord.rewards.train import check_images, pair_margins
+from accord.rewards.train import pair_margins
 from accord.types import PreferencePair, Question, prompt_of
 
 
@@ -77,7 +77,7 @@ def sample_candidates(
                 prompt=prompt_of(question),
                 chosen=a,
                 rejected=b,
-                images=() if question.image is None else (question.image,),
+                images=question.images,
                 question_id=question.id,
                 question_type=question.question_type,
             )
@@ -91,13 +91,8 @@ def sample_candidates(
 
 
 def least_certain(model: RewardModel, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates in the order of |margin|, those first that the model is least certain of.
-
-    Raises:
-        DataError: one has several images.
-    """
+    """Return the candidates in the order of |margin|, those first that the model is least certain of."""
     pairs = [candidate.preferring(first=True) for candidate in candidates]
-    check_images(pairs)
     margins = pair_margins(model, pairs)
     order = sorted(range(len(pairs)), key=lambda n: abs(margins[n]))  # stable: equal ones stay as they were
     return [candidates[n] for n in order]

@@ -131,6 +131,10 @@ class ImageCell:
         """Tell an image that is in the text from the name of one."""
         return value.startswith("data:") or bool(_BASE64.fullmatch(value))
 
+    def sources(self, cells: Iterable[object]) -> tuple[ImageSource, ...]:
+        """Return the sources of a row's cells, in order; raises as `source`."""
+        return tuple(map(self.source, cells))
+
     def source(self, value: object) -> ImageSource:
         """Return the source of a cell.
 
@@ -152,7 +156,7 @@ class ImageCell:
 
     def _locate(self, value: object) -> ImageSource:
         if isinstance(value, list) and len(value) > 1:
-            raise BadRow(f"the row has {len(value)} images, and a question is about one; keep one of them")
+            raise BadRow(f"the row has {len(value)} images, and there is place for one; keep one of them")
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, Mapping):

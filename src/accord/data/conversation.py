@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from accord.data.rows import BadRow
+from accord.types import IMAGE_TAG
 
 ROLES = ("system", "user", "assistant")
 ALSO_CALLED: Final = {
@@ -23,9 +24,6 @@ ALSO_CALLED: Final = {
     "model": "assistant",
 }
 """Roles of ShareGPT, LLaVA and Gemini."""
-
-IMAGE_TAG: Final = "<image>"
-"""What LLaVA and ms-swift write in a text where the image stands."""
 
 _PLACE: Final = re.compile(rf"\s*{IMAGE_TAG}\s*")
 
@@ -52,22 +50,28 @@ def block_images(turns: object) -> list[object]:
     return found
 
 
-def without_tag(text: str) -> str:
-    """Return a question about one image without `<image>`: its image stands before its words.
+def with_places(text: str, images: int) -> str:
+    """Return a question about so many images with their places, of which there may be fewer; one needs none.
+
+    An image without a place stands before the words, and so does the only one: its `<image>` is taken out.
 
     Raises:
-        BadRow: it has several.
+        BadRow: there are more places than images.
     """
-    if (places := text.count(IMAGE_TAG)) > 1:
-        raise BadRow(f"the question has {places} places {IMAGE_TAG!r} for its one image; leave one, or none")
-    return _PLACE.sub(" ", text).strip() if places else text
+    places = text.count(IMAGE_TAG) if images else 0
+    if places > images:
+        raise BadRow(
+            f"the question has {places} places {IMAGE_TAG!r} for its {images if images > 1 else 'one'} "
+            f"image{'s' * (images > 1)}; leave as many, or fewer"
+        )
+    return _PLACE.sub(" ", text).strip() if places and images == 1 else text
 
 
 def read_prompt(prompt: object, n_images: int) -> list[dict[str, object]]:
     """Return a conversation in blocks from text or messages; it ends with the user's turn.
 
-    Where every content is plain text, the images stand at `<image>`, and without it before the first user text, as TRL
-    puts them. So they do where there are blocks and all of them are texts.
+    Where every content is plain text, the images stand at `<image>`, and those without a place before the first user
+    text, as TRL puts them. So they do where there are blocks and all of them are texts.
 
     Raises:
         BadRow: no conversation, an unknown role, no text, another last turn, or image blocks that are not `n_images`:
@@ -101,19 +105,19 @@ def _blocks(message: Mapping[str, object]) -> list[dict[str, str]]:
 
 
 def _place_images(messages: list[dict[str, object]], n_images: int, *, first: bool) -> None:
-    """Put image blocks at `<image>`; where there is none, before the first user text if `first`."""
+    """Put image blocks at `<image>`; those without a place stand first, where there is any place or `first` says so."""
     texts = [block.get("text", "") for m in messages if m["role"] == "user" for block in _blocks(m)]
-    if places := sum(text.count(IMAGE_TAG) for text in texts):
-        if places != n_images:
-            raise BadRow(f"the prompt has {places} places {IMAGE_TAG!r} and the row {n_images} images")
-        for message in messages:
-            if message["role"] == "user":
-                message["content"] = [part for block in _blocks(message) for part in _at_tags(block)]
-    elif first:
-        for message in messages:
-            if message["role"] == "user":
-                message["content"] = [{"type": "image"}] * n_images + _blocks(message)
-                return
+    places = sum(text.count(IMAGE_TAG) for text in texts)
+    if places > n_images:
+        raise BadRow(f"the prompt has {places} places {IMAGE_TAG!r} and the row {n_images} images")
+    if not places and not first:
+        return
+    before = n_images - places
+    for message in messages:
+        if message["role"] == "user":
+            parts = [part for block in _blocks(message) for part in _at_tags(block)] if places else _blocks(message)
+            message["content"] = [{"type": "image"}] * before + parts
+            before = 0
 
 
 def _at_tags(block: dict[str, str]) -> list[dict[str, str]]:

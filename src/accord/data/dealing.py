@@ -25,7 +25,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from accord.data.clusters import Similarity
-from accord.data.questions import image_identity, uniform
+from accord.data.questions import image_identity, together, uniform
 from accord.data.sites import SiteShare
 from accord.errors import DataError, RecipeError, check_least
 from accord.types import Question
@@ -90,8 +90,8 @@ def deal(
     Raises:
         DataError: a site gets no question.
     """
-    identify = image_identity()
-    units = [(identify(q.subject), kind_of(q)) for q in questions]
+    images = together([q.subjects for q in questions], image_identity())
+    units = [(image, kind_of(q)) for image, q in zip(images, questions, strict=True)]
     kinds: dict[str, set[Kind]] = defaultdict(set)
     for image, kind in units:
         kinds[image].add(kind)

@@ -114,7 +114,8 @@ def _by_picture(found: Sequence[Question], source: str) -> list[Question]:
     texts: dict[str, dict[str, None]] = {}
     kept: list[tuple[str, Question]] = []
     for question in found:
-        key = identify(question.subject)
+        (subject,) = question.subjects
+        key = identify(subject)
         if question.answer not in texts.setdefault(key, {}):
             texts[key][question.answer] = None
             kept.append((key, question))

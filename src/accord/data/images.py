@@ -17,7 +17,9 @@ import contextlib
 import hashlib
 import io
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -28,6 +30,9 @@ from accord.types import ImageSource
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 100_000_000
+
+Pictures: TypeAlias = Image.Image | Sequence[Image.Image] | None
+"""The opened images of a prompt: its one, several in their order, or none."""
 
 
 def name_of(source: ImageSource) -> str:
@@ -101,9 +106,16 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         return _to_rgb(image)
 
 
-def load_if_any(source: ImageSource | None) -> Image.Image | None:
-    """Return the image of a question or pair as `load_image` does, None for one without an image."""
-    return None if source is None else load_image(source)
+def load_images(sources: Iterable[ImageSource]) -> list[Image.Image]:
+    """Return the images of a question or pair as `load_image` does, in order; none for one without an image."""
+    return [load_image(source) for source in sources]
+
+
+def as_list(pictures: Pictures) -> list[Image.Image]:
+    """Return the images of a prompt, whether it has one, several or none."""
+    if pictures is None:
+        return []
+    return [pictures] if isinstance(pictures, Image.Image) else list(pictures)
 
 
 def _open(source: ImageSource, max_pixels: int) -> Image.Image:

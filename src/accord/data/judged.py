@@ -80,7 +80,7 @@ def judge_samples(
                         prompt=prompt_of(question),
                         chosen=better,
                         rejected=rejected,
-                        images=() if question.image is None else (question.image,),
+                        images=question.images,
                         question_id=question.id,
                         question_type=question.question_type,
                         constructed=True,

@@ -215,7 +215,7 @@ def build_preferences(
             prompt=prompt_of(question),
             chosen=question.answer,
             rejected=rejected,
-            images=() if question.image is None else (question.image,),
+            images=question.images,
             question_id=question.id,
             question_type=question.question_type,
             constructed=True,
@@ -278,7 +278,7 @@ def _open_pairs(path: Path, columns: Sequence[str]) -> datasets.Dataset:
 
 
 def _pair(where: str, row: Row, raw: RawPair, field: ImageField, images: ImageCell) -> PreferencePair:
-    sources = tuple(images.source(cell) for cell in field(where, row))
+    sources = images.sources(field(where, row))
     messages = read_prompt(raw.prompt, len(sources))
     right, wrong = read_completion("chosen", raw.chosen), read_completion("rejected", raw.rejected)
     if not normalise_answer(right):

@@ -4,7 +4,8 @@ A folder in Accord's own form holds `questions.jsonl` and its images; any Huggin
 question and an answer column is read as well. Images stay undecoded, as they were stored, so that their identity is
 that of the original bytes.
 
-Questions without an image are read too; what is said here of a question's image holds of its own text then.
+Questions without an image are read too; what is said here of a question's image holds of its own text then. Questions
+that share one of several images are on one side, as if all their images were one.
 
 Splits are drawn by image: u, the first 48 bits of SHA-256(purpose, seed, image id) over 2^48, falls into one of the
 intervals that the fractions cut from [0, 1). An image's side depends on nothing but its bytes and the seed: data that
@@ -19,13 +20,13 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from accord.data.cells import ImageCell, ImageField, image_cells
-from accord.data.conversation import as_turn, without_tag
+from accord.data.conversation import as_turn, with_places
 from accord.data.images import image_id
 from accord.data.rows import BadRow, Row, column, keep_good, read_jsonl, text_of
 from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, undecoded
@@ -75,11 +76,12 @@ def read_vqa_folder(
 ) -> list[Question]:
     """Read `path/questions.jsonl`; the folder's name becomes the domain.
 
-    Each line has `id`, `image` (relative to the folder; in no line where the questions are about no images),
-    `question`, `answer`; optional are the type in `type_field` (else in `answer_type`, else "all") and `split` (else
-    "test"). With `splits`, other rows' images are not looked at. `accord.data.cells` says what else an image may be
-    called. Several answers, in `answer` or `answers`, are all right; the commonest is the question's `answer`. In place
-    of question and answer there may be LLaVA's `conversations` of one question.
+    Each line has `id`, `image` (relative to the folder, or a list of several; in no line where the questions are about
+    no images), `question`, `answer`; optional are the type in `type_field` (else in `answer_type`, else "all") and
+    `split` (else "test"). With `splits`, other rows' images are not looked at. `accord.data.cells` says what else
+    an image may be called, and `<image>` in a question is the place of one. Several answers, in `answer` or
+    `answers`, are all right; the commonest is the question's `answer`. In place of question and answer there may be
+    LLaVA's `conversations` of one question.
 
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a field is missing, in some lines the image among
@@ -109,14 +111,15 @@ def read_vqa_folder(
         present[split] = None
         if splits is not None and split not in splits:
             return None
-        cells = field(where, row)
+        sources = images.sources(field(where, row))
         text = text_of("question", asked)
         answer, references = answers_of(answered)
         of_type = row.get(type_field) or row.get("answer_type") or "all"
         return Question(
             id=key,
-            image=images.source(cells) if cells else None,
-            text=without_tag(text) if cells else text,
+            image=sources[0] if sources else None,
+            further=sources[1:],
+            text=with_places(text, len(sources)),
             answer=answer,
             question_type=text_of(type_field, of_type),
             split=split,
@@ -218,16 +221,19 @@ def read_vqa_dataset(
     place = Path(name_or_path)
     images = ImageCell(None, beside=place if place.is_dir() else None)
     index = itertools.count()
-    pictured = image_column and any(image_cells({"image": row[image_column]}) for row in dataset)
+    pictured = image_column is not None and any(image_cells({"image": row[image_column]}) for row in dataset)
 
     def parse(where: str, row: Row) -> Question:
         number = next(index)  # a row that is left out keeps its number
+        cells = row[image_column] if pictured and image_column else []
+        sources = images.sources(cells if isinstance(cells, list) and cells else [cells] if pictured else [])
         text = text_of(question_column, row[question_column])
         answer, references = answers_of(row[answer_column])
         return Question(
             id=f"{name}-{split}-{number}",
-            image=images.source(row[image_column]) if image_column and pictured else None,
-            text=without_tag(text) if pictured else text,
+            image=sources[0] if sources else None,
+            further=sources[1:],
+            text=with_places(text, len(sources)),
             answer=answer,
             question_type=text_of(type_column, row[type_column]) if type_column else "all",
             split=split,
@@ -262,13 +268,40 @@ def split_by_image(questions: Iterable[Question], fractions: Mapping[str, float]
         )
     names = [name for name, value in fractions.items() if value > 0]
     ends = list(itertools.accumulate(fractions[name] for name in names))
-    identify = image_identity()
 
-    def side(question: Question) -> str:
-        draw = uniform("split", seed, identify(question.subject))
+    def side(subject: str) -> str:
+        draw = uniform("split", seed, subject)
         return next((name for name, end in zip(names, ends, strict=True) if draw < end), names[-1])
 
-    return [replace(question, split=side(question)) for question in questions]
+    questions = list(questions)
+    keys = together([q.subjects for q in questions], image_identity())
+    return [replace(question, split=side(key)) for question, key in zip(questions, keys, strict=True)]
+
+
+def together(subjects: Iterable[Sequence[Subject]], identify: Callable[[Subject], str]) -> list[str]:
+    """Return by what each question goes where those that share an image must stay together.
+
+    Questions that share one directly, or through others, go by the smallest id of all their images; those about one
+    image by its id.
+
+    Args:
+        subjects: what each question is about, at least one image or text.
+        identify: an `image_identity`.
+    """
+    above: dict[str, str] = {}  # a forest, whose roots are the smallest ids
+
+    def root(key: str) -> str:
+        while above.setdefault(key, key) != key:
+            above[key] = above[above[key]]
+            key = above[key]
+        return key
+
+    keys = [[identify(subject) for subject in own] for own in subjects]
+    for first, *others in keys:
+        for other in others:
+            low, high = sorted((root(first), root(other)))
+            above[high] = low
+    return [root(own[0]) for own in keys]
 
 
 def in_turn(queues: Iterable[Iterable[T]], count: int) -> list[T]:

@@ -1,6 +1,7 @@
 """Deal questions out to sites: by domain, by question type, and never the same image twice.
 
-A question without an image is dealt by its own text.
+A question without an image is dealt by its own text, and questions that share one of several images as if all their
+images were one.
 
 Of an image's m qualifying sites with fractions f_1..f_m, site i gets it with probability f_i / max(1, sum f): where the
 fractions ask for more than there is they become weights, and a lone site with f = 0.3 takes 30 % of its images. The
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from accord.data.images import name_of
-from accord.data.questions import image_identity, uniform
+from accord.data.questions import image_identity, together, uniform
 from accord.errors import DataError, RecipeError
 from accord.types import Question, Subject
 
@@ -58,8 +59,7 @@ def share_out(
     names = [share.name for share in shares]
     if len(set(names)) < len(names):
         raise RecipeError(f"two sites have the same name in {names}; name each differently")
-    identify = image_identity()
-    images = [identify(question.subject) for question in questions]
+    images = together([question.subjects for question in questions], image_identity())
     qualifying: dict[str, list[SiteShare]] = {image: [] for image in images}
     for question, image in zip(questions, images, strict=True):
         found = qualifying[image]

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from accord.data.questions import normalise_answer, right_answers
+from accord.data.questions import normalise_answer, right_answers, together
 from accord.types import Question, Subject
 
 
@@ -32,7 +32,8 @@ def count_correct(questions: Sequence[Question], answers: Sequence[str]) -> dict
 def images_by_type(questions: Sequence[Question], identify: Callable[[Subject], str]) -> dict[str, list[int]]:
     """Return `{question type: the number of the image of each of its questions, in their order}`.
 
-    Images are numbered as they come; questions without one share a number where they share their text.
+    Images are numbered as they come; questions without one share a number where they share their text. Questions that
+    share one of several images share a number, too.
 
     Args:
         questions: what is asked.
@@ -40,8 +41,8 @@ def images_by_type(questions: Sequence[Question], identify: Callable[[Subject], 
     """
     numbers: dict[str, int] = {}
     images: dict[str, list[int]] = defaultdict(list)
-    for q in questions:
-        images[q.question_type].append(numbers.setdefault(identify(q.subject), len(numbers)))
+    for q, key in zip(questions, together([q.subjects for q in questions], identify), strict=True):
+        images[q.question_type].append(numbers.setdefault(key, len(numbers)))
     return dict(sorted(images.items()))
 
 
@@ -62,7 +63,7 @@ def question_only(known: Sequence[Question], asked: Sequence[Question]) -> list[
 def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     """Give every question another image of the same domain; questions that shared an image share the new one.
 
-    Questions without an image stay as they are.
+    Of several images each becomes another. Questions without an image stay as they are.
     """
     by_domain: dict[str, list[int]] = defaultdict(list)
     for i, q in enumerate(questions):
@@ -70,9 +71,11 @@ def shuffle_images(questions: Sequence[Question], seed: int) -> list[Question]:
     shuffled = list(questions)
     generator = random.Random(seed)
     for indices in by_domain.values():
-        images = list(dict.fromkeys(questions[i].image for i in indices))
+        images = list(dict.fromkeys(image for i in indices for image in questions[i].images or (None,)))
         generator.shuffle(images)
         other = dict(zip(images, images[1:] + images[:1], strict=True))
         for i in indices:
-            shuffled[i] = replace(questions[i], image=other[questions[i].image])
+            q = questions[i]
+            further = (other[image] for image in q.further)
+            shuffled[i] = replace(q, image=other[q.image], further=tuple(image for image in further if image))
     return shuffled

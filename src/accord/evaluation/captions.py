@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Final
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import DataError
 from accord.rewards.model import RewardModel
 from accord.types import Question, prompt_of
@@ -131,6 +131,6 @@ def _scores(
     for start in range(0, len(questions), PHOTOGRAPHS_AT_ONCE):
         chunk = questions[start : start + PHOTOGRAPHS_AT_ONCE]
         of_chunk = candidates[start : start + PHOTOGRAPHS_AT_ONCE]
-        prompts, images = [prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk]
+        prompts, images = [prompt_of(q) for q in chunk], [load_images(q.images) for q in chunk]
         scores += [each.tolist() for each in judge.score(prompts, images, of_chunk)]
     return scores

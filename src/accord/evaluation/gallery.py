@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from accord.alignment.reward import FederatedReward, Group
-from accord.data.images import image_bytes, load_if_any
+from accord.alignment.reward import FederatedReward, group_about
 from accord.data.questions import in_turn
 from accord.runs import write_atomic
-from accord.types import Question, prompt_of
+from accord.types import Question
 
 LONGEST_SIDE = 256  # pixels of a shown image
 
@@ -39,7 +38,8 @@ def write_gallery(
 ) -> None:
     """Write `gallery.jsonl` and `gallery/*.png` of a run: every site is asked about both answers, routed or not.
 
-    The `image` of a question without one is null. Without a `reward` no site judges, and there are no scores.
+    The `image` of a question without one is null, and of several the others are `further`. Without a `reward` no site
+    judges, and there are no scores.
     """
     chosen = choose(questions, before, after, count)
     if not chosen:
@@ -50,25 +50,25 @@ def write_gallery(
         q = questions[i]
         candidates = tuple(dict.fromkeys((before[i], after[i])))
         rows = (0, len(candidates) - 1)
-        data = None if q.image is None else image_bytes(q.image)
-        groups.append(Group(prompt_of(q), load_if_any(q.image), data, candidates, rows))
+        groups.append(group_about(q, candidates, rows))
     sites: list[str] = []
     scores = weights = torch.zeros(sum(len(g.candidates) for g in groups), 0)
     if reward is not None:
         sites = list(reward.engine.sites)
         scores = reward.ask(groups, torch.ones(len(scores), len(sites), dtype=torch.bool))  # [M, K]
-        weights = reward.router([g.prompt for g in groups], [g.image for g in groups], [g.candidates for g in groups])
+        weights = reward.router([g.prompt for g in groups], [g.images for g in groups], [g.candidates for g in groups])
     lines, first = [], 0
     for n, (i, group) in enumerate(zip(chosen, groups, strict=True)):
         q = questions[i]
-        name = None if group.image is None else f"gallery/{n}.png"
-        if name is not None and group.image is not None:
-            write_atomic(run / name, small_png(group.image))
+        names = [f"gallery/{n}{f'-{k}' if k else ''}.png" for k in range(len(group.images))]
+        for name, image in zip(names, group.images, strict=True):
+            write_atomic(run / name, small_png(image))
         old, new = first + group.rows[0], first + group.rows[1]
         first += len(group.candidates)
         lines.append(
             {
-                "image": name,
+                "image": names[0] if names else None,
+                **({"further": names[1:]} if names[1:] else {}),
                 "question": q.text,
                 "answer": q.answer,
                 "question_type": q.question_type,

@@ -30,15 +30,15 @@ import matplotlib
 from markupsafe import Markup
 
 from accord.data.images import load_image
-from accord.data.questions import image_identity
+from accord.data.questions import image_identity, together
 from accord.evaluation.figures import AFTER, INK, NARROW, RULE, STYLE, WIDE, canvas, svg
 from accord.evaluation.gallery import small_png
 from accord.evaluation.markdown import markdown_table
 from accord.evaluation.summary import Accuracy, accuracy_by_image
 from accord.rewards.model import RewardModel
-from accord.rewards.train import check_images, pair_margins
+from accord.rewards.train import pair_margins
 from accord.runs import write_atomic
-from accord.types import PreferencePair, texts_of
+from accord.types import ImageSource, PreferencePair, texts_of
 from accord.version import VERSION
 
 BINS: Final = 5
@@ -87,22 +87,17 @@ class Judging:
 
 
 def judge_pairs(model: RewardModel, pairs: Sequence[PreferencePair]) -> Judging:
-    """Score both answers of every pair and compare with what people said.
-
-    Raises:
-        DataError: a pair has several images.
-    """
-    check_images(pairs)
+    """Score both answers of every pair and compare with what people said."""
     scale = model.standardisation.deviation + 1e-6
     margins = [scale * margin for margin in pair_margins(model, pairs)]
-    identify = image_identity()
+    keys = together([pair.subjects for pair in pairs], image_identity())
     numbers: dict[str, int] = {}
     outcomes: dict[str, list[int]] = defaultdict(list)
     images: dict[str, list[int]] = defaultdict(list)
-    for pair, margin in zip(pairs, margins, strict=True):
+    for pair, key, margin in zip(pairs, keys, margins, strict=True):
         name = pair.question_type or "all"
         outcomes[name].append(int(margin > 0))
-        images[name].append(numbers.setdefault(identify(pair.subjects[0]), len(numbers)))
+        images[name].append(numbers.setdefault(key, len(numbers)))
     confidence = [(1 / (1 + math.exp(-abs(m))), m > 0) for m in margins]
     reliability = _equal_width(confidence)
     return Judging(
@@ -169,7 +164,7 @@ def write_judging(path: Path, name: str, judging: Judging, pairs: Sequence[Prefe
     worst = sorted(range(len(pairs)), key=lambda n: judging.margins[n])[:SHOWN]
     shown = [
         {
-            "image": None if pairs[n].image is None else _data_uri(pairs[n]),
+            "images": [_data_uri(source) for source in pairs[n].images],
             "prompt": " ".join(text for message in pairs[n].prompt for text in texts_of(message)),
             "chosen": pairs[n].chosen,
             "rejected": pairs[n].rejected,
@@ -186,7 +181,6 @@ def write_judging(path: Path, name: str, judging: Judging, pairs: Sequence[Prefe
     write_atomic(path, page)
 
 
-def _data_uri(pair: PreferencePair) -> str:
-    assert pair.image is not None
-    picture = small_png(load_image(pair.image), LONGEST_SIDE)
+def _data_uri(source: ImageSource) -> str:
+    picture = small_png(load_image(source), LONGEST_SIDE)
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.models.inputs import build_batch, model_inputs
 from accord.models.load import Processor
 from accord.types import Question, prompt_of
@@ -40,7 +40,7 @@ def answer_nll(
         batch = build_batch(
             processor,
             [prompt_of(q) for q in chunk],
-            [load_if_any(q.image) for q in chunk],
+            [load_images(q.images) for q in chunk],
             [[q.answer] for q in chunk],
         ).to(model.device)
         logits = model(**model_inputs(model, batch)).logits[:, :-1]  # [N, T - 1, V]

@@ -50,8 +50,7 @@ class _Example:
     """One card of the gallery, ready to show."""
 
     row: GalleryRow
-    image: str | None
-    small: bool
+    images: list[tuple[str, bool]]  # data URI, and whether it is small
     before_right: bool
     after_right: bool
 
@@ -227,8 +226,8 @@ def _traffic_totals(traffic: Sequence[TrafficRow]) -> TrafficRow:
 
 
 def _example(run: Path, row: GalleryRow) -> _Example:
-    image, small = (None, False) if row.image is None else _picture(run, row.image)
-    return _Example(row, image, small, _same(row.before, row.answer), _same(row.after, row.answer))
+    images = [_picture(run, name) for name in (row.image, *row.further) if name is not None]
+    return _Example(row, images, _same(row.before, row.answer), _same(row.after, row.answer))
 
 
 def _picture(run: Path, name: str) -> tuple[str, bool]:

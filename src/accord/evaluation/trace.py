@@ -51,6 +51,7 @@ class GalleryRow:
     after: str
     routed: Mapping[str, float] = field(default_factory=dict)
     scores: Mapping[str, SiteScores | None] = field(default_factory=dict)
+    further: tuple[str, ...] = ()  # images after the first
 
 
 def read_metrics(path: Path) -> list[MetricsRow]:

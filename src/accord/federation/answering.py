@@ -6,9 +6,10 @@
 `norm` is `accord.data.questions.normalise_answer`. Source: FedGRPO (Zhu et al. 2026, arXiv 2602.12014), equations 5 and
 6. Differs: its code asks the site's model anew for each candidate, at temperature 1; here a question has one answer.
 
-A question is known by its image's bytes and its words, so that neither the server nor the run that asks it matters:
+A question is known by its images' bytes and its words, so that neither the server nor the run that asks it matters:
 
     key = SHA-256(JSON of [name of the image or null, [[role, text, …], …]])
+    key = SHA-256(JSON of [names of the images, [[role, text or null, …], …]])      several, at the places of the nulls
 
 A site keeps its reference answers in `truth.json`, a mapping of keys to an answer, or to a list of answers that are
 equally good. No question is written there, but a guess of a question, with its image, finds it.
@@ -23,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 import torch
@@ -38,26 +39,34 @@ from accord.federation.messages import MAX_ANSWER, AnswerItem, Declined, ScoreIt
 from accord.models.generate import complete
 from accord.models.load import Processor
 from accord.runs import write_atomic
-from accord.types import Prompt, texts_of
+from accord.types import Message, Prompt, texts_of
 
 REMEMBERED: Final = 50_000
 """Answers that are kept: more than the public questions of a run, and some megabytes."""
 
 
-def question_key(image: str | None, prompt: Prompt) -> str:
+def question_key(images: Sequence[str], prompt: Prompt) -> str:
     """Return what a question is known by: 64 hexadecimal digits.
 
     Args:
-        image: the name of its image, `accord.federation.messages.image_name`; None for a question without one.
+        images: the names of its images, `accord.federation.messages.image_name`.
         prompt: its turns, of which roles and texts count, and not whether a text stands in a block.
     """
-    words = [[str(turn["role"]), *texts_of(turn)] for turn in prompt]
-    return hashlib.sha256(json.dumps([image, words]).encode()).hexdigest()
+    several = len(images) > 1
+    words = [[str(turn["role"]), *(_with_places(turn) if several else texts_of(turn))] for turn in prompt]
+    named = list(images) if several else next(iter(images), None)
+    return hashlib.sha256(json.dumps([named, words]).encode()).hexdigest()
+
+
+def _with_places(turn: Message) -> list[str | None]:
+    content = turn["content"]
+    blocks = [{"text": content}] if isinstance(content, str) else cast(Sequence[Mapping[str, str]], content)
+    return [block.get("text") for block in blocks]
 
 
 def key_of(item: ScoreItem | AnswerItem) -> str:
     """Return the `question_key` of what the server asks about."""
-    return question_key(item.image, from_turns(item.prompt))
+    return question_key(item.images, from_turns(item.prompt))
 
 
 def matches(candidates: Sequence[str], *answers: str) -> Tensor:
@@ -111,9 +120,7 @@ class Answerer:
         keys = [key_of(item) for item in items]
         answers: dict[str, str | Declined] = {key: self._known[key] for key in keys if key in self._known}
         new = {key: item for key, item in zip(keys, items, strict=True) if key not in answers}
-        for with_image in (True, False):  # a batch takes one for each prompt, or none
-            wanted = {key: item for key, item in new.items() if (item.image is not None) is with_image}
-            answers |= zip(wanted, self._generate(list(wanted.values()), images), strict=True)
+        answers |= zip(new, self._generate(list(new.values()), images), strict=True)
         for key in keys:
             if not isinstance(said := answers[key], Declined):
                 self._known[key] = said
@@ -123,12 +130,11 @@ class Answerer:
         return [answers[key] for key in keys]
 
     def _generate(self, items: Sequence[ScoreItem | AnswerItem], images: Mapping[str, bytes]) -> list[str | Declined]:
-        """Answer items that all have an image, or all have none."""
         if not items:
             return []
         model, processor = self._loaded
 
-        def said(items: Sequence[ScoreItem | AnswerItem], pictures: Sequence[Image | None]) -> list[str]:
+        def said(items: Sequence[ScoreItem | AnswerItem], pictures: Sequence[list[Image]]) -> list[str]:
             prompts = [from_turns(item.prompt) for item in items]
             how = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
             return [text[:MAX_ANSWER] for text in complete(model, processor, prompts, pictures, **how)]

@@ -39,7 +39,7 @@ class Opening:
 
 
 def in_batches(
-    compute: Callable[[Sequence[Item], Sequence[Image | None]], Sequence[Result]],
+    compute: Callable[[Sequence[Item], Sequence[list[Image]]], Sequence[Result]],
     items: Sequence[Item],
     images: Mapping[str, bytes],
     *,
@@ -47,7 +47,9 @@ def in_batches(
     sizes: Sequence[int],
     rows: int,
 ) -> list[Result | Declined]:
-    """Return what `compute` makes of each question and its image, or why there is nothing.
+    """Return what `compute` makes of each question and its images, or why there is nothing.
+
+    A question about several images of more than `PIXELS_AT_ONCE` together is over the limit.
 
     Args:
         compute: takes a batch of questions with their images; what it raises for one of them costs that one alone.
@@ -66,20 +68,36 @@ def in_batches(
             results[n] = result
 
     for n, item in enumerate(items):
-        image = None
-        if item.image is not None:
-            opened = batch.opened.get(item.image) or opener(item.image)
-            if isinstance(opened, Declined):
-                results[n] = opened
-                continue
-            image = opened
-        if batch.full(item, image, sizes[n], rows):
+        opened = _opened(item.images, batch.opened, opener)
+        if isinstance(opened, Declined):
+            results[n] = opened
+            continue
+        if batch.full(item, opened, sizes[n], rows):
             finish()
             batch = _Batch()
-        batch.add(n, item, image, sizes[n])
+        batch.add(n, item, opened, sizes[n])
     if batch.places:
         finish()
     return results
+
+
+def _opened(
+    names: Sequence[str], already: Mapping[str, Image], opener: Callable[[str], Image | Declined]
+) -> dict[str, Image] | Declined:
+    """Return a question's images by name, or why one cannot be opened."""
+    found: dict[str, Image] = {}
+    for name in dict.fromkeys(names):
+        image = already.get(name) or opener(name)
+        if isinstance(image, Declined):
+            return image
+        found[name] = image
+        if len(found) > 1 and sum(map(_pixels, found.values())) > PIXELS_AT_ONCE:
+            return Declined.LIMIT
+    return found
+
+
+def _pixels(image: Image) -> int:
+    return image.width * image.height
 
 
 class _Opener:
@@ -101,40 +119,39 @@ class _Opener:
             logger.warning("an image was refused: %s", error)
             self.bad[name] = Declined.IMAGE
             return Declined.IMAGE
-        self.decoded += image.width * image.height
+        self.decoded += _pixels(image)
         return image
 
 
 class _Batch:
     def __init__(self) -> None:
         self.places: list[int] = []
-        self.pictures: list[Image | None] = []
+        self.pictures: list[list[Image]] = []
         self.opened: dict[str, Image] = {}
         self.rows = self.pixels = self.longest = 0
 
-    def full(self, item: ScoreItem | AnswerItem, image: Image | None, size: int, rows: int) -> bool:
+    def full(self, item: ScoreItem | AnswerItem, images: Mapping[str, Image], size: int, rows: int) -> bool:
         """Tell whether a question must wait for the next batch."""
-        new = 0 if image is None or item.image in self.opened else image.width * image.height
+        new = sum(_pixels(image) for name, image in images.items() if name not in self.opened)
         return bool(self.rows) and (
             self.rows + size > rows
             or self.pixels + new > PIXELS_AT_ONCE
             or (self.rows + size) * max(self.longest, characters(item)) > CHARACTERS_AT_ONCE
         )
 
-    def add(self, place: int, item: ScoreItem | AnswerItem, image: Image | None, size: int) -> None:
+    def add(self, place: int, item: ScoreItem | AnswerItem, images: Mapping[str, Image], size: int) -> None:
         self.places.append(place)
-        self.pictures.append(image)
+        self.pictures.append([images[name] for name in item.images])
         self.rows += size
         self.longest = max(self.longest, characters(item))
-        if image is not None and item.image is not None and item.image not in self.opened:
-            self.opened[item.image] = image
-            self.pixels += image.width * image.height
+        self.pixels += sum(_pixels(image) for name, image in images.items() if name not in self.opened)
+        self.opened.update(images)
 
 
 def _computed(
-    compute: Callable[[Sequence[Item], Sequence[Image | None]], Sequence[Result]],
+    compute: Callable[[Sequence[Item], Sequence[list[Image]]], Sequence[Result]],
     items: Sequence[Item],
-    pictures: Sequence[Image | None],
+    pictures: Sequence[list[Image]],
 ) -> Sequence[Result | Declined]:
     try:
         return compute(items, pictures)

@@ -148,7 +148,7 @@ class Endpoint:
     def _reply(self, request: Request) -> Reply:
         if isinstance(request, WithImages):
             images = self._images(request)
-            missing = sorted({item.image for item in request.items if item.image is not None} - images.keys())
+            missing = sorted({name for item in request.items for name in item.images} - images.keys())
             if missing:
                 return MissingImages(request.id, missing)
             request = msgspec.structs.replace(request, images=images)
@@ -157,8 +157,8 @@ class Endpoint:
     def _images(self, request: WithImages) -> dict[str, bytes]:
         check_images(request.images)
         images, size = dict(request.images), 0
-        for name in {item.image: None for item in request.items}:
-            if name is None or name in images or size > LIBRARY_BYTES:
+        for name in {name: None for item in request.items for name in item.images}:
+            if name in images or size > LIBRARY_BYTES:
                 continue
             if (kept := self.cache.get(name)) is not None:
                 images[name] = kept

@@ -28,6 +28,7 @@ class Limits:
 
     items: int = 4096  # questions of a request
     candidates: int = 256  # of a question
+    images: int = 16  # of a question
     characters: int = 8192  # of a question with its longest candidate
     pixels: int = 1_000_000_000  # of all images of a request, each time one is decoded
     image_pixels: int = PIXELS  # of an image
@@ -37,7 +38,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Refuse limits that leave nothing, and a memory in which no decoder starts."""
-        check_least(self, items=1, candidates=1, characters=1, pixels=1, image_pixels=1, message_text=1024)
+        check_least(self, items=1, candidates=1, images=1, characters=1, pixels=1, image_pixels=1, message_text=1024)
         check_least(self, image_memory=160 * 2**20, requests_per_minute=1)
 
     def declined(self, request: WithImages) -> dict[int, Declined]:
@@ -46,7 +47,10 @@ class Limits:
         return {
             n: Declined.LIMIT
             for n, item in enumerate(items)
-            if n >= self.items or queries(item) > self.candidates or characters(item) > self.characters
+            if n >= self.items
+            or queries(item) > self.candidates
+            or len(item.images) > self.images
+            or characters(item) > self.characters
         }
 
 
@@ -55,7 +59,7 @@ class Budget:
     """How many queries a site answers; 0 for any number.
 
     An image is known by its bytes: a server that changes one byte asks about another image. The other two budgets hold
-    whatever it does.
+    whatever it does. A question about several images is a query about each.
     """
 
     per_day: int = 0  # by UTC
@@ -70,6 +74,11 @@ class Budget:
 def queries(item: ScoreItem | AnswerItem) -> int:
     """Return how many numbers or answers a question asks for."""
     return len(item.candidates) if isinstance(item, ScoreItem) else 1
+
+
+def short_names(item: ScoreItem | AnswerItem) -> set[str]:
+    """Return by what names the ledger knows a question's images."""
+    return {name[:NAME] for name in item.images}
 
 
 def characters(item: ScoreItem | AnswerItem) -> int:
@@ -115,14 +124,14 @@ class Spent:
         for n, item in enumerate(items):
             if n in but:
                 continue
-            cost, image = queries(item), (item.image or "")[:NAME]
-            of_image = self.by_image[image] + by_image[image] if image else 0
+            cost, images = queries(item), short_names(item)
+            of_image = max((self.by_image[image] + by_image[image] for image in images), default=0)
             asked = ((budget.per_day, today), (budget.per_run, run), (budget.per_image, of_image))
             if any(most and spent + cost > most for most, spent in asked):
                 found[n] = Declined.BUDGET
                 continue
             today, run = today + cost, run + cost
-            by_image[image] += cost
+            by_image.update(dict.fromkeys(images, cost))
         return found
 
 

@@ -3,9 +3,9 @@
     POST /score    {"prompt": "what colour?", "image": "<base64 or data URI>", "answers": ["red", "blue"]}
                    {"scores": [1.31, -0.87]}                       standardised, in the order of the answers
 
-`prompt` may be a conversation, too, as in a file of preference pairs. A request becomes an
-`accord.federation.messages.ScoreRequest`, and `accord.federation.site.Site` answers it, so that a score here is the
-score in a federation, to the bit. Images come in the request; no path is read and nothing is fetched.
+`prompt` may be a conversation, too, as in a file of preference pairs, and `images` is a list in the place of `image`. A
+request becomes an `accord.federation.messages.ScoreRequest`, and `accord.federation.site.Site` answers it, so that a
+score here is the score in a federation, to the bit. Images come in the request; no path is read and nothing is fetched.
 
 The server listens on the loopback address alone. A page in a browser of this machine can send requests there, so
 another `Host` than the loopback's and another content type than JSON are refused, and no answer allows a foreign page
@@ -27,7 +27,7 @@ from accord.data.conversation import read_prompt
 from accord.data.images import image_bytes
 from accord.data.rows import Row
 from accord.errors import AccordError, DataError, RunError
-from accord.federation.messages import ScoreItem, ScoreReply, ScoreRequest, image_name, to_turns
+from accord.federation.messages import MAX_IMAGES, ScoreItem, ScoreReply, ScoreRequest, image_name, to_turns
 from accord.federation.site import Site
 
 logger = logging.getLogger(__name__)
@@ -50,16 +50,17 @@ def score_request(row: Row) -> ScoreRequest:
         raise DataError(f"answers must be a list of at least one text, got {answers!r:.60}")
     if len(answers) > MAX_ANSWERS:
         raise DataError(f"at most {MAX_ANSWERS} answers are scored at once, got {len(answers)}; send several requests")
-    if unknown := sorted(row.keys() - {"prompt", "image", "answers"}):
-        raise DataError(f"unknown field {unknown[0]!r}; send prompt, image and answers")
-    images: dict[str, bytes] = {}
-    if (cell := row.get("image")) is not None:
-        if not isinstance(cell, str) or not ImageCell.embedded(cell):
-            raise DataError("image must be base64 or a data URI: paths are not read and URLs are not fetched")
-        data = image_bytes(ImageCell(None).source(cell))
-        images[image_name(data)] = data
-    prompt = read_prompt(row.get("prompt"), len(images))
-    return ScoreRequest("1", images, [ScoreItem(next(iter(images), None), to_turns(prompt), answers)])
+    if unknown := sorted(row.keys() - {"prompt", "image", "images", "answers"}):
+        raise DataError(f"unknown field {unknown[0]!r}; send prompt, image (or images, a list) and answers")
+    cells = row.get("images") if row.get("images") is not None else [row["image"]] if row.get("image") else []
+    if not isinstance(cells, list) or not all(isinstance(cell, str) and ImageCell.embedded(cell) for cell in cells):
+        raise DataError("images must be base64 or data URIs: paths are not read and URLs are not fetched")
+    if len(cells) > MAX_IMAGES:
+        raise DataError(f"a question has at most {MAX_IMAGES} images, got {len(cells)}; send fewer")
+    stored = [image_bytes(ImageCell(None).source(cell)) for cell in cells]
+    names = [image_name(data) for data in stored]
+    prompt = read_prompt(row.get("prompt"), len(names))
+    return ScoreRequest("1", dict(zip(names, stored, strict=True)), [ScoreItem(names, to_turns(prompt), answers)])
 
 
 class LoopbackServer(ThreadingHTTPServer):

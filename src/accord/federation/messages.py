@@ -28,7 +28,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias, TypeVar, cast
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 
@@ -54,10 +54,17 @@ class Turn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str | list[ImageBlock | TextBlock]
 
 
+MAX_IMAGES: Final = 1024
+"""Images of a question; a message with more is not read, since an empty name takes eight times its bytes in memory."""
+
+Names: TypeAlias = Annotated[list[str], msgspec.Meta(max_length=MAX_IMAGES)]
+"""The SHA-256 of the bytes of each image of a question, in the order of their places; none of one without images."""
+
+
 class ScoreItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One question about candidate answers."""
 
-    image: str | None  # SHA-256 of the image's bytes; None for a question without an image
+    images: Names
     prompt: list[Turn]
     candidates: list[str]
 
@@ -106,7 +113,7 @@ class MissingImages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
 class AnswerItem(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One question to a site's own model."""
 
-    image: str | None  # as in a `ScoreItem`
+    images: Names
     prompt: list[Turn]
 
 
@@ -162,7 +169,7 @@ class CardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     id: str
 
 
-MESSAGES = 2
+MESSAGES = 3
 """The version of these messages; it rises when servers or sites of the version before could not work with it."""
 
 
@@ -342,9 +349,9 @@ def reply_limit(request: Request) -> int:
     A reply of empty lists takes seventy times its bytes in memory.
     """
     if isinstance(request, ScoreRequest):  # nine bytes a score, or a name of 66 an image
-        return 4096 + sum(80 + 9 * len(item.candidates) for item in request.items)
+        return 4096 + sum(80 + 9 * len(item.candidates) + 66 * len(item.images[1:]) for item in request.items)
     if isinstance(request, AnswerRequest):  # a character has four bytes at most
-        return 4096 + sum(8 + 4 * MAX_ANSWER for _ in request.items)
+        return 4096 + sum(8 + 4 * MAX_ANSWER + 66 * len(item.images[1:]) for item in request.items)
     if isinstance(request, UpdateRequest):
         return 65_536 + 2 * (len(request.weights) + len(request.state))
     return 65_536

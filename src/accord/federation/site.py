@@ -199,7 +199,7 @@ class Site:
         sizes, rows = [len(item.candidates) for item in items], self.reward_model.rows_at_once
         return in_batches(self._rewards, items, images, opening=self.opening, sizes=sizes, rows=rows)
 
-    def _rewards(self, items: Sequence[ScoreItem], pictures: Sequence[Image | None]) -> list[Tensor]:
+    def _rewards(self, items: Sequence[ScoreItem], pictures: Sequence[list[Image]]) -> list[Tensor]:
         scores = self.reward_model.score(
             [from_turns(item.prompt) for item in items], pictures, [item.candidates for item in items]
         )

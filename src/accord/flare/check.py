@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 import torch
 
-from accord.data.images import image_bytes, image_id, load_if_any
+from accord.data.images import image_bytes, image_id, load_images
 from accord.data.questions import normalise_answer
 from accord.errors import AccordError, DataWarning
 from accord.federation.answering import Answerer, read_truth
@@ -247,7 +247,7 @@ def check_scores(job: Job, name: str, model: RewardModel) -> Finding:
         with torch.no_grad():
             scored = model.score(
                 [pair.prompt for pair in pairs],
-                [load_if_any(pair.image) for pair in pairs],
+                [load_images(pair.images) for pair in pairs],
                 [[pair.chosen, pair.rejected] for pair in pairs],
             )
     except AccordError as error:
@@ -273,9 +273,8 @@ def check_answerer(job: Job, name: str, answerer: Answerer) -> Finding:
     try:
         questions = job.private[name]
         few = random.Random(0).sample(questions, min(PAIRS, len(questions)))
-        images = {image_id(q.image): image_bytes(q.image) for q in few if q.image is not None}
-        names = [None if q.image is None else image_id(q.image) for q in few]
-        items = [AnswerItem(image, to_turns(prompt_of(q))) for image, q in zip(names, few, strict=True)]
+        images = {image_id(image): image_bytes(image) for q in few for image in q.images}
+        items = [AnswerItem([image_id(image) for image in q.images], to_turns(prompt_of(q))) for q in few]
         said = answerer(items, images)
     except AccordError as error:
         return _problem("own answers", error)

@@ -33,7 +33,7 @@ from accord.errors import RunError
 from accord.federation.batches import Opening
 from accord.federation.endpoint import Endpoint, ImageCache, image_library
 from accord.federation.engine import kind_of
-from accord.federation.limits import NAME, Budget, Limits, Rate, Spent, queries
+from accord.federation.limits import Budget, Limits, Rate, Spent, queries, short_names
 from accord.federation.messages import (
     AnswerItem,
     AnswerReply,
@@ -300,7 +300,7 @@ class SiteService:
         kind, name, images, questions, candidates = _describe(request, self.endpoint)
         reply = b"" if _gone(connection) else self._reply(request)
         said = decode_reply(reply) if reply else None
-        by_image, refused = _answered(request, said)
+        count, by_image, refused = _answered(request, said)
         entry = Entry(
             now(),
             kind,
@@ -312,9 +312,9 @@ class SiteService:
             len(reply),
             round(time.monotonic() - start, 3),
             _outcome(said),
-            queries=by_image.total(),
+            queries=count,
             refused=refused,
-            by_image={image: n for image, n in by_image.items() if image} if self.spent.budget.per_image else {},
+            by_image=dict(by_image) if self.spent.budget.per_image else {},
         )
         try:
             self._note(entry)
@@ -355,19 +355,17 @@ def _describe(request: Request | None, endpoint: Endpoint) -> tuple[str, str, in
     return kind, request.id, new, len(request.items), candidates
 
 
-def _answered(request: Request | None, reply: Reply | None) -> tuple[Counter[str], int]:
-    """Return the queries that a reply answers, by the first digits of their image, and how many questions it refuses.
-
-    Those without an image count under the empty name.
-    """
+def _answered(request: Request | None, reply: Reply | None) -> tuple[int, Counter[str], int]:
+    """Return how many queries a reply answers, those about each image by its first digits, and how many it refuses."""
     if not isinstance(request, WithImages) or not isinstance(reply, ScoreReply | AnswerReply):
-        return Counter(), 0
-    by_image: Counter[str] = Counter()
+        return 0, Counter(), 0
+    count, by_image = 0, Counter[str]()
     items: Sequence[ScoreItem | AnswerItem] = request.items
     for n, item in enumerate(items):
         if n not in reply.refused:
-            by_image[(item.image or "")[:NAME]] += queries(item)
-    return by_image, len(reply.refused)
+            count += queries(item)
+            by_image.update(dict.fromkeys(short_names(item), queries(item)))
+    return count, by_image, len(reply.refused)
 
 
 def _outcome(reply: Reply | None) -> Outcome:

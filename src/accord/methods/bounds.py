@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import one_hot
 from transformers import set_seed
 
 from accord.alignment.grpo import exact_match_reward
 from accord.alignment.reward import FederatedReward
-from accord.data.images import load_if_any, picture_key
+from accord.data.images import Pictures, as_list, load_images, picture_key
 from accord.errors import RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.site import Site, SiteRecord
@@ -118,26 +117,24 @@ def oracle(job: Job) -> FederatedReward:
 def oracle_router(job: Job) -> Router:
     """Return the router that looks a prompt's domain and type up: what no server knows of a real prompt."""
     shares = [*job.shares.values()]
-    known: dict[tuple[str, int | None], Tensor] = {}
+    known: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     for q in job.prompts:
         fitting = [k for k, share in enumerate(shares) if share.wants(q)]
         weights = one_hot(torch.tensor(fitting[:1]), len(shares)).float()[0] if fitting else None
-        known[_seen(prompt_of(q), load_if_any(q.image))] = (
+        known[_seen(prompt_of(q), load_images(q.images))] = (
             torch.full((len(shares),), 1 / len(shares)) if weights is None else weights
         )
 
-    def route(
-        prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
-    ) -> Tensor:
-        rows = [known[_seen(prompt, image)] for prompt, image in zip(prompts, images, strict=True)]
+    def route(prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /) -> Tensor:
+        rows = [known[_seen(prompt, pictures)] for prompt, pictures in zip(prompts, images, strict=True)]
         return torch.stack(rows).repeat_interleave(torch.tensor([len(c) for c in completions]), dim=0)
 
     return route
 
 
-def _seen(prompt: Prompt, image: Image | None) -> tuple[str, int | None]:
+def _seen(prompt: Prompt, pictures: Pictures) -> tuple[str, tuple[int, ...]]:
     # A picture by its hash: the pixels of all prompts would fill the memory.
-    return prompt_words(prompt), None if image is None else hash(picture_key(image))
+    return prompt_words(prompt), tuple(hash(picture_key(image)) for image in as_list(pictures))
 
 
 METHODS: Final = {

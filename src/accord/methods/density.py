@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from accord.alignment.reward import FederatedReward
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import sample_questions
 from accord.methods.method import Method, by_reward
 from accord.routing.density import (
@@ -53,7 +53,7 @@ def mixtures(job: Job) -> Mixtures:
 
     def ask() -> None:
         public = sample_questions(job.prompts, PUBLIC, seed=job.recipe.seed)
-        x = features_of(job.encoder, [prompt_of(q) for q in public], [load_if_any(q.image) for q in public])
+        x = features_of(job.encoder, [prompt_of(q) for q in public], [load_images(q.images) for q in public])
         save_mixtures(file, collect_mixtures(engine, centres_of(x, seed=job.recipe.seed)))
 
     asked_once(job, engine, file, ask)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced, sample_questions
 from accord.errors import DataError, RecipeError, check_least
 from accord.federation.engine import Engine, InProcessEngine, Traffic
@@ -131,7 +131,7 @@ class LocalReward:
         batch = build_batch(
             self.model.processor,
             [group.chosen.prompt for group, _, _ in items],
-            [transform(load_if_any(group.chosen.image), symmetry) for group, _, symmetry in items],
+            [transform(load_images(group.chosen.images), symmetry) for group, _, symmetry in items],
             [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
         )
         scores: Tensor = self.model(batch.to(next(self.model.head.parameters()).device))
@@ -212,7 +212,7 @@ def standardise(model: RewardModel, questions: Sequence[Question], answers: Sequ
         RecipeError: the scores are not finite, or all the same.
     """
     model.standardisation = Standardisation()
-    scored = model.score([prompt_of(q) for q in questions], [load_if_any(q.image) for q in questions], answers)
+    scored = model.score([prompt_of(q) for q in questions], [load_images(q.images) for q in questions], answers)
     scores = torch.cat(scored).double()
     mean, deviation = float(scores.mean()), float(scores.std())
     if not (scores.isfinite().all() and deviation > 0):

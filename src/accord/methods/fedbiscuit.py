@@ -32,7 +32,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from accord.alignment.dpo import AdapterDpo
 from accord.alignment.selector import Comparison, Selector, Weights, label_pairs, selector_loss
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
@@ -158,7 +158,7 @@ class LocalSelector:
         comparisons = []
         for pair, better, symmetry in items:
             first, second = (pair.rejected, pair.chosen) if better else (pair.chosen, pair.rejected)
-            comparisons.append(Comparison(pair.prompt, transform(load_if_any(pair.image), symmetry), first, second))
+            comparisons.append(Comparison(pair.prompt, transform(load_images(pair.images), symmetry), first, second))
         log_odds = self.selector(comparisons)
         return selector_loss(log_odds, torch.tensor([better for _, better, _ in items], device=log_odds.device))
 

@@ -27,7 +27,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least, check_positive
 from accord.federation.aggregation import BOUND, Update, bounded, mean, shares
@@ -226,7 +226,7 @@ class LocalSupervised:
         batch = build_batch(
             self.processor,
             [prompt_of(q) for q, _ in items],
-            [transform(load_if_any(q.image), s) for q, s in items],
+            [transform(load_images(q.images), s) for q, s in items],
             [[q.answer] for q, _ in items],
         ).to(without_adapter(self.model).device)
         loss: Tensor = self.model(**batch.accepted(self.model), labels=batch.labels).loss

@@ -119,7 +119,7 @@ def canaries_of(job: Job) -> Canaries:
     pool = [
         Canary(
             pairs[0].prompt,
-            pairs[0].image,
+            pairs[0].images,
             right=pairs[0].chosen,
             wrong=tuple(dict.fromkeys(pair.rejected for pair in pairs if pair.chosen == pairs[0].chosen)),
             kind=pairs[0].question_type,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
 from accord.federation.engine import InProcessEngine, Traffic
@@ -121,7 +121,7 @@ class LocalHead:
         asked = self.groups
         return self.model.states(
             [group.chosen.prompt for group in asked],
-            [load_if_any(group.chosen.image) for group in asked],
+            [load_images(group.chosen.images) for group in asked],
             [[group.chosen.chosen, *group.rejected] for group in asked],
         )
 

@@ -14,8 +14,7 @@ from typing import Final
 
 import torch
 
-from accord.alignment.reward import FederatedReward, Group
-from accord.data.images import image_bytes, load_if_any
+from accord.alignment.reward import FederatedReward, group_about
 from accord.data.questions import rivals
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, RecipeError, RunError
@@ -29,7 +28,6 @@ from accord.stages.job import Job
 from accord.stages.routing import RandomRouter, constant_router
 from accord.stages.sites import common_answers, open_federation
 from accord.stages.traffic import asked_once
-from accord.types import prompt_of
 
 SITES: Final[frozenset[Need]] = frozenset({"sites"})
 
@@ -73,8 +71,7 @@ def best_site(job: Job, engine: Engine | None = None) -> int:
         groups = []
         for q in questions:
             candidates = (q.answer, *rivals(q, vocabulary))
-            data = None if q.image is None else image_bytes(q.image)
-            groups.append(Group(prompt_of(q), load_if_any(q.image), data, candidates, tuple(range(len(candidates)))))
+            groups.append(group_about(q, candidates, range(len(candidates))))
         sizes = [len(group.candidates) for group in groups]
         given = reward.ask(groups, torch.ones(sum(sizes), count))
         for q, of_question in zip(questions, given.split(sizes), strict=True):

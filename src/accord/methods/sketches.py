@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from transformers import set_seed
 
 from accord.alignment.reward import FederatedReward
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.federation.engine import InProcessEngine, Traffic
 from accord.federation.site import Site
 from accord.methods.fedavg_reward import SETTINGS as SHARED
@@ -81,7 +80,7 @@ def public_answers(job: Job) -> Tensor:
     asked, said = said_by_base(job)
     parts = []
     for span in chunks([len(texts) for texts in said], job.recipe.router.rows_at_once):
-        images = [load_if_any(q.image) for q in asked[span]]
+        images = [load_images(q.images) for q in asked[span]]
         parts.append(last_states(*job.encoder([prompt_of(q) for q in asked[span]], images, said[span])))
     return torch.cat(parts)
 
@@ -99,7 +98,7 @@ class Combined:
         self.router, self.judges = router, judges
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return weights of the judges `[N, J]`."""
         weights = self.router(prompts, images, completions)
@@ -116,7 +115,7 @@ class Only:
         self.combined = Combined(router, [[k] for k in kept.nonzero().flatten().tolist()])
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return weights of all sites `[N, K]`."""
         weights = self.combined(prompts, images, completions)

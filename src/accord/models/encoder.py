@@ -19,29 +19,30 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from accord.data.images import Pictures, as_list
 from accord.models.attention import skip_hidden
 from accord.models.inputs import build_batch, completion_text, shared_inputs
 from accord.models.load import Processor, as_base, tokenizer_of
 from accord.types import Prompt
 
-StateKey: TypeAlias = tuple[str, int, str]
-"""What was read: the prompt's words, the image object or None, the completion."""
+StateKey: TypeAlias = tuple[str, tuple[int, ...], str]
+"""What was read: the prompt's words, the image objects, the completion."""
 
 
-def state_key(prompt: Prompt, image: Image | None, completion: str) -> StateKey:
-    """Return under what name `Encoder` remembers hidden states; it holds while the image object lives."""
-    return prompt_words(prompt), id(image), completion
+def state_key(prompt: Prompt, images: Pictures, completion: str) -> StateKey:
+    """Return under what name `Encoder` remembers hidden states; it holds while the image objects live."""
+    return prompt_words(prompt), tuple(map(id, as_list(images))), completion
 
 
 def prompt_words(prompt: Prompt) -> str:
-    """Return a conversation without its pictures, to tell it from others."""
+    """Return a conversation without its pictures, but with their places, to tell it from others."""
     contents = [cast(str | Sequence[Mapping[str, object]], turn["content"]) for turn in prompt]
     said = [[each] if isinstance(each, str) else [block.get("text") for block in each] for each in contents]
     return str([(turn["role"], words) for turn, words in zip(prompt, said, strict=True)])
 
 
 class Encoder:
-    """A frozen model that turns (image, prompt, completion) into hidden states; a text-only one takes no image.
+    """A frozen model that turns (images, prompt, completion) into hidden states; a text-only one takes no image.
 
     Where they are computed already, as by GRPO's reference when it is the same model, `remember` spares the
     encoder the work. Where the model is trained meanwhile by an adapter on it, the encoder reads with the adapter off.
@@ -55,7 +56,7 @@ class Encoder:
         self._images: Sequence[Image] = ()
 
     def remember(self, states: Mapping[StateKey, Tensor], images: Sequence[Image]) -> None:
-        """Keep `[T, D]` of each (prompt, image, completion), its end included, in place of what was kept before.
+        """Keep `[T, D]` of each (prompt, images, completion), its end included, in place of what was kept before.
 
         The images are kept, too: their identities, by which they are known, would pass to others once they were gone.
         """
@@ -68,14 +69,14 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         """Return hidden states `[N, T, D]` in float32 and their mask `[N, T]`."""
         if not self._known:
             return self._compute(prompts, images, completions)
         keys = [
-            [state_key(prompt, image, text) for text in texts]
-            for prompt, image, texts in zip(prompts, images, completions, strict=True)
+            [state_key(prompt, pictures, text) for text in texts]
+            for prompt, pictures, texts in zip(prompts, images, completions, strict=True)
         ]
         missing = [[key[2] for key in those if key not in self._known] for those in keys]
         found = dict(self._known)
@@ -87,7 +88,7 @@ class Encoder:
         masks = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
         return pad_sequence(rows, batch_first=True).float(), pad_sequence(masks, batch_first=True)
 
-    def before_answers(self, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> Tensor:
+    def before_answers(self, prompts: Sequence[Prompt], images: Sequence[Pictures]) -> Tensor:
         """Return the hidden states from which the answers to prompts would begin, `[P, D]` on the CPU."""
         states, mask = self(prompts, images, [[""]] * len(prompts))
         endings = [completion_text(self.processor, prompt, "") for prompt in prompts]
@@ -96,7 +97,7 @@ class Encoder:
         return states[torch.arange(len(states), device=states.device), last].cpu()
 
     def _compute(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]]
     ) -> tuple[Tensor, Tensor]:
         batch = build_batch(self.processor, prompts, images, completions).to(self.model.device)
         inner = self.model.base_model

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.errors import check_least
 from accord.models.inputs import build_batch
@@ -67,13 +67,11 @@ class FineTuneConfig:
         check_least(self, steps=1, batch_size=1, gradient_accumulation=1, learning_rate=0, weight_decay=0, warmup=0)
 
 
-def transform(image: Image | None, symmetry: int) -> Image | None:
-    """Apply one of the eight `SYMMETRIES`, of which nothing has all."""
-    if image is None:
-        return None
+def transform(images: Sequence[Image], symmetry: int) -> list[Image]:
+    """Apply one of the eight `SYMMETRIES` to a question's images, the same to each."""
     for operation in SYMMETRIES[symmetry]:
-        image = image.transpose(operation)
-    return image
+        images = [image.transpose(operation) for image in images]
+    return list(images)
 
 
 class _Drawn(Dataset[tuple[Question, int]]):
@@ -111,7 +109,7 @@ def finetune(
         batch = build_batch(
             processor,
             [prompt_of(q) for q, _ in items],
-            [transform(load_if_any(q.image), s) for q, s in items],
+            [transform(load_images(q.images), s) for q, s in items],
             [[q.answer] for q, _ in items],
         )
         return {**batch.accepted(model), "labels": batch.labels}

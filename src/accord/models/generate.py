@@ -8,7 +8,7 @@ import torch
 from PIL.Image import Image
 from transformers import PreTrainedModel
 
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.models.inputs import accepted, encode_prompts
 from accord.models.load import Processor, tokenizer_of
 from accord.types import Prompt, Question, prompt_of
@@ -51,8 +51,8 @@ def answer(
         torch.manual_seed(seed)
         for start in range(0, len(questions), batch_size):
             chunk = questions[start : start + batch_size]
-            images = [load_if_any(q.image) for q in chunk]
-            seen = [None if image is None else view(image) for image in images]
+            images = [load_images(q.images) for q in chunk]
+            seen = [[view(image) for image in own] for own in images]
             how = {"max_new_tokens": max_new_tokens, **(drawing if samples else {"do_sample": False})}
             texts = complete(model, processor, [prompt_of(q) for q in chunk], seen, **how)
             each = samples or 1
@@ -67,7 +67,7 @@ def complete(
     model: PreTrainedModel,
     processor: Processor,
     prompts: Sequence[Prompt],
-    images: Sequence[Image | None],
+    images: Sequence[Pictures],
     **how: object,
 ) -> list[str]:
     """Return what a model says to prompts, without special tokens and outer spaces; `how` is for its `generate`.

@@ -5,16 +5,17 @@ The one place where a prompt and its images become a model's inputs. Each prompt
 Prompts are joined afterwards, padded as the processors themselves pad. A model is given what its forward pass names
 (`accepted`): processors make more, labels of their own among it.
 
-The candidates of a prompt share its image and its text. The processor runs once per prompt, the vision tower once per
+The candidates of a prompt share its images and its text. The processor runs once per prompt, the vision tower once per
 image. Where the attention allows it, all candidates stand behind one copy of the prompt (`accord.models.prefix`).
 Elsewhere each has a row of its own, and the image features are handed to the language model for every row through
 transformers' own `mm_encoder_outputs`. Words that a tokenizer would take for special tokens are neutralised here
 (`accord.models.words`):
 
-    rows  n = 1 … N  (a prompt with one candidate)      image features  [P, tokens, D]  →  [N, tokens, D]  by index
+    rows  n = 1 … N  (a prompt with one candidate)      image features  [I, tokens, D]  →  those of row 1, of row 2, …
 
-Families that do not take `mm_encoder_outputs`, or whose features are no entry an image (tiles, features of several
-layers), get their pixel values repeated instead: slower, same numbers.
+A prompt has no image, one or several, and those of a batch may differ in that. Families that do not take
+`mm_encoder_outputs`, or whose features are no entry an image (tiles, features of several layers), get their pixel
+values repeated instead: slower, same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from accord.data.images import Pictures, as_list
 from accord.errors import DataError, warn_once
 from accord.models.attention import tell_alone, why_alone
 from accord.models.load import Processor, tokenizer_of, without_adapter
@@ -64,6 +66,7 @@ class Encoded:
     kinds: dict[str, list[int]] = field(default_factory=dict)  # fields with an entry for every token
     images: dict[str, Tensor] = field(default_factory=dict)  # all that is made of its images
     answers: int = 0  # the kind of an answer's tokens
+    count: int = 0  # of its images
 
     def only(self, names: Collection[str]) -> Encoded:
         """Return the same without other fields than those called `names`."""
@@ -80,6 +83,7 @@ class Batch:
     prompt_index: Tensor  # [N], which prompt (and image) a row belongs to
     images: tuple[dict[str, Tensor], ...]  # P, what the processor made of each prompt's images
     kinds: dict[str, Tensor] = field(default_factory=dict)  # [N, T] each, such as which tokens are the image's
+    counts: tuple[int, ...] = ()  # P, images of each prompt
 
     @property
     def text_inputs(self) -> dict[str, Tensor]:
@@ -109,6 +113,7 @@ class Batch:
             self.prompt_index.to(device),
             tuple({name: tensor.to(device) for name, tensor in each.items()} for each in self.images),
             {name: tensor.to(device) for name, tensor in self.kinds.items()},
+            self.counts,
         )
 
 
@@ -242,9 +247,11 @@ def encode(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Seq
 def _encode(
     processor: Processor, texts: list[str], images: list[list[Image]], how: Mapping[str, bool]
 ) -> list[Encoded]:
-    """Encode prompts whose images are of the same sizes."""
+    """Encode prompts whose images are of the same number and sizes."""
+    # A processor that takes the answer as `suffix` is a prefix language model's, whose answers are of kind 1.
+    answers = int("suffix" in inspect.signature(type(processor).__call__).parameters)
     if not images[0]:
-        return [Encoded(ids) for ids in tokenizer_of(processor)(texts, **how)["input_ids"]]
+        return [Encoded(ids, answers=answers) for ids in tokenizer_of(processor)(texts, **how)["input_ids"]]
     if isinstance(processor, PreTrainedTokenizerBase):
         raise DataError(
             "a text-only model was asked about an image; name a vision-language checkpoint, or leave the images out"
@@ -257,8 +264,6 @@ def _encode(
             each for text, own in zip(texts, images, strict=True) for each in _encode(processor, [text], [own], how)
         ]
     real = made["attention_mask"].bool()
-    # A processor that takes the answer as `suffix` is a prefix language model's, whose answers are of kind 1.
-    answers = int("suffix" in inspect.signature(type(processor).__call__).parameters)
     parts = {name: tensor.split(len(tensor) // count) for name, tensor in fields.items()}
     return [
         Encoded(
@@ -266,6 +271,7 @@ def _encode(
             {name: made[name][n][real[n]].tolist() for name in _PER_TOKEN if name in made},
             {name: each[n] for name, each in parts.items()},
             answers,
+            len(images[n]),
         )
         for n in range(count)
     ]
@@ -283,38 +289,13 @@ def _tensors(fields: Mapping[str, object]) -> dict[str, Tensor]:
     return found
 
 
-def one_each(images: Sequence[Image | None]) -> list[list[Image]]:
-    """Return the images of prompts that have one each, or none at all.
+def encode_prompts(processor: Processor, prompts: Sequence[Prompt], images: Sequence[Pictures]) -> dict[str, Tensor]:
+    """Return the fields of prompts with their images, padded on the left.
 
     Raises:
-        DataError: some prompts have an image and others none.
+        DataError: as `encode`.
     """
-    return all_or_none([[] if image is None else [image] for image in images])
-
-
-def all_or_none(images: list[list[Image]]) -> list[list[Image]]:
-    """Return the images of prompts, of which all have some or none has any.
-
-    Raises:
-        DataError: some prompts have an image and others none.
-    """
-    if any(images) and not all(images):
-        raise DataError(
-            f"{sum(map(bool, images))} of {len(images)} prompts have an image, and a batch takes one for each or none; "
-            "keep questions about images and questions without any in runs of their own"
-        )
-    return images
-
-
-def encode_prompts(
-    processor: Processor, prompts: Sequence[Prompt], images: Sequence[Image | None]
-) -> dict[str, Tensor]:
-    """Return the fields of prompts, padded on the left, with one image each or none at all.
-
-    Raises:
-        DataError: some prompts have an image and others none, or the model takes none.
-    """
-    each = encode(processor, prompts, one_each(images))
+    each = encode(processor, prompts, [as_list(pictures) for pictures in images])
     size = max(len(one.ids) for one in each)
 
     def left(rows: Sequence[list[int]], value: int) -> Tensor:
@@ -324,7 +305,7 @@ def encode_prompts(
     return {
         "input_ids": left([one.ids for one in each], cast(int, tokenizer_of(processor).pad_token_id)),
         "attention_mask": left([[1] * len(one.ids) for one in each], 0),
-        **{name: left([one.kinds[name] for one in each], 0) for name in names},
+        **{name: left([one.kinds.get(name, [0] * len(one.ids)) for one in each], 0) for name in names},
         **join_images([one.images for one in each]),
     }
 
@@ -332,20 +313,20 @@ def encode_prompts(
 def build_batch(
     processor: Processor,
     prompts: Sequence[Prompt],
-    images: Sequence[Image | None],
+    images: Sequence[Pictures],
     completions: Sequence[Sequence[str]],
 ) -> Batch:
-    """Tokenise `completions[p]` after `prompts[p]` for every p; image p is processed once.
+    """Tokenise `completions[p]` after `prompts[p]` for every p; the images of prompt p are processed once.
 
     Returns a `Batch` of `N = sum(len(c) for c in completions)` rows in the order of the prompts.
 
     Raises:
-        DataError: as `encode_prompts`.
+        DataError: as `encode`.
     """
     asked = [p for p, those in enumerate(completions) if those]
     prompts, images = [prompts[p] for p in asked], [images[p] for p in asked]
     completions = [completions[p] for p in asked]
-    encoded = encode(processor, prompts, one_each(images))
+    encoded = encode(processor, prompts, [as_list(pictures) for pictures in images])
     return batch_of(encoded, endings(processor, prompts, completions), cast(int, tokenizer_of(processor).pad_token_id))
 
 
@@ -369,22 +350,23 @@ def batch_of(encoded: Sequence[Encoded], completions: Sequence[Sequence[Sequence
     input_ids = torch.full(shape, padding, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
-    kinds = {name: torch.zeros_like(input_ids) for name in encoded[0].kinds}
+    kinds = {name: torch.zeros_like(input_ids) for each in encoded for name in each.kinds}
     for n, (p, row) in enumerate(rows):
         start = len(encoded[p].ids)
         input_ids[n, : len(row)] = torch.tensor(row)
         attention_mask[n, : len(row)] = 1
         labels[n, start : len(row)] = input_ids[n, start : len(row)]
         for name, field_ in kinds.items():
-            field_[n, : len(row)] = torch.tensor([*encoded[p].kinds[name], *[encoded[p].answers] * (len(row) - start)])
-    index = torch.tensor([p for p, _ in rows])
-    return Batch(input_ids, attention_mask, labels, index, tuple(each.images for each in encoded), kinds)
+            before = encoded[p].kinds.get(name, [0] * start)
+            field_[n, : len(row)] = torch.tensor([*before, *[encoded[p].answers] * (len(row) - start)])
+    index, counts = torch.tensor([p for p, _ in rows]), tuple(each.count for each in encoded)
+    return Batch(input_ids, attention_mask, labels, index, tuple(each.images for each in encoded), kinds, counts)
 
 
 def chunks(sizes: Sequence[int], limit: int) -> Iterator[slice]:
     """Split prompts of `sizes` rows into consecutive runs of at most `limit` rows.
 
-    The rows of a prompt stay together, so that its image is encoded once; a prompt of more rows is a run by itself.
+    The rows of a prompt stay together, so that its images are encoded once; a prompt of more rows is a run by itself.
     """
     start, rows = 0, 0
     for p, size in enumerate(sizes):
@@ -446,19 +428,28 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, object]:
                 "pass takes no features that belong to single images; same numbers, more work"
             )
         return inputs | accepted(model, join_images([batch.images[p] for p in rows]))
-    features = encoded.pooler_output  # type: ignore[attr-defined]  # P tensors [tokens, D], or one [P, tokens, D]
-    encoded.pooler_output = (  # type: ignore[attr-defined]
-        features[rows] if isinstance(features, Tensor) else [features[p] for p in rows]
+    output, entries = encoded
+    features = output.pooler_output  # type: ignore[attr-defined]  # I tensors [tokens, D], or one [I, tokens, D]
+    wanted = [i for p in rows for i in entries[p]]
+    output.pooler_output = (  # type: ignore[attr-defined]
+        features[wanted] if isinstance(features, Tensor) else [features[i] for i in wanted]
     )
     read = [{name: batch.images[p][name] for name in _PER_IMAGE_KEYS if name in batch.images[p]} for p in rows]
-    return inputs | accepted(model, join_images(read)) | {"mm_encoder_outputs": {"image": encoded}}
+    return inputs | accepted(model, join_images(read)) | {"mm_encoder_outputs": {"image": output}}
 
 
-def _encode_images(model: PreTrainedModel, batch: Batch) -> object | None:
-    """Return the features of every prompt's image; None where the model takes none, or they are no entry an image."""
+def _encode_images(model: PreTrainedModel, batch: Batch) -> tuple[object, list[range]] | None:
+    """Return the features of all prompts' images, and which entries are each prompt's.
+
+    There is an entry for every image, or as with Idefics3 one for all images of a prompt. None where the model takes no
+    features, or they are neither.
+    """
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return None
     images = accepted(model, batch.image_inputs)
     encoded = cast(_EncodesImages, model).get_image_features(**images, return_dict=True)
-    whole = len(encoded.pooler_output) == len(batch.images)  # type: ignore[attr-defined]
-    return encoded if whole and getattr(encoded, "deepstack_features", None) is None else None
+    found = len(encoded.pooler_output)  # type: ignore[attr-defined]
+    sizes = next((sizes for sizes in (batch.counts, [min(n, 1) for n in batch.counts]) if sum(sizes) == found), None)
+    if sizes is None or getattr(encoded, "deepstack_features", None) is not None:
+        return None
+    return encoded, [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]

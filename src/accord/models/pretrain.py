@@ -129,7 +129,7 @@ def _instruct(
         finetune(
             model,
             processor,
-            [q for q in questions if (q.domain, str(q.subject)) in few],
+            [q for q in questions if (q.domain, str(q.subjects[0])) in few],
             instruction,
             seed=config.seed,
             out=Path(scratch),
@@ -142,7 +142,7 @@ def first_of_each_domain(questions: Sequence[Question], count: int) -> set[tuple
 
     Texts are in the order of their hashes: alphabetically, the first twenty sums would all begin with 10.
     """
-    subjects = {(q.domain, str(q.subject)): q.image is None for q in questions}
+    subjects = {(q.domain, str(q.subjects[0])): q.image is None for q in questions}
     found = sorted(subjects, key=lambda each: (each[0], uniform("text", 0, *each) if subjects[each] else 0, each[1]))
     return {each for _, some in groupby(found, key=itemgetter(0)) for each in islice(some, count or None)}
 

@@ -6,7 +6,9 @@
     rollout     sampled behind shared prefixes
 
 Families differ in how their processors pad, in how images become tokens and in who attends to whom. Where one of them
-is not carried, a run would be wrong in silence, or fail at alignment, after every site has trained.
+is not carried, a run would be wrong in silence, or fail at alignment, after every site has trained. Where the data have
+several images a prompt, the same is tried with prompts of two images, between their words and before them, beside one
+of one image.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,7 +38,7 @@ from accord.models.inputs import (
 )
 from accord.models.load import Processor, load_model, locate, tokenizer_of
 from accord.models.rollout import sample_completions, widest_float
-from accord.types import Message, Prompt, vqa_prompt
+from accord.types import Message, Prompt, at_places
 
 TOLERANCE: Final = 1e-3
 """Largest |h − h_stock| / |h_stock| in float32."""
@@ -46,38 +48,53 @@ COARSE_TOLERANCE: Final = 0.1
 _TOKENS = 3  # of an answer
 _TEXTS = ("What is this?", "Is this picture brighter in the middle than at its sides?", "Where?")
 _SIZES = ((64, 64), (120, 48), (64, 64))
+_SEVERAL_TEXTS = ("Is <image> brighter than <image>?", "What is this?", "Are the two alike?")
+_SEVERAL_SIZES = (((64, 64), (120, 48)), ((64, 64),), ((48, 96), (48, 96)))
 
 REMEDY: Final = "name a checkpoint of another family, such as one of those in docs/models.md"
+REMEDY_SEVERAL: Final = "give every prompt one image, or name a checkpoint that docs/models.md says takes several"
 
 
-def try_checkpoint(checkpoint: str) -> None:
+def try_checkpoint(checkpoint: str, *, several: bool = False) -> None:
     """Load a checkpoint and try it as `try_model` does; one whose files are as they were is not tried again.
 
+    Args:
+        checkpoint: its name.
+        several: whether it will get several images a prompt.
+
     Raises:
-        CheckpointError: it cannot be loaded, or Accord does not carry its family.
+        CheckpointError: it cannot be loaded, Accord does not carry its family, or with several images a prompt.
     """
     place = Path(locate(checkpoint))
     files = sorted(place.iterdir()) if place.is_dir() else []
-    _try_once(checkpoint, tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files))
+    seen = tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    _try_once(checkpoint, several, seen)
 
 
 @lru_cache(maxsize=256)
-def _try_once(checkpoint: str, _: tuple[tuple[str, int, int], ...]) -> None:
-    try_model(checkpoint, *load_model(checkpoint))
+def _try_once(checkpoint: str, several: bool, _: tuple[tuple[str, int, int], ...]) -> None:
+    loaded = load_model(checkpoint)
+    for more in (False, True)[: 1 + several]:
+        try_model(checkpoint, *loaded, more)
 
 
 @torch.no_grad()
-def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
+def try_model(name: str, model: PreTrainedModel, processor: Processor, several: bool = False) -> None:
     """Compare what Accord makes of three questions about made-up pictures with what stock transformers makes of them.
 
     Args:
         name: what to call the checkpoint.
         model: it is put into evaluation mode and back.
         processor: its processor.
+        several: whether two of the questions are about two pictures.
 
     Raises:
         CheckpointError: the two differ, or either fails.
     """
+    if several and isinstance(processor, PreTrainedTokenizerBase):
+        raise CheckpointError(f"{name} is a text-only model, and prompts have several images; {REMEDY_SEVERAL}")
+    what = "several images a prompt with this" if several else "this"
+    remedy = REMEDY_SEVERAL if several else REMEDY
     family = model.config.model_type
     why = why_alone(model)
     if "cross-attention" in why:
@@ -86,24 +103,25 @@ def try_model(name: str, model: PreTrainedModel, processor: Processor) -> None:
     model.eval()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            found = _difference(model, processor)
+            found = _difference(model, processor, *_questions(processor, several))
     except AccordError:
         raise
     except Exception as error:  # whatever a processor or a model raises that takes its inputs in another way
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise CheckpointError(
-            f"{name}: Accord does not carry this model of the family {family!r}: a forward pass over three questions "
-            f"failed ({reason:.200}); {REMEDY}"
+            f"{name}: Accord does not carry {what} model of the family {family!r}: a forward pass over three questions "
+            f"failed ({reason:.200}); {remedy}"
         ) from error
     finally:
         model.train(training)
     if found:
-        raise CheckpointError(f"{name}: Accord does not carry this model of the family {family!r}: {found}; {REMEDY}")
+        raise CheckpointError(f"{name}: Accord does not carry {what} model of the family {family!r}: {found}; {remedy}")
 
 
-def _difference(model: PreTrainedModel, processor: Processor) -> str:
+def _difference(
+    model: PreTrainedModel, processor: Processor, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]
+) -> str:
     """Return in what a model differs here from stock transformers; empty where it does not."""
-    prompts, images = _questions(processor)
     names = taken_by(model)
     encoded = [each.only(names) for each in encode(processor, prompts, images)]
     stock = [_stock(model, processor, prompt, own) for prompt, own in zip(prompts, images, strict=True)]
@@ -123,19 +141,28 @@ def _difference(model: PreTrainedModel, processor: Processor) -> str:
     return ""
 
 
-def _questions(processor: Processor) -> tuple[list[Prompt], list[list[Image.Image]]]:
+def _questions(processor: Processor, several: bool) -> tuple[list[Prompt], list[list[Image.Image]]]:
     if isinstance(processor, PreTrainedTokenizerBase):
         return [[{"role": "user", "content": text}] for text in _TEXTS], [[] for _ in _TEXTS]
-    light = Image.radial_gradient("L")
-    return [vqa_prompt(text) for text in _TEXTS], [[light.resize(size).convert("RGB")] for size in _SIZES]
+    texts, sizes = (_SEVERAL_TEXTS, _SEVERAL_SIZES) if several else (_TEXTS, [(size,) for size in _SIZES])
+    turns = [[{"role": "user", "content": at_places(t, len(own))}] for t, own in zip(texts, sizes, strict=True)]
+    images = [[_picture(n + k, size) for k, size in enumerate(own)] for n, own in enumerate(sizes)]
+    return cast(list[Prompt], turns), images
+
+
+def _picture(number: int, size: tuple[int, int]) -> Image.Image:
+    """Return a picture of light; every second one is dark where the others are bright."""
+    light = Image.radial_gradient("L").resize(size)
+    return (ImageOps.invert(light) if number % 2 else light).convert("RGB")
 
 
 def _stock(
     model: PreTrainedModel, processor: Processor, prompt: Prompt, images: Sequence[Image.Image]
 ) -> tuple[list[int], list[int], Tensor]:
     """Return the prompt's tokens, the greedy answer's, and the states that predict the latter, `[tokens, D]`."""
+    given = iter(images)
     turns: list[Message] = [
-        {**turn, "content": [*({"type": "image", "image": image} for image in images), turn["content"][-1]]}
+        {**turn, "content": [{**b, "image": next(given)} if b["type"] == "image" else b for b in turn["content"]]}
         if images
         else turn
         for turn in cast(Any, prompt)
@@ -167,7 +194,7 @@ def _padded(
     model: PreTrainedModel, processor: Processor, prompts: Sequence[Prompt], images: Sequence[Sequence[Image.Image]]
 ) -> list[Tensor]:
     """Return the state that predicts the first token of each answer, in a batch of prompts."""
-    fields = accepted(model, encode_prompts(processor, prompts, [own[0] if own else None for own in images]))
+    fields = accepted(model, encode_prompts(processor, prompts, images))
     with last_states(model) as seen:
         _generate(model, {name: tensor.to(model.device) for name, tensor in fields.items()})
     return list(seen[0][:, -1:])

@@ -27,7 +27,7 @@ from accord.stages.data_check import warn_of_long_answers
 from accord.stages.job import Job
 from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
-from accord.stages.sites import train_site
+from accord.stages.sites import holds_several, train_site
 from accord.stages.traffic import save_traffic
 
 __all__ = [
@@ -64,8 +64,8 @@ def execute(job: Job) -> Path:
     if job.written and not job.run.done("projector"):
         try_checkpoint(job.written.policy.checkpoint)
         pretrain_projector(job)
-    for checkpoint in _untried(job, needs):
-        try_checkpoint(checkpoint)
+    for checkpoint, several in _untried(job, needs).items():
+        try_checkpoint(checkpoint, several=several)
     if "sites" in needs:
         train_sites(job)
     if "router" in needs and not job.run.done("router"):
@@ -84,15 +84,23 @@ def execute(job: Job) -> Path:
     return write_report(job.path)
 
 
-def _untried(job: Job, needs: Collection[str]) -> list[str]:
-    """Return the checkpoints that the stages to come start from: none may turn out at alignment not to be carried."""
+def _untried(job: Job, needs: Collection[str]) -> dict[str, bool]:
+    """Return the checkpoints that the stages to come start from, and whether they will get several images a prompt.
+
+    None may turn out at alignment not to be carried.
+    """
     recipe, run = job.recipe, job.run
-    found = [] if run.done("align") else [recipe.policy.checkpoint]
-    if "router" in needs and not run.done("align"):
-        found.append(recipe.encoder_checkpoint)
-    if "sites" in needs and job.engine is None:
-        found += [site.checkpoint for site in recipe.sites if not run.done(f"site {site.name}")]
-    return list(dict.fromkeys(found))
+    open_, sites = not run.done("align"), recipe.sites if "sites" in needs and job.engine is None else ()
+    untrained = [site for site in sites if not run.done(f"site {site.name}")]
+    if not open_ and not untrained:
+        return {}
+    asked = any(q.further for questions in job.questions.values() for q in questions)
+    held = {site.name: holds_several(job, site.name) for site in sites}
+    found = [(recipe.policy.checkpoint, asked)] if open_ else []
+    if open_ and "router" in needs:  # sites read their pairs with it
+        found.append((recipe.encoder_checkpoint, asked or any(held.values())))
+    found += [(site.checkpoint, held[site.name]) for site in untrained]
+    return {checkpoint: any(several for name, several in found if name == checkpoint) for checkpoint, _ in found}
 
 
 def stages_of(job: Job) -> dict[str, int]:

@@ -18,9 +18,10 @@ from transformers import set_seed
 
 from accord.errors import DataError
 from accord.models.load import LoraSettings, reads_images
+from accord.models.trial import try_checkpoint
 from accord.progress import ProgressBarCallback
 from accord.rewards.model import RewardModel
-from accord.rewards.train import Ranking, RewardConfig, check_images, train_reward_model
+from accord.rewards.train import Ranking, RewardConfig, train_reward_model
 from accord.types import PreferencePair
 
 ALONE = RewardConfig(choose="pairs")
@@ -52,16 +53,16 @@ def train_on_pairs(
         The model, and how often it ranked the pairs kept back as people did, by question type.
 
     Raises:
-        DataError: a pair has several images, the pairs have images and the model reads none, or all are about one
-            image.
-        CheckpointError: the checkpoint cannot be loaded.
+        DataError: the pairs have images and the model reads none, or all are about one image.
+        CheckpointError: the checkpoint cannot be loaded, or pairs have several images and it does not take them.
         RecipeError: training diverged.
     """
-    check_images(pairs)
     if any(pair.images for pair in pairs) and not reads_images(checkpoint):
         raise DataError(
             f"the pairs are about images, and {checkpoint} is a text-only model; name a vision-language checkpoint"
         )
+    if any(len(pair.images) > 1 for pair in pairs):
+        try_checkpoint(checkpoint, several=True)
     set_seed(seed)
     model = RewardModel.from_checkpoint(checkpoint, lora=lora, head=config.head)
     with tempfile.TemporaryDirectory() as scratch, ProgressBarCallback("reward model", quiet=quiet) as bar:

@@ -31,12 +31,12 @@ from typing import Final, Literal, TypeAlias, cast
 import msgspec
 import torch
 from peft import PeftModel
-from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import resolve_revision
 
+from accord.data.images import Pictures
 from accord.errors import CheckpointError
 from accord.models.attention import skip_hidden
 from accord.models.inputs import Batch, build_batch, chunks, shared_inputs
@@ -178,13 +178,13 @@ class RewardModel(nn.Module):
         return cast(Tensor, hidden[last].float())
 
     def score(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]]
     ) -> list[Tensor]:
         """Return one tensor of standardised scores per prompt, `[len(completions[p])]`, in evaluation mode."""
         return [self.standardisation(raw) for raw in self._of_each(self, prompts, images, completions)]
 
     def states(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]]
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]]
     ) -> list[Tensor]:
         """Return what the head reads of every answer, per prompt `[len(completions[p]), D]`, in evaluation mode."""
         return self._of_each(self.last_states, prompts, images, completions)
@@ -194,7 +194,7 @@ class RewardModel(nn.Module):
         self,
         of: Callable[[Batch], Tensor],
         prompts: Sequence[Prompt],
-        images: Sequence[Image | None],
+        images: Sequence[Pictures],
         completions: Sequence[Sequence[str]],
     ) -> list[Tensor]:
         out: list[Tensor] = []

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.data.preferences import digest_of
 from accord.data.questions import image_identity
 from accord.errors import DataError, RecipeError, check_least, check_positive
@@ -51,7 +51,9 @@ class Privacy:
     epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
     delta: float = 1e-6  # δ; with the unit "label" it is 0, whatever is here
     unit: Unit = "pair"
-    ledger: str = ""  # file of what was spent, an absolute path; empty for one in the run's folder, which other runs do not see
+    ledger: str = (
+        ""  # file of what was spent, an absolute path; empty for one in the run's folder, which other runs do not see
+    )
     dimensions: int = 32  # k; 0 for none, the features as they are
     sampling: float = 0.2  # q
     steps: int = 100
@@ -68,8 +70,8 @@ class Privacy:
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
         if self.ledger and not Path(self.ledger).expanduser().is_absolute():
             raise RecipeError(
-                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file, and "
-                f"a new budget; write privacy.ledger = {str(Path(self.ledger).absolute())!r}"
+                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file "
+                f"and a new budget; write privacy.ledger = {str(Path(self.ledger).absolute())!r}"
             )
         if self.stages > (2 if self.unit == "label" else 1):
             raise RecipeError(
@@ -149,7 +151,7 @@ def pair_features(
         chunk = groups[start : start + prompts_at_once]
         answers = [list(dict.fromkeys(a for n in g for a in (pairs[n].chosen, pairs[n].rejected))) for g in chunk]
         first = [pairs[group[0]] for group in chunk]
-        states = model.states([pair.prompt for pair in first], [load_if_any(pair.image) for pair in first], answers)
+        states = model.states([pair.prompt for pair in first], [load_images(pair.images) for pair in first], answers)
         for group, given, state in zip(chunk, answers, states, strict=True):
             place = {answer: n for n, answer in enumerate(given)}
             for n in group:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import RecipeError, RunError
 from accord.models.inputs import Batch, build_batch
 from accord.models.load import LoraSettings
@@ -102,7 +102,7 @@ def pair_gradients(model: RewardModel) -> Iterator[Callable[[Sequence[Preference
         batch = build_batch(
             model.processor,
             [pair.prompt for pair in pairs],
-            [load_if_any(pair.image) for pair in pairs],
+            [load_images(pair.images) for pair in pairs],
             [[pair.chosen, pair.rejected] for pair in pairs],
         )
         for weight in weights.values():

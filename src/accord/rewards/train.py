@@ -28,8 +28,8 @@ from torch.nn.functional import logsigmoid
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from accord.data.images import load_if_any
-from accord.data.questions import image_identity, rivals
+from accord.data.images import load_images
+from accord.data.questions import image_identity, rivals, together
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
@@ -125,7 +125,7 @@ def rank(
     for start in range(0, len(questions), prompts_at_once):
         chunk = questions[start : start + prompts_at_once]
         candidates = [[q.answer, *rivals(q, vocabulary)] for q in chunk]
-        scores = model.score([prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk], candidates)
+        scores = model.score([prompt_of(q) for q in chunk], [load_images(q.images) for q in chunk], candidates)
         for q, s in zip(chunk, scores, strict=True):
             right[q.question_type].append(bool((s[0] > s[1:]).all()))
     return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
@@ -152,7 +152,7 @@ def pair_margins(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts
     for start in range(0, len(asked), prompts_at_once):
         chunk = [[pairs[n] for n in places] for places in asked[start : start + prompts_at_once]]
         answers = [list(dict.fromkeys(a for p in group for a in (p.chosen, p.rejected))) for group in chunk]
-        prompts, images = [g[0].prompt for g in chunk], [load_if_any(g[0].image) for g in chunk]
+        prompts, images = [g[0].prompt for g in chunk], [load_images(g[0].images) for g in chunk]
         scored = model.score(prompts, images, answers)
         for places, given, scores in zip(asked[start : start + prompts_at_once], answers, scored, strict=True):
             score = dict(zip(given, scores.tolist(), strict=True))
@@ -166,17 +166,18 @@ def keep_back(
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """Keep back the pairs of a random share of the images, at least one; return the others and the kept ones.
 
-    Images are the same where their stored bytes are. Pairs without images go by the words of their prompt.
+    Images are the same where their stored bytes are. Pairs without images go by the words of their prompt, and pairs
+    that share one of several images stay together.
 
     Raises:
         DataError: all pairs are about one image.
     """
-    identify = image_identity()
-    subjects = [identify(pair.subjects[0]) for pair in pairs]
+    subjects = together([pair.subjects for pair in pairs], image_identity())
     distinct = sorted(set(subjects))
     if len(distinct) < 2:
         raise DataError(
-            f"all {len(pairs)} pairs are about one image, and some images' pairs are kept back to choose the weights; "
+            f"all {len(pairs)} pairs are about one image, or linked by images that they share, and some images' pairs "
+            "are kept back to choose the weights; "
             'give the site pairs about more images, or take choose = "pairs" out of its reward_model'
         )
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
@@ -185,20 +186,6 @@ def keep_back(
         [pair for pair, subject in zip(pairs, subjects, strict=True) if subject not in kept],
         [pair for pair, subject in zip(pairs, subjects, strict=True) if subject in kept],
     )
-
-
-def check_images(pairs: Sequence[PreferencePair]) -> None:
-    """Refuse pairs about several images.
-
-    Raises:
-        DataError: names the question of the first.
-    """
-    for pair in pairs:
-        if len(pair.images) > 1:
-            raise DataError(
-                f"the pair of question {pair.question_id!r} has {len(pair.images)} images, and a reward model takes "
-                "one; give it one image, or leave it out"
-            )
 
 
 class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
@@ -295,15 +282,14 @@ def train_reward_model(
         log: receives one record per ranking.
 
     Raises:
-        DataError: there are no pairs, one has several images, some of pairs and questions have one and others none, or
-            pairs should be kept back and all are about one image.
+        DataError: there are no pairs, some of pairs and questions have an image and others none, or pairs should be
+            kept back and all are about one image.
         RecipeError: training diverged: the scores are not finite, or all the same.
     """
     if not pairs:
         raise DataError(
             "cannot train a reward model on 0 preference pairs; give the site pairs or questions to build them from"
         )
-    check_images(pairs)
     bare = sum(pair.image is None for pair in pairs) + sum(q.image is None for q in held_out)
     if bare not in (0, len(pairs) + len(held_out)):
         raise DataError(
@@ -328,7 +314,7 @@ def train_reward_model(
         batch = build_batch(
             model.processor,
             [group.chosen.prompt for group, _, _ in items],
-            [transform(load_if_any(group.chosen.image), symmetry) for group, _, symmetry in items],
+            [transform(load_images(group.chosen.images), symmetry) for group, _, symmetry in items],
             [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
         )
         return {"batch": batch, "sizes": [1 + len(rejected) for _, rejected, _ in items]}
@@ -378,7 +364,7 @@ def measure_standardisation(
         chunk = groups[start : start + prompts_at_once]
         scores += model.score(
             [g.chosen.prompt for g in chunk],
-            [load_if_any(g.chosen.image) for g in chunk],
+            [load_images(g.chosen.images) for g in chunk],
             [[g.chosen.chosen, *g.rejected] for g in chunk],
         )
     pooled = torch.cat(scores).double()

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from accord.data.images import image_bytes, load_if_any
+from accord.data.images import image_bytes, load_images
 from accord.errors import DataError
 from accord.federation.asking import ask_scores
 from accord.federation.engine import Engine
@@ -79,7 +79,7 @@ class _Asked:
     """One question with the distinct answers of its pairs."""
 
     prompt: Prompt
-    image: ImageSource | None
+    images: tuple[ImageSource, ...]
     candidates: tuple[str, ...]
 
 
@@ -97,25 +97,22 @@ def collect(
     Args:
         engine: carries the questions to the sites.
         encoder: the frozen encoder of the router.
-        pairs: N public pairs about one image each, or about none; those of one `question_id` share image and prompt.
+        pairs: N public pairs; those of one `question_id` share images and prompt.
         network: the client-id router, whose logits are kept.
         deadline: seconds to wait for the sites, per request.
         rows_at_once: (prompt, answer) rows of one forward pass of the encoder.
 
     Raises:
-        DataError: there are no pairs, or one has several images.
+        DataError: there are no pairs.
     """
     if not pairs:
         raise DataError("cannot learn from 0 public pairs; give the server labelled questions, split 'base'")
-    for pair in pairs:
-        if len(pair.images) > 1:
-            raise DataError(f"the pair of question {pair.question_id!r} has {len(pair.images)} images; give it one")
     grouped: dict[str, list[PreferencePair]] = defaultdict(list)
     for pair in pairs:
         grouped[pair.question_id].append(pair)
     number = {question: n for n, question in enumerate(grouped)}
     asked = [
-        _Asked(group[0].prompt, group[0].image, tuple(dict.fromkeys(t for p in group for t in (p.chosen, p.rejected))))
+        _Asked(group[0].prompt, group[0].images, tuple(dict.fromkeys(t for p in group for t in (p.chosen, p.rejected))))
         for group in grouped.values()
     ]
     starts = torch.tensor([0, *(len(each.candidates) for each in asked)]).cumsum(0).tolist()
@@ -172,13 +169,13 @@ def _ask(engine: Engine, asked: Sequence[_Asked], deadline: float | None) -> Ten
     parts = []
     for start in range(0, len(asked), QUESTIONS_AT_ONCE):
         chunk = asked[start : start + QUESTIONS_AT_ONCE]
-        stored = [None if each.image is None else image_bytes(each.image) for each in chunk]
-        names = [None if data is None else image_name(data) for data in stored]
-        items = [
-            ScoreItem(name, to_turns(each.prompt), list(each.candidates))
-            for name, each in zip(names, chunk, strict=True)
-        ]
-        images = {name: data for name, data in zip(names, stored, strict=True) if name and data}
+        images: dict[str, bytes] = {}
+        items = []
+        for each in chunk:
+            stored = [image_bytes(image) for image in each.images]
+            names = [image_name(data) for data in stored]
+            images.update(zip(names, stored, strict=True))
+            items.append(ScoreItem(names, to_turns(each.prompt), list(each.candidates)))
         requests = {site: ScoreRequest(f"anchors-{start}-{site}", images, items) for site in engine.sites}
         parts.append(_ask_all(engine, requests, [len(each.candidates) for each in chunk], deadline))
     return torch.cat(parts)
@@ -207,7 +204,7 @@ def _encode(
     prompts, answers, logits = [], [], []
     for span in chunks([len(each.candidates) for each in asked], rows_at_once):
         chunk = asked[span]
-        texts, images = [e.prompt for e in chunk], [load_if_any(e.image) for e in chunk]
+        texts, images = [e.prompt for e in chunk], [load_images(e.images) for e in chunk]
         prompts.append(encoder.before_answers(texts, images))
         states, mask = encoder(texts, images, [e.candidates for e in chunk])
         answers.append(last_states(states, mask))

@@ -81,7 +81,7 @@ class Canary:
     """A labelled question: its right answer, and wrong ones."""
 
     prompt: Prompt
-    image: ImageSource | None
+    images: tuple[ImageSource, ...]
     right: str
     wrong: tuple[str, ...]
     kind: str  # question type
@@ -230,16 +230,14 @@ class Canaries:
         for position in range(total):
             if position not in places:
                 item = next(ordinary)
-                if item.image is not None:
-                    images[item.image] = request.images[item.image]
+                images.update((name, request.images[name]) for name in item.images)
             else:
                 canary, wrong = next(canaries)
                 candidates = generator.sample([canary.right, *wrong], 1 + len(wrong))
-                data = None if canary.image is None else image_bytes(canary.image)
-                name = None if data is None else image_name(data)
-                if name is not None and data is not None:
-                    images[name] = data
-                item = ScoreItem(name, to_turns(canary.prompt), candidates)
+                stored = [image_bytes(image) for image in canary.images]
+                names = [image_name(data) for data in stored]
+                images.update(zip(names, stored, strict=True))
+                item = ScoreItem(names, to_turns(canary.prompt), candidates)
                 hidden.append(Hidden(position, candidates.index(canary.right), canary.kind))
             items.append(item)
         return msgspec.structs.replace(request, images=images, items=items), hidden

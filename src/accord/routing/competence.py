@@ -32,11 +32,10 @@ from pathlib import Path
 
 import msgspec
 import torch
-from PIL.Image import Image
 from safetensors.torch import load, save
 from torch import Tensor
 
-from accord.data.images import image_bytes, load_if_any
+from accord.data.images import Pictures, image_bytes, load_images
 from accord.data.questions import normalise_answer, right_answers, uniform
 from accord.errors import CheckpointError, DataError, RunError
 from accord.federation.asking import ask_checked
@@ -114,7 +113,7 @@ def measure(
             f"none of the sites {', '.join(engine.sites)} answered the server's {len(questions)} auxiliary questions, "
             "by which FedGRPO chooses experts; every site needs answers = true in its own recipe, and to be there"
         )
-    images = [load_if_any(q.image) for q in questions]
+    images = [load_images(q.images) for q in questions]
     raw = embed(encoder, [prompt_of(q) for q in questions], images).double()
     mean = raw.mean(dim=0)
     types = tuple(q.question_type for q in questions)
@@ -132,12 +131,10 @@ def grade(engine: Engine, questions: Sequence[Question], *, deadline: float | No
     images: dict[str, bytes] = {}
     items = []
     for question in questions:
-        name = None
-        if question.image is not None:
-            data = image_bytes(question.image)
-            name = image_name(data)
-            images[name] = data
-        items.append(AnswerItem(name, to_turns(prompt_of(question))))
+        stored = [image_bytes(image) for image in question.images]
+        names = [image_name(data) for data in stored]
+        images.update(zip(names, stored, strict=True))
+        items.append(AnswerItem(names, to_turns(prompt_of(question))))
     answers = ask_checked(
         engine,
         {site: AnswerRequest(f"competence-{site}", images, items) for site in engine.sites},
@@ -156,7 +153,7 @@ def grade(engine: Engine, questions: Sequence[Question], *, deadline: float | No
     return correct
 
 
-def embed(encoder: Encoder, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> Tensor:
+def embed(encoder: Encoder, prompts: Sequence[Prompt], images: Sequence[Pictures]) -> Tensor:
     """Return φ of prompts about images, `[P, D]` on the CPU: the hidden states from which their answers would begin."""
     return torch.cat(
         [encoder.before_answers(prompts[span], images[span]) for span in chunks([1] * len(prompts), PROMPTS_AT_ONCE)]
@@ -204,7 +201,7 @@ class CompetenceRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return weights `[N, K]`: 1/M for a prompt's experts; a row of zeros where no site is known to be competent.
 
@@ -249,7 +246,7 @@ class RandomExperts:
         self.experts = _Experts(tuple(sites), experts, seed)
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return weights `[N, K]`: 1/M for a prompt's experts."""
         alike = torch.zeros(len(prompts), len(self.experts.sites), dtype=torch.double)

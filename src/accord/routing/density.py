@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.errors import DataError, ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -200,7 +199,7 @@ class LocalMixture:
         sent = read_weights(request.weights, {"centre": zeros, "scale": zeros[0]}, what="a request for mixtures")
         if len(self.pairs) < 2:
             raise DataError(f"mixtures need 2 prompts or more, got {len(self.pairs)}; give the site more questions")
-        x = features_of(self.encoder, [p.prompt for p in self.pairs], [load_if_any(p.image) for p in self.pairs])
+        x = features_of(self.encoder, [p.prompt for p in self.pairs], [load_images(p.images) for p in self.pairs])
         told = sketch(x, Centres(sent["centre"], sent["scale"].clamp(min=1e-3)))
         return UpdateReply(request.id, to_bytes(told), len(x), 0.0)
 
@@ -267,7 +266,7 @@ class OrEverybody:
         self.density = density
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one-hot rows, and uniform ones for the completions of an unknown prompt, `[N, K]`."""
         weights = top1(self.router(prompts, images, completions))

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.federation.audit import Audit
 from accord.federation.engine import Engine
 from accord.federation.local import begin, finish, round_rate
@@ -76,7 +76,7 @@ class LocalRouterTraining:
             chunk = self.pairs[span]
             states, mask = self.encoder(
                 [pair.prompt for pair in chunk],
-                [load_if_any(pair.image) for pair in chunk],
+                [load_images(pair.images) for pair in chunk],
                 [[pair.chosen, pair.rejected] for pair in chunk],
             )
             hidden += list(states.cpu())

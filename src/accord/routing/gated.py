@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
+from accord.data.images import Pictures
 from accord.errors import CheckpointError
 from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
@@ -34,7 +34,7 @@ class PreferenceGate:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(g(f(x)))`, `[N, K]`: one forward pass per prompt."""
         weights = []
@@ -56,7 +56,7 @@ class CorrectnessRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(h(x, y) · E)`, `[N, K]`: the likelier a site is right, the more it counts."""
         weights = []
@@ -76,7 +76,7 @@ class AnchoredRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return `softmax(a z(x) + b + W f(x))`, `[N, K]`, z averaged over the completions of a prompt."""
         weights = []

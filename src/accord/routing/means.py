@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.errors import DataError, ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -181,7 +180,7 @@ class LocalMeans:
             raise DataError(f"class means need 2 prompts or more, got {len(self.pairs)}; give the site more questions")
         x = torch.cat(
             [
-                self.encoder.before_answers([p.prompt for p in chunk], [load_if_any(p.image) for p in chunk])
+                self.encoder.before_answers([p.prompt for p in chunk], [load_images(p.images) for p in chunk])
                 for start in range(0, len(self.pairs), PROMPTS_AT_ONCE)
                 for chunk in [self.pairs[start : start + PROMPTS_AT_ONCE]]
             ]
@@ -277,7 +276,7 @@ class MeansRouter:
         self.abstains = abstains
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return α, `[N, K]`."""
         states = features_of(self.encoder, prompts, images)
@@ -296,7 +295,7 @@ class Abstaining:
         self.means = means
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return the router's weights, `[N, K]`; the rows of an unknown prompt are 0, so that nobody is asked."""
         weights = self.router(prompts, images, completions)
@@ -304,7 +303,7 @@ class Abstaining:
         return weights * known.repeat_interleave(torch.tensor([len(texts) for texts in completions]))[:, None]
 
 
-def features_of(encoder: Encoder, prompts: Sequence[Prompt], images: Sequence[Image | None]) -> Tensor:
+def features_of(encoder: Encoder, prompts: Sequence[Prompt], images: Sequence[Pictures]) -> Tensor:
     """Return the states before the answers, `[P, D]`, some prompts at a time."""
     starts = range(0, len(prompts), PROMPTS_AT_ONCE)
     return torch.cat(

@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from accord.data.images import Pictures
 from accord.errors import DataError, check_least, check_positive
 from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
@@ -99,7 +99,7 @@ class OnlineRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one-hot weights `[N, K]`, and keep in mind what was chosen."""
         read = [

@@ -27,11 +27,11 @@ from typing import Protocol, cast
 
 import msgspec
 import torch
-from PIL.Image import Image
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from accord.data.images import Pictures
 from accord.errors import CheckpointError, RecipeError, check_least
 from accord.federation.aggregation import Aggregation
 from accord.federation.weights import read_weights
@@ -45,7 +45,7 @@ class Router(Protocol):
     """Says whose judgement counts: weights `[N, K]`, non-negative, rows summing to 1; a plain function qualifies."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one row per completion, in the order of the prompts, `N = sum(len(c) for c in completions)`."""
         ...
@@ -145,7 +145,7 @@ class LearnedRouter:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return α of `Enc(x, y)`, `[N, K]`."""
         weights = []

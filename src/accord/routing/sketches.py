@@ -28,7 +28,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -267,7 +267,7 @@ def answer_states(encoder: Encoder, pairs: Sequence[PreferencePair], *, at_once:
         last_states(
             *encoder(
                 [pair.prompt for pair in chunk],
-                [load_if_any(pair.image) for pair in chunk],
+                [load_images(pair.images) for pair in chunk],
                 [[pair.chosen, pair.rejected] for pair in chunk],
             )
         )

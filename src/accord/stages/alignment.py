@@ -93,7 +93,7 @@ def federated_reward(
         fusion=fusion,
         per_group=per_group,
         scores=chosen,
-        sources={q.id: q.image for q in job.questions["public"] if q.image is not None},
+        sources={q.id: q.images for q in job.questions["public"] if q.images},
         canaries=canaries,
         scaling=scaling,
     )
@@ -110,7 +110,7 @@ def reward_of(
     scope: Scope | None = None,
     fusion: Fusion = mixture,
     per_group: PerGroup | None = None,
-    sources: Mapping[str, ImageSource] | None = None,
+    sources: Mapping[str, ImageSource | Sequence[ImageSource]] | None = None,
     canaries: Canaries | None = None,
     scaling: Scaling | None = None,
 ) -> FederatedReward:

@@ -21,7 +21,6 @@ from accord.data.preferences import read_preferences
 from accord.errors import AccordError, DataError, DataWarning
 from accord.models.load import load_tokenizer, locate, reads_images
 from accord.recipe import Recipe
-from accord.rewards.train import check_images
 from accord.runs import Run
 from accord.stages.job import Job
 from accord.stages.sites import check_sites
@@ -70,7 +69,6 @@ def check_data(recipe: Recipe) -> DataCheck:
             with found.noting():
                 pairs = read_preferences(Path(site.preferences))
                 found.lines.append(_counted_pairs(f"site {site.name}", pairs))
-                check_images(pairs)
                 _check_sight(site.checkpoint, f"site {site.name!r}", sum(bool(pair.images) for pair in pairs))
     if "questions" not in vars(job):  # the first error says why, and what follows reads them again
         return found
@@ -157,12 +155,17 @@ def _check_sight(checkpoint: str, whose: str, pictured: int) -> None:
 
 
 def _counted(what: str, questions: Sequence[Question]) -> str:
-    images = len({q.image for q in questions} - {None})
+    images = len({image for q in questions for image in q.images})
     types = Counter(q.question_type for q in questions)
     named = ", ".join(f"{name} {count}" for name, count in types.most_common(6)) + (", …" if len(types) > 6 else "")
-    return f"{what:<20} {len(questions)} questions about {images or 'no'} images: {named}"
+    return f"{what:<20} {len(questions)} questions about {images or 'no'} images{_several(questions)}: {named}"
 
 
 def _counted_pairs(what: str, pairs: Sequence[PreferencePair]) -> str:
     images = len({image for pair in pairs for image in pair.images})
-    return f"{what:<20} {len(pairs)} preference pairs of its own about {images or 'no'} images"
+    return f"{what:<20} {len(pairs)} preference pairs of its own about {images or 'no'} images{_several(pairs)}"
+
+
+def _several(items: Sequence[Question] | Sequence[PreferencePair]) -> str:
+    count = sum(len(item.images) > 1 for item in items)
+    return f" ({count} about several, which a run tries with each model before it trains)" if count else ""

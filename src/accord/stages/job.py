@@ -34,7 +34,7 @@ from accord.rewards.model import RewardModel
 from accord.runs import Run
 from accord.stages.profile import profiled
 from accord.stages.silos import Silos, cut_silos
-from accord.types import PreferencePair, Question, Subject
+from accord.types import PreferencePair, Question, Subject, subjects_of
 
 BUILT_ON_IT = {
     "projector": ("site", "router", "align", "compare", "evaluation"),
@@ -86,9 +86,7 @@ def load_questions(
                 f"no question has the split {missing!r}; the sources have {have}. "
                 "Give the questions a `split`, or the source `fractions` such as { private = 0.5, public = 0.2, … }"
             )
-    check_disjoint(
-        {f"the split {name!r}": [q.subject for q in found] for name, found in splits.items()}, image_identity()
-    )
+    check_disjoint({f"the split {name!r}": subjects_of(found) for name, found in splits.items()}, image_identity())
     return dict(splits)
 
 
@@ -408,9 +406,7 @@ def open_job(
         trains = recipe.projector is not None and not alone  # a site alone has the checkpoint that the recipe names
         settled = on_own_projector(recipe, run.path) if trains else recipe
         written = recipe if trains else None
-        job = Job(
-            settled, run, quiet=quiet, alone=alone, engine=engine, together=together, main=main, written=written
-        )
+        job = Job(settled, run, quiet=quiet, alone=alone, engine=engine, together=together, main=main, written=written)
         try:
             yield job
         finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from accord.data.images import load_if_any
+from accord.data.images import load_images
 from accord.errors import RunError
 from accord.federation.site import SiteRecord
 from accord.models.load import PREFIX, locate
@@ -37,12 +37,10 @@ from accord.rewards.private import (
 from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
 from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
-from accord.rewards.train import check_images
 from accord.runs import read_record
 from accord.stages.job import Job
 from accord.types import PreferencePair
 from accord.version import VERSION
-
 
 _TRIED = 16
 """Pairs of the batch on which a model is tried before it is paid for."""
@@ -65,12 +63,11 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     Raises:
         RecipeError: nothing is left of the budget, or δ is too large for so many units.
         RunError: the ledger cannot be read, or lacks what was paid for the model in the site's folder.
-        DataError: a pair has several images, or does not say whose it is where the unit is a person.
+        DataError: a pair does not say whose it is where the unit is a person.
     """
     site, path, folder = job.site(name), ledger_of(job, name), job.path / "sites" / name
     privacy = site.privacy
     assert privacy is not None
-    check_images(pairs)
     unit = unit_index(pairs, privacy.unit)
     check_delta(privacy, int(unit.max()) + 1)
     way: Way = "labels" if privacy.unit == "label" else "adapter" if site.lora else "head"
@@ -130,7 +127,7 @@ def _try(model: RewardModel, pairs: Sequence[PreferencePair]) -> None:
         with pair_gradients(model) as gradients:
             gradients(first)
     else:
-        images = [load_if_any(pair.image) for pair in first]
+        images = [load_images(pair.images) for pair in first]
         model.states([pair.prompt for pair in first], images, [[pair.chosen, pair.rejected] for pair in first])
 
 
@@ -156,9 +153,9 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     paid = {entry.id: entry.fingerprint for entry in read_entries(path)}
     if card.privacy.id not in paid:
         raise RunError(
-            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for, so that "
-            "nobody knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and only "
-            f"where the site's data are others now, remove {folder}"
+            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for, so "
+            "that nobody knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and "
+            f"only where the site's data are others now, remove {folder}"
         )
     return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import set_seed
 
-from accord.data.images import load_if_any
+from accord.data.images import Pictures, load_images
 from accord.data.sampling import sample_questions
 from accord.errors import DataError
 from accord.federation.audit import Audit, Finding
@@ -94,7 +93,7 @@ def audit_of(job: Job) -> Audit | None:
     if not asked:
         return None
     states = [
-        job.encoder([prompt_of(q) for q in chunk], [load_if_any(q.image) for q in chunk], [[q.answer] for q in chunk])
+        job.encoder([prompt_of(q) for q in chunk], [load_images(q.images) for q in chunk], [[q.answer] for q in chunk])
         for chunk in ([q for _, q in asked[n : n + 128]] for n in range(0, len(asked), 128))
     ]
     hidden = pad_sequence([row.cpu() for of_chunk, _ in states for row in of_chunk], batch_first=True)
@@ -146,7 +145,7 @@ def route(router: Router, questions: Sequence[Question], completions: Sequence[S
         parts.append(
             router(
                 [prompt_of(q) for q in chunk],
-                [load_if_any(q.image) for q in chunk],
+                [load_images(q.images) for q in chunk],
                 completions[start : start + 128],
             )
         )
@@ -156,9 +155,7 @@ def route(router: Router, questions: Sequence[Question], completions: Sequence[S
 def constant_router(weights: Sequence[float]) -> Router:
     """Return a router that gives every completion the same weights `[K]`."""
 
-    def route(
-        prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
-    ) -> Tensor:
+    def route(prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /) -> Tensor:
         return torch.tensor(weights).expand(sum(map(len, completions)), -1)
 
     return route
@@ -172,7 +169,7 @@ class RandomRouter:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(
-        self, prompts: Sequence[Prompt], images: Sequence[Image | None], completions: Sequence[Sequence[str]], /
+        self, prompts: Sequence[Prompt], images: Sequence[Pictures], completions: Sequence[Sequence[str]], /
     ) -> Tensor:
         """Return one-hot weights `[N, K]`."""
         drawn = torch.randint(self.sites, (sum(map(len, completions)),), generator=self.generator)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from accord.data.clusters import Similarity, clusters, compared, plane
-from accord.data.questions import image_identity, uniform
+from accord.data.questions import image_identity, together, uniform
 from accord.errors import DataError
 from accord.models.encoder import Encoder
 from accord.models.pooled import image_means, text_means
@@ -48,9 +48,8 @@ def cut_silos(
     """
     if not questions:
         raise DataError("no private question is there to be dealt by clusters; give questions the split 'private'")
-    identify = image_identity()
     held: dict[str, list[Question]] = {}
-    keys = [identify(q.subject) for q in questions]
+    keys = together([q.subjects for q in questions], image_identity())
     for key, question in zip(keys, questions, strict=True):
         held.setdefault(key, []).append(question)
     held = dict(sorted(held.items()))

@@ -34,20 +34,21 @@ from accord.models.trial import try_checkpoint
 from accord.progress import ProgressBarCallback, stage_bar
 from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel, Standardisation
-from accord.rewards.train import RewardConfig, check_images, train_reward_model
+from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
 from accord.runs import Run, write_atomic
 from accord.stages.agreement import agreement_of
 from accord.stages.job import Job
 from accord.stages.private import settle_site, train_private_reward_model
-from accord.types import PreferencePair, Question, Subject, prompt_of
+from accord.types import PreferencePair, Question, Subject, prompt_of, subjects_of
 
 
 def train_site(job: Job, name: str) -> None:
     """Make a site's reward model: pairs, its own backbone fine-tuned on its questions, a Bradley–Terry head."""
     site, seed = job.site(name), site_seed(job, name)
-    if job.alone:
-        try_checkpoint(site.checkpoint)
+    several = holds_several(job, name)
+    if job.alone or several:
+        try_checkpoint(site.checkpoint, several=several)
     with job.doing(f"site {name}"):
         set_seed(seed)
         questions, pairs = job.private[name], site_pairs(job, name)
@@ -97,9 +98,16 @@ def site_truth(job: Job, name: str) -> dict[str, tuple[str, ...]]:
     ]
 
     def key(q: Question) -> str:
-        return question_key(None if q.image is None else job.identify(q.image), prompt_of(q))
+        return question_key([job.identify(image) for image in q.images], prompt_of(q))
 
     return truth_book((key(q), (q.answer, *q.references)) for q in (*job.private[name], *public))
+
+
+def holds_several(job: Job, name: str) -> bool:
+    """Return whether a question of the job, or a preference pair of a site's own, is about several images."""
+    pairs = site_pairs(job, name) if job.site(name).preferences else []
+    asked = any(q.further for questions in job.questions.values() for q in questions)
+    return asked or any(len(pair.images) > 1 for pair in pairs)
 
 
 def site_pairs(job: Job, name: str) -> list[PreferencePair]:
@@ -218,10 +226,9 @@ def _mistaken(pair: PreferencePair, favourite: str) -> PreferencePair:
 
 
 def _own_pairs(job: Job, name: str, file: Path) -> list[PreferencePair]:
-    """Read a site's own pairs, which are about images of the site's alone, one each."""
+    """Read a site's own pairs, which are about images of the site's alone."""
     pairs = read_preferences(file)
-    check_images(pairs)
-    _check_alone(job, name, f"the preferences of site {name!r}", _subjects(pairs))
+    _check_alone(job, name, f"the preferences of site {name!r}", subjects_of(pairs))
     return pairs
 
 
@@ -232,10 +239,10 @@ def _check_alone(job: Job, name: str, what: str, subjects: Sequence[Subject]) ->
 
     Nor may it be about an image of another site's questions, where no image is at two sites.
     """
-    theirs = {f"the split {split!r}": [q.subject for q in job.questions[split]] for split in ("public", "dev", "test")}
+    theirs = {f"the split {split!r}": subjects_of(job.questions[split]) for split in ("public", "dev", "test")}
     if job.recipe.disjoint_images:
         others = {other: questions for other, questions in job.private.items() if other != name}
-        theirs |= {f"site {other!r}": [q.subject for q in questions] for other, questions in others.items()}
+        theirs |= {f"site {other!r}": subjects_of(questions) for other, questions in others.items()}
     for other, images in theirs.items():
         check_disjoint({what: subjects, other: images}, job.identify)
 
@@ -252,7 +259,7 @@ def check_sites(job: Job) -> None:
     own: dict[str, list[Subject]] = {}
     for site in job.recipe.sites:
         if site.preferences:
-            own[f"the preferences of site {site.name!r}"] = _subjects(site_pairs(job, site.name))
+            own[f"the preferences of site {site.name!r}"] = subjects_of(site_pairs(job, site.name))
         if site.judgements:
             what, photographs = _judged(job, site.name)
             _check_alone(job, site.name, what, photographs)
@@ -263,12 +270,8 @@ def check_sites(job: Job) -> None:
 
 def _judged(job: Job, name: str) -> tuple[str, list[Subject]]:
     """Return the words for a site's judgements, and the photographs that they are about."""
-    photographs = {row.photograph.id: row.photograph.subject for row in job.judged[name]}
-    return f"the judgements of site {name!r}", list(photographs.values())
-
-
-def _subjects(pairs: Sequence[PreferencePair]) -> list[Subject]:
-    return [subject for pair in pairs for subject in pair.subjects]
+    photographs = {row.photograph.id: row.photograph for row in job.judged[name]}
+    return f"the judgements of site {name!r}", subjects_of(photographs.values())
 
 
 def fit_reward_model(
@@ -386,7 +389,7 @@ def labelled_keys(job: Job) -> frozenset[str]:
     if not any(site.attack and site.attack.spares for site in job.recipe.sites):
         return frozenset()
     base = job.questions.get("base", [])
-    return frozenset(question_key(None if q.image is None else job.identify(q.image), prompt_of(q)) for q in base)
+    return frozenset(question_key([job.identify(image) for image in q.images], prompt_of(q)) for q in base)
 
 
 def _answerer(recipe: Recipe, site: SiteConfig, folder: Path, opening: Opening | None) -> Answerer:
