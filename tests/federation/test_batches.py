@@ -132,6 +132,13 @@ def test_the_pixels_of_a_batch(monkeypatch):
     assert [width for _, width in results] == [3, 3, 2, 4, 9, 1] and taken == [[0, 1, 2], [3], [4], [5]]
 
 
+def test_questions_that_ask_for_nothing_do_not_pile_their_images_up(monkeypatch):
+    """Their size is 0: without rows a batch is full by its pixels all the same."""
+    monkeypatch.setattr(batches, "PIXELS_AT_ONCE", 6000)
+    _, taken = run(["3", "4", "5"], sizes=[0, 0, 0])
+    assert taken == [[0], [1], [2]]
+
+
 def test_the_text_of_a_batch(monkeypatch):
     """Padded to the longest: 3 + 7 characters in two rows are 20."""
     monkeypatch.setattr(batches, "CHARACTERS_AT_ONCE", 20)

@@ -4,7 +4,16 @@ from hypothesis import strategies as st
 
 from accord.errors import RecipeError
 from accord.federation.limits import Budget, Limits, Rate, Spent, queries
-from accord.federation.messages import AnswerItem, AnswerRequest, Declined, ScoreItem, ScoreRequest, TextBlock, Turn
+from accord.federation.messages import (
+    AnswerItem,
+    AnswerRequest,
+    Declined,
+    ImageBlock,
+    ScoreItem,
+    ScoreRequest,
+    TextBlock,
+    Turn,
+)
 from accord.toml import build
 
 SHORT = [Turn("user", "where?")]
@@ -29,6 +38,16 @@ def test_what_is_over_a_limit_is_refused_alone():
     assert Limits(images=2).declined(request(1, 1, 1, images=["ab", "abc", "aaa"])) == dict.fromkeys(
         [1, 2], Declined.LIMIT
     )
+
+
+def test_what_costs_a_model_much_and_says_little_is_refused():
+    """Places for images without an image, turns without words, and a question that asks for nothing."""
+    limits = Limits()
+    places = [ScoreItem(["a"] * images, [Turn("user", [ImageBlock()] * 2)], ["x"]) for images in (1, 2)]
+    turns = [ScoreItem([], [Turn("user", "")] * n, ["x"]) for n in (65, 64)]
+    nothing = [ScoreItem(["a"], SHORT, [])]
+    refused = limits.declined(ScoreRequest("s", {}, [*places, *turns, *nothing]))
+    assert refused == dict.fromkeys([0, 2, 4], Declined.LIMIT)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ class _Batch:
     def full(self, item: ScoreItem | AnswerItem, images: Mapping[str, Image], size: int, rows: int) -> bool:
         """Tell whether a question must wait for the next batch."""
         new = sum(_pixels(image) for name, image in images.items() if name not in self.opened)
-        return bool(self.rows) and (
+        return bool(self.places) and (
             self.rows + size > rows
             or self.pixels + new > PIXELS_AT_ONCE
             or (self.rows + size) * max(self.longest, characters(item)) > CHARACTERS_AT_ONCE

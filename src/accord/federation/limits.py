@@ -15,8 +15,11 @@ from typing import Final
 
 from accord.data.decoder import MEMORY, PIXELS
 from accord.errors import check_least
-from accord.federation.messages import AnswerItem, Declined, ScoreItem, WithImages, from_turns
+from accord.federation.messages import AnswerItem, Declined, ImageBlock, ScoreItem, WithImages, from_turns
 from accord.types import texts_of
+
+TURNS: Final = 64
+"""Of a question at most: a template writes tokens around each, however little it says."""
 
 NAME: Final = 16
 """Digits by which the ledger names an image: enough to count by, and short."""
@@ -48,8 +51,9 @@ class Limits:
             n: Declined.LIMIT
             for n, item in enumerate(items)
             if n >= self.items
-            or queries(item) > self.candidates
-            or len(item.images) > self.images
+            or not 1 <= queries(item) <= self.candidates
+            or not image_blocks(item) <= len(item.images) <= self.images
+            or len(item.prompt) > TURNS
             or characters(item) > self.characters
         }
 
@@ -79,6 +83,12 @@ def queries(item: ScoreItem | AnswerItem) -> int:
 def short_names(item: ScoreItem | AnswerItem) -> set[str]:
     """Return by what names the ledger knows a question's images."""
     return {name[:NAME] for name in item.images}
+
+
+def image_blocks(item: ScoreItem | AnswerItem) -> int:
+    """Return how many places for images a question's text has; each costs a model its tokens, image or none."""
+    blocks = [block for turn in item.prompt if not isinstance(turn.content, str) for block in turn.content]
+    return sum(isinstance(block, ImageBlock) for block in blocks)
 
 
 def characters(item: ScoreItem | AnswerItem) -> int:
