@@ -1,7 +1,8 @@
 """T1 to T8 in quick form: what is left of an alignment as sites lie, with the defence and with it switched off.
 
 The world is `tests/attacks/bandit.py`: GRPO on points, two seeds, seconds in place of hours. The bounds are those of
-the threat model's tests for real runs, which `benchmarks/quality/liars.py` makes; each fails without the defence.
+the threat model's tests for real runs, which `benchmarks/quality/liars.py` makes. Each fails without the defence, but
+for T5, which plain standardising holds here, too: there the gate's own test fails (`tests/routing/test_robust.py`).
 """
 
 from statistics import fmean
@@ -12,7 +13,7 @@ import torch
 from accord.attacks.scores import Attack
 from accord.routing.fusion import group_relative, mixture
 from accord.routing.robust import Ranks
-from attacks.bandit import ABROAD, DOMAINS, HOME, align
+from attacks.bandit import DOMAINS, HOME, align
 
 pytestmark = pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 SPREAD = 0.04  # 1 % of a range of 4
@@ -37,9 +38,8 @@ def test_t3_without_an_attack_the_defence_costs_half_a_point_at_most(clean):
 
 
 def test_t1_one_of_five_flips(clean):
-    """Within 2 points of clean, and by a scale of −1000 no other. Unclipped, the mean of raw scores is turned round."""
-    lost = clean - wins(ON, Attack("flip"), 1)
-    assert lost < 2
+    """Within 2 points of clean, where the mean of scores loses more; by a scale of −1000 that is turned round."""
+    assert wins(ON, Attack("flip"), 1) > clean - 2 > wins(MEAN, Attack("flip"), 1)
     raw = {"attack": Attack("affine", scale=-1000.0), "liars": 1}
     assert wins(MEAN, **raw, unclipped=True) < 50 < wins(ON, **raw, unclipped=True) - 40
 
@@ -71,10 +71,12 @@ def test_t5_near_constant_and_noise(clean):
 
 
 def test_t6_two_of_five_collude(clean):
-    """Within 4 points, with 3 of 5 as well; there the median follows the liars."""
+    """Within 4 points, with 3 of 5 as well; there the median follows the liars, and the mean loses more than 10."""
     assert wins(ON, Attack("collude"), 2) > clean - 4
-    three = wins(ON, Attack("flip"), 3), wins(MEDIAN, Attack("flip"), 3)
-    assert three[0] > clean - 4 > 50 > three[1]
+    for kind in ("flip", "collude"):
+        three = {"attack": Attack(kind), "liars": 3}
+        assert wins(ON, **three) > clean - 4 > 50 > wins(MEDIAN, **three)
+    assert wins(MEAN, Attack("collude"), 3) < clean - 10
 
 
 def test_t7_two_of_five_turn_after_two_fifths_of_the_run(clean):
@@ -103,6 +105,10 @@ def test_t8_a_trigger_moves_less(clean):
 
 
 def test_a_site_that_recognises_canaries_is_bounded_by_the_ranks(clean):
-    """One of five is honest at canaries alone: it keeps its weight, and the median keeps it within 5 points."""
+    """One of five is honest at canaries alone: it keeps its weight, and ranks keep it within 5 points whatever it says.
+
+    The mean of raw scores is turned round by it.
+    """
     assert wins(ON, Attack("flip", spares=True), 1) > clean - 5
-    assert ABROAD < HOME
+    raw = {"attack": Attack("affine", scale=-1000.0, spares=True), "liars": 1, "unclipped": True}
+    assert wins(ON, **raw) > clean - 5 > 50 > wins(MEAN, **raw)
