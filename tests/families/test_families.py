@@ -6,6 +6,7 @@ What holds of a family is a row of the table in docs/models.md, which the last t
 import math
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from accord.models.inputs import accepted, build_batch, completion_text, encode,
 from accord.models.load import LoraSettings, load_model, save_model, tokenizer_of, without_adapter
 from accord.models.trial import try_checkpoint
 from accord.rewards.model import RewardModel
-from accord.types import PreferencePair, Question, vqa_prompt
+from accord.types import PreferencePair, Question, at_places, vqa_prompt
 from families.checkpoints import FAMILIES
 from families.conftest import SEES_TORCHVISION, WITHOUT_TORCHVISION
 
@@ -90,7 +91,13 @@ def stock_prompt(processor, n, images, turns=None):
 def stock_row(model, processor, n, candidate, images, family, turns=None):
     """One whole row of prompt and answer, as the family's own processor would have it."""
     fields = accepted(model, stock_prompt(processor, n, images, turns))
-    text = completion_text(processor, PROMPTS[n], candidate)
+    return with_answer(processor, fields, PROMPTS[n], candidate, family)
+
+
+def with_answer(processor, fields, prompt, candidate, family):
+    """Put an answer behind a stock prompt; return the row and the answer's length."""
+    fields = dict(fields)
+    text = completion_text(processor, prompt, candidate)
     end = torch.tensor(tokenizer_of(processor)([text], add_special_tokens=False)["input_ids"])
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in fields:  # 0 is text; PaliGemma's suffix is 1
@@ -246,6 +253,29 @@ def test_a_step_of_grpo(carried, family, questions, images, tmp_path, cells):
     cells.setdefault(family, {})["policy"] = "yes"
 
 
+def test_a_step_of_grpo_about_two_images(carried, family, questions, tmp_path):
+    """Beside prompts about one; gradients do not depend on the way, where there are two."""
+    two = replace(questions[0], text="is <image> like <image>?", further=(questions[1].image,))
+    trainer = trainer_of(carried, [two, *questions[1:]], tmp_path)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    assert sorted(trainer._prompts["train"].counts) == [1, 1, 2]
+    with torch.no_grad():  # away from the reference, so that the KL term has a gradient
+        for parameter in trainer.model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    loss, gradient = loss_and_gradient(trainer, batch)
+    trainer._shares = False
+    if family == "llava_onevision":
+        with pytest.raises(
+            CheckpointError, match=r"reads batch_num_images of prompts about several images, which TRL's"
+        ):
+            loss_and_gradient(trainer, batch)
+        return
+    full_loss, full = loss_and_gradient(trainer, batch)
+    assert loss == pytest.approx(full_loss, abs=1e-5)
+    assert gradient.norm() > 1e-4 and (gradient - full).norm() < 1e-3 * full.norm()
+
+
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
 def test_what_is_aligned_loads_in_stock_transformers(carried, questions, tmp_path, lora):
     """Pieces of two completions, too, with checkpointed activations; no weight is missing or left over."""
@@ -322,8 +352,41 @@ def test_preferences_by_dpo_and_by_a_selector(carried, family, images, files, tm
     cells.setdefault(family, {})["dpo"] = "yes"
 
 
-def test_the_trial_before_a_run(carried):
-    try_checkpoint(carried)
+def test_the_trial_before_a_run(carried, family, cells):
+    """With one image a prompt, and with two."""
+    try_checkpoint(carried, several=True)
+    cells.setdefault(family, {})["several"] = "yes"
+
+
+SEVERAL = [[{"role": "user", "content": at_places("is <image> like <image>?", 2)}], PROMPTS[1], PROMPTS[2]]
+
+
+def test_states_of_prompts_about_two_images_are_those_of_one_row_at_a_time(carried, family, images):
+    """Two prompts about one image are beside it."""
+    model, processor = load_model(carried)
+    skip_hidden(model.eval())
+    inner = model.base_model
+    shown = [images[:2], images[1], images[2]]
+    batch = build_batch(processor, SEVERAL, shown, CANDIDATES)
+    with torch.no_grad():
+        inputs, where = shared_inputs(inner, batch)
+        shared = inner(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[where]
+        full = inner(**model_inputs(inner, batch), use_cache=False).last_hidden_state
+        content = iter(images)
+        turn = [{**b, "image": next(content)} if b["type"] == "image" else b for b in SEVERAL[0][0]["content"]]
+        made = processor.apply_chat_template(
+            [{"role": "user", "content": turn}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        for row, candidate in enumerate(CANDIDATES[0]):
+            fields, length = with_answer(processor, accepted(model, made), SEVERAL[0], candidate, family)
+            alone = inner(**fields, use_cache=False).last_hidden_state[0]
+            real = batch.attention_mask[row].bool()
+            torch.testing.assert_close(shared[row][real][-length:], alone[-length:], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(full[row][real], alone, atol=2e-5, rtol=1e-4)
 
 
 def test_a_family_that_is_not_carried_is_refused_by_name(built, cells):
@@ -357,10 +420,11 @@ def test_a_fallback_is_told_once(built, images):
     assert len(told) == 1
 
 
-COLUMNS = ("class", "policy", "reward", "router", "finetune", "dpo", "shared")
+COLUMNS = ("class", "policy", "reward", "router", "finetune", "dpo", "several", "shared")
 HEADER = (
-    "| family | class in transformers | policy | reward model | router's encoder | fine-tuning, evaluation "
-    "| DPO, selectors | shared prefixes | image processor |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+    "| family | class in transformers | policy | reward model | router's encoder | fine-tuning, evaluation | DPO, selectors "
+    "| several images | shared prefixes | image processor |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
 )
 
 
