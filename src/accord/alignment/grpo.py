@@ -560,10 +560,8 @@ def align(
             peft_config=peft,
         )
     trainer.remove_callback(PrinterCallback)
-    if config.quantize:
-        for weight in cast(
-            nn.Module, trainer.model
-        ).parameters():  # TRL makes an adapter bfloat16, which rounds small updates away
+    if config.quantize:  # TRL makes the adapter bfloat16, which rounds small updates away
+        for weight in cast(nn.Module, trainer.model).parameters():
             weight.data = weight.data.float() if weight.requires_grad else weight.data
     if sharded := trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         if config.lora:
