@@ -58,8 +58,8 @@ MOST: Final = 50.0
 class SketchConfig:
     """What a sketch tells, and what is made of the distances, which are in public standard deviations.
 
-    Measured on easy-VQA with the defaults, 400 questions a site: D_ij is 0.4 between two sites of one type and 1.3 to 2.3
-    between others; D_i is 0.4 to 0.8 where a site's type is asked or looks alike, and 1.6 where it is another.
+    Measured on easy-VQA by the defaults, 400 questions a site: D_ij is 0.4 to 0.6 between two sites of one type and 1.1
+    to 2.3 between others; D_i is 0.4 to 0.8 where a site's type is asked or looks like it, and 1.6 where it does not.
     """
 
     dimensions: int = 8  # P
