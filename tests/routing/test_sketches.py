@@ -86,19 +86,18 @@ def test_a_sketch_by_hand():
     assert weights.tolist() == [0.5, 0.5] and centroids.flatten().tolist() == [1.5, 8.5]
 
 
-def test_one_question_moves_both_sketches_by_no_more_than_the_noise_is_made_for():
-    """Far from its centre: 1 in a count and C in a sum, in each: √(2 (1 + 4)) for C = 2."""
+def test_one_question_moves_a_sketch_by_no_more_than_the_noise_is_made_for():
+    """Far from its centre: 1 in a count and C in a sum: √(1 + 4) for C = 2."""
     few = rows(1.0, 2.0)
-    more = torch.cat([few, rows(100.0)])
-    both = [sketch_of(x, LINE, PLAIN, Silent()) for x in (few, more)]
-    assert math.sqrt(2) * (both[1] - both[0]).norm().item() == approx(math.sqrt(10))
-    assert PLAIN.sigma == approx(math.sqrt(10) * noise_multiplier(3.0, 1e-5))
+    one, more = (sketch_of(x, LINE, PLAIN, Silent()) for x in (few, torch.cat([few, rows(100.0)])))
+    assert (more - one).norm().item() == approx(math.sqrt(5))
+    assert PLAIN.sigma == approx(math.sqrt(5) * noise_multiplier(3.0, 1e-5))
 
 
 def test_a_centre_that_holds_no_more_than_noise_holds_nothing():
-    """2σ is between 8 and 10. Of counts 1000 and 8 the second is left out; of counts 1 and 2 the larger stands."""
-    assert 8 < 2 * PLAIN.sigma < 10
-    weights, centroids = points_of(tensor([[1000.0, 1000.0], [8.0, 0.0]]).double(), LINE, PLAIN)
+    """2σ is between 5 and 8. Of counts 1000 and 5 the second is left out; of counts 1 and 2 the larger stands."""
+    assert 5 < 2 * PLAIN.sigma < 8
+    weights, centroids = points_of(tensor([[1000.0, 1000.0], [5.0, 0.0]]).double(), LINE, PLAIN)
     assert weights.tolist() == [1.0] and centroids.tolist() == [[1.0]]
     assert points_of(tensor([[1.0, 0.0], [2.0, 4.0]]).double(), LINE, PLAIN)[1].tolist() == [[12.0]]
 
@@ -121,10 +120,10 @@ def test_who_averages_with_whom():
     for i, j in ((0, 1), (1, 2)):
         between[i, j] = between[j, i] = 1.0
     between[4], between[:, 4] = torch.nan, torch.nan
-    found = Distances(between, tensor([2.0, 0.1, 2.0, 0.1, torch.nan]))
+    found = Distances(between, tensor([0.1, 2.0, 0.1, 2.0, torch.nan]))
     assert found.groups(1.0) == [[0, 1, 2], [3]] and found.groups(0.5) == [[0], [1], [2], [3]]
     assert found.kept(0.5).tolist() == [True, False, True, False, True]
-    assert Distances(between[:2, :2], tensor([0.1, 0.2])).kept(0.5).tolist() == [True, True]
+    assert Distances(between[:2, :2], tensor([0.6, 0.7])).kept(0.5).tolist() == [True, True]
 
 
 def encoder(feature):
@@ -138,28 +137,28 @@ def encoder(feature):
     return read
 
 
-def test_a_site_that_prefers_nothing_is_found_under_its_noise(prefer):
-    """a and b prefer red (0) to blue (10), c either to the other: D_ab ≈ 0 and D_a± ≈ 10, D_c± ≈ 0; asked again, alike.
+def test_sites_are_compared_under_their_noise(prefer):
+    """a and b prefer red, which reads 0, c blue, 9, and d green, 30: D_ab = 0, D_ac = 9; c is 1 from the centre at 10.
 
-    With 2000 questions and a deviation of 4.5 on every number, nothing is off by more than a tenth.
+    30 is clipped to 12: D_ad = 12, and d is 2 from 10. With 2000 questions nothing is off by a tenth. Asked again, a
+    site says the same.
     """
-    read = encoder({"red": 0.0, "blue": 10.0})
-    decided = [prefer(n, "red", "blue") for n in range(2000)]
-    coin = [prefer(n, *(("red", "blue") if n % 2 else ("blue", "red"))) for n in range(2000)]
+    read = encoder({"red": 0.0, "blue": 9.0, "green": 30.0})
+    wanted = {"a": "red", "b": "red", "c": "blue", "d": "green"}
     told = {
-        name: LocalSketch(read, pairs, PLAIN, bytes([n]) * 32)
-        for n, (name, pairs) in enumerate({"a": decided, "b": decided, "c": coin}.items())
+        name: LocalSketch(read, [prefer(k, colour, "none") for k in range(2000)], PLAIN, bytes([n]) * 32)
+        for n, (name, colour) in enumerate(wanted.items())
     }
-    engine = InProcessEngine({**told, "d": lambda request: 1 / 0})
-    with pytest.warns(DataWarning, match="site d"):
+    engine = InProcessEngine({**told, "e": lambda request: 1 / 0})
+    with pytest.warns(DataWarning, match="site e"):
         found = collect_distances(engine, LINE, PLAIN)
-    assert found.preferring[:3].tolist() == approx([10, 10, 0], abs=0.1) and found.preferring[3].isnan()
-    assert found.between[0, 1].item() == approx(0, abs=0.1) and found.between[0, 2].item() == approx(5, abs=0.1)
-    assert found.groups(1.5) == [[0, 1], [2]] and found.kept(0.5).tolist() == [True, True, False, True]
+    assert found.outside[:4].tolist() == approx([0, 0, 1, 2], abs=0.1) and found.outside[4].isnan()
+    assert found.between[0, :4].tolist() == approx([0, 0, 9, 12], abs=0.1)
+    assert found.groups(1.0) == [[0, 1], [2], [3]] and found.kept(1.5).tolist() == [True, True, True, False, True]
     first = told["a"].told
     with pytest.warns(DataWarning):
         again = collect_distances(engine, LINE, PLAIN)
-    assert told["a"].told is first and torch.equal(again.between[:3, :3], found.between[:3, :3])
+    assert told["a"].told is first and torch.equal(again.between[:4, :4], found.between[:4, :4])
 
 
 def test_a_question_counts_once(prefer):
@@ -171,10 +170,10 @@ def test_a_question_counts_once(prefer):
 def test_they_are_kept(tmp_path):
     save_distances(tmp_path / "d.safetensors", Distances(torch.eye(2), tensor([1.0, torch.nan])))
     again = load_distances(tmp_path / "d.safetensors")
-    assert again.preferring[0] == 1 and again.preferring[1].isnan() and torch.equal(again.between, torch.eye(2))
+    assert again.outside[0] == 1 and again.outside[1].isnan() and torch.equal(again.between, torch.eye(2))
 
 
-@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"dimensions": 0}, {"clip": -1.0}])
+@pytest.mark.parametrize("wrong", [{"epsilon": 0.0}, {"epsilon": 1000.0}, {"dimensions": 0}, {"clip": -1.0}])
 def test_settings_that_cannot_work(wrong):
     with pytest.raises(RecipeError):
         SketchConfig(**wrong)

@@ -1,6 +1,6 @@
 """Compare sites by noisy sketches first: who averages with whom, and who is not asked.
 
-    routed-gated          MoR's client-id router over the sites whose chosen answers differ from their rejected ones
+    routed-gated          MoR's client-id router over the sites whose preferred answers are near what the server asks
     fedavg-reward-near    one averaged reward model for each group of sites that are near each other; the router's
                           weights, added up over a group, choose the group
 
@@ -124,7 +124,7 @@ class Only:
 
 def routed_gated(job: Job) -> FederatedReward:
     """Ask the site that the client-id router chooses of those that are not set aside."""
-    kept = distances(job).kept(SKETCH.of(job.recipe).apart)
+    kept = distances(job).kept(SKETCH.of(job.recipe).far)
     return federated_reward(job, Only(LearnedRouter(job.encoder, trained_router(job)), kept))
 
 
@@ -167,7 +167,7 @@ def _told(recipe: Recipe) -> str:
 METHODS: Final = {
     "routed-gated": Method(
         by_reward(routed_gated, reads=lambda job: job.encoder),
-        "as routed, without sites whose noisy sketches show no preference",
+        "as routed, without sites whose noisy sketches are far from what is asked",
         needs=frozenset({"sites", "router", "private"}),
         tables=(SKETCH,),
         asks=asks,

@@ -1,26 +1,30 @@
-"""Compare sites by noisy sketches of what they prefer: who is near whom, and who prefers nothing to anything.
+"""Compare sites by noisy sketches of the answers that they prefer: who is near whom, and who is far from what is asked.
 
     the server sends      a projection on the P whitened principal axes of its own public answers, and M centres there
-    site k sends          for chosen and rejected answers: counts and sums at each centre, with Gaussian noise
-    D_ij                  earth mover's distance between the chosen answers of sites i and j
-    D_i±                  the same between the chosen and the rejected answers of site i
+    site k sends          counts and sums of its chosen answers at each centre, with Gaussian noise
+    D_ij                  earth mover's distance between the sketches of sites i and j
+    D_i                   mean distance of site i's sketch from the nearest of the server's own centres
 
 A site counts each question once, with one pair. Offsets from a centre are clipped to length C, so that one question
-moves both sketches together by √(2 (1 + C²)) at most; the noise is (ε, δ)-differentially private by the analytic
-Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530, theorem 8), a question added or removed:
+moves a sketch by √(1 + C²) at most; the noise is (ε, δ)-differentially private by the analytic Gaussian mechanism
+(Balle and Wang 2018, arXiv 1805.06530, theorem 8), a question added or removed:
 
     Φ(Δ/2σ − εσ/Δ) − e^ε Φ(−Δ/2σ − εσ/Δ) ≤ δ
 
+A sketch tells domains apart, and not careful sites from careless ones: right and wrong answers alike are among what is
+chosen. (Measured on easy-VQA, 400 questions a site: the distance between a site's chosen and rejected answers was 0.2
+at ε = 40 whether 0, 40 or 100 % of its questions had a wrong answer preferred.)
+
 Source: after PQFed, 2025, arXiv 2509.21704, of which the abstract is known to us, and that it uses noisy PCA features,
 the earth mover's distance, clusters and a threshold. The mechanism, the projection on public axes, the sketch of
-preferences in place of inputs, and D_i± are ours: this is not that paper's method.
+preferred answers in place of inputs, and D_i are ours: this is not that paper's method.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -29,7 +33,7 @@ import torch
 from torch import Tensor
 
 from accord.data.images import load_images
-from accord.errors import DataError, ReplyError, RunError, check_least, check_positive
+from accord.errors import DataError, RecipeError, ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, UpdateReply, UpdateRequest
@@ -46,27 +50,37 @@ FLOOR: Final = 2.0
 """Deviations of the noise that a noisy count must be above for its centre to hold anything."""
 
 
+MOST: Final = 50.0
+"""Greatest ε."""
+
+
 @dataclass(frozen=True)
 class SketchConfig:
-    """What a sketch tells, and what is made of the distances, which are in public standard deviations."""
+    """What a sketch tells, and what is made of the distances, which are in public standard deviations.
+
+    Measured on easy-VQA by the defaults, 400 questions a site: D_ij is 0.4 to 0.6 between two sites of one type and 1.1
+    to 2.3 between others; D_i is 0.4 to 0.8 where a site's type is asked or looks like it, and 1.6 where it does not.
+    """
 
     dimensions: int = 8  # P
     components: int = 8  # M
     clip: float = 4.0  # C
     epsilon: float = 3.0
     delta: float = 1e-5
-    near: float = 1.5  # D_ij up to which two sites average together
-    apart: float = 0.5  # D_i± below which a site is set aside
+    near: float = 1.0  # D_ij up to which two sites average together
+    far: float = 1.2  # D_i above which a site is set aside
 
     def __post_init__(self) -> None:
         """Refuse what leaves nothing to tell, and a guarantee that is none."""
-        check_least(self, dimensions=1, components=1, near=0, apart=0)
+        check_least(self, dimensions=1, components=1, near=0, far=0)
         check_positive(self, "clip", "epsilon", "delta")
+        if self.epsilon > MOST:
+            raise RecipeError(f"epsilon = {self.epsilon} protects nothing; at most {MOST:g} is taken, lower it")
 
     @property
     def sigma(self) -> float:
-        """Deviation of the noise on every number of both sketches."""
-        return math.sqrt(2 * (1 + self.clip**2)) * noise_multiplier(self.epsilon, self.delta)
+        """Deviation of the noise on every number of a sketch."""
+        return math.sqrt(1 + self.clip**2) * noise_multiplier(self.epsilon, self.delta)
 
 
 def noise_multiplier(epsilon: float, delta: float) -> float:
@@ -195,11 +209,11 @@ class Distances:
     """What the sites' sketches say; NaN for a site that sent none."""
 
     between: Tensor  # D_ij [K, K]
-    preferring: Tensor  # D_i± [K]
+    outside: Tensor  # D_i [K]
 
     def groups(self, near: float) -> list[list[int]]:
         """Return who averages with whom: chains of sites of which each is `near` the next; the absent are in none."""
-        left = [k for k in range(len(self.preferring)) if not self.preferring[k].isnan()]
+        left = [k for k in range(len(self.outside)) if not self.outside[k].isnan()]
         found = []
         while left:
             group = [left.pop(0)]
@@ -210,12 +224,12 @@ class Distances:
             found.append(sorted(group))
         return found
 
-    def kept(self, apart: float) -> Tensor:
-        """Return which sites are asked, `[K]`: those that prefer by `apart` or more, and those that sent no sketch.
+    def kept(self, far: float) -> Tensor:
+        """Return which sites are asked, `[K]`: those within `far` of what is asked, and those that sent no sketch.
 
         Where that would leave none, all are kept.
         """
-        kept = ~(self.preferring < apart)
+        kept = ~(self.outside > far)
         return kept if kept.any() else torch.ones_like(kept)
 
 
@@ -239,7 +253,7 @@ class LocalSketch:
         self.told: UpdateReply | None = None
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
-        """Return both sketches as the change; asked again, the same: new noise would spend more privacy.
+        """Return the sketch as the change; asked again, the same: new noise would spend more privacy.
 
         The number of examples, which would tell n without noise, is 1.
 
@@ -252,63 +266,52 @@ class LocalSketch:
             shapes = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
             sent = read_weights(request.weights, shapes, what="a request for sketches")
             space = Space(**sent)
-            states = answer_states(self.encoder, self.pairs)
-            told = {
-                name: sketch_of(states[:, n], space, self.config, self.noise)
-                for n, name in enumerate(("chosen", "rejected"))
-            }
+            told = {"chosen": sketch_of(answer_states(self.encoder, self.pairs), space, self.config, self.noise)}
             self.told = UpdateReply(request.id, to_bytes(told), 1, 0.0)
         return self.told
 
 
-def answer_states(encoder: Encoder, pairs: Sequence[PreferencePair], *, at_once: int = 64) -> Tensor:
-    """Return the last states of prompts with chosen and rejected answers, `[n, 2, D]`."""
-    parts = [
-        last_states(
-            *encoder(
-                [pair.prompt for pair in chunk],
-                [load_images(pair.images) for pair in chunk],
-                [[pair.chosen, pair.rejected] for pair in chunk],
-            )
-        )
-        for start in range(0, len(pairs), at_once)
-        for chunk in [pairs[start : start + at_once]]
-    ]
-    states: Tensor = torch.cat(parts).unflatten(0, (len(pairs), 2))
-    return states
+def answer_states(encoder: Encoder, pairs: Sequence[PreferencePair], *, at_once: int = 128) -> Tensor:
+    """Return the last states of prompts with chosen answers, `[n, D]`."""
+    parts = []
+    for start in range(0, len(pairs), at_once):
+        chunk = pairs[start : start + at_once]
+        images = [load_images(pair.images) for pair in chunk]
+        parts.append(last_states(*encoder([pair.prompt for pair in chunk], images, [[p.chosen] for p in chunk])))
+    return torch.cat(parts)
 
 
 def collect_distances(engine: Engine, space: Space, config: SketchConfig) -> Distances:
-    """Ask every site for its sketches, once, and compare them.
+    """Ask every site for its sketch, once, and compare them.
 
     Raises:
         RunError: no site answered.
     """
     m, p = space.centre.shape
     blank = torch.zeros(m, 1 + p, dtype=torch.float64)
-    start = {"chosen": blank, "rejected": blank}
+    start = {"chosen": blank}
     sent = to_bytes(vars(space))
     requests = {site: UpdateRequest(f"sketch-{site}", "means", 0, sent, 0) for site in engine.sites}
 
-    def check(request: UpdateRequest, reply: Reply) -> Mapping[str, Tensor]:
-        _, sketches = check_update(request, reply, start)
-        for name, sketch in sketches.items():
-            if sketch[:, 0].max() <= 0:
-                raise ReplyError(f"the sketch of {name} answers counts nothing: its largest count is not above 0")
-        return sketches
+    def check(request: UpdateRequest, reply: Reply) -> Tensor:
+        _, told = check_update(request, reply, start)
+        if told["chosen"][:, 0].max() <= 0:
+            raise ReplyError("a sketch that counts nothing: its largest count is not above 0")
+        return told["chosen"]
 
-    found = ask_checked(engine, requests, check, what="sketches", consequence="it averages with nobody")
+    found = ask_checked(engine, requests, check, what="a sketch", consequence="it averages with nobody")
     if not found:
-        raise RunError("no site sent its sketches; check the sites' logs and start again with --resume")
+        raise RunError("no site sent its sketch; check the sites' logs and start again with --resume")
     count = len(engine.sites)
-    between, preferring = torch.full((count, count), torch.nan), torch.full((count,), torch.nan)
+    between, outside = torch.full((count, count), torch.nan), torch.full((count,), torch.nan)
     for i, one in enumerate(engine.sites):
         if one in found:
-            preferring[i] = distance(found[one]["chosen"], found[one]["rejected"], space, config)
+            weights, points = points_of(found[one], space, config)
+            outside[i] = float((weights * torch.cdist(points, space.centre).amin(dim=1)).sum())
             for j, other in enumerate(engine.sites):
                 if other in found:
-                    between[i, j] = distance(found[one]["chosen"], found[other]["chosen"], space, config)
-    return Distances(between, preferring)
+                    between[i, j] = distance(found[one], found[other], space, config)
+    return Distances(between, outside)
 
 
 def save_distances(path: Path, distances: Distances) -> None:
