@@ -13,6 +13,7 @@ from accord.cli import app
 from accord.version import VERSION
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+PAGE = DEPLOY.parent / "docs" / "deploy.md"
 UNITS = ["accord-server.service", "accord-site.service"]
 
 
@@ -67,6 +68,44 @@ def test_the_containers_run_commands_and_may_do_little():
         assert service["image"] == f"accord:{VERSION}" and service["read_only"] is True
         assert service["user"] == "10001:10001" and service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_the_page_shows_every_command_that_containers_need():
+    """Each is one that its service's container knows; `exec` names the program, `run` stands behind the entry point."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    shown = []
+    for line in re.findall(r"^docker compose (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
+        named = re.fullmatch(r"--profile (\w+) (?:up -d|run --rm (\w+)(?: (.*))?|exec (\w+) accord (.*))", line)
+        assert named, line
+        profile, asked, words, there, revoking = named.groups()
+        assert profile in services.get(asked or there or profile)["profiles"]
+        if words or revoking:
+            parses((words or revoking).split())
+            shown.append(" ".join((words or revoking).split()[:2]))
+    assert {"run recipe.toml", "site train", "site check", "server revoke"} <= {*shown}
+    assert "--resume" in PAGE.read_text(encoding="utf-8").partition("--profile run run --rm run run")[2].split("\n")[0]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_service_keeps_checkpoints_where_it_may_write(unit):
+    """Homes are closed to it. The page's commands keep them there, too, and name the program: sudo does not find it."""
+    text = (DEPLOY / unit).read_text()
+    assert "\nEnvironment=HF_HOME=/srv/accord/cache\n" in text and "\nReadWritePaths=/srv/accord\n" in text
+    commands = re.findall(r"^sudo -u accord env (.*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(commands) >= 3
+    for each in commands:
+        place, words = each.split("/opt/accord/bin/accord ")
+        assert "HF_HOME=/srv/accord/cache" in place
+        parses(words.split())
+
+
+def test_the_image_holds_pytorch_for_processors_and_every_family():
+    """PyPI's PyTorch for Linux brings CUDA; torchvision is what the families of docs/models.md need beside it."""
+    text = (DEPLOY / "Containerfile").read_text().replace("\\\n", " ")
+    first, second = re.findall(r"pip install (.*?)(?=&&|$)", text, re.MULTILINE)
+    assert "--index-url https://download.pytorch.org/whl/cpu" in first
+    assert "'^torch=='" in first and "torchvision" in first
+    assert "'.[flare,vlm]'" in second and "-c constraints.txt" in second
 
 
 def test_the_image_runs_as_nobody_and_tells_its_health():

@@ -19,8 +19,9 @@ from accord.flare.engine import FlareEngine
 from accord.flare.frames import socket_folder
 from accord.flare.launch import Production
 from accord.flare.service import open_site_folder
-from accord.recipe_file import load_recipe
+from accord.recipe_file import dump_recipe, load_recipe
 from accord.routing.router import RouterConfig
+from accord.runs import Run
 from accord.stages.agreement import agreement_of, weights_digest
 from accord.toml import load_toml
 
@@ -202,6 +203,18 @@ def test_a_policy_is_known_by_its_weights_and_not_by_its_place(checkpoints, tmp_
     shutil.copytree(copy, other)
     (other / weights.name).write_bytes(data)
     assert weights_digest(str(other)) != weights_digest(str(copy))
+
+
+@pytest.mark.slow
+def test_a_site_keeps_its_model_where_another_is_added(site_folders, four, tmp_path):
+    """It takes the other's table into the recipe of its own folder; what it has trained and its ledger stay."""
+    folder = tmp_path / "colour"
+    shutil.copytree(site_folders["colour"], folder)
+    (folder / "recipe.toml").write_text(dump_recipe(four))
+    with Run.resume(folder, (folder / "recipe.toml").read_text()):  # as `accord site join` takes it
+        site = open_site_folder(folder, "colour")
+    engine = Agreeing(InProcessEngine({"colour": site.answer}), agreement_of(four))
+    assert isinstance(asked(engine, "colour")["colour"], Card)
 
 
 @pytest.mark.slow

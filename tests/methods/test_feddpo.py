@@ -10,7 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from accord.alignment.dpo import AdapterDpo, preference_batch
 from accord.alignment.grpo import placeholders_muted
-from accord.data.images import load_if_any, load_image
+from accord.data.images import load_image, load_images
 from accord.errors import DataError, DataWarning, RecipeError
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import Averaging, round_rate
@@ -50,7 +50,7 @@ def log_ratios(dpo, processor, pairs):
     batch = build_batch(
         processor,
         [pair.prompt for pair in pairs],
-        [load_if_any(pair.image) for pair in pairs],
+        [load_images(pair.images) for pair in pairs],
         [[pair.chosen, pair.rejected] for pair in pairs],
     )
     images = {name: tensor[batch.prompt_index] for name, tensor in batch.image_inputs.items()}

@@ -130,7 +130,9 @@ def server_revoke(
         try:
             was = access.admit(site) if undo else access.revoke(site)
         except ConnectionError as error:
-            raise RunError(f"FLARE's server did not do it ({error}); see {server.path / 'console.log'}") from error
+            raise RunError(
+                f"FLARE's server did not do all of it ({error}); try again, and see {server.path / 'console.log'}"
+            ) from error
         finally:
             access.close()
     else:

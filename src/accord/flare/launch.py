@@ -107,7 +107,12 @@ class Production:
         goes on begins the next without it.
         """
         found = self._call(lambda session: _only(session.disable_client(site)))
-        self._call(_end_jobs)
+        try:
+            self._call(_end_jobs)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{site} is shut out, but the job that it may be in was not ended: {error}"
+            ) from error
         return bool(found["active_session_removed"] or found["already_disabled"])
 
     def admit(self, site: str) -> bool:
