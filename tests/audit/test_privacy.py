@@ -63,6 +63,16 @@ def test_a_sabotaged_build_is_caught(wrong, monkeypatch):
     assert sum(bound > STATED for bound in bounds(training(sigmas, privacy))) >= 4
 
 
+@pytest.mark.audit
+def test_a_build_with_a_projection():
+    """T20: what it is projected by is paid for. Believed with the noise, five times of five, and caught without."""
+    privacy = Privacy(dimensions=400, steps=60, sampling=0.05, learning_rate=8.0)
+    sigmas = Sigmas(gradient=1.5, projection=6.0, standardisation=0.0)
+    stated = epsilon_of([Mechanism(1.5, 0.05, 60), Mechanism(6.0)], 1e-6)
+    assert max(bounds(training(sigmas, privacy))) <= stated
+    assert sum(bound > stated for bound in bounds(training(Sigmas(0, 0, 0), privacy))) >= 4
+
+
 @pytest.fixture(scope="module")
 def features():
     """What a shipped model makes of 600 questions about pictures and two of their answers, `[600, 2, D]`."""

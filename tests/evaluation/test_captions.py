@@ -26,7 +26,7 @@ class Judge:
 @pytest.fixture
 def album(monkeypatch):
     """Fifteen photographs; an opened one is its number."""
-    monkeypatch.setattr("accord.evaluation.captions.load_if_any", lambda source: int(source))
+    monkeypatch.setattr("accord.evaluation.captions.load_images", lambda sources: int(sources[0]))
     return [Question(str(n), str(n).encode(), "describe", "", "all", "test") for n in range(15)]
 
 

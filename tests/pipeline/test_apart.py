@@ -21,7 +21,7 @@ from accord.recipe_file import dump_recipe, load_recipe
 from accord.rewards.private import Privacy
 from accord.rewards.spending import read_entries
 from accord.runs import Run, read_lines, stages_done
-from accord.stages import routing
+from accord.stages import private, routing
 from accord.stages.job import open_job
 
 
@@ -90,41 +90,38 @@ def test_two_processes_leave_what_one_leaves_also_after_ctrl_c(two, tmp_path, mo
     assert all(row["done"] for row in timed) and timed[0]["seconds"] > 0.1 and timed[twice[0]]["seconds"] > 0.1
 
 
-PATIENT = """
-import runpy, sys, time
-from accord.stages import private
-private.label_head = lambda *_, **__: time.sleep(600)
-sys.argv = sys.argv[2:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
+class Killed(BaseException):
+    pass
 
 
-def test_private_sites_that_are_killed_are_paid_for_once(two, tmp_path, monkeypatch):
-    """Both children have paid and not finished when Ctrl-C comes; their retries have the same entries, then settled."""
+def test_a_private_site_that_is_killed_in_its_process_is_paid_for_once(two, tmp_path, monkeypatch):
+    """A retry begins in an empty folder, and finds the entry of the first; whoever takes the site over settles it."""
     privacy = Privacy(epsilon=1.0, unit="label", steps=2, dimensions=4)
-    sites = [replace(site, finetune=None, answers=False, owns=0.0, privacy=privacy) for site in two.sites]
-    recipe, run = replace(two, sites=tuple(sites)), tmp_path / "run"
-    ledgers = [run / "privacy" / f"{site.name}.json" for site in sites]
-    slow = tmp_path / "slow"
-    slow.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{PATIENT}' \"$@\"\n")
-    slow.chmod(0o755)
+    site = replace(two.sites[0], finetune=None, answers=False, owns=0.0, privacy=privacy)
+    recipe, run, ledger = replace(two, sites=(site,)), tmp_path / "run", tmp_path / "run" / "privacy" / "shape.json"
 
-    def interrupt(_seconds, sleep=module.time.sleep):
-        sleep(0.1)
-        if all(ledger.exists() for ledger in ledgers):
-            raise KeyboardInterrupt
+    def killed(*_, **__):
+        raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.sys, "executable", str(slow))
-        patch.setattr(module.time, "sleep", interrupt)
-        train(recipe, run)
-    paid = [read_entries(ledger) for ledger in ledgers]
-    assert children() == [] and not any(entry.settled for (entry,) in paid)
-    train(recipe, run, resume=True)
-    for site, (entry,), ledger in zip(sites, paid, ledgers, strict=True):
-        assert read_entries(ledger) == (msgspec.structs.replace(entry, key=""),)
-        card = msgspec.json.decode((run / "sites" / site.name / "card.json").read_bytes(), type=SiteRecord)
-        assert card.privacy.id == entry.id and card.privacy.total == pytest.approx(1.0)
+    try:
+        with open_job(recipe, Run.create(run, dump_recipe(recipe), seed=0), quiet=True) as job:
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(private, "label_head", killed)
+                in_child.train(run, "shape", quiet=True)
+            (paid,) = read_entries(ledger)
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(module.subprocess, "Popen", killed)
+                module._start(job, "shape")
+            assert not apart(run, "shape").exists() and not paid.settled
+            in_child.train(run, "shape", quiet=True)
+            assert read_entries(ledger) == (paid,)  # until its model is where it stays
+            monkeypatch.setattr(routing, "train_site", lambda job, name: pytest.fail(name))
+            train_sites(job)
+    finally:
+        remember(FeatureConfig())
+    assert read_entries(ledger) == (msgspec.structs.replace(paid, key=""),)
+    card = msgspec.json.decode((run / "sites" / "shape" / "card.json").read_bytes(), type=SiteRecord)
+    assert card.privacy.id == paid.id and card.privacy.total == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -43,7 +43,7 @@ class Judge:
 @pytest.fixture
 def job(monkeypatch, tmp_path):
     """Twelve test photographs and ten of dev; the base says "photograph" and their number to the first ones alone."""
-    monkeypatch.setattr("accord.evaluation.captions.load_if_any", lambda source: int(source))
+    monkeypatch.setattr("accord.evaluation.captions.load_images", lambda sources: int(sources[0]))
 
     def ask(n, split):
         topic = "dogs" if n % 2 else "others"

@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from accord.data.images import load_image
 from accord.errors import DataError, RecipeError
+from accord.rewards import private
 from accord.rewards.model import RewardModel
 from accord.rewards.noise import SecretNoise
 from accord.rewards.private import (
@@ -161,12 +162,76 @@ def test_the_noise_of_the_second_moments_is_symmetric_and_of_its_size():
     assert private_projection(data, torch.arange(2), 7, sigma, noise()).shape == (100, 7)
 
 
+def test_the_noise_of_the_second_moments_by_hand():
+    """Rows that are every direction 400 times: M = 400 I + σ Z. Z is symmetric, all its numbers of deviation 1."""
+    size, sigma = 40, 3.0
+    data = torch.eye(size, dtype=torch.float64).repeat(400, 1)  # none is below 400 − 2 σ √40, or raised
+    p = private_projection(data, torch.arange(len(data)), size, sigma, noise())
+    z = (torch.linalg.inv(p @ p.T) - 400 * torch.eye(size)) / sigma  # P Pᵀ = V Λ⁻¹ Vᵀ
+    torch.testing.assert_close(z, z.T, rtol=0, atol=1e-6)
+    drawn = z[torch.triu_indices(size, size).unbind()]
+    assert abs(drawn.mean()) < 5 / math.sqrt(len(drawn)) and abs(drawn.std() - 1) < 5 / math.sqrt(2 * len(drawn))
+    assert 0.5 < z.diagonal().std() < 1.5
+
+
+def test_a_head_has_the_noise_of_its_projection(monkeypatch):
+    """What was paid for it, and not that of the steps."""
+    given = []
+    project = private.private_projection
+    monkeypatch.setattr(private, "private_projection", lambda *a: given.append(a[2:4]) or project(*a))
+    private_head(learnable(40, 6), torch.arange(40), Privacy(steps=1, dimensions=4), Sigmas(1.0, 2.0, 3.0), noise())
+    assert given == [(4, 2.0)]
+
+
 @pytest.mark.parametrize(("centre", "spread"), [(0.0, 1.0), (40.0, 0.3), (-7.0, 50.0)])
 def test_standardisation_without_noise_is_mean_and_deviation(centre, spread):
     scores = centre + spread * rows(2000, 2, seed=3)
     found = private_standardisation(scores, torch.arange(2000), 0.0, noise())
     assert found.mean == pytest.approx(scores.mean().item(), abs=1e-6 * (1 + abs(centre)))
     assert found.deviation == pytest.approx(scores.std(correction=0).item(), rel=0.02)  # clipped at 8 S
+
+
+class Planted:
+    """Noise that is 0 but for one number: that of a place in one of the releases, which are counted from 0."""
+
+    def __init__(self, release, place, value):
+        self.planted, self.asked = (release, place, value), []
+
+    def normal(self, *shape):
+        found = torch.zeros(*shape, dtype=torch.float64)
+        release, place, value = self.planted
+        if len(self.asked) == release:
+            found.view(-1)[place] = value
+        self.asked.append(shape)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("release", "place", "mean", "deviation"),
+    [
+        (0, 30 + 3, 0.0, 4.0),  # octave 3 in place of 0: S = 8, and the deviation is S / 2 at least
+        (1, 64 + 5, 24.0, 8.0),  # the fifth bin of 8 S: b = 40, from which the mean is 16 S at most, and scores 8 S
+    ],
+)
+def test_noise_in_a_histogram_decides_where_it_is_larger_than_the_count(release, place, mean, deviation):
+    """Of 100 pairs with scores ±1 all fall into octave 0 and the middle bin: σ z = 99 changes nothing, 101 does."""
+    scores = torch.tensor([1.0, -1.0]).double().expand(100, 2)
+    unit = torch.arange(100)
+    less, more = (private_standardisation(scores, unit, 2.0, Planted(release, place, z)) for z in (49.5, 50.5))
+    plain = private_standardisation(scores, unit, 0.0, noise())
+    assert less == plain and plain.mean == 0 and plain.deviation == 1
+    assert (more.mean, more.deviation) == (mean, deviation)
+
+
+def test_noise_of_the_mean_and_of_the_variance_by_hand():
+    """Of 100 pairs with scores ±1: S = 1, b = 0. σ z = 2 · 3 adds 16 · 6 / 100 to μ; it adds 64 · 6 / 100 to σ² = 1."""
+    scores = torch.tensor([1.0, -1.0]).double().expand(100, 2)
+    moved = private_standardisation(scores, torch.arange(100), 2.0, Planted(2, 0, 3.0))
+    assert moved.mean == pytest.approx(0.96) and moved.deviation == pytest.approx(math.sqrt(1 + 0.96**2))
+    planted = Planted(3, 0, 3.0)
+    wider = private_standardisation(scores, torch.arange(100), 2.0, planted)
+    assert wider.mean == 0 and wider.deviation == pytest.approx(math.sqrt(1 + 3.84))
+    assert planted.asked == [(41,), (129,), (1,), (1,)]  # four releases, each with noise of its own
 
 
 def test_standardisation_with_noise_is_near():
@@ -189,9 +254,7 @@ def test_one_pair_moves_the_standardisation_by_what_the_noise_hides():
 
 def test_units(prefer):
     colours = ("red", "red", "green", "green")
-    pairs = [
-        prefer(n, colour, "blue", person=person) for n, colour, person in zip(range(4), colours, "abba", strict=True)
-    ]
+    pairs = [prefer(n, colours[n], "blue", person=person) for n, person in enumerate("abba")]
     assert unit_index(pairs, "pair").tolist() == [0, 1, 2, 3]
     assert unit_index(pairs, "question").tolist() == [0, 0, 1, 1]  # each has an id of its own
     other = replace(pairs[1], prompt=vqa_prompt("is it red?"), question_id=pairs[0].question_id)
@@ -223,10 +286,7 @@ def test_features_are_what_the_head_reads(llava, prefer):
         ({"clip": -1.0}, "clip must be at least 0"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"epsilon": math.inf}, "epsilon must be finite"),
-        (
-            {"ledger": "all.json"},
-            r"absolute path, got 'all\.json': .*a new budget; write privacy\.ledger = '/.*all\.json'",
-        ),
+        ({"ledger": "all.json"}, r"absolute path, got 'all\.json': .*write privacy\.ledger = '/.*all\.json'"),
     ],
 )
 def test_a_guarantee_that_is_none_is_refused(wrong, message):

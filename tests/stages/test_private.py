@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 from dataclasses import replace
@@ -65,6 +66,38 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
     assert set(card.privacy.uncovered) == {*always, *here}
     assert set(private._uncovered(SiteConfig("a", "accord/idefics3"), [])) == {*always}  # everybody's backbone
     assert entry.fingerprint not in (folder / "card.json").read_text()
+
+
+@pytest.mark.parametrize("way", ["head", "adapter", "labels"])
+def test_the_noise_is_what_the_ledger_says(job, settle, monkeypatch, way):
+    """Each mechanism gets the σ that its entry has paid for."""
+    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda privacy, spent: Sigmas(2.0, 5.0, 40.0))
+    given = {}
+
+    def spied(name):
+        function, known = getattr(private, name), inspect.signature(getattr(private, name))
+
+        def spy(*args, **fields):
+            given[name] = known.bind(*args, **fields).arguments
+            return function(*args, **fields)
+
+        monkeypatch.setattr(private, name, spy)
+
+    for name in ("private_head", "private_adapter", "private_standardisation", "draw_flips", "label_head"):
+        spied(name)
+    privacy = LABELS if way == "labels" else replace(PRIVACY, steps=2)
+    settle(privacy, lora=LoraSettings(rank=2, alpha=4) if way == "adapter" else None)
+    train_site(job, "a")
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
+    if way == "labels":
+        assert given["draw_flips"]["flip"] == given["label_head"]["flip"] == entry.mechanisms[0].flip > 0.26
+        return
+    assert given["private_standardisation"]["sigma"] == entry.sigmas.standardisation == 40.0
+    if way == "head":
+        assert given["private_head"]["sigmas"] == entry.sigmas == Sigmas(2.0, 5.0, 40.0)
+        assert [each.sigma for each in entry.mechanisms] == [2.0, 5.0, 40.0]
+    else:
+        assert given["private_adapter"]["sigma"] == entry.sigmas.gradient == 2.0
 
 
 def test_scores_cost_nothing(job, settle, square):
@@ -232,9 +265,7 @@ def test_a_ledger_that_lacks_what_was_paid_is_refused(job, settle, tmp_path):
     train_site(job, "a")
     ledger = job.path / "privacy" / "a.json"
     ledger.rename(tmp_path / "all.json")
-    with pytest.raises(
-        RunError, match=r"privacy/a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"
-    ):
+    with pytest.raises(RunError, match=r"a\.json does not have the training [0-9a-f]{16}, .*put the ledger back"):
         train_site(job, "a")
     assert not ledger.exists() and (folder / "reward").is_dir()
     settle(replace(LABELS, ledger=str(tmp_path / "all.json")))

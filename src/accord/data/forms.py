@@ -90,7 +90,8 @@ def _otherwise(where: str, row: Row, prompt: object) -> tuple[object, object, ob
     """Return prompt, chosen and rejected of a row that lacks one of the two fields of these names."""
     rejected = next((row[name] for name in ANSWERS[2:5] if row.get(name) is not None), None)
     if rejected is None:
-        raise _missing(where, row, "chosen" if row.get("chosen") is None else "rejected")
+        theirs = row.get("chosen") is not None or any(name in row for name in ANSWERS[2:5])
+        raise _missing(where, row, "rejected" if theirs and row.get("rejected") is None else "chosen")
     if _whole(rejected):
         return None, prompt, rejected
     if row.get("response") is not None:

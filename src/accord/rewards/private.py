@@ -51,9 +51,7 @@ class Privacy:
     epsilon: float = 8.0  # ε of everything in the ledger together, once this model is trained
     delta: float = 1e-6  # δ; with the unit "label" it is 0, whatever is here
     unit: Unit = "pair"
-    ledger: str = (
-        ""  # file of what was spent, an absolute path; empty for one in the run's folder, which other runs do not see
-    )
+    ledger: str = ""  # absolute path; empty for a file in the run's folder, which other runs do not see
     dimensions: int = 32  # k; 0 for none, the features as they are
     sampling: float = 0.2  # q
     steps: int = 100
@@ -70,7 +68,7 @@ class Privacy:
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
         if self.ledger and not Path(self.ledger).expanduser().is_absolute():
             raise RecipeError(
-                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file "
+                f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file, "
                 f"and a new budget; write privacy.ledger = {str(Path(self.ledger).absolute())!r}"
             )
         if self.stages > (2 if self.unit == "label" else 1):

@@ -4,12 +4,12 @@
     train     by `accord.rewards.private`, with the noise of that key
     settle    once model and card are written: the key is erased
 
-The entry is on disk before the first private number is read, so a training that is killed stays paid for. While its
-key is there, and no other training was paid for since, the same training of the same data may be done again at no
-price: from one key it draws the same samples and the same noise, so that of all attempts one result leaves the site,
-and it is the one that was paid for. An entry fits only where pairs, backbone, settings and version are the same,
-since one noise on two data sets would show their difference. Once the key is erased nothing can be done again, nor
-can who takes the ledger take the noise away.
+The entry is on disk before the first private number is kept, so a training that is killed stays paid for. While its
+key is there, the same training of the same data may be done again at no price: from one key it draws the same samples
+and the same noise, so that of all attempts one result leaves the site, and it is the one that was paid for. An entry
+fits only where pairs, backbone, settings and version are the same, since one noise on two data sets would show their
+difference. Once the key is erased, by `settle` or by the entry of another training, nothing can be done again, nor can
+who takes the ledger take the noise away.
 """
 
 from __future__ import annotations

@@ -153,9 +153,9 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     paid = {entry.id: entry.fingerprint for entry in read_entries(path)}
     if card.privacy.id not in paid:
         raise RunError(
-            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for, so "
-            "that nobody knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and "
-            f"only where the site's data are others now, remove {folder}"
+            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for: nobody "
+            "knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and only where "
+            f"the site's data are others now, remove {folder}"
         )
     return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
 
