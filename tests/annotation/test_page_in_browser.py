@@ -7,9 +7,9 @@ import re
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Page, expect
 
 from accord.annotation.folder import Settings, read_pairs, write_pairs, write_settings
 from accord.annotation.journal import read_judgements
@@ -17,7 +17,11 @@ from accord.annotation.pairs import Candidate, read_candidates
 from accord.data.preferences import read_preferences
 from in_browser import broken_rules, runs_off
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
 pytestmark = pytest.mark.browser
+expect = pytest.importorskip("playwright.sync_api").expect  # of the extra browser, which the other tests go without
 expect.set_options(timeout=30_000)  # a busy machine takes a while
 
 HOSTILE = '<img src=x onerror="document.title=\'owned\'"><script>document.title="owned"</script> & \u202eabc'
