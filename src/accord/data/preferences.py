@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from accord.data.negatives import NegativeMix, Negatives
 from accord.data.questions import image_identity, normalise_answer
 from accord.data.rows import BadRow, Row, keep_good, read_jsonl
 from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, raw_images
-from accord.errors import DataError, RecipeError
+from accord.errors import DataError, DataWarning, RecipeError
 from accord.runs import write_atomic
 from accord.types import ImageSource, PreferencePair, Question, prompt_of
 
@@ -37,23 +39,29 @@ __all__ = ["MIN_PAIRS", "NegativeMix", "build_preferences", "read_preferences", 
 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
-OPTIONAL = ("question_id", "question_type", "constructed", "person")
+OPTIONAL = ("question_id", "question_type", "constructed", "person", "weight", "tie")
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
-def read_preferences(path: Path | str) -> list[PreferencePair]:
+def read_preferences(path: Path | str, *, ties: bool = False) -> list[PreferencePair]:
     """Read a site's pairs from a `.jsonl` file, Parquet files, or a folder made by `datasets.save_to_disk`.
 
     Images are in `images` (a list) or `image` (one), or as `accord.data.cells` says; in a file, as paths relative to
     the file's folder. Pairs without images have no image block in their prompts. Pairs without a `question_id` get one
-    from their images and prompt.
+    from their images and prompt. A pair may have a `weight` above 0, and `"tie": true` where its answers were found
+    equally good: such a pair is left out, for most of what reads pairs would take its first answer for the better one.
+
+    Args:
+        path: of the file or folder.
+        ties: keep the ties.
 
     Raises:
         DataError: the file is missing or is not UTF-8 JSON Lines, a column is missing, one `question_id` stands for two
             prompts, more than 20 % of the rows are bad, or fewer than `MIN_PAIRS` pairs are left.
 
     Warns:
-        DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image.
+        DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image,
+            a tie.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".parquet":
@@ -81,6 +89,9 @@ def read_preferences(path: Path | str) -> list[PreferencePair]:
         return pair
 
     pairs = keep_good(rows, parse, source=str(path))
+    if not ties and (tied := sum(pair.tie for pair in pairs)):
+        warnings.warn(f"{path}: {tied} of {len(pairs)} pairs are ties, left out", DataWarning, stacklevel=2)
+        pairs = [pair for pair in pairs if not pair.tie]
     if len(pairs) < MIN_PAIRS:
         raise DataError(
             f"{path}: the site has {len(pairs)} pairs, and a reward model needs at least {MIN_PAIRS}; "
@@ -121,9 +132,10 @@ def write_preferences(path: Path | str, pairs: Iterable[PreferencePair]) -> None
 def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
 
-    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column.
+    Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column. Ties
+    are left out, for these trainers would take the first answer for the better one, and weights have no place.
     """
-    rows = [{**_columns(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
+    rows = [{**_columns(pair), "images": [*map(_cell, pair.images)]} for pair in pairs if not pair.tie]
     pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     text = datasets.Value("string")
     blocks = datasets.List({"type": text, "text": text})
@@ -210,6 +222,8 @@ def _columns(pair: PreferencePair) -> dict[str, object]:
         "question_type": pair.question_type,
         "constructed": pair.constructed,
         **({"person": pair.person} if pair.person else {}),
+        **({"weight": pair.weight} if pair.weight != 1 else {}),
+        **({"tie": True} if pair.tie else {}),
     }
 
 
@@ -257,7 +271,17 @@ def _pair(where: str, row: Row, field: ImageField, images: ImageCell) -> Prefere
         question_type=str(row.get("question_type") or ""),
         constructed=row.get("constructed") is True,
         person="" if row.get("person") is None else str(row["person"]),
+        weight=_weight(row.get("weight")),
+        tie=row.get("tie") is True,
     )
+
+
+def _weight(value: object) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BadRow(f"the weight is {value!r:.40}; make it a number above 0")
+    return float(value)
 
 
 def _digest(pair: PreferencePair, images: list[str]) -> str:
