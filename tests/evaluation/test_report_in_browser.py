@@ -80,7 +80,7 @@ def pages(
         question = {"question": "which shape is it?", "question_type": "shape", "before": "circle", "after": "triangle"}
         told = {
             "routed": dict.fromkeys(SITES, 1 / 6),
-            "scores": dict.fromkeys(SITES, {"before": -0.31, "after": 1.22}),
+            "scores": {site: {"before": -0.31, "after": 1.22} for site in SITES},
         }
         gallery = [{**question, **told, "image": f"gallery/{n}.png", "answer": "circle"} for n in range(9)]
         return write_report(make_run("crowded", summary=summary, gallery=gallery))
