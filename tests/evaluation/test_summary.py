@@ -294,6 +294,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},
         "RouterSummary": {"audit"},
+        "EvaluationSummary": {"vqa"},
     }
     named = {f.name for f in dataclasses.fields(make_summary())}
     assert set(definitions["Summary"]["required"]) == named - optional["Summary"]
