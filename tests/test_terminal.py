@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from accord.terminal import clean
+from accord import cli, terminal
+from accord.terminal import clean, show_page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RUN = "from accord.cli import main; main()"
@@ -63,3 +65,50 @@ def test_a_closed_pipe_is_no_error():
 
 def test_a_narrow_space_is_a_space():
     assert clean("36.7\u202f%\u00a0and\u2028more\x1b") == "36.7 % and?more?"
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The addresses that a browser was asked to open."""
+    addresses = []
+    monkeypatch.setattr(terminal.webbrowser, "open", addresses.append)
+    return addresses
+
+
+@pytest.mark.parametrize(
+    ("system", "display", "typed", "read", "times"),
+    [
+        ("linux", ":0", True, True, 1),
+        ("darwin", "", True, True, 1),
+        ("win32", "", True, True, 1),
+        ("linux", "", True, True, 0),  # over SSH there is no window to open
+        ("linux", ":0", False, True, 0),  # started by a program
+        ("linux", ":0", True, False, 0),  # read by a program
+    ],
+)
+def test_a_page_is_opened_where_a_person_sits(system, display, typed, read, times, opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("DISPLAY", display)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: typed))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: read, raising=False)
+    show_page(tmp_path / "report.html")
+    assert opened == [(tmp_path / "report.html").as_uri()] * times
+
+
+def test_a_browser_that_does_not_start_is_no_fault(tmp_path, monkeypatch):
+    def fail(_):
+        raise terminal.webbrowser.Error("no browser")
+
+    monkeypatch.setattr(terminal, "somebody_sits_here", lambda: True)
+    monkeypatch.setattr(terminal.webbrowser, "open", fail)
+    show_page(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(("words", "shown"), [([], True), (["--no-open"], False)])
+def test_the_demo_opens_its_report_unless_told_not_to(words, shown, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "_whole", lambda *_, show: given.append(show))
+    monkeypatch.setattr(sys, "argv", ["accord", "demo", *words])
+    cli.main()
+    assert given == [shown]

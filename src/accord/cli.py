@@ -50,7 +50,7 @@ from accord.errors import AccordError, DataError, DataWarning, RunError, printab
 from accord.flare.cli import provision_command, server_app
 from accord.flare.site_cli import site_check, site_join, site_status
 from accord.reward_cli import reward_app
-from accord.terminal import CleanFormatter, clean, console, hush, say, take_any_encoding, tell, warn
+from accord.terminal import CleanFormatter, clean, console, hush, say, show_page, take_any_encoding, tell, warn
 from accord.version import VERSION
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def _whole(
     kits: tuple[Path, Path | None] | None = None,
     *,
     profile: bool = False,
+    show: bool = False,
 ) -> None:
     from accord.evaluation.account import tell
     from accord.evaluation.summary import read_summary
@@ -256,6 +257,8 @@ def _whole(
     say(f"aligned checkpoint: {page.parent / 'policy'}")
     if profile:
         say(f"profile: {page.parent / 'profile' / 'stages.md'}")
+    if show:
+        show_page(page)
 
 
 def _follow(file: Path, out: Path | None, seed: int | None, together: Together) -> None:
@@ -273,9 +276,17 @@ def _follow(file: Path, out: Path | None, seed: int | None, together: Together) 
 
 
 @app.command()
-def demo(out: Out = None, resume: Resume = False, seed: Seed = None, quiet: Quiet = False) -> None:
+def demo(
+    out: Out = None,
+    resume: Resume = False,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="do not open the report in a browser, where a person sits at the terminal")
+    ] = False,
+) -> None:
     """Align a small model to three sites on this machine, with the embedded defaults, into runs/demo."""
-    _whole(DEMO, out, resume, seed, quiet)
+    _whole(DEMO, out, resume, seed, quiet, show=not no_open)
 
 
 @app.command()
@@ -411,6 +422,9 @@ def evaluate_command(
     data: Annotated[str, typer.Option("--data", help="easy-vqa or a VQA folder; needed for a checkpoint")] = "",
     split: Annotated[str, typer.Option("--split", help="which questions of the data")] = "test",
     questions: Annotated[int, typer.Option("--questions", min=0, help="how many at most; 0 for all")] = 0,
+    vqa_accuracy: Annotated[
+        bool, typer.Option("--vqa-accuracy", help="of a checkpoint: VQAv2's accuracy, too; a recipe says it itself")
+    ] = False,
     seed: Seed = None,
     quiet: Quiet = False,
 ) -> None:
@@ -423,7 +437,7 @@ def evaluate_command(
         raise RunError(f"evaluating the checkpoint {target!r} needs questions; add --data easy-vqa or --data FOLDER")
     else:
         hush()
-        say(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet))
+        say(evaluate_checkpoint(target, data, split, limit=questions, quiet=quiet, vqa_accuracy=vqa_accuracy))
 
 
 @app.command()

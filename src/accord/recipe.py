@@ -209,6 +209,7 @@ class Evaluation:
 
     questions: int = 0  # test questions, 0 for all
     gallery: int = 24  # questions shown with images
+    vqa_accuracy: bool = False  # measure VQAv2's accuracy, too, of questions that at least four people answered
     judge: str = ""  # of captions: folder of a reward model that no site has, which judges the policy in the end
     judge_model: RewardConfig = RewardConfig(steps=300, choose="pairs")  # how `accord judge` trains it
 

@@ -34,6 +34,7 @@ def reward_train(
     lora_rank: Annotated[int, typer.Option("--lora-rank", min=0, help="train an adapter; 0: the whole model")] = 0,
     head: Annotated[str, typer.Option("--head", help="linear, or mlp: two layers with SiLU")] = "linear",
     centring: Annotated[float, typer.Option("--centring", help="keeps scores near zero; 0 for not")] = 0.01,
+    ties: Annotated[float, typer.Option("--ties", help="ν of Davidson's likelihood; 0: leave ties out")] = 1.0,
     kept_back: Annotated[float, typer.Option("--kept-back", help="share of the images that choose the weights")] = 0.1,
     seed: Annotated[int, typer.Option("--seed", help="of all chance")] = 0,
     quiet: Quiet = False,
@@ -54,9 +55,10 @@ def reward_train(
         )
     hush()
     given = {"steps": steps, "learning_rate": learning_rate, "prompts_per_batch": batch, "head": head}
-    config = build(type(ALONE), {"choose": "pairs", **given, "centring": centring, "kept_back": kept_back})
+    given |= {"centring": centring, "ties": ties, "kept_back": kept_back}
+    config = build(type(ALONE), {"choose": "pairs", **given})
     lora = LoraSettings(rank=lora_rank, alpha=2 * lora_rank) if lora_rank else None
-    judged = read_preferences(pairs)
+    judged = read_preferences(pairs, ties=True)
     trained, ranking = train_on_pairs(model, judged, config, lora=lora, seed=seed, quiet=quiet)
     trained.save(out)
     for name, share in ranking.by_type.items():

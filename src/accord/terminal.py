@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import codecs
 import logging
+import os
 import sys
 import unicodedata
+import webbrowser
+from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 from rich.console import Console
@@ -73,6 +77,19 @@ def tell(text: str, *, word: str = "", style: str = "") -> None:
 def warn(text: str) -> None:
     """Print a warning to standard error."""
     tell(text, word="warning:", style="yellow")
+
+
+def somebody_sits_here() -> bool:
+    """Tell whether a person reads and types in this terminal, on a machine that can show a window."""
+    display = sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return display and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def show_page(page: Path) -> None:
+    """Open a page in the person's browser where one sits here; a browser that does not start is no fault."""
+    if somebody_sits_here():
+        with suppress(webbrowser.Error, OSError):
+            webbrowser.open(page.resolve().as_uri())
 
 
 class CleanFormatter(logging.Formatter):

@@ -83,6 +83,8 @@ class PreferencePair:
     question_type: str = ""
     constructed: bool = False
     person: str = ""  # whose preference, or whose picture, it is: the unit of privacy, where that is a person
+    weight: float = 1.0  # what it counts in a reward model's loss, such as how many annotators agreed; above 0
+    tie: bool = False  # the two answers were found equally good, and which is called chosen says nothing
 
     @property
     def image(self) -> ImageSource | None:

@@ -90,6 +90,20 @@ def test_round_trip_through_jsonl(tmp_path, pair, picture):
     assert target.read_bytes() == before
 
 
+def test_ties_are_kept_only_where_they_are_asked_for(write, tmp_path):
+    """Read as preferences they would say that their first answer is better; weights and ties survive a round trip."""
+    file = write([*(row(i, weight=1 + i) for i in range(8)), row(8, tie=True), row(9, weight=-1), row(10, tie=False)])
+    with pytest.warns(DataWarning, match="1 of 10 pairs are ties, left out"), pytest.warns(match="the weight is -1"):
+        assert [p.tie for p in read_preferences(file)] == [False] * 9
+    with pytest.warns(DataWarning, match="the weight is -1; make it a number above 0"):
+        pairs = read_preferences(file, ties=True)
+    assert [p.weight for p in pairs] == [1, 2, 3, 4, 5, 6, 7, 8, 1, 1] and [p.tie for p in pairs].index(True) == 8
+    write_preferences(tmp_path / "again" / "pairs.jsonl", pairs)
+    again = read_preferences(tmp_path / "again" / "pairs.jsonl", ties=True)
+    assert [(p.weight, p.tie) for p in again] == [(p.weight, p.tie) for p in pairs]
+    assert len(to_dataset(pairs)) == 9
+
+
 def test_round_trip_through_a_saved_data_set(tmp_path, pair, picture):
     """`save_to_disk` copies files in: the original may go."""
     pairs = some_pairs(pair, picture, tmp_path)

@@ -4,7 +4,16 @@ import pytest
 
 from accord.data.questions import image_identity
 from accord.data.sampling import sample_questions
-from accord.evaluation.accuracy import count_correct, images_by_type, outcomes_by_type, question_only, shuffle_images
+from accord.evaluation.accuracy import (
+    answered_by_several,
+    count_correct,
+    images_by_type,
+    outcomes_by_type,
+    question_only,
+    shuffle_images,
+    vqa_accuracy,
+    vqa_by_type,
+)
 from accord.types import Question
 
 
@@ -107,3 +116,39 @@ def test_a_sample_keeps_its_order():
 def test_no_limit_or_a_large_one_keeps_everything(limit):
     questions = [q(n) for n in range(9)]
     assert sample_questions(questions, limit, seed=0) == questions
+
+
+@pytest.mark.parametrize(
+    ("same", "people", "expected"),
+    [
+        (0, 10, 0.0),
+        (1, 10, 0.3),  # in the nine subsets with it 1/3, in the one without it 0
+        (2, 10, 0.6),  # eight with both 2/3, two with one 1/3: (16/3 + 2/3) / 10
+        (3, 10, 0.9),  # seven with three 1, three with two 2/3
+        (4, 10, 1.0),
+        (10, 10, 1.0),
+        (2, 5, 8 / 15),  # three with both 2/3, two with one 1/3: (2 + 2/3) / 5
+        (3, 4, 0.75),  # one with three 1, three with two 2/3
+        (4, 4, 1.0),  # fewer people cannot give 1
+    ],
+)
+def test_vqa_accuracy_by_hand(same, people, expected):
+    """The subsets written out, and the sum over them as VQAv2's evaluation forms it."""
+    answers = ["Yes."] * same + [f"other {n}" for n in range(people - same)]
+    assert vqa_accuracy(" yes", answers) == pytest.approx(expected)
+    left_out = [answers[:n] + answers[n + 1 :] for n in range(people)]
+    official = sum(min(1, others.count("Yes.") / 3) for others in left_out) / people
+    assert vqa_accuracy(" yes", answers) == pytest.approx(official)
+
+
+def test_vqa_accuracy_by_type():
+    """The question's answer counts as one of the people's. Colour: 4 of 4 and 1 of 4, the latter 3 · 1/3 / 4."""
+    four = replace(q(0), references=("red", "Red", "red."))
+    one = replace(q(1), references=("blue", "blue", "green"))
+    number = replace(q(2, kind="number", answer="two"), references=("two",) * 9)
+    assert vqa_by_type([number, four, one], ["three", "red", "red"]) == {"colour": [1.0, 0.25], "number": [0.0]}
+    assert [answered_by_several(x) for x in (four, q(0), replace(q(0), references=("red", "red")))] == [
+        True,
+        False,
+        False,
+    ]

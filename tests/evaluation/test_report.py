@@ -25,6 +25,7 @@ from accord.evaluation.summary import (
     RouterSummary,
     Summary,
     TrafficRow,
+    VqaAccuracy,
     accuracy,
     competence_summary,
 )
@@ -342,6 +343,26 @@ def test_seeds_that_share_a_name_are_one_row(
 def test_one_seed_twice_is_refused(make_run: Callable[..., Path]) -> None:
     with pytest.raises(RunError, match="seed 0"):
         compare_runs([make_run("one"), make_run("two")])
+
+
+def test_vqa_accuracy_under_its_own_name(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:
+    """A part of the page, and a column of the comparison; neither where nobody asked for it."""
+    vqa = {
+        "base": VqaAccuracy(40, 0.25, 0.2, 0.3, {HOSTILE: 0.25}),
+        "aligned": VqaAccuracy(40, 0.625, 0.5, 0.75, {HOSTILE: 0.625}),
+        "shuffled_image": VqaAccuracy(40, 0.125, 0.1, 0.2, {HOSTILE: 0.125}),
+    }
+    full = make_summary()
+    run = make_run("with", summary=make_summary(evaluation=dataclasses.replace(full.evaluation, vqa=vqa)))
+    text, page = _page(run)
+    _assert_self_contained(text, page)
+    assert "<h2>VQA accuracy</h2>" in text and "40 of 1,200 test questions were answered by enough" in page.words
+    rows = re.findall(r'<tr[^>]*><th scope="row">([^<]*)</th><td data-label="Mean over types, %">([\d.]+)', text)
+    assert rows[:3] == [("before", "25.0"), ("after", "62.5"), ("shuffled image", "12.5")]
+    table = compare_runs([run]).splitlines()
+    assert table[0].endswith("| VQA accuracy before → after |") and table[2].endswith("| 25.0 → 62.5 |")
+    without = make_run("without")
+    assert "VQA accuracy" not in _page(without)[0] and "VQA accuracy" not in compare_runs([without])
 
 
 def test_nothing_to_compare() -> None:

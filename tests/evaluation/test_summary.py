@@ -26,6 +26,7 @@ from accord.evaluation.summary import (
     macro_variance,
     read_summary,
     summary_schema,
+    vqa_summary,
     wilson_interval,
     write_summary,
 )
@@ -263,6 +264,18 @@ def test_a_summary_says_that_there_is_no_competence(tmp_path: Path, make_summary
     assert json.loads((tmp_path / "summary.json").read_text())["competence"] is None
 
 
+def test_the_interval_of_a_vqa_accuracy_by_hand() -> None:
+    """Types 0.6 and 1: the mean 0.8. Picture 0 moves it by (0.3 - 0.6) / (2 · 2) = -0.075, picture 1 by 0.075.
+
+    The error is √(2 / 1 · 2 · 0.075²) = 0.15, half an interval 0.294; no share is above 1. One picture tells nothing.
+    """
+    found = vqa_summary({"a": [0.3, 0.9], "b": [1.0]}, {"a": [0, 1], "b": [0]})
+    assert (found.n, found.by_type) == (3, {"a": pytest.approx(0.6), "b": 1.0})
+    assert (found.macro, found.macro_low, found.macro_high) == pytest.approx((0.8, 0.8 - 1.959964 * 0.15, 1.0))
+    alone = vqa_summary({"a": [0.5, 0.5]}, {"a": [0, 0]})
+    assert (alone.macro_low, alone.macro_high) == (0.0, 1.0)
+
+
 def test_the_committed_schema_is_current() -> None:
     assert (DOCS / "summary.schema.json").read_text(encoding="utf-8") == summary_schema()
 
@@ -281,6 +294,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},
         "RouterSummary": {"audit"},
+        "EvaluationSummary": {"vqa"},
     }
     named = {f.name for f in dataclasses.fields(make_summary())}
     assert set(definitions["Summary"]["required"]) == named - optional["Summary"]

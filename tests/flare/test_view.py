@@ -92,6 +92,21 @@ def test_an_alignment_between_organisations(tmp_path):
     assert lines[8:] == ["2026-11-20T18:40:02Z a segment with colour"]
 
 
+def test_accuracy_by_type_is_drawn_as_the_report_draws_it(tmp_path):
+    """Three points of the run's own stage; a bar of 20 for 3/4 is 15 long, and a type that came late has one point.
+
+    The router's accuracy, a number, is not among them, and what a data set calls its types cannot steer the terminal.
+    """
+    points = [(5, 0.25, {"colour": 0.25}), (10, 0.5, {"colour": 0.5}), (15, 0.5, {"colour": 0.75, "a\x1b[2J": 0.25})]
+    curve = [{"stage": "align", "step": n, "accuracy_macro": mean, "accuracy": by} for n, mean, by in points]
+    records = [{"stage": "router", "step": 1, "accuracy": 0.9}, *REWARDS, *curve]
+    glance = look(write_run(tmp_path / "run", done=["site colour", "router"], records=records, lock=HERE))
+    lines = [line for line in shown(glance) if "%" in line]
+    assert lines[0].split() == ["accuracy", "mean", "over", "types", "━" * 10, "25%", "→", "50%", "▁██"]
+    assert lines[1].split() == ["colour", "━" * 15, "25%", "→", "75%", "▁▅█"]
+    assert lines[2].split()[-3:] == ["━" * 5, "25%", "▄"] and "\x1b" not in lines[2] and len(lines) == 3
+
+
 def test_the_trend_goes_from_the_least_to_the_greatest():
     """Four values over eight levels: 0, 1/3, 2/3 and 1 of the way; halves are means of their two."""
     assert blocks([0.0, 1.0, 2.0, 3.0]) == "▁▃▆█"

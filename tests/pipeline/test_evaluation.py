@@ -30,7 +30,7 @@ def summarise(job, monkeypatch):
     def state(method="routed", **sites):
         monkeypatch.setattr(evaluation, "open_federation", lambda job: InProcessEngine(sites))
         job.recipe = replace(job.recipe, method=method)
-        return _summary(job, find_method(method, "ab"), measured, {}, torch.zeros(0, 2))
+        return _summary(job, find_method(method, "ab"), measured, {}, {}, torch.zeros(0, 2))
 
     return state
 
@@ -130,4 +130,28 @@ def test_any_checkpoint_is_measured_clustered_by_image(square, monkeypatch, tmp_
     monkeypatch.setattr(evaluation, "answer", lambda model, processor, asked, **_: [["red"] for _ in asked])
     text = evaluation.evaluate_checkpoint("any", str(tmp_path), "test", limit=0, quiet=True)
     assert "| macro | 4 | 75.0% (26.0% to 100.0%) | 75.0% |" in text
-    assert text.endswith("by text where there is no image: 4 questions in 2 clusters.")
+    assert text.endswith("by text where there is no image: 4 questions in 2 clusters.") and "VQA" not in text
+
+
+def test_vqa_accuracy_of_questions_that_enough_people_answered(square, monkeypatch, tmp_path):
+    """Two pictures with the answers of four people each, red once and four times: 1/4 and 1, the mean 62.5 %.
+
+    The moves -3/8 / 2 and 3/8 / 2 are by picture: SE² = 2 · 2 · (3/16)² = 9/64, 62.5 ± 196 · 3/8 is all of 0 to 100.
+    A third question with one answer is not among them. Where there are only such, a warning says so.
+    """
+    answers = [["red", "blue", "blue", "green"], ["red"] * 4, "red"]
+    lines = []
+    for n, given in enumerate(answers):
+        (tmp_path / f"{n}.png").write_bytes(square("red", (32, 32 + n)))
+        lines.append(json.dumps({"id": str(n), "image": f"{n}.png", "question": "colour?", "answer": given}))
+    monkeypatch.setattr(evaluation, "load_model", lambda checkpoint: (None, None))
+    monkeypatch.setattr(evaluation, "tokenizer_of", lambda processor: lambda text: {"input_ids": [0]})
+    monkeypatch.setattr(evaluation, "answer", lambda model, processor, asked, **_: [["red"] for _ in asked])
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    text = evaluation.evaluate_checkpoint("any", str(tmp_path), "test", limit=0, quiet=True, vqa_accuracy=True)
+    assert "VQA accuracy: 62.5% (0.0% to 100.0%), mean over types, 2 questions\n" in text
+    assert "VQA accuracy, shuffled image: 62.5%" in text
+    (tmp_path / "questions.jsonl").write_text(lines[2] + "\n")
+    with pytest.warns(DataWarning, match="no test question has the answers of at least 4 people, so there is no VQA"):
+        text = evaluation.evaluate_checkpoint("any", str(tmp_path), "test", limit=0, quiet=True, vqa_accuracy=True)
+    assert "VQA" not in text

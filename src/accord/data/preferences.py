@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from accord.data.negatives import NegativeMix, Negatives
 from accord.data.questions import image_identity, normalise_answer
 from accord.data.rows import BadRow, Row, keep_good, read_jsonl
 from accord.data.saved import is_parquet, is_saved, named_rows, open_dataset, raw_images
-from accord.errors import DataError, RecipeError
+from accord.errors import DataError, DataWarning, RecipeError
 from accord.runs import write_atomic
 from accord.types import ImageSource, PreferencePair, Question, Subject, prompt_of
 
@@ -47,13 +49,14 @@ __all__ = [
 
 MIN_PAIRS = 8
 DEFAULT_MIX = NegativeMix()
-OPTIONAL = ("question_id", "question_type", "constructed", "person")
+OPTIONAL = ("question_id", "question_type", "constructed", "person", "weight", "tie")
 EXTENSIONS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
 
 
 def read_preferences(
     path: Path | str,
     *,
+    ties: bool = False,
     least: int = MIN_PAIRS,
     raw: Callable[[str, Row], RawPair] = raw_pair,
     columns: Sequence[str] = COLUMNS,
@@ -62,10 +65,12 @@ def read_preferences(
 
     Images are in `images` (a list) or `image` (one), or as `accord.data.cells` says; in a file, as paths relative to
     the file's folder. Pairs without images have no image block in their prompts. Pairs without a `question_id` get one
-    from their images and prompt.
+    from their images and prompt. A pair may have a `weight` above 0, and `"tie": true` where its answers were found
+    equally good: such a pair is left out, for most of what reads pairs would take its first answer for the better one.
 
     Args:
         path: the file or folder.
+        ties: keep the ties.
         least: fewer pairs are refused.
         raw: finds prompt, chosen and rejected answer in a row.
         columns: what `raw` looks at.
@@ -75,7 +80,8 @@ def read_preferences(
             prompts, more than 20 % of the rows are bad, or fewer than `least` pairs are left.
 
     Warns:
-        DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image.
+        DataWarning: rows were left out: an empty or malformed prompt or answer, two answers that agree, a bad image,
+            a tie.
     """
     path = Path(path)
     if path.is_dir() or path.suffix == ".parquet":
@@ -105,6 +111,9 @@ def read_preferences(
         return pair
 
     pairs = keep_good(rows, parse, source=str(path))
+    if not ties and (tied := sum(pair.tie for pair in pairs)):
+        warnings.warn(f"{path}: {tied} of {len(pairs)} pairs are ties, left out", DataWarning, stacklevel=2)
+        pairs = [pair for pair in pairs if not pair.tie]
     if len(pairs) < least:
         raise DataError(
             f"{path}: the site has {len(pairs)} pairs, and a reward model needs at least {least}; "
@@ -156,9 +165,10 @@ def to_dataset(pairs: Iterable[PreferencePair]) -> datasets.Dataset:
     """Return the pairs as a data set that TRL's `DPOTrainer` and `RewardTrainer` take as it is.
 
     Images in files stay references until `save_to_disk` copies them in. Where no pair has any, there is no column,
-    nor one for persons where no pair names one.
+    nor one for persons where no pair names one. Ties are left out, for these trainers would take the first answer for
+    the better one, and weights have no place.
     """
-    rows = [{**pair_row(pair), "images": [_cell(source) for source in pair.images]} for pair in pairs]
+    rows = [{**pair_row(pair), "images": [*map(_cell, pair.images)]} for pair in pairs if not pair.tie]
     text = datasets.Value("string")
     pictured = {"images": datasets.List(datasets.Image())} if any(row["images"] for row in rows) else {}
     named = {"person": text} if any("person" in row for row in rows) else {}
@@ -248,6 +258,8 @@ def pair_row(pair: PreferencePair) -> dict[str, object]:
         "question_type": pair.question_type,
         "constructed": pair.constructed,
         **({"person": pair.person} if pair.person else {}),
+        **({"weight": pair.weight} if pair.weight != 1 else {}),
+        **({"tie": True} if pair.tie else {}),
     }
 
 
@@ -294,7 +306,17 @@ def _pair(where: str, row: Row, raw: RawPair, field: ImageField, images: ImageCe
         question_type=str(row.get("question_type") or ""),
         constructed=row.get("constructed") is True,
         person="" if row.get("person") is None else str(row["person"]),
+        weight=_weight(row.get("weight")),
+        tie=row.get("tie") is True,
     )
+
+
+def _weight(value: object) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise BadRow(f"the weight is {value!r:.40}; make it a number above 0")
+    return float(value)
 
 
 def digest_of(pair: PreferencePair, identify: Callable[[Subject], str]) -> str:

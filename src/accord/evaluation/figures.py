@@ -86,8 +86,8 @@ def accuracy_bars(
             at = [y for y, _ in drawn]
             axes.barh(at, [100 * v[0] for _, v in drawn], height * 0.9, color=colour, label=label)
             axes.hlines(at, [100 * v[1] for _, v in drawn], [100 * v[2] for _, v in drawn], color=INK, linewidth=1.1)
-        for (mark, fill, edge, above), (label, result) in zip(_CONTROL_MARKS, controls.items(), strict=False):
-            found = [(row + above, values[0]) for row, name in enumerate(names) if (values := _interval(result, name))]
+        for (mark, fill, edge, lower), (label, result) in zip(_CONTROL_MARKS, controls.items(), strict=False):
+            found = [(row + lower, values[0]) for row, name in enumerate(names) if (values := _interval(result, name))]
             axes.plot(
                 [100 * value for _, value in found],
                 [row for row, _ in found],

@@ -31,6 +31,7 @@ from markupsafe import Markup
 
 from accord.data.images import load_image
 from accord.data.questions import image_identity, together
+from accord.errors import DataError
 from accord.evaluation.figures import AFTER, INK, NARROW, RULE, STYLE, WIDE, canvas, svg
 from accord.evaluation.gallery import small_png
 from accord.evaluation.markdown import markdown_table
@@ -87,7 +88,13 @@ class Judging:
 
 
 def judge_pairs(model: RewardModel, pairs: Sequence[PreferencePair]) -> Judging:
-    """Score both answers of every pair and compare with what people said."""
+    """Score both answers of every pair and compare with what people said.
+
+    Raises:
+        DataError: a pair is a tie, of which neither answer is right.
+    """
+    if tied := next((pair.question_id for pair in pairs if pair.tie), None):
+        raise DataError(f"the pair of question {tied!r} is a tie; leave ties out, as read_preferences does by itself")
     scale = model.standardisation.deviation + 1e-6
     margins = [scale * margin for margin in pair_margins(model, pairs)]
     keys = together([pair.subjects for pair in pairs], image_identity())

@@ -117,6 +117,9 @@ def compare_runs(runs: list[Path]) -> str:
         )
     )
     header = ["run", "seeds", "macro before → after", "change", *(f"{name} before → after" for name in types)]
+    voted = any(summary.evaluation.vqa for group in groups.values() for summary in group.values())
+    if voted:
+        header.append("VQA accuracy before → after")
     rows = []
     for name, group in groups.items():
         evaluations = [summary.evaluation for summary in group.values()]
@@ -125,6 +128,9 @@ def compare_runs(runs: list[Path]) -> str:
             _spread([100 * (e.aligned.macro - e.base.macro) for e in evaluations if e.base], signed=True),
             *(_spread_pair(evaluations, _of_type(question_type)) for question_type in types),
         ]
+        if voted:
+            votes = [[100 * e.vqa[when].macro for e in evaluations if when in e.vqa] for when in ("base", "aligned")]
+            columns.append(" → ".join(map(_spread, votes)))
         rows.append([escaped(name), ", ".join(map(str, sorted(group))), *columns])
     note = "Accuracy in per cent; ± is half the 95 % t-interval over seeds, and stands only where there are several."
     return "\n".join([markdown_table(header, rows), "", note, ""])

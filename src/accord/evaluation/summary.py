@@ -120,6 +120,17 @@ class RouterSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class VqaAccuracy:
+    """VQAv2's accuracy by question type, and their unweighted mean with its interval, clustered by image."""
+
+    n: Positive  # questions that at least four people answered
+    macro: Share
+    macro_low: Share
+    macro_high: Share
+    by_type: Annotated[Mapping[str, Share], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationSummary:
     """Accuracy on test questions; None where it was not measured, `compare` empty where no other method was run."""
 
@@ -128,6 +139,7 @@ class EvaluationSummary:
     question_only: Accuracy | None
     shuffled_image: Accuracy | None
     compare: Mapping[str, Accuracy]
+    vqa: Mapping[str, VqaAccuracy] = field(default_factory=dict)  # of base, aligned and the controls, by their names
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +399,21 @@ def accuracy_by_image(outcomes: Mapping[str, Sequence[int]], images: Mapping[str
         images=len({image for name in outcomes for image in images[name]}),
         macro_error=error,
     )
+
+
+def vqa_summary(values: Mapping[str, Sequence[float]], images: Mapping[str, Sequence[int]]) -> VqaAccuracy:
+    """Return a VQA accuracy with the 95 % interval of its mean over types.
+
+    Args:
+        values: by question type, the VQA accuracy of each question, `[n_t]`, at least one.
+        images: by question type, which image each question is about, `[n_t]`.
+    """
+    by_type = {name: math.fsum(found) / len(found) for name, found in values.items()}
+    macro = math.fsum(by_type.values()) / len(by_type)
+    error = clustered_error(values, images)
+    half = Z_95 * (0.5 if error is None else error)  # one image says nothing of others
+    n = sum(map(len, values.values()))
+    return VqaAccuracy(n, macro, max(0.0, macro - half), min(1.0, macro + half), by_type)
 
 
 def write_summary(path: Path, summary: Summary) -> None:

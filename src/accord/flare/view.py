@@ -1,10 +1,11 @@
-"""What `accord watch RUN` shows: how far a run is, its reward's trend, and with other organisations, their sites.
+"""What `accord watch RUN` shows: how far a run is, the curves of the report, and with other organisations, their sites.
 
 It reads files of the run folder and nothing else, so that it can neither stop a run nor hold it up:
 
     recipe.toml      the run's name
     stages.json      the stages, how many steps each takes, and which are done; timings.jsonl: how long they took
-    metrics.jsonl    the steps of the others, and their rewards; its time of change is that of the last step
+    metrics.jsonl    the steps of the others, their rewards, and accuracy on dev questions as the report draws it; its
+                     time of change is that of the last step
     federation.json  the sites (`accord.flare.state`)
 
     time left = (steps − step) · (time of the last step − begin of the stage) / step
@@ -76,6 +77,7 @@ class Glance:
     noted: float | None  # when the last record was noted, in seconds since 1970
     begun: float | None  # when the stage began; None where it went on from an unknown checkpoint
     trained: Sequence[MetricsRow]  # the records with rewards of the last stage that has any
+    measured: Sequence[MetricsRow]  # those of the same stage with accuracy by question type
     federation: Federation | None
 
     def left(self, before: Glance | None = None) -> float | None:
@@ -110,7 +112,8 @@ def look(folder: Path) -> Glance:
     current = next((stage for stage in [*lengths, *begun] if stage not in seconds), "")
     own = [record for record in records if stage_of(record) == current]
     reached = [record.get(name) for record in own for name in ("step", "round")]
-    trained = [row for row in read_metrics(metrics) if row.reward is not None]
+    rows = read_metrics(metrics)
+    trained = [row for row in rows if row.reward is not None]
     return Glance(
         folder,
         recipe.name,
@@ -123,6 +126,7 @@ def look(folder: Path) -> Glance:
         metrics.stat().st_mtime if metrics.is_file() else None,
         _begun(folder),
         [row for row in trained if row.stage == trained[-1].stage],
+        [row for row in rows if trained and row.stage == trained[-1].stage and isinstance(row.accuracy, Mapping)],
         federation,
     )
 
@@ -187,8 +191,30 @@ def _rows(glance: Glance, now: float, before: Glance | None) -> Iterator[tuple[s
         last = glance.trained[-1]
         kl = "" if last.kl is None else f", KL {last.kl:.3f}"
         yield "reward", Text(f"{rewards[-1]:.3f} {blocks(rewards)} {last.stage}, step {last.step}{kl}")
+    if glance.measured:
+        yield "accuracy", _accuracy(glance.measured)
     if glance.finished:
         yield "report", Text(str(glance.folder / "report.html"))
+
+
+def _accuracy(measured: Sequence[MetricsRow]) -> Table:
+    """Draw the curves of accuracy on dev questions: the mean over types, and each type, from the first point on."""
+    curves: dict[str, list[float]] = {}
+    for row in measured:
+        by_type = row.accuracy if isinstance(row.accuracy, Mapping) else {}
+        for name, share in [("mean over types", row.accuracy_macro), *by_type.items()]:
+            if share is not None:
+                curves.setdefault(name, []).append(share)
+    table = Table.grid(padding=(0, 1))
+    for name, shares in curves.items():
+        since = f"{shares[0]:.0%} →" if len(shares) > 1 else ""
+        table.add_row(
+            Text(printable(name)),
+            ProgressBar(1.0, shares[-1], width=20),
+            Text(f"{since} {shares[-1]:.0%}".strip(), justify="right"),
+            Text(blocks(shares)),
+        )
+    return table
 
 
 def _stage(glance: Glance, now: float, before: Glance | None) -> Table:

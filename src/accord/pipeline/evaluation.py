@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -15,7 +15,15 @@ from torch import Tensor
 from accord.data.questions import image_identity
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, DataWarning, ReplyError
-from accord.evaluation.accuracy import images_by_type, outcomes_by_type, question_only, shuffle_images
+from accord.evaluation.accuracy import (
+    ANSWERED_BY,
+    answered_by_several,
+    images_by_type,
+    outcomes_by_type,
+    question_only,
+    shuffle_images,
+    vqa_by_type,
+)
 from accord.evaluation.gallery import write_gallery
 from accord.evaluation.markdown import escaped, markdown_table
 from accord.evaluation.summary import (
@@ -28,8 +36,10 @@ from accord.evaluation.summary import (
     SiteSummary,
     Summary,
     TrafficRow,
+    VqaAccuracy,
     accuracy_by_image,
     headline,
+    vqa_summary,
     write_summary,
 )
 from accord.federation.engine import Traffic
@@ -47,6 +57,7 @@ from accord.stages.projector import measured_projector
 from accord.stages.routing import RouterMeasured, route, trained_router
 from accord.stages.sites import open_federation
 from accord.stages.traffic import load_all_traffic
+from accord.types import Question, Subject
 from accord.version import VERSION
 
 CARD_SECONDS: Final = 60.0
@@ -89,6 +100,10 @@ def evaluate(job: Job) -> None:
             by_type = {kind: value.accuracy for kind, value in result.by_type.items()}
             job.log({"stage": "evaluation", "of": name, "accuracy_macro": result.macro, "accuracy": by_type})
 
+        vqa = _vqa(questions, answers, job.identify) if recipe.evaluation.vqa_accuracy else {}
+        for name, found in vqa.items():
+            job.log({"stage": "evaluation", "of": name, "vqa_accuracy": found.macro})
+
         names = [site.name for site in recipe.sites]
         method = find_method(recipe.method, names)
         judge, weights = method.reward(job) if method.reward else None, None
@@ -96,7 +111,7 @@ def evaluate(job: Job) -> None:
             weights = route(judge.router, questions, [[text] for text in answers["aligned"]])
             judge.engine.traffic = Traffic()  # the gallery's questions are for the page, not part of the run
         write_gallery(job.path, questions, answers["base"], answers["aligned"], judge, recipe.evaluation.gallery)
-        write_summary(job.path / "summary.json", _summary(job, method, measured, compared, weights))
+        write_summary(job.path / "summary.json", _summary(job, method, measured, compared, vqa, weights))
 
 
 def _summary(
@@ -104,6 +119,7 @@ def _summary(
     method: Method,
     measured: Mapping[str, Accuracy],
     compared: Mapping[str, Accuracy],
+    vqa: Mapping[str, VqaAccuracy],
     weights: Tensor | None,
 ) -> Summary:
     recipe = job.recipe
@@ -140,6 +156,7 @@ def _summary(
         question_only=measured["question_only"],
         shuffled_image=measured.get("shuffled_image"),
         compare=compared,
+        vqa=vqa,
     )
     traffic = tuple(
         TrafficRow(site, kind, c.messages, c.bytes_to_site, c.bytes_from_site, c.absences, c.refused)
@@ -169,6 +186,26 @@ def _summary(
         versions={**manifest["versions"], "python": manifest["python"]},
         projector=measured_projector(job.path) if job.written else None,
     )
+
+
+def _vqa(
+    questions: Sequence[Question], answers: Mapping[str, Sequence[str]], identify: Callable[[Subject], str]
+) -> dict[str, VqaAccuracy]:
+    """Return the VQA accuracy of each policy and control over the questions that enough people answered."""
+    several = [n for n, question in enumerate(questions) if answered_by_several(question)]
+    if not several:
+        warnings.warn(
+            f"no test question has the answers of at least {ANSWERED_BY} people, so there is no VQA accuracy; give a "
+            "list of answers to each, or take vqa_accuracy out of [evaluation]",
+            DataWarning,
+            stacklevel=2,
+        )
+        return {}
+    asked = [questions[n] for n in several]
+    images = images_by_type(asked, identify)
+    return {
+        name: vqa_summary(vqa_by_type(asked, [given[n] for n in several]), images) for name, given in answers.items()
+    }
 
 
 def _findings(job: Job, names: Sequence[str]) -> dict[str, Any]:
@@ -204,8 +241,12 @@ def _cards(job: Job, names: Sequence[str]) -> dict[str, Card]:
     return cards
 
 
-def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, quiet: bool) -> str:
+def evaluate_checkpoint(
+    checkpoint: str, data: str, split: str, *, limit: int, quiet: bool, vqa_accuracy: bool = False
+) -> str:
     """Measure any checkpoint on any questions, with a shuffled-image control; return a Markdown table.
+
+    With `vqa_accuracy` a line below it says VQAv2's accuracy, too.
 
     Raises:
         DataError: the data has no question of that split.
@@ -219,10 +260,12 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
     longest = max(len(tokenizer_of(processor)(q.answer)["input_ids"]) for q in everything) + 1
     images = images_by_type(questions, image_identity())
     columns: dict[str, Accuracy] = {}
+    said: dict[str, list[str]] = {}
     with stage_bar("evaluation", 2 * len(questions), quiet=quiet) as advance:
         for name, asked in (("accuracy", questions), ("shuffled image", shuffle_images(questions, seed=0))):
             given = answer(model, processor, asked, max_new_tokens=longest, on_batch=lambda n: advance(n))
-            columns[name] = accuracy_by_image(outcomes_by_type(questions, [texts[0] for texts in given]), images)
+            said[name] = [texts[0] for texts in given]
+            columns[name] = accuracy_by_image(outcomes_by_type(questions, said[name]), images)
     seen, blind = columns["accuracy"], columns["shuffled image"]
     rows = []
     for name, value in seen.by_type.items():
@@ -235,4 +278,10 @@ def evaluate_checkpoint(checkpoint: str, data: str, split: str, *, limit: int, q
         "The intervals are over the draw of test questions, clustered by image, or by text where there is no image: "
         f"{seen.n} questions in {seen.images} clusters."
     )
-    return f"{shown}\n\n{note}"
+    found = _vqa(questions, said, image_identity()) if vqa_accuracy else {}
+    lines = [
+        f"VQA accuracy{'' if name == 'accuracy' else f', {name}'}: {each.macro:.1%} ({each.macro_low:.1%} to "
+        f"{each.macro_high:.1%}), mean over types, {each.n} questions"
+        for name, each in found.items()
+    ]
+    return "\n\n".join([shown, *lines, note])

@@ -2,9 +2,10 @@
 
     L = − E log σ(R(x, y⁺) − R(x, y⁻)) + c · E (R(x, y⁺) + R(x, y⁻))²
 
-The second term (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2; the `center_rewards_coefficient` of TRL) fixes the
-free offset of Bradley–Terry scores near zero. Pairs that share image, prompt and chosen answer are scored as one group
-with one image encoding.
+Pairs with a `weight` make the first mean a weighted one, and where some are ties it is over Davidson's likelihood
+(`accord.rewards.ties`). The second term (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2; the
+`center_rewards_coefficient` of TRL) fixes the free offset of Bradley–Terry scores near zero. Pairs that share image,
+prompt and chosen answer are scored as one group with one image encoding.
 
 Training stops at the best *whole-vocabulary ranking* on the site's held-out questions: is the right answer on top of
 all the answers that a policy could give? Pair accuracy misleads: reward models with 80 % of it were hacked by GRPO
@@ -35,6 +36,7 @@ from accord.errors import DataError, RecipeError, check_least
 from accord.models.finetune import SYMMETRIES, trainer_arguments, transform
 from accord.models.inputs import Batch, build_batch
 from accord.rewards.model import Head, RewardModel, Standardisation
+from accord.rewards.ties import davidson
 from accord.types import PreferencePair, Question, prompt_of
 
 
@@ -60,11 +62,14 @@ class RewardConfig:
     gradient_checkpointing: bool = False
     rows_at_once: int = 512  # answers scored in one forward pass, in rankings and for the federation
     head: Head = "linear"  # on the backbone; "mlp" has two layers
+    ties: float = (
+        1.0  # ν of Davidson's likelihood, by which all pairs are trained on where some are ties; 0 drops these
+    )
 
     def __post_init__(self) -> None:
         """Refuse counts that leave nothing to train or to rank."""
         check_least(self, steps=1, prompts_per_batch=1, rejected_per_prompt=1, gradient_accumulation=1)
-        check_least(self, learning_rate=0, weight_decay=0, warmup=0, centring=0)
+        check_least(self, learning_rate=0, weight_decay=0, warmup=0, centring=0, ties=0)
         check_least(self, evaluate_every=1, evaluate_on=0, vocabulary=2, patience=0, rows_at_once=1)
         if not 0 < self.kept_back < 1:
             raise RecipeError(f"kept_back must be between 0 and 1, got {self.kept_back}; correct it")
@@ -88,6 +93,8 @@ class PairGroup:
 
     chosen: PreferencePair
     rejected: tuple[str, ...]
+    weights: tuple[float, ...] = ()  # of the pairs; empty where each is 1
+    tied: tuple[bool, ...] = ()  # which pairs are ties; empty where none is
 
 
 def group_pairs(pairs: Sequence[PreferencePair]) -> list[PairGroup]:
@@ -95,23 +102,44 @@ def group_pairs(pairs: Sequence[PreferencePair]) -> list[PairGroup]:
     groups: dict[tuple[str, str], list[PreferencePair]] = defaultdict(list)
     for pair in pairs:
         groups[pair.question_id, pair.chosen].append(pair)
-    return [PairGroup(group[0], tuple(pair.rejected for pair in group)) for group in groups.values()]
+    return [
+        PairGroup(
+            group[0],
+            tuple(pair.rejected for pair in group),
+            tuple(pair.weight for pair in group) if any(pair.weight != 1 for pair in group) else (),
+            tuple(pair.tie for pair in group) if any(pair.tie for pair in group) else (),
+        )
+        for group in groups.values()
+    ]
 
 
-def bradley_terry(scores: Tensor, sizes: Sequence[int], centring: float) -> tuple[Tensor, Tensor]:
-    """Return the mean loss and the pair accuracy of grouped scores.
+def bradley_terry(
+    scores: Tensor,
+    sizes: Sequence[int],
+    centring: float,
+    *,
+    weights: Tensor | None = None,
+    tied: Tensor | None = None,
+    nu: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the mean loss and the pair accuracy of grouped scores; NaN for the accuracy where all pairs are ties.
 
     Args:
         scores: `[N]`, group after group, the chosen answer's score first in each.
         sizes: rows per group (1 chosen + its rejected).
         centring: the coefficient c.
+        weights: of the pairs, `[N - groups]`; None for 1 each.
+        tied: which pairs are ties, boolean `[N - groups]`; None for none.
+        nu: ν of Davidson's likelihood, read with `tied` alone.
     """
     groups = scores.split(list(sizes))
     chosen = torch.cat([group[:1].expand(len(group) - 1) for group in groups])
     rejected = torch.cat([group[1:] for group in groups])
     margin = chosen - rejected
-    loss = -logsigmoid(margin).mean() + centring * (chosen + rejected).square().mean()
-    return loss, (margin > 0).float().mean()
+    each = -logsigmoid(margin) if tied is None else davidson(margin, tied, nu)
+    loss = each.mean() if weights is None else (weights * each).sum() / weights.sum()
+    loss = loss + centring * (chosen + rejected).square().mean()
+    return loss, ((margin if tied is None else margin[~tied]) > 0).float().mean()
 
 
 def rank(
@@ -132,7 +160,11 @@ def rank(
 
 
 def rank_pairs(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> Ranking:
-    """Return the pair accuracy: how often the chosen answer scores above the rejected one; a tie is wrong."""
+    """Return the pair accuracy: how often the chosen answer scores above the rejected one; equal scores are wrong.
+
+    Pairs that people found equally good are left out.
+    """
+    pairs = [pair for pair in pairs if not pair.tie]
     right: dict[str, list[bool]] = defaultdict(list)
     for pair, margin in zip(pairs, pair_margins(model, pairs, prompts_at_once=prompts_at_once), strict=True):
         right[pair.question_type].append(margin > 0)
@@ -188,8 +220,8 @@ def keep_back(
     )
 
 
-class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
-    """All groups of a training, each with the rejected answers and the symmetry drawn for it.
+class _Drawn(Dataset[tuple[PairGroup, tuple[int, ...], int]]):
+    """All groups of a training, each with the pairs and the symmetry drawn for it.
 
     Types come equally often in all of it; the trainer shuffles it, so that a batch holds them in random proportion.
     """
@@ -199,28 +231,34 @@ class _Drawn(Dataset[tuple[PairGroup, tuple[str, ...], int]]):
         choices = len(SYMMETRIES) if config.symmetries else 1
         self.items = []
         for i in draw_balanced([g.chosen.question_type for g in groups], count, generator):
-            rejected = groups[i].rejected
-            picked = generator.sample(rejected, min(config.rejected_per_prompt, len(rejected)))
+            pairs = range(len(groups[i].rejected))
+            picked = generator.sample(pairs, min(config.rejected_per_prompt, len(pairs)))
             self.items.append((groups[i], tuple(picked), generator.randrange(choices)))
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> tuple[PairGroup, tuple[str, ...], int]:
+    def __getitem__(self, i: int) -> tuple[PairGroup, tuple[int, ...], int]:
         return self.items[i]
 
 
 class _BradleyTerryTrainer(Trainer):
     """`Trainer` whose loss is Bradley–Terry over the groups of a batch."""
 
-    centring = 0.0
+    centring, nu = 0.0, 1.0
 
     def compute_loss(  # type: ignore[override]
         self, model: RewardModel, inputs: dict[str, object], return_outputs: bool = False, **_: object
     ) -> Tensor | tuple[Tensor, Tensor]:
         batch, sizes = inputs["batch"], inputs["sizes"]
         assert isinstance(batch, Batch) and isinstance(sizes, list)
-        loss, accuracy = bradley_terry(model(batch.to(self.args.device)), sizes, self.centring)
+        marks: dict[str, Tensor] = {
+            name: value.to(self.args.device)
+            for name in ("weights", "tied")
+            if isinstance(value := inputs[name], Tensor)
+        }
+        scores = model(batch.to(self.args.device))
+        loss, accuracy = bradley_terry(scores, sizes, self.centring, nu=self.nu, **marks)
         return (loss, accuracy) if return_outputs else loss
 
 
@@ -283,9 +321,11 @@ def train_reward_model(
 
     Raises:
         DataError: there are no pairs, some of pairs and questions have an image and others none, or pairs should be
-            kept back and all are about one image.
+            kept back and all are about one image, or all that are kept back are ties.
         RecipeError: training diverged: the scores are not finite, or all the same.
     """
+    if config.ties == 0:
+        pairs = [pair for pair in pairs if not pair.tie]
     if not pairs:
         raise DataError(
             "cannot train a reward model on 0 preference pairs; give the site pairs or questions to build them from"
@@ -301,6 +341,12 @@ def train_reward_model(
     kept: Sequence[PreferencePair] = ()
     if config.choose == "pairs":
         pairs, kept = keep_back(pairs, config.kept_back, generator)
+        kept = [pair for pair in kept if not pair.tie]
+        if not kept:
+            raise DataError(
+                f"the pairs of {config.kept_back:.0%} of the images are kept back to choose the weights, and all of "
+                "them are ties; raise kept_back, or give pairs of which one answer was preferred"
+            )
     groups = group_pairs(pairs)
     candidates = kept or held_out
     ranked = generator.sample(range(len(candidates)), min(config.evaluate_on, len(candidates)))
@@ -310,14 +356,22 @@ def train_reward_model(
             return rank_pairs(model, [kept[i] for i in ranked])
         return rank(model, [held_out[i] for i in ranked], vocabulary)
 
-    def collate(items: Sequence[tuple[PairGroup, tuple[str, ...], int]]) -> dict[str, object]:
+    weighted, some_tied = any(group.weights for group in groups), any(group.tied for group in groups)
+
+    def collate(items: Sequence[tuple[PairGroup, tuple[int, ...], int]]) -> dict[str, object]:
         batch = build_batch(
             model.processor,
             [group.chosen.prompt for group, _, _ in items],
             [transform(load_images(group.chosen.images), symmetry) for group, _, symmetry in items],
-            [[group.chosen.chosen, *rejected] for group, rejected, _ in items],
+            [[group.chosen.chosen, *(group.rejected[i] for i in picked)] for group, picked, _ in items],
         )
-        return {"batch": batch, "sizes": [1 + len(rejected) for _, rejected, _ in items]}
+        drawn = [(group, i) for group, picked, _ in items for i in picked]
+        return {
+            "batch": batch,
+            "sizes": [1 + len(picked) for _, picked, _ in items],
+            "weights": torch.tensor([g.weights[i] if g.weights else 1.0 for g, i in drawn]) if weighted else None,
+            "tied": torch.tensor([bool(g.tied) and g.tied[i] for g, i in drawn]) if some_tied else None,
+        }
 
     keep = _KeepBest(model, config, ranking, log)
     trainer = _BradleyTerryTrainer(
@@ -337,7 +391,7 @@ def train_reward_model(
         callbacks=[*callbacks, *([keep] if ranked else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.centring = config.centring
+    trainer.centring, trainer.nu = config.centring, config.ties
     with model.checkpointing(config.gradient_checkpointing):
         trainer.train()
     # From here on without the trainer's autocast, which a loaded model has not: the standardisation is of its scores.
