@@ -117,7 +117,7 @@ def test_the_log_odds_are_those_of_the_next_token(family, checkpoints, compariso
             asked = prompt_text(
                 selector.processor, selector_prompt(comparison.prompt, comparison.first, comparison.second)
             )
-            inputs = selector.processor(images=[[comparison.image]], text=[asked], return_tensors="pt")
+            inputs = selector.processor(images=[[comparison.images]], text=[asked], return_tensors="pt")
             after = selector.model(**inputs).logits[0, -1].log_softmax(-1)
             assert found.item() == pytest.approx((after[a] - after[b]).item(), abs=2e-5)
     assert abs(together[0] - together[1]) > 1e-4  # which image and which answers matters
