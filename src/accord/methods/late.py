@@ -101,7 +101,6 @@ def _method(about: str, *, plain: bool) -> Method:
         needs=frozenset({"sites"}),
         tables=(SETTINGS,),
         asks=asks,
-        training=lambda recipe: f"at the sites: {recipe.router.rounds} rounds of a router whose sites answer late",
         reward=partial(routed_late, plain=plain),
     )
 

@@ -39,7 +39,6 @@ from accord.federation.site import Site
 from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.methods.method import Method, Table
 from accord.methods.mor import asks
-from accord.recipe import Recipe
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import bradley_terry, group_pairs
 from accord.routing.router import LearnedRouter
@@ -233,11 +232,6 @@ def shared_head(job: Job, stage: str, *, rotated: bool) -> Aligned:
     return run_grpo(job, stage, federated_reward(job, router, engine=engine), encoder=job.encoder)
 
 
-def _told(recipe: Recipe) -> str:
-    config = SETTINGS.of(recipe)
-    return f"at the sites: {config.averaging.told} of a shared head on {config.checkpoint}"
-
-
 SETTINGS: Final = Table("shared_head", SharedHeadConfig)
 
 
@@ -248,7 +242,6 @@ def _method(about: str, *, rotated: bool) -> Method:
         needs=frozenset({"sites", "router", "private"}),
         tables=(SETTINGS,),
         asks=asks,
-        training=_told,
     )
 
 
