@@ -56,7 +56,7 @@ test-browser: setup ## click and type in a headless Chromium: the annotation pag
 		apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 		{ echo "error: no chromium; install your system's, so that the command chromium is found"; exit 1; }
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[browser]'
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m browser tests/evaluation tests/annotation
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m browser tests/evaluation tests/annotation
 
 # Two environments of their own: torchvision comes with a release of torch that belongs to it, several gigabytes.
 test-families: $(FAMILIES)/.installed ## every model family, those that need torchvision among them; 6 GB, minutes
