@@ -34,6 +34,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from accord.alignment.grpo import placeholders_muted
 from accord.data.images import as_list, load_images
 from accord.data.sampling import draw_balanced
+from accord.errors import DataError
 from accord.models.finetune import SYMMETRIES, on_one_device, transform
 from accord.models.inputs import batch_of, encode, endings
 from accord.models.load import LoraSettings, Processor, adapter_errors, lora_config, tokenizer_of, without_adapter
@@ -56,12 +57,17 @@ def preference_batch(model: PreTrainedModel, processor: Processor, drawn: Sequen
         images of the 2 P rows.
 
     Raises:
-        DataError: the model takes no images, and a pair has some.
+        DataError: some pairs have images and others none, or the model takes none.
         ImageError: an image cannot be read.
     """
     pairs = [pair for pair, _ in drawn]
     prompts = [pair.prompt for pair in pairs]
     seen = [as_list(transform(load_images(pair.images), symmetry)) for pair, symmetry in drawn]
+    if any(seen) and not all(seen):
+        raise DataError(
+            f"{sum(map(bool, seen))} of {len(seen)} prompts have an image, and a batch takes one for each or none; "
+            "keep questions about images and questions without any in runs of their own"
+        )
     encoded = encode(processor, prompts, seen)
     both = endings(processor, prompts, [[pair.chosen, pair.rejected] for pair in pairs])
     rows = [[chosen] for chosen, _ in both] + [[rejected] for _, rejected in both]
