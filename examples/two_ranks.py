@@ -90,7 +90,9 @@ def main() -> None:
             if rank == 0:
                 trainer.processing_class.save_pretrained(options.out)
 
-    print(f"rank {rank} of {ranks}  weights {digest(trainer.accelerator.unwrap_model(trainer.model))}", flush=True)
+    # A line and its end in one write: ranks share a terminal, and torchrun's processes have no buffer.
+    weights = digest(trainer.accelerator.unwrap_model(trainer.model))
+    print(f"rank {rank} of {ranks}  weights {weights}\n", end="", flush=True)
     if rank == 0:
         absent = [entry["absent"] for entry in trainer.state.log_history if "absent" in entry]
         print(f"steps {len(absent)}  absent {sum(absent) / len(absent):.3f}")
