@@ -25,10 +25,11 @@ QUIET = (
 @contextmanager
 def opened() -> Iterator[Open]:
     """Start the browser once; give a function that opens a page of its own: `(width=1400, height=900, dark=False)`."""
-    from playwright.sync_api import sync_playwright  # of the extra browser, which the other tests go without
+    from playwright.sync_api import expect, sync_playwright  # of the extra browser, which the other tests go without
 
     path = shutil.which("chromium")
     assert path, "no chromium found; run: make test-browser"
+    expect.set_options(timeout=30_000)  # a busy machine takes a while
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=list(QUIET))
 

@@ -68,7 +68,7 @@ async function show({ annotator, pair, progress }) {
   byId("who-name").textContent = annotator;
   byId("bar").max = Math.max(1, progress.done + progress.left);
   byId("bar").value = progress.done;
-  byId("so-far").textContent = `${progress.done} judged, ${progress.left} left${howLong(progress.seconds_left)}`;
+  byId("so-far").textContent = `${progress.done} judged, ${progress.left} left${progress.left ? howLong(progress.seconds_left) : ""}`;
   byId("pair").hidden = pair === null;
   byId("finished").hidden = pair !== null;
   for (const button of document.querySelectorAll(".choices button")) {
