@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import msgspec
 from torch import Tensor
 
 from accord.errors import DataWarning, RunError
@@ -33,8 +31,7 @@ from accord.federation.asking import ask_checked
 from accord.federation.audit import Audit
 from accord.federation.engine import Engine
 from accord.federation.messages import Reply, Task, UpdateReply, UpdateRequest
-from accord.federation.rounds import Probe, Server, check_update, combine
-from accord.federation.weights import to_bytes
+from accord.federation.rounds import Probe, Server, combine, open_round
 
 
 @dataclass(frozen=True)
@@ -97,27 +94,8 @@ def late_rounds(
     at_work: dict[str, _Answer] = {}
     heard: dict[str, _Answer] = {}
     for t in range(rounds):
-        sent, beside = to_bytes(current, bits=bits), server.send() if server else b""
-        requests, asked = {}, {}
-        for site in engine.sites:
-            if site not in at_work:
-                name = f"{task}-0-{t}-{site}"
-                own = zlib.crc32(f"{seed}-{name}".encode())
-                requests[site] = UpdateRequest(name, task, t, sent, own, beside, 0, 16 if bits == 16 else 32)
-                asked[name] = site
-        expected = dict(current)
-
-        def check(
-            request: UpdateRequest,
-            reply: Reply,
-            expected: Mapping[str, Tensor] = expected,
-            asked: Mapping[str, str] = asked,
-        ) -> tuple[UpdateReply, Update]:
-            update, change = check_update(request, reply, expected)
-            if server:
-                server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
-            return msgspec.structs.replace(update, change=b""), Update(change, update.steps, update.distance)
-
+        free = [site for site in engine.sites if site not in at_work]
+        requests, check = open_round(free, task, t, current, seed=seed, bits=bits, most=most, server=server)
         for site, (reply, update) in _ask(
             engine, requests, check, f"round {t + 1} of the {task}", bool(at_work)
         ).items():

@@ -25,7 +25,7 @@ import copy
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -107,28 +107,10 @@ def federated_rounds(
     """
     current, longest = dict(weights), ""
     for t in range(first, first + rounds):
-        sent, beside = to_bytes(current, bits=bits), server.send() if server else b""
-        requests, asked = {}, {}
-        for site in engine.sites:
-            if sites is None or site in sites:
-                name = f"{task}-{group}-{t}-{site}"
-                own = zlib.crc32(f"{seed}-{name}".encode())  # neither on the sites' order nor on which others take part
-                requests[site] = UpdateRequest(name, task, t, sent, own, beside, group, 16 if bits == 16 else 32)
-                asked[name] = site
-        expected = dict(current)
-
-        def check(
-            request: UpdateRequest,
-            reply: Reply,
-            expected: Mapping[str, Tensor] = expected,
-            asked: Mapping[str, str] = asked,
-        ) -> tuple[UpdateReply, Update]:
-            update, change = check_update(request, reply, expected)
-            if server:
-                server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
-            # Its bytes go: what they hold is in `change`.
-            return msgspec.structs.replace(update, change=b""), Update(change, update.steps, update.distance)
-
+        asked = [site for site in engine.sites if sites is None or site in sites]
+        requests, check = open_round(
+            asked, task, t, current, seed=seed, bits=bits, group=group, most=most, server=server
+        )
         consequence = f"round {t + 1} of the {task} goes on without it"
         failed: set[str] = set()
         replied = ask_checked(engine, requests, check, what="an update", consequence=consequence, failed=failed)
@@ -190,6 +172,49 @@ def federated_rounds(
         on_replies(t + 1, {site: replied[site][0] for site in used})
         on_round(t + 1, sum(replied[site][0].loss for site in used) / len(used))
     return current
+
+
+def open_round(
+    sites: Iterable[str],
+    task: Task,
+    number: int,
+    current: Mapping[str, Tensor],
+    *,
+    seed: int,
+    bits: int,
+    group: int = 0,
+    most: int = 0,
+    server: Server | None = None,
+) -> tuple[dict[str, UpdateRequest], Callable[[UpdateRequest, Reply], tuple[UpdateReply, Update]]]:
+    """Return what `sites` are asked in a round, by name, and the check of their replies, which `server` takes in.
+
+    Args:
+        sites: names.
+        task: what they train.
+        number: the round, from 0.
+        current: w^t.
+        seed: of their draws.
+        bits: of a number on its way.
+        group: which of several models this is.
+        most: the n_k that a site may claim; 0 for any.
+        server: what is exchanged beside the weights.
+    """
+    sent, beside = to_bytes(current, bits=bits), server.send() if server else b""
+    requests, asked, expected = dict[str, UpdateRequest](), dict[str, str](), dict(current)
+    for site in sites:
+        name = f"{task}-{group}-{number}-{site}"
+        own = zlib.crc32(f"{seed}-{name}".encode())  # neither on the sites' order nor on which others take part
+        requests[site] = UpdateRequest(name, task, number, sent, own, beside, group, 16 if bits == 16 else 32)
+        asked[name] = site
+
+    def check(request: UpdateRequest, reply: Reply) -> tuple[UpdateReply, Update]:
+        update, change = check_update(request, reply, expected)
+        if server:
+            server.receive(asked[request.id], min(update.examples, most or update.examples), update.state)
+        # Its bytes go: what they hold is in `change`.
+        return msgspec.structs.replace(update, change=b""), Update(change, update.steps, update.distance)
+
+    return requests, check
 
 
 def combine(

@@ -20,16 +20,15 @@ the latter after FedDRM, 2025, arXiv 2509.23049.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from accord.data.images import Pictures, load_images
+from accord.data.images import Pictures
 from accord.errors import DataError, ReplyError, RunError
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -38,10 +37,21 @@ from accord.federation.rounds import check_update
 from accord.federation.weights import read_weights, to_bytes
 from accord.models.encoder import Encoder
 from accord.routing.fusion import top1
-from accord.routing.means import LEAST_DENSITY, QUANTILE, Density, check_sums, features_of, log_density, moments, shrunk
+from accord.routing.means import (
+    LEAST_DENSITY,
+    QUANTILE,
+    Density,
+    LocalPrompts,
+    check_arrays,
+    check_sums,
+    features_of,
+    log_density,
+    moments,
+    shrunk,
+)
 from accord.routing.router import Router
 from accord.routing.stored import load_arrays, save_arrays
-from accord.types import PreferencePair, Prompt
+from accord.types import Prompt
 
 COMPONENTS: Final = 8
 """M."""
@@ -149,15 +159,7 @@ class Mixtures:
         """Refuse arrays that do not fit each other, and sums that no prompts have."""
         k, m, d = self.total.shape if self.total.ndim == 3 else (0, 0, 0)
         wanted = {"count": (k, m), "total": (k, m, d), "square": (k, m, d), "quantile": (k,)}
-        for field in fields(self):
-            tensor: Tensor = getattr(self, field.name)
-            if tuple(tensor.shape) != wanted[field.name] or not tensor.isfinite().all():
-                raise DataError(
-                    f"mixtures' {field.name} is {tuple(tensor.shape)}, expected finite {wanted[field.name]}; "
-                    "collect them anew"
-                )
-        if not (self.count > 0).any():
-            raise DataError("mixtures of 0 prompts; collect them anew")
+        check_arrays(vars(self), wanted, what="mixtures")
 
     def log_densities(self, x: Tensor) -> Tensor:
         """Return log f_k(x) + D/2 log 2π, `[P, K]`, of features `[P, D]`; −∞ for a site that is absent."""
@@ -173,19 +175,8 @@ class Mixtures:
         return (self.log_densities(x) - self.quantile).amax(dim=-1)
 
 
-class LocalMixture:
-    """A site's half: the sums over its own prompts, each once, whatever their number of pairs.
-
-    Args:
-        encoder: the frozen encoder, the same public checkpoint at every site.
-        pairs: the site's private pairs.
-        prompts_at_most: how many prompts are drawn of more.
-    """
-
-    def __init__(self, encoder: Encoder, pairs: Sequence[PreferencePair], prompts_at_most: int) -> None:
-        self.encoder = encoder
-        prompts = list({pair.question_id: pair for pair in pairs}.values())
-        self.pairs = random.Random(0).sample(prompts, min(prompts_at_most, len(prompts)))
+class LocalMixture(LocalPrompts):
+    """A site's half: the sums over its own prompts."""
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
         """Return the sums and q as the change, and n as the number of examples.
@@ -197,9 +188,7 @@ class LocalMixture:
         d = self.encoder.features
         zeros = torch.zeros(COMPONENTS, d, dtype=torch.float64)
         sent = read_weights(request.weights, {"centre": zeros, "scale": zeros[0]}, what="a request for mixtures")
-        if len(self.pairs) < 2:
-            raise DataError(f"mixtures need 2 prompts or more, got {len(self.pairs)}; give the site more questions")
-        x = features_of(self.encoder, [p.prompt for p in self.pairs], [load_images(p.images) for p in self.pairs])
+        x = self.features(what="mixtures")
         told = sketch(x, Centres(sent["centre"], sent["scale"].clamp(min=1e-3)))
         return UpdateReply(request.id, to_bytes(told), len(x), 0.0)
 

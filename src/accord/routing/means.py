@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -92,15 +92,7 @@ class ClassMeans:
         """Refuse arrays that do not fit each other, and sums that no prompts have."""
         k, d = self.total.shape if self.total.ndim == 2 else (0, 0)
         wanted = {"count": (k,), "total": (k, d), "square": (k, d), "quantile": (k,)}
-        for field in fields(self):
-            tensor: Tensor = getattr(self, field.name)
-            if tuple(tensor.shape) != wanted[field.name] or not tensor.isfinite().all():
-                raise DataError(
-                    f"class means' {field.name} is {tuple(tensor.shape)}, expected finite {wanted[field.name]}; "
-                    "collect them anew"
-                )
-        if not (self.count > 0).any():
-            raise DataError("class means of 0 prompts; collect them anew")
+        check_arrays(vars(self), wanted, what="class means")
 
     def posterior(self, x: Tensor) -> Tensor:
         """Return α `[P, K]`, rows summing to 1, for features `[P, D]`; 0 for a site that is absent."""
@@ -116,6 +108,21 @@ class ClassMeans:
         mean, variance = moments(self.count, self.total, self.square)
         own = torch.stack([log_density(x.double(), m, shrunk(v)) for m, v in zip(mean, variance, strict=True)], dim=1)
         return (own - self.quantile).masked_fill(self.count == 0, -torch.inf).amax(dim=-1)
+
+
+def check_arrays(arrays: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], *, what: str) -> None:
+    """Check arrays that sites sent together, of which `count` says how many prompts they are of.
+
+    Raises:
+        DataError: one has another shape than is wanted or is not finite, or there is no prompt.
+    """
+    for name, tensor in arrays.items():
+        if tuple(tensor.shape) != wanted[name] or not tensor.isfinite().all():
+            raise DataError(
+                f"{what}' {name} is {tuple(tensor.shape)}, expected finite {wanted[name]}; collect them anew"
+            )
+    if not (arrays["count"] > 0).any():
+        raise DataError(f"{what} of 0 prompts; collect them anew")
 
 
 def moments(count: Tensor, total: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,8 +161,8 @@ def sums_of(x: Tensor) -> dict[str, Tensor]:
     return {"total": x.sum(dim=0), "square": x.square().sum(dim=0), "quantile": own_quantile(x)}
 
 
-class LocalMeans:
-    """A site's half: the sums over its own prompts, each once, whatever their number of pairs.
+class LocalPrompts:
+    """A site's own prompts, each once, whatever their number of pairs.
 
     Args:
         encoder: the frozen encoder, the same public checkpoint at every site.
@@ -168,6 +175,26 @@ class LocalMeans:
         prompts = list({pair.question_id: pair for pair in pairs}.values())
         self.pairs = random.Random(0).sample(prompts, min(prompts_at_most, len(prompts)))
 
+    def features(self, *, what: str) -> Tensor:
+        """Return the states before the answers, `[n, D]`, of which `what` is made; images are opened as they are read.
+
+        Raises:
+            DataError: there are fewer than two prompts.
+        """
+        if len(self.pairs) < 2:
+            raise DataError(f"{what} need 2 prompts or more, got {len(self.pairs)}; give the site more questions")
+        return torch.cat(
+            [
+                self.encoder.before_answers([p.prompt for p in chunk], [load_images(p.images) for p in chunk])
+                for start in range(0, len(self.pairs), PROMPTS_AT_ONCE)
+                for chunk in [self.pairs[start : start + PROMPTS_AT_ONCE]]
+            ]
+        )
+
+
+class LocalMeans(LocalPrompts):
+    """A site's half: the sums over its own prompts."""
+
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
         """Return Σ x, Σ x² and q as the change, and n as the number of examples.
 
@@ -176,15 +203,7 @@ class LocalMeans:
             DataError: there are fewer than two prompts.
         """
         read_weights(request.weights, blank(self.encoder.features), what="a request for class means")
-        if len(self.pairs) < 2:
-            raise DataError(f"class means need 2 prompts or more, got {len(self.pairs)}; give the site more questions")
-        x = torch.cat(
-            [
-                self.encoder.before_answers([p.prompt for p in chunk], [load_images(p.images) for p in chunk])
-                for start in range(0, len(self.pairs), PROMPTS_AT_ONCE)
-                for chunk in [self.pairs[start : start + PROMPTS_AT_ONCE]]
-            ]
-        )
+        x = self.features(what="class means")
         return UpdateReply(request.id, to_bytes(sums_of(x)), len(x), 0.0)
 
 
