@@ -8,8 +8,6 @@ accord annotate FOLDER --export pairs.jsonl              what was judged, in TRL
 
 from __future__ import annotations
 
-import sys
-import webbrowser
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from accord.errors import DataError, RecipeError, RunError
-from accord.terminal import hush, say, tell
+from accord.terminal import hush, say, show_page, tell
 
 if TYPE_CHECKING:
     from accord.types import Question
@@ -100,8 +98,8 @@ def annotate_command(
         with Page(desk, title=folder.resolve().name, port=port, tell=another) as page, suppress(KeyboardInterrupt):
             tell(f"{len(candidates)} pairs, {len(journal.standing)} judgements; Ctrl-C ends the page, and all is saved")
             say(page.address)
-            if sys.stdout.isatty() and not no_open:
-                webbrowser.open(page.address)
+            if not no_open:
+                show_page(page.address)
             page.serve()
 
 

@@ -85,11 +85,11 @@ def somebody_sits_here() -> bool:
     return display and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def show_page(page: Path) -> None:
-    """Open a page in the person's browser where one sits here; a browser that does not start is no fault."""
+def show_page(page: Path | str) -> None:
+    """Open a file or an address in the person's browser where one sits here; one that does not start is no fault."""
     if somebody_sits_here():
         with suppress(webbrowser.Error, OSError):
-            webbrowser.open(page.resolve().as_uri())
+            webbrowser.open(page.resolve().as_uri() if isinstance(page, Path) else page)
 
 
 class CleanFormatter(logging.Formatter):
