@@ -44,7 +44,7 @@ from accord.recipe_file import dump_recipe, import_methods, load_recipe, renewed
 from accord.routing.canaries import alarms
 from accord.runs import Run, something_done, write_atomic
 from accord.stages.job import Job, open_job
-from accord.stages.routing import train_sites
+from accord.stages.routing import train_router, train_sites
 
 Found: TypeAlias = dict[str, dict[str, dict[int, dict[int, float]]]]
 
@@ -61,12 +61,14 @@ def lying(recipe: Recipe, attack: Attack, liars: int) -> Recipe:
 
 @contextmanager
 def opened(
-    recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str], take_over: Callable[[Job, str], bool]
+    recipe: Recipe, folder: Path, trained: Path | None, methods: Sequence[str], take_over: Callable[[Job, str], bool]
 ) -> Iterator[Job]:
     """Open a cell's run folder, with the sites that `take_over` brings in and the router of the folder `trained`.
 
+    What neither brings is trained.
+
     Raises:
-        RunError: that holds no trained sites.
+        RunError: `trained` holds no router.
     """
     text = dump_recipe(recipe)
     run = (
@@ -77,11 +79,19 @@ def opened(
     with open_job(recipe, run, quiet=True) as job:
         train_sites(job, take_over=lambda name: take_over(job, name))
         if "router" in needed(recipe, methods) and not run.done("router"):
-            with job.doing("router"):
-                take(trained / "router", folder / "router")
-                if (sent := trained / "traffic" / "router.json").is_file():
-                    write_atomic(folder / "traffic" / "router.json", sent.read_bytes())
+            if trained is None:
+                train_router(job)
+            else:
+                take_router(job, trained)
         yield job
+
+
+def take_router(job: Job, trained: Path) -> None:
+    """Copy a trained router, and what its training sent."""
+    with job.doing("router"):
+        take(trained / "router", job.path / "router")
+        if (sent := trained / "traffic" / "router.json").is_file():
+            write_atomic(job.path / "traffic" / "router.json", sent.read_bytes())
 
 
 def copied(job: Job, trained: Path, name: str) -> bool:

@@ -385,9 +385,7 @@ def _lie(recipe: Recipe, site: SiteConfig, scores: ScoreRange | None, labelled: 
 
 
 def labelled_keys(job: Job) -> frozenset[str]:
-    """Return by what the server's labelled questions are known; none where no site of the recipe looks for them."""
-    if not any(site.attack and site.attack.spares for site in job.recipe.sites):
-        return frozenset()
+    """Return by what the server's labelled questions are known."""
     base = job.questions.get("base", [])
     return frozenset(question_key([job.identify(image) for image in q.images], prompt_of(q)) for q in base)
 
@@ -445,7 +443,8 @@ def open_federation(
         job.need(f"sites/{site.name}/reward", f"accord site train RECIPE {site.name}", f"site {site.name}")
     if training:
         check_sites(job)
-    labelled = labelled_keys(job)
+    spared = any(site.attack and site.attack.spares for site in job.recipe.sites)
+    labelled = labelled_keys(job) if spared else frozenset()
     for site in job.recipe.sites:
         updates: dict[Task, LocalUpdate] = {"router": router_training(job, site.name)} if training else {}
         opened = open_site(
