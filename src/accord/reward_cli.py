@@ -53,6 +53,8 @@ def reward_train(
             f"{out} holds {', '.join(others[:3])} beside a reward model, and all of it would be removed; name another "
             "folder"
         )
+    if out.exists():
+        tell(f"{out} holds a reward model, which the new one will replace")
     hush()
     given = {"steps": steps, "learning_rate": learning_rate, "prompts_per_batch": batch, "head": head}
     given |= {"centring": centring, "ties": ties, "kept_back": kept_back}
@@ -62,7 +64,7 @@ def reward_train(
     trained, ranking = train_on_pairs(model, judged, config, lora=lora, seed=seed, quiet=quiet)
     trained.save(out)
     for name, share in ranking.by_type.items():
-        say(f"{name or 'pairs'}: {share:.1%} of those kept back are judged as people judged them")
+        say(f"{name or 'pairs'}: {share:.1%} of {ranking.asked[name]} kept back are judged as people judged them")
     say(f"{len(judged)} pairs: {out}")
 
 

@@ -19,7 +19,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -77,9 +77,15 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How often the right answer scores highest: among all that a policy could give, or of the two of a pair."""
+    """How often the right answer scores highest: among all that a policy could give, or of the two of a pair.
+
+    Attributes:
+        by_type: the share of each question type, in 0..1.
+        asked: of how many questions or pairs each share is.
+    """
 
     by_type: Mapping[str, float]
+    asked: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def macro(self) -> float:
@@ -156,7 +162,12 @@ def rank(
         scores = model.score([prompt_of(q) for q in chunk], [load_images(q.images) for q in chunk], candidates)
         for q, s in zip(chunk, scores, strict=True):
             right[q.question_type].append(bool((s[0] > s[1:]).all()))
-    return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+    return _ranking(right)
+
+
+def _ranking(right: Mapping[str, Sequence[bool]]) -> Ranking:
+    ordered = sorted(right.items())
+    return Ranking({name: sum(hits) / len(hits) for name, hits in ordered}, {name: len(hits) for name, hits in ordered})
 
 
 def rank_pairs(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> Ranking:
@@ -168,7 +179,7 @@ def rank_pairs(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_a
     right: dict[str, list[bool]] = defaultdict(list)
     for pair, margin in zip(pairs, pair_margins(model, pairs, prompts_at_once=prompts_at_once), strict=True):
         right[pair.question_type].append(margin > 0)
-    return Ranking({name: sum(hits) / len(hits) for name, hits in sorted(right.items())})
+    return _ranking(right)
 
 
 def pair_margins(model: RewardModel, pairs: Sequence[PreferencePair], *, prompts_at_once: int = 32) -> list[float]:
