@@ -46,7 +46,7 @@ from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import markdown_table
 from accord.federation.answering import key_of
 from accord.federation.engine import Engine, Traffic
-from accord.federation.messages import Absence, Reply, Request, ScoreReply, ScoreRequest
+from accord.federation.messages import Absence, Reply, Request, ScoreRange, ScoreReply, ScoreRequest
 from accord.methods import check_methods, find_method
 from accord.models.generate import answer
 from accord.recipe import Recipe
@@ -216,6 +216,9 @@ class Judged:
         method: with a reward.
         steps: what is judged.
         known: the honest scores so far, by the form in which methods ask for them.
+
+    Attributes:
+        limits: the range of scores that the method asks for; None for none.
     """
 
     def __init__(self, job: Job, method: str, steps: Steps, known: dict[str, Scores]) -> None:
@@ -226,6 +229,9 @@ class Judged:
         self.reward.router = self.router = Remembered(self.reward.router)
         self.honest = self.reward.engine
         self.known = known.setdefault(str(found.scores), {})
+        self.limits = found.scores if isinstance(found.scores, ScoreRange) else None
+        if found.scores == "recipe":
+            self.limits = job.recipe.scores
         self.steps = steps
         self.new = self.reward.canaries.state_dict() if self.reward.canaries else {}
 
@@ -276,10 +282,11 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
             judged = Judged(job, method, steps, known) if waiting else None
             for name, n in waiting:
                 attack = replace(ATTACKS.get(name, Attack()), target=options.target)
+                assert judged is not None
                 liars = {
                     site.name: Liar(
                         attack,
-                        job.recipe.scores,
+                        judged.limits,
                         seed=recipe.seed,
                         site=site.name,
                         steps=options.steps,
@@ -288,7 +295,6 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
                     for site in lying(recipe, attack, n).sites
                     if site.attack is not None
                 }
-                assert judged is not None
                 row = {"seed": recipe.seed, "method": method, "attack": name, "liars": n, "right": judged(liars)}
                 with file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
