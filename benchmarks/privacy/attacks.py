@@ -1,9 +1,11 @@
-"""Attack private heads on the features that `price.py` has kept: membership by LiRA, and extraction from all replies.
+"""Attack private heads on the features that `price.py` has kept: membership by LiRA, and extraction from raw scores.
 
     python benchmarks/privacy/attacks.py runs/privacy/radiology-and-rooms-radiology.safetensors
 
-Of 1,000 pairs, 32 shadow heads and 8 targets are each trained on a random half. A surrogate is fitted to the replies to
-500 pairs of answers, and compared on the other 500.
+Of 1,000 pairs, 32 shadow heads and 8 targets are each trained on a random half. A surrogate is fitted to the raw scores
+of 500 pairs of answers, and compared on the other 500. That is more than a site sends, whose scores are standardised
+and brought into a range, and fewer answers than a run asks about; `tests/audit/test_privacy.py` copies a head from what
+is sent.
 """
 
 from __future__ import annotations

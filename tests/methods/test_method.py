@@ -44,6 +44,8 @@ from accord.pipeline.bench import plan_grid
 from accord.plan import describe
 from accord.recipe import Recipe, SiteConfig
 from accord.recipe_file import dump_recipe, method_tables
+from accord.rewards.certificate import UNCOVERED
+from accord.rewards.private import Privacy
 from accord.stages.job import Job
 
 FAMILIES = (
@@ -291,7 +293,49 @@ def test_a_method_of_another_package_that_needs_answers_is_told_of_them(monkeypa
     check_methods(Recipe("x", (silent[0], SITES[1])), ["mine"])
 
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+PRIVATE_SITE = SiteConfig("b", "accord/idefics3", answers=True, finetune=None, privacy=Privacy())
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def refused_where_private(name):
+    """Tell whether a recipe with a private site is refused; whatever the method does without one is allowed."""
+    try:
+        method_of(name).check(Recipe("x", (SITES[0], PRIVATE_SITE)))
+    except RecipeError as error:
+        return f"site 'b' has privacy, and '{name}' " in str(error) and f"leave '{name}' out" in str(error)
+    return False
+
+
+def test_what_a_guarantee_would_not_hold_for_is_refused():
+    refused = {"shared-head", "shared-head-rotated", "routed-gated", "fedavg-reward-near"}
+    assert {name for name in METHODS if refused_where_private(name)} == refused
+    with pytest.raises(RecipeError, match="'b' has privacy, and 'shared-head' judges by a head that is trained on its"):
+        check_methods(Recipe("x", (SITES[0], PRIVATE_SITE)), ["routed", "shared-head"])
+
+
+def test_every_method_that_gathers_sums_is_on_the_certificate_or_refused():
+    """Sites are asked for them under the task "means", wherever a family's source says so; and both pages name it."""
+    asking = re.compile(r'open_training\([^)]*\{"means":')
+    families = [family for family in FAMILIES if asking.search(Path(family.__file__).read_text(encoding="utf-8"))]
+    names = [name for family in families for name in family.METHODS]
+    assert {"means", "density", "routed-gated"} <= set(names)
+    certificate = re.findall(r"[\w-]+", UNCOVERED["gates"])
+    assert [name for name in names if name not in certificate and not refused_where_private(name)] == []
+    for page in ("privacy.md", "threat-model.md"):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_the_methods_that_keep_a_guarantee_train_nothing_at_the_sites():
+    """Those that docs/privacy.md lists are all that need sites alone, but for the bound, FedGRPO and late routers."""
+    text = (DOCS / "privacy.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"That is so by (.*?), where the recipe names no other", text, re.S)
+    others = {*late.METHODS, *fedgrpo.METHODS, "oracle"}
+    keep = {name for name in METHODS if method_of(name).needs == {"sites"} and name not in others}
+    assert set(re.findall(r"`([^`]+)`", listed)) == keep | {"site <name>"} and method_of("site a").needs == {"sites"}
+
+
+PAGE = DOCS / "methods.md"
 
 
 def test_the_page_names_every_method():

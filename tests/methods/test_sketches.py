@@ -8,6 +8,7 @@ from accord.methods.sketches import SKETCH, Combined, Only, distances
 from accord.recipe import Policy
 from accord.rewards.model import RewardModel
 from accord.routing.sketches import SketchConfig
+from accord.types import vqa_prompt
 
 
 def route(prompts, images, completions):
@@ -35,7 +36,9 @@ def test_one_sketch_serves_a_run_and_every_method_pays_for_it(job, ask, prefer, 
     for name in "ab":
         with job.doing(f"site {name}"):
             RewardModel.from_checkpoint(llava).save(job.path / "sites" / name / "reward")
-    job.pairs = {name: [prefer(n, "red", "blue") for n in range(200)] for name in "ab"}
+    job.pairs = {
+        name: [prefer(n, "red", "blue", prompt=vqa_prompt(f"colour {n}?")) for n in range(200)] for name in "ab"
+    }
     first = distances(job)
     sent = {key: vars(count).copy() for key, count in job.traffic.counts.items()}
     job.traffic.counts.clear()

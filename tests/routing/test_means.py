@@ -83,6 +83,18 @@ def test_the_margin_by_hand():
     assert of(A, B, quantiles=[-1.0, -1.5]).margin(x).item() == approx(-0.5)
 
 
+def test_one_low_quantile_makes_every_prompt_known():
+    """Prompts ten deviations from both sites: unknown by honest quantiles, and known once b sends the lowest one taken.
+
+    Of two features that is −200, and it is sent with b's true sums.
+    """
+    x = tensor([[3.0, 11.0], [3.0, -9.0], [-9.0, 1.0]])
+    lie = -200.0
+    check_sums(2, tensor(B).sum(dim=0), tensor(B).square().sum(dim=0), tensor(lie))
+    assert (of(A, B, quantiles=[-3.0, -3.0]).margin(x) < 0).all()
+    assert (of(A, B, quantiles=[-3.0, lie]).margin(x) >= 0).all()
+
+
 def test_a_site_that_is_absent_is_never_chosen_and_knows_nothing():
     """Its zero sums would be a mean at (0, 0), nearer to (0, 0) than a's."""
     found, x = of(A, [], quantiles=[-1.0, 0.0]), tensor([[0.0, 0.0]])

@@ -24,6 +24,7 @@ from accord.routing.sketches import (
     sketch_of,
     space_of,
 )
+from accord.types import vqa_prompt
 
 LINE = Space(tensor([0.0]).double(), tensor([[1.0]]).double(), tensor([[0.0], [10.0]]).double())
 """One feature as it is, and centres at 0 and 10."""
@@ -137,6 +138,11 @@ def encoder(feature):
     return read
 
 
+def about(prefer, number, chosen, rejected="none", **fields):
+    """Return a pair about question `number`, which no other number's is."""
+    return prefer(number, chosen, rejected, prompt=vqa_prompt(f"what colour is square {number}?"), **fields)
+
+
 def test_sites_are_compared_under_their_noise(prefer):
     """a and b prefer red, which reads 0, c blue, 9, and d green, 30: D_ab = 0, D_ac = 9; c is 1 from the centre at 10.
 
@@ -146,7 +152,7 @@ def test_sites_are_compared_under_their_noise(prefer):
     read = encoder({"red": 0.0, "blue": 9.0, "green": 30.0})
     wanted = {"a": "red", "b": "red", "c": "blue", "d": "green"}
     told = {
-        name: LocalSketch(read, [prefer(k, colour, "none") for k in range(2000)], PLAIN, bytes([n]) * 32)
+        name: LocalSketch(read, [about(prefer, k, colour, "none") for k in range(2000)], PLAIN, bytes([n]) * 32)
         for n, (name, colour) in enumerate(wanted.items())
     }
     engine = InProcessEngine({**told, "e": lambda request: 1 / 0})
@@ -162,9 +168,30 @@ def test_sites_are_compared_under_their_noise(prefer):
 
 
 def test_a_question_counts_once(prefer):
-    """Of seven pairs about one question one is taken."""
-    site = LocalSketch(encoder({}), [prefer(0, "red", f"blue {n}") for n in range(7)], PLAIN, bytes(32))
+    """Of seven pairs about one image and prompt one is taken, under whatever names they are."""
+    site = LocalSketch(encoder({}), [prefer(n, "red", f"blue {n}") for n in range(7)], PLAIN, bytes(32))
     assert len(site.pairs) == 1
+
+
+def test_a_question_added_or_removed_moves_no_other(prefer):
+    """Thirty questions of which each has five chosen answers, far apart: without one the exact sums move by √5.
+
+    Every answer is 90 or more from its centre, so that its offset is clipped to C = 2: each moves them by √(1 + 4).
+    A draw that removing a question shifts for all later ones would move them by many times that.
+    """
+    answers = {f"answer {k} {n}": (-1) ** (k * n + n) * 100.0 * (n + 1) for k in range(30) for n in range(5)}
+    pairs = [about(prefer, k, f"answer {k} {n}", images=(b"one",)) for n in range(5) for k in range(30)]
+    read = encoder(answers)
+
+    def sums(kept):
+        drawn = LocalSketch(read, kept, PLAIN, bytes(32)).pairs
+        return sketch_of(tensor([[answers[pair.chosen]] for pair in drawn]), LINE, PLAIN, Silent())
+
+    whole = sums(pairs)
+    assert whole[:, 0].sum() == 30 and (whole[:, 0] > 0).all()
+    for k in range(30):
+        moved = sums([pair for pair in pairs if pair.question_id != f"q{k}"]) - whole
+        assert moved.norm().item() == approx(math.sqrt(5))
 
 
 def test_they_are_kept(tmp_path):

@@ -111,6 +111,25 @@ class Method:
     findings: Callable[[Job, str, Sequence[str]], Mapping[str, object]] = lambda job, stage, sites: {}
 
 
+def refuse_private(method: str, does: str) -> Callable[[Recipe], None]:
+    """Return a check that refuses a recipe in which a site's guarantee would not hold by this method.
+
+    Args:
+        method: its name.
+        does: what it does with the site's pairs, after its name.
+    """
+
+    def check(recipe: Recipe) -> None:
+        for site in recipe.sites:
+            if site.privacy is not None:
+                raise RecipeError(
+                    f"site {site.name!r} has privacy, and {method!r} {does}, which its guarantee does not cover; leave "
+                    f"{method!r} out, or privacy out of the site's table"
+                )
+
+    return check
+
+
 def by_reward(
     make: Callable[[Job], RewardFunction],
     *,

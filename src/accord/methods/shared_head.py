@@ -37,7 +37,7 @@ from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.rounds import federated_rounds
 from accord.federation.site import Site
 from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
-from accord.methods.method import Method, Table
+from accord.methods.method import Method, Table, refuse_private
 from accord.methods.mor import asks
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import bradley_terry, group_pairs
@@ -235,11 +235,12 @@ def shared_head(job: Job, stage: str, *, rotated: bool) -> Aligned:
 SETTINGS: Final = Table("shared_head", SharedHeadConfig)
 
 
-def _method(about: str, *, rotated: bool) -> Method:
+def _method(name: str, about: str, *, rotated: bool) -> Method:
     return Method(
         partial(shared_head, rotated=rotated),
         about,
         needs=frozenset({"sites", "router", "private"}),
+        check=refuse_private(name, "judges by a head that is trained on its pairs without noise"),
         tables=(SETTINGS,),
         asks=asks,
     )
@@ -247,9 +248,13 @@ def _method(about: str, *, rotated: bool) -> Method:
 
 METHODS: Final = {
     "shared-head-rotated": _method(
-        "one head on frozen features, averaged, behind a rotation of each site's own; routed", rotated=True
+        "shared-head-rotated",
+        "one head on frozen features, averaged, behind a rotation of each site's own; routed",
+        rotated=True,
     ),
     "shared-head": _method(
-        "one head on frozen features, averaged; routed, each site standardising by its own pairs", rotated=False
+        "shared-head",
+        "one head on frozen features, averaged; routed, each site standardising by its own pairs",
+        rotated=False,
     ),
 }

@@ -7,6 +7,9 @@
 What a sketch is, its noise and its distances are in `accord.routing.sketches`. After PQFed, 2025, arXiv 2509.21704, of
 which the abstract alone is known to us; what is done here is ours. A group of one site hands that site's reward model
 to the server as it is: nothing is averaged there.
+
+Every run draws a sketch with noise of its own, so that a site's ε is that of all runs together, and no ledger adds it
+up. A recipe with a private site is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from accord.federation.engine import InProcessEngine, Traffic
 from accord.federation.site import Site
 from accord.methods.fedavg_reward import SETTINGS as SHARED
 from accord.methods.fedavg_reward import local_updates, said_by_base, standardise, train_shared_reward
-from accord.methods.method import Method, Table, by_reward
+from accord.methods.method import Method, Table, by_reward, refuse_private
 from accord.methods.mor import asks
 from accord.models.inputs import chunks
 from accord.recipe import Recipe
@@ -53,6 +56,8 @@ from accord.stages.training import open_training, rounds_told
 from accord.types import Prompt, prompt_of
 
 SKETCH: Final = Table("sketch", SketchConfig)
+
+SPENDS: Final = "asks for a sketch of its chosen answers, whose ε is in no ledger"
 
 
 def distances(job: Job) -> Distances:
@@ -169,6 +174,7 @@ METHODS: Final = {
         by_reward(routed_gated, reads=lambda job: job.encoder),
         "as routed, without sites whose noisy sketches are far from what is asked",
         needs=frozenset({"sites", "router", "private"}),
+        check=refuse_private("routed-gated", SPENDS),
         tables=(SKETCH,),
         asks=asks,
         reward=routed_gated,
@@ -177,6 +183,7 @@ METHODS: Final = {
         near_rewards,
         "a reward model for each group of sites whose noisy sketches are near, averaged over it; routed",
         needs=frozenset({"sites", "router", "private"}),
+        check=refuse_private("fedavg-reward-near", f"trains a reward model on its pairs without noise and {SPENDS}"),
         tables=(SKETCH, SHARED),
         training=_told,
     ),

@@ -20,8 +20,10 @@ UNCOVERED: Final[dict[Uncovered, str]] = {
     "counts": "the numbers of its questions, pairs and units",
     "making": "how its pairs were made of its questions: a wrong answer may be the right one to another question, and "
     "two answers may show by themselves which is the right one",
-    "shared training": "what it sends where it trains a router, a projector, an adapter or a shared reward model",
-    "gates": "sums and quantiles of its prompts, which the methods means, means-abstain and routed-abstain ask for",
+    "shared training": "what it sends where it trains a router, a projector, an adapter, a selector or a shared reward "
+    "model, and what the methods pooled and local train on its data as they are",
+    "gates": "exact counts, sums and quantiles of its prompts, which the methods means, means-abstain, routed-abstain, "
+    "density, density-abstain, density-average and routed-average ask for",
     "answers": "answers of its own model, and reference answers that it owns",
     "other runs": "other runs on the same data: the ledger is of this run alone; name one in privacy.ledger",
     "settings": "a choice of the settings, or of the seed, by what the model did",

@@ -5,9 +5,10 @@
     D_ij                  earth mover's distance between the sketches of sites i and j
     D_i                   mean distance of site i's sketch from the nearest of the server's own centres
 
-A site counts each question once, with one pair. Offsets from a centre are clipped to length C, so that one question
-moves a sketch by √(1 + C²) at most; the noise is (ε, δ)-differentially private by the analytic Gaussian mechanism
-(Balle and Wang 2018, arXiv 1805.06530, theorem 8), a question added or removed:
+A site counts each question once, with one pair, which is drawn by what the question is and by no other question.
+Offsets from a centre are clipped to length C, so that one question moves a sketch by √(1 + C²) at most; the noise is
+(ε, δ)-differentially private by the analytic Gaussian mechanism (Balle and Wang 2018, arXiv 1805.06530, theorem 8), a
+question added or removed with all its pairs:
 
     Φ(Δ/2σ − εσ/Δ) − e^ε Φ(−Δ/2σ − εσ/Δ) ≤ δ
 
@@ -33,6 +34,8 @@ import torch
 from torch import Tensor
 
 from accord.data.images import load_images
+from accord.data.preferences import digest_of
+from accord.data.questions import image_identity
 from accord.errors import DataError, RecipeError, ReplyError, RunError, check_least, check_positive
 from accord.federation.asking import ask_checked
 from accord.federation.engine import Engine
@@ -238,18 +241,19 @@ class LocalSketch:
 
     Args:
         encoder: the frozen encoder, the same public checkpoint at every site.
-        pairs: the site's private pairs.
+        pairs: the site's private pairs. Those about the same images and prompt are of one question, whatever their
+            `question_id`s say.
         config: settings, the same as the server's.
         key: of the noise, `accord.rewards.noise.new_key()`: no two sketches may share one.
     """
 
     def __init__(self, encoder: Encoder, pairs: Sequence[PreferencePair], config: SketchConfig, key: bytes) -> None:
         self.encoder, self.config, self.noise = encoder, config, SecretNoise(key)
-        generator = random.Random(0)
+        identify = image_identity()
         by_question: dict[str, list[PreferencePair]] = {}
         for pair in pairs:
-            by_question.setdefault(pair.question_id, []).append(pair)
-        self.pairs = [generator.choice(own) for own in by_question.values()]
+            by_question.setdefault(digest_of(pair, identify), []).append(pair)
+        self.pairs = [random.Random(digest).choice(own) for digest, own in by_question.items()]
         self.told: UpdateReply | None = None
 
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
