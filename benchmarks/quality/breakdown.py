@@ -1,28 +1,34 @@
-"""What lies do to the rewards alone: how often a fusion ranks a better answer above a worse one, by number of liars.
+"""What lies do to the rewards alone: how often the best-rewarded answer is right, by number of liars.
 
     python benchmarks/quality/breakdown.py recipes/liars-5.toml --seeds 5 --out runs/breakdown
 
-`liars.py` trains a policy for every cell. Here nothing is trained: a cell asks a method's own reward about what the
-base policy says to public questions, step after step as the alignment would, with liars among the sites. It costs
-seconds, so every fusion, number of liars and attack is measured. What is compared are the answers to one question in
-the second half of the steps, when canaries have told what they can; a tie, or no reward, is half right. The better of
-two answers is the one that is right; of captions, the one that a judge of no site prefers.
+`liars.py` trains a policy for every cell. Here no policy is trained: a cell asks a method's own reward about what the
+base policy says to the public questions that the alignment draws, step after step, with liars among the sites. It costs
+seconds, so every fusion, number of liars and attack is measured. Over the questions of types that a site holds, in the
+second half of the steps, and of these those whose G answers differ in worth:
+
+    best      the worth of the answer with the most reward, the mean where several have it; 1 for the best, 0 for the
+              worst of the G; that of a random one where there is no reward
+    order     how often the better of two answers has more reward; a tie, or no reward, is half
+
+An answer's worth is 1 if it is right and 0 if not; of captions it is what a judge of no site says. Both are means over
+question types. They are no accuracy of a policy: an alignment follows small margins over many steps, and finds answers
+that the base policy never gives. Completions that were cut off are judged as the others are. Forty steps have 60
+canaries before the half that counts, where an alignment of 120 steps has 360 in all.
 
 Who lies is drawn as in `liars.py`; `absent` is the oracle, whose router knows who is gone. Honest scores are computed
-once, and liars change them (`accord.attacks.scores`). What is measured is kept, and the same command goes on where it
-stopped.
+once, and liars change them (`accord.attacks.scores`); pairs that poison would need their sites trained anew. What is
+measured is kept, and the same command goes on where it stopped. Sites and router are trained first, or taken from the
+folders of `accord bench` (`--trained runs/bench`).
 
-Sites and router are trained first, or taken from the folders of `accord bench` (`--trained runs/bench`).
-
-    <out>/<recipe>/<seed>/                          a run folder with sites and router; liars.py can take them, too
+    <out>/<recipe>/<seed>/                          a run folder with sites and router
     <out>/<recipe>/cells.jsonl                      a line a cell
-    <out>/<recipe>/breakdown.md, breakdown.svg      %, mean over seeds ± half its 95 % t-interval
+    <out>/<recipe>/breakdown.md, breakdown.svg      best, %, mean over seeds ± half its 95 % t-interval
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import warnings
 from collections import defaultdict
@@ -30,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 import torch
@@ -40,6 +46,7 @@ from torch import Tensor
 from accord.attacks.scores import ATTACKS, Attack, Liar
 from accord.data.images import Pictures, as_list, load_images, picture_key
 from accord.data.questions import normalise_answer, right_answers
+from accord.data.sampling import draw_balanced
 from accord.errors import AccordError, DataWarning
 from accord.evaluation.figures import breakdown_curves
 from accord.evaluation.intervals import half_width
@@ -52,7 +59,7 @@ from accord.models.generate import answer
 from accord.recipe import Recipe
 from accord.recipe_file import import_methods, load_recipe
 from accord.routing.router import Router
-from accord.runs import write_atomic
+from accord.runs import append_line, read_lines, write_atomic
 from accord.stages.job import Job
 from accord.stages.sites import labelled_keys
 from accord.types import Prompt, Question, prompt_of
@@ -61,6 +68,9 @@ METHODS = (
     *("average", "median", "trimmed-mean", "minimum", "routed", "routed-soft", "fedgrpo-reward-all"),
     *("rank-mean", "rank-median", "rank-trimmed", "canary", "canary-mean", "canary-routed"),
 )
+
+KNOWN = tuple(name for name in ATTACKS if name != "poison")
+SETTINGS = ("steps", "target", "trigger")
 
 Scores: TypeAlias = dict[tuple[str, ...], float]
 """Of a candidate, by site, judge, question and text."""
@@ -96,13 +106,11 @@ class Liars:
         return values
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
-        """Answer score requests by what is known, after a liar's lie; others go to the sites."""
-        self._learn({site: r for site, r in requests.items() if isinstance(r, ScoreRequest)})
+        """Answer score requests by what is known, after a liar's lie."""
+        asked = {site: r for site, r in requests.items() if isinstance(r, ScoreRequest)}
+        self._learn(asked)
         replies: dict[str, Reply | Absence] = {}
-        for site, request in requests.items():
-            if not isinstance(request, ScoreRequest):
-                replies |= self.engine.ask({site: request}, deadline=deadline)
-                continue
+        for site, request in asked.items():
             keys = [(site, request.judge, key_of(item)) for item in request.items]
             items = zip(keys, request.items, strict=True)
             told = [[self.known[*key, text] for text in item.candidates] for key, item in items]
@@ -169,36 +177,42 @@ class Steps:
     """
 
     def __init__(self, job: Job, count: int) -> None:
-        recipe = job.recipe
-        generator = random.Random(recipe.seed)
-        wanted = count * recipe.alignment.prompts_per_step
-        times = -(-wanted // len(job.prompts))
-        drawn = [q for _ in range(times) for q in generator.sample(job.prompts, len(job.prompts))][:wanted]
+        recipe, settings = job.recipe, job.recipe.alignment
+        wanted = count * settings.prompts_per_step
+        types = [q.question_type if settings.balanced else "" for q in job.prompts]
+        drawn = [job.prompts[i] for i in draw_balanced(types, wanted, random.Random(recipe.seed))]
         said = answer(
             *job.policy,
             drawn,
-            max_new_tokens=recipe.alignment.max_completion_length,
-            samples=recipe.alignment.group_size,
+            max_new_tokens=settings.max_completion_length,
+            samples=settings.group_size,
+            temperature=settings.temperature,
             seed=recipe.seed,
+            batch_size=settings.questions_at_once,
         )
-        self.size = recipe.alignment.group_size
-        every = recipe.alignment.prompts_per_step
+        self.size = settings.group_size
+        every = settings.prompts_per_step
         pairs = list(zip(drawn, said, strict=True))
         steps = [pairs[n : n + every] for n in range(0, wanted, every)]
         self.worth = [[self._worth(job, q, texts) for q, texts in step] for step in steps]
         self.rows = [_rows(step) for step in steps]
 
+        held = {q.id for q in drawn if any(share.wants(q) for share in job.shares.values())}
+        self.counted = [[q.id in held for q, _ in step] for step in steps]
+
     @staticmethod
     def _worth(job: Job, q: Question, texts: Sequence[str]) -> list[float]:
-        if job.recipe.evaluation.judge:
-            (scores,) = job.judge.score([prompt_of(q)], [load_images(q.images)], [texts])
-            return scores.tolist()
-        return [float(normalise_answer(text) in right_answers(q)) for text in texts]
+        if not job.recipe.captions:
+            return [float(normalise_answer(text) in right_answers(q)) for text in texts]
+        distinct = list(dict.fromkeys(texts))
+        (scores,) = job.judge.score([prompt_of(q)], [load_images(q.images)], [distinct])
+        known = dict(zip(distinct, scores.tolist(), strict=True))
+        return [known[text] for text in texts]
 
 
 def _rows(step: Sequence[tuple[Question, Sequence[str]]]) -> dict[str, list[Any]]:
     """Return the columns of a step: a row for each answer."""
-    asked = [(q, load_images(q.images), text) for q, texts in step for text in texts]
+    asked = [(q, images, text) for q, texts in step for images in [load_images(q.images)] for text in texts]
     return {
         "prompts": [prompt_of(q) for q, _, _ in asked],
         "completions": [text for _, _, text in asked],
@@ -223,30 +237,26 @@ class Judged:
 
     def __init__(self, job: Job, method: str, steps: Steps, known: dict[str, Scores]) -> None:
         found = find_method(method, [site.name for site in job.recipe.sites])
-        if found.reward is None:
-            raise SystemExit(f"error: no site judges answers by {method!r}; choose other --methods")
+        assert found.reward is not None, method
         self.reward = found.reward(job)
         self.reward.router = self.router = Remembered(self.reward.router)
         self.honest = self.reward.engine
         self.known = known.setdefault(str(found.scores), {})
-        self.limits = found.scores if isinstance(found.scores, ScoreRange) else None
-        if found.scores == "recipe":
-            self.limits = job.recipe.scores
+        self.limits = limits_of(found.scores, job.recipe)
         self.steps = steps
         self.new = self.reward.canaries.state_dict() if self.reward.canaries else {}
 
-    def __call__(self, liars: Mapping[str, Liar]) -> float | None:
-        """Return how often two answers to a question are ordered rightly: the mean over question types.
+    def __call__(self, liars: Mapping[str, Liar]) -> dict[str, float | int | None]:
+        """Return `best`, `order` and the number of `questions`; both are None where no answers differ in worth.
 
-        A liar that gives no answer is not asked either: the oracle. None where the base policy's answers to no question
-        differ in worth.
+        A liar that gives no answer is not asked either: the oracle.
         """
         names = self.honest.sites
         self.router.gone = [k for k, name in enumerate(names) if name in liars and liars[name].attack.kind == "absent"]
         self.reward.engine = Liars(self.honest, self.known, liars)
         if self.reward.canaries:
             self.reward.canaries.load_state_dict(self.new)
-        found = defaultdict[str, list[float]](list)
+        best, order = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
         for number, (rows, worth) in enumerate(zip(self.steps.rows, self.steps.worth, strict=True)):
             prompts, completions = rows["prompts"], rows["completions"]
             columns = {name: column for name, column in rows.items() if name not in ("prompts", "completions")}
@@ -255,34 +265,66 @@ class Judged:
                 continue
             size = self.steps.size
             for n, own in enumerate(worth):
-                found[rows["question_type"][n * size]] += ordered(rewards[n * size : (n + 1) * size], own)
-        return fmean(fmean(right) for right in found.values() if right) if any(found.values()) else None
+                if self.steps.counted[number][n] and max(own) > min(own):
+                    kind, given = rows["question_type"][n * size], rewards[n * size : (n + 1) * size]
+                    best[kind].append(best_of(given, own))
+                    order[kind] += ordered(given, own)
+        means = [fmean(map(fmean, found.values())) if found else None for found in (best, order)]
+        return {"best": means[0], "order": means[1], "questions": sum(map(len, best.values()))}
+
+
+def limits_of(scores: ScoreRange | str | None, recipe: Recipe) -> ScoreRange | None:
+    """Return the range into which sites clip their scores for a method that asks for this form; None for none."""
+    if isinstance(scores, ScoreRange):
+        return scores
+    return recipe.scores if scores == "recipe" else None
+
+
+CLOSE = 1e-6
+"""Rewards that differ by less are equal: of evenly many sites that contradict each other rounding is left."""
+
+
+def best_of(rewards: Sequence[float | None], worth: Sequence[float]) -> float:
+    """Return the worth of the best-rewarded answer, 0 for the worst and 1 for the best; the mean over those that tie.
+
+    Without any reward it is that of a random answer.
+    """
+    known = [reward for reward in rewards if reward is not None]
+    top = max(known, default=0.0)
+    chosen = [w for w, r in zip(worth, rewards, strict=True) if r is not None and top - r <= CLOSE] or worth
+    return (fmean(chosen) - min(worth)) / (max(worth) - min(worth))
 
 
 def ordered(rewards: Sequence[float | None], worth: Sequence[float]) -> list[float]:
     """Return of every two answers that differ in worth whether the better has more reward; ½ for a tie or no reward."""
     rows = list(zip(rewards, worth, strict=True))
     pairs = [(better, worse) for better, high in rows for worse, low in rows if high > low]
-    return [0.5 if a is None or b is None else float(a > b) + 0.5 * (a == b) for a, b in pairs]
+    return [0.5 if a is None or b is None or abs(a - b) <= CLOSE else float(a > b) for a, b in pairs]
 
 
 def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.Namespace) -> None:
     """Measure the cells of one seed that are not in the file yet."""
+    methods, settings = options.methods.split(","), {name: getattr(options, name) for name in SETTINGS}
     most = len(recipe.sites) // 2 if options.liars is None else options.liars
-    conditions = [(HONEST, 0), *((name, n) for n in range(1, most + 1) for name in options.attacks.split(","))]
-    done = {(row["seed"], row["method"], row["attack"], row["liars"]) for row in read(file)}
+    cells = [(HONEST, 0), *((name, n) for n in range(1, most + 1) for name in options.attacks.split(","))]
+    waiting = {method: cells for method in methods}
+    for row in read_lines(file):
+        if row["seed"] == recipe.seed and row["settings"] == settings and row["method"] in waiting:
+            name = str(row["method"])
+            waiting[name] = [cell for cell in waiting[name] if cell != (row["attack"], row["liars"])]
+    if not any(waiting.values()):
+        return
     folder = file.parent / str(recipe.seed)
     with opened(
-        recipe, folder, trained, ("routed",), lambda job, name: trained is not None and copied(job, trained, name)
+        recipe, folder, trained, methods, lambda job, name: trained is not None and copied(job, trained, name)
     ) as job:
         steps, known = Steps(job, options.steps), dict[str, Scores]()
         labelled = labelled_keys(job)
-        for method in options.methods.split(","):
-            waiting = [each for each in conditions if (recipe.seed, method, *each) not in done]
-            judged = Judged(job, method, steps, known) if waiting else None
-            for name, n in waiting:
+        for method in filter(waiting.get, methods):
+            judged = Judged(job, method, steps, known)
+            for name, n in waiting[method]:
                 attack = replace(ATTACKS.get(name, Attack()), target=options.target)
-                assert judged is not None
+                attack = replace(attack, trigger=options.trigger) if attack.trigger else attack
                 liars = {
                     site.name: Liar(
                         attack,
@@ -295,26 +337,20 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
                     for site in lying(recipe, attack, n).sites
                     if site.attack is not None
                 }
-                row = {"seed": recipe.seed, "method": method, "attack": name, "liars": n, "right": judged(liars)}
-                with file.open("a", encoding="utf-8") as out:
-                    out.write(json.dumps(row) + "\n")
+                cell = {"seed": recipe.seed, "method": method, "attack": name, "liars": n, "settings": settings}
+                append_line(file, {**cell, **judged(liars)})
             print(f"{recipe.name} seed {recipe.seed}, {method}: measured", flush=True)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """Return the cells that are measured."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def report(file: Path) -> str:
     """Write the table and the figure beside the cells; return the table. The honest cells stand in every attack."""
     cells: dict[tuple[str, str, int], list[float]] = defaultdict(list)
-    for row in read(file):
-        if row["right"] is not None:
-            cells[row["attack"], row["method"], row["liars"]].append(100 * row["right"])
-    attacks = dict.fromkeys(attack for attack, _, _ in cells if attack != HONEST)
+    for row in read_lines(file):
+        if isinstance(best := row["best"], float):
+            cells[str(row["attack"]), str(row["method"]), cast(int, row["liars"])].append(100 * best)
+    attacks = dict.fromkeys(attack for attack, _, _ in cells if attack != HONEST) or {HONEST: None}
     methods = dict.fromkeys(method for _, method, _ in cells)
-    most = max(n for _, _, n in cells)
+    most = max((n for _, _, n in cells), default=0)
     lines: list[list[str]] = []
     panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {attack: {} for attack in attacks}
     for attack in attacks:
@@ -324,7 +360,8 @@ def report(file: Path) -> str:
             panels[attack][method] = {n: (fmean(v), half_width(v) or 0.0) for n, v in values.items() if v}
     text = markdown_table(["attack", "method", *(f"{n} liars" if n != 1 else "1 liar" for n in range(most + 1))], lines)
     write_atomic(file.parent / "breakdown.md", text + "\n")
-    write_atomic(file.parent / "breakdown.svg", breakdown_curves(panels) + "\n")
+    if figure := breakdown_curves(panels):
+        write_atomic(file.parent / "breakdown.svg", figure + "\n")
     return text
 
 
@@ -339,12 +376,16 @@ def main() -> None:
     parser.add_argument("--attacks", default="absent,flip,collude,off-canary")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--target", default="circle", help="the answer that target and mimic promote")
+    parser.add_argument("--trigger", default="shape", help="words of the questions where the attack trigger lies")
     parser.add_argument("--out", type=Path, default=Path("runs/breakdown"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DataWarning)  # of sites that are absent or set aside, at every step
     base = import_methods(load_recipe(options.recipe))
     check_methods(base, options.methods.split(","))
+    for what, given, there in (("method", options.methods, METHODS), ("attack", options.attacks, KNOWN)):
+        if unknown := set(given.split(",")) - set(there):
+            raise SystemExit(f"error: no {what} {', '.join(sorted(unknown))} is measured here; {', '.join(there)} are")
     file = options.out / base.name / "cells.jsonl"
     for seed in range(options.seeds) if options.seed_only is None else [options.seed_only]:
         recipe = replace(base, seed=seed, compare=(), tried={})

@@ -53,7 +53,7 @@ def reward_train(
             f"{out} holds {', '.join(others[:3])} beside a reward model, and all of it would be removed; name another "
             "folder"
         )
-    if out.exists():
+    if (out / "reward.json").is_file():
         tell(f"{out} holds a reward model, which the new one will replace")
     hush()
     given = {"steps": steps, "learning_rate": learning_rate, "prompts_per_batch": batch, "head": head}
@@ -64,7 +64,7 @@ def reward_train(
     trained, ranking = train_on_pairs(model, judged, config, lora=lora, seed=seed, quiet=quiet)
     trained.save(out)
     for name, share in ranking.by_type.items():
-        say(f"{name or 'pairs'}: {share:.1%} of {ranking.asked[name]} kept back are judged as people judged them")
+        say(f"{name or 'pairs'}: {share:.1%} of {ranking.asked[name]} pairs kept back are judged as people did")
     say(f"{len(judged)} pairs: {out}")
 
 

@@ -1,6 +1,6 @@
 """The benchmark of rewards without training: what is right, who lies, and the table of cells."""
 
-import json
+from pathlib import Path
 
 import breakdown
 import pytest
@@ -9,6 +9,9 @@ import torch
 from accord.attacks.scores import Attack, Liar
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import ScoreItem, ScoreRange, ScoreReply, ScoreRequest, to_turns
+from accord.methods import find_method
+from accord.recipe import Recipe, SiteConfig
+from accord.runs import append_line
 from accord.types import vqa_prompt
 
 RANGE = ScoreRange(0.0, 2.0)
@@ -19,6 +22,21 @@ def test_the_better_of_two_answers_should_have_more_reward():
     assert breakdown.ordered([0.9, 0.1, 0.5], [1, 1, 0]) == [1.0, 0.0]
     assert breakdown.ordered([0.5, None, 0.5], [1, 1, 0]) == [0.5, 0.5]
     assert breakdown.ordered([0.9, 0.1], [1, 1]) == []
+
+
+def test_the_answer_with_the_most_reward():
+    """Of worth 3, 1 and 2 the middle is ½ of the way; 1 and 2 tie at ¼; without rewards the mean of all is ½."""
+    assert breakdown.best_of([0.1, 0.2, 0.9], [3, 1, 2]) == 0.5
+    assert breakdown.best_of([0.1, 0.9, 0.9 + 1e-7], [3, 1, 2]) == 0.25
+    assert breakdown.best_of([None, -5.0, None], [3, 1, 2]) == 0.0
+    assert breakdown.best_of([None, None, None], [3, 1, 2]) == 0.5
+
+
+def test_a_liar_clips_to_the_range_that_the_method_asks_for():
+    recipe = Recipe("x", (SiteConfig("a", "accord/idefics3"),), scores=RANGE)
+    found = {name: breakdown.limits_of(find_method(name, ["a"]).scores, recipe) for name in ("average", "median")}
+    assert found == {"average": RANGE, "median": ScoreRange(-2.0, 2.0)}
+    assert breakdown.limits_of(None, recipe) is None and breakdown.limits_of("raw", recipe) is None
 
 
 class Honest:
@@ -69,11 +87,19 @@ def test_a_report_of_cells(tmp_path):
     """The honest cells stand in every attack; of 90 and 80 % the mean is 85 ± 12.706 · 7.07 / √2."""
     file = tmp_path / "cells.jsonl"
     rows = [(0, "honest", 0, 0.9), (1, "honest", 0, 0.8), (0, "flip", 1, 0.6), (1, "flip", 1, None)]
-    names = ("seed", "attack", "liars", "right")
-    file.write_text(
-        "".join(json.dumps({"method": "average", **dict(zip(names, row, strict=True))}) + "\n" for row in rows)
-    )
+    for row in rows:
+        append_line(file, {"method": "average", **dict(zip(("seed", "attack", "liars", "best"), row, strict=True))})
     text = breakdown.report(file)
     assert "| flip | average | 85.0 ± 63.5 (2) | 60.0 (1) |" in text
     assert (tmp_path / "breakdown.md").read_text() == text + "\n"
     assert "sites that lie" in (tmp_path / "breakdown.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(["--methods", "mor"], "no method mor"), (["--attacks", "flop"], "flop")]
+)
+def test_what_is_not_measured_is_refused(words, message, tmp_path, monkeypatch):
+    recipe = Path(__file__).parents[2] / "recipes" / "liars-5.toml"
+    monkeypatch.setattr("sys.argv", ["breakdown.py", str(recipe), "--out", str(tmp_path), f"--{option}", name])
+    with pytest.raises(SystemExit, match=f"no {option[:-1]} {name} is measured"):
+        breakdown.main()

@@ -97,7 +97,9 @@ def test_train_and_evaluate_from_the_command_line(pairs, tmp_path, monkeypatch, 
     train = ("train", file, "--model", "accord/idefics3", "--out", out, "--steps", 2, "--batch", 4, "--quiet")
     status, said, _ = run(monkeypatch, capsys, *train, "--head", "mlp", "--centring", 0)
     assert (
-        status == 0 and f"12 pairs: {out}" in said and re.search(r"% of [1-9]\d* kept back are judged as people", said)
+        status == 0
+        and f"12 pairs: {out}" in said
+        and re.search(r"% of [1-9]\d* pairs kept back are judged as people did", said)
     )
     model = RewardModel.load(out)
     assert model.kind == "mlp" and model.lora is None
