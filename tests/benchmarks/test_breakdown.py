@@ -95,10 +95,8 @@ def test_a_report_of_cells(tmp_path):
     assert "sites that lie" in (tmp_path / "breakdown.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"), [(["--methods", "mor"], "no method mor"), (["--attacks", "flop"], "flop")]
-)
-def test_what_is_not_measured_is_refused(words, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("option", "name"), [("methods", "mor"), ("attacks", "flop"), ("attacks", "poison")])
+def test_what_is_not_measured_is_refused(option, name, tmp_path, monkeypatch):
     recipe = Path(__file__).parents[2] / "recipes" / "liars-5.toml"
     monkeypatch.setattr("sys.argv", ["breakdown.py", str(recipe), "--out", str(tmp_path), f"--{option}", name])
     with pytest.raises(SystemExit, match=f"no {option[:-1]} {name} is measured"):
