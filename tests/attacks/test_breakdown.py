@@ -1,10 +1,14 @@
 """T1 to T8 in quick form: what is left of an alignment as sites lie, with the defence and with it switched off.
 
 The world is `tests/attacks/bandit.py`: GRPO on points, two seeds, seconds in place of hours. The bounds are those of
-the threat model's tests for real runs, which `benchmarks/quality/liars.py` makes. Each fails without the defence, but
-for T5, which plain standardising holds here, too: there the gate's own test fails (`tests/routing/test_robust.py`).
+the threat model's tests for real runs, which `benchmarks/quality/liars.py` makes. Each is passed with the defence and
+missed with it switched off, but for three, of which the tests say so. One site in five that is nearly constant, or
+noise, does no harm either way: four do. A constant site does none at all. A site that mimics an honest one is believed.
+
+Poisoned pairs are not in this world, whose sites have none: nothing here finds them.
 """
 
+import warnings
 from statistics import fmean
 
 import pytest
@@ -22,15 +26,29 @@ MEAN, STANDARDISED, MEDIAN = {"fuse": mixture}, {"fuse": group_relative}, {"fuse
 TRIGGER = Attack("target", target="high", trigger="trigger")
 
 
-def wins(how, attack=None, liars=0, **settings):
-    """Return the win rate in per cent, the mean of two seeds."""
-    return fmean(align(**how, attack=attack, liars=liars, seed=seed, **settings).wins for seed in range(2))
+def wins(how, attack=None, liars=0, seeds=2, **settings):
+    """Return the win rate in per cent, the mean of the seeds."""
+    return fmean(align(**how, attack=attack, liars=liars, seed=seed, **settings).wins for seed in range(seeds))
+
+
+def promoted(how, attack=None, liars=0):
+    """Return by how many points the target's share of answers to trigger prompts has grown, the mean of two seeds."""
+    return fmean(align(**how, attack=attack, liars=liars, seed=seed).promoted for seed in range(2))
 
 
 @pytest.fixture(scope="module")
 def clean():
     """The defence without an attack."""
     return wins(ON)
+
+
+@pytest.fixture(scope="module")
+def gained():
+    """Return a function: by how many points more liars promote their answer, with the defence and by the mean."""
+    honest = [promoted(how) for how in (ON, MEAN)]
+    return lambda attack, liars: [
+        promoted(how, attack, liars) - alone for how, alone in zip((ON, MEAN), honest, strict=True)
+    ]
 
 
 def test_t3_without_an_attack_the_defence_costs_half_a_point_at_most(clean):
@@ -52,6 +70,14 @@ def test_t2_two_of_five_flip(clean):
     assert max(wins(MEAN, **attack), wins(MEDIAN, **attack)) < clean - 5
 
 
+@pytest.mark.parametrize(("liars", "sites"), [(1, 3), (4, 10)])
+def test_t2_a_third_of_three_and_two_fifths_of_ten_flip(liars, sites):
+    """Within 2 points of clean; the mean and the median lose more than 2. Ten sites take a while: one seed."""
+    clean = wins(ON, seeds=1, sites=sites)
+    attack = {"attack": Attack("flip"), "liars": liars, "sites": sites, "seeds": 1}
+    assert wins(ON, **attack) > clean - 2 > max(wins(MEAN, **attack), wins(MEDIAN, **attack))
+
+
 def test_t2b_an_honest_specialist_keeps_its_domain():
     """Site 0 alone is right in domain 0, where the others are turned the other way; it is at chance elsewhere.
 
@@ -64,15 +90,29 @@ def test_t2b_an_honest_specialist_keeps_its_domain():
     assert weight > 2 / 5 and with_trust.by_domain[0] > 90 > 50 > without.by_domain[0]
 
 
-def test_t5_near_constant_and_noise(clean):
-    """One of five: within 1.5 points of clean."""
-    for kind in ("near-constant", "noise"):
-        assert wins(ON, Attack(kind), 1) > clean - 1.5
+@pytest.mark.parametrize("kind", ["constant", "near-constant", "noise"])
+def test_t5_one_that_says_nothing_does_no_harm_either_way(clean, kind):
+    """One of five: within 1.5 points of clean, with the defence and without. This one is no test of the defence."""
+    assert min(wins(how, Attack(kind), 1, seeds=1) for how in (ON, STANDARDISED)) > clean - 1.5
+
+
+@pytest.mark.parametrize(("kind", "least", "off"), [("noise", 90, [MEAN, MEDIAN]), ("near-constant", 93, [])])
+def test_t5_four_of_five_say_nothing(kind, least, off):
+    """The one that says something is heard: by trust where they send noise, by the gate where they are nearly constant.
+
+    Standardised, what is nearly constant is noise of a full vote. The raw mean and the median do not hear it either.
+    """
+    attack = {"attack": Attack(kind), "liars": 4}
+    assert wins(ON, **attack) > least > 89 > max(wins(how, **attack) for how in (STANDARDISED, *off))
 
 
 def test_t6_two_of_five_collude(clean):
-    """Within 4 points, with 3 of 5 as well; there the median follows the liars, and the mean loses more than 10."""
-    assert wins(ON, Attack("collude"), 2) > clean - 4
+    """Within 2 points, where the mean and the median lose more; 3 of 5 within 4, where the median follows the liars.
+
+    The mean loses more than 10 there.
+    """
+    two = {"attack": Attack("collude"), "liars": 2}
+    assert wins(ON, **two) > clean - 2 > max(wins(MEAN, **two), wins(MEDIAN, **two))
     for kind in ("flip", "collude"):
         three = {"attack": Attack(kind), "liars": 3}
         assert wins(ON, **three) > clean - 4 > 50 > wins(MEDIAN, **three)
@@ -92,16 +132,49 @@ def test_t7_two_of_five_turn_after_two_fifths_of_the_run(clean):
     assert wins(MEDIAN, attack, 2) < clean - 3
 
 
-def test_t8_a_trigger_moves_less(clean):
+def test_t8_a_trigger_moves_less(gained):
     """One of five promotes an answer where the question has certain words, and is honest at all canaries.
 
     The raw mean gives it 40 points more of these answers, the median of trusted ranks less than half of that.
     """
-    honest, on, off = (
-        fmean(align(**how, attack=attack, liars=1, seed=seed).promoted for seed in range(2))
-        for how, attack in ((ON, None), (ON, TRIGGER), (MEAN, TRIGGER))
-    )
-    assert off - honest > 40 and on - honest < (off - honest) / 2
+    on, off = gained(TRIGGER, 1)
+    assert off > 40 and on < off / 2
+
+
+def test_t8_two_with_one_trigger_are_not_named(gained):
+    """Two of five: the raw mean gives 50 points more, the defence some 10 fewer; they keep their weight, unnamed.
+
+    No rule here stops them: no canary has the trigger's words.
+    """
+    on, off = gained(TRIGGER, 2)
+    assert off > 50 and off - 20 < on < off - 10
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        weights = torch.stack(align(**ON, attack=TRIGGER, liars=2).weights[-5:]).mean(dim=0)
+    assert not told and weights[:2].sum(dim=0).mean() > 0.3
+
+
+def test_one_that_promotes_an_answer_everywhere_is_not_heard(gained):
+    """One of five: 40 points more of its answer by the raw mean, less than 5 with canaries, which leave it no weight.
+
+    It is at chance there and not below, so that it is not set aside.
+    """
+    attack = Attack("target", target="high")
+    on, off = gained(attack, 1)
+    assert off > 40 > 5 > on
+    assert torch.stack(align(**ON, attack=attack, liars=1).weights[-5:]).mean(dim=0)[0].max() < 0.05
+
+
+def test_one_that_mimics_an_honest_site_is_believed(clean, gained):
+    """One of five adds a quarter of the range to one answer: the defence lets half as much pass, and names nobody.
+
+    It costs the rest nothing. Nothing here tells such a site from one of another taste.
+    """
+    attack = Attack("mimic", target="high")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        on, off = gained(attack, 1)
+    assert not told and 2 < on < off and wins(ON, attack, 1) > clean - 0.5
 
 
 def test_a_site_that_recognises_canaries_is_bounded_by_the_ranks(clean):

@@ -1,4 +1,4 @@
-"""A run killed in its alignment, again and again, ends with the bytes of one that was left alone.
+"""A run killed in its alignment, or out of disk there, again and again, ends with the bytes of one left alone.
 
 A process dies by SIGKILL at a moment that is drawn from a seed: some while after its n-th touch of a file among the
 checkpoints. So it may die while it takes the folder over, verifies or loads a checkpoint, in a step, or between the
@@ -40,6 +40,30 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 main()
 """
+
+FULL = """
+import errno, os, sys, threading
+from accord.cli import main
+
+run, place, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+sys.argv = ["accord", *sys.argv[4:]]
+
+def watch(event, arguments):
+    global count
+    path = str(arguments[0]) if event == "open" else ""
+    if path.startswith(run) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        count -= place in path
+        if count <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+sys.addaudithook(watch)
+try:
+    main()
+finally:
+    left = [thread.name for thread in threading.enumerate() if not thread.daemon]
+    print("threads", *left, file=sys.stderr)
+"""
+"""From the n-th file on that is opened for writing among the checkpoints, no file of the run can be: a full disk."""
 
 APPEARS = ("checkpoint-2/", 1, 0.0)
 """As the first file of the second checkpoint is opened: its folder is there, and empty."""
@@ -120,3 +144,34 @@ def test_a_run_killed_twenty_times_loses_nothing(write_recipe, tiny_recipe, star
     assert process.returncode == 0, err
     run = unaligned(whole, tmp_path / "run")
     kill_until_done(start, recipe, run, whole, [APPEARS, UNSEALED, *moments(1, 18)])
+
+
+def fill_until_done(start, recipe, run, whole, counts):
+    """Let the disk be full at every count in turn, then have room; each time the process ends, with one thread."""
+    for count in [*counts, 10**9]:
+        command = ["run", recipe, "--out", run, "--resume", "--quiet"]
+        process = start([sys.executable, "-c", FULL, run, "checkpoints/align/", count, *command])
+        _, err = process.communicate(timeout=250)  # it fails where a process has told its result, and does not end
+        assert process.returncode == (0 if count == 10**9 else 2), err
+        assert err.splitlines()[-1] == "threads MainThread" and "Traceback" not in err
+        assert ("the disk is full" in err) == (count != 10**9)
+        assert not [path for path in run.rglob("*") if ".partial-" in path.name]
+    assert fingerprint(run) == fingerprint(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_after_a_full_disk_ends(finished, start, tmp_path):
+    """Full among the files of a checkpoint; with room again the run ends by itself, with the weights of one process."""
+    recipe, whole, _, _ = finished
+    fill_until_done(start, recipe, unaligned(whole, tmp_path / "run"), whole, [random.Random(3).randint(2, 40)])
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_run_whose_disk_is_full_twenty_times_ends(finished, start, tmp_path):
+    """At counts that are drawn: each time at one of the ten files of the first checkpoint, its seal among them."""
+    recipe, whole, _, _ = finished
+    draw = random.Random(7)
+    counts = [draw.randint(1, 10) for _ in range(20)]
+    fill_until_done(start, recipe, unaligned(whole, tmp_path / "run"), whole, counts)

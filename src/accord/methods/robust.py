@@ -8,17 +8,20 @@
 The rules and the cap on one site's influence are `accord.routing.robust`, canaries and trust `accord.routing.canaries`.
 Their pool is the server's labelled questions but for the anchors and FedGRPO's auxiliary ones: what sites have been
 asked before is no canary. Of fewer than 400 all are in the pool, and a run should have either anchors or canaries.
+The record of other runs' canaries is `accord.routing.asked`.
 What these are measured against is in `accord.attacks.scores`.
 """
 
 from __future__ import annotations
 
+import random
 import secrets
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from accord.alignment.reward import FederatedReward, PerGroup
@@ -27,10 +30,12 @@ from accord.data.questions import in_turn
 from accord.data.sampling import sample_questions
 from accord.errors import DataError, DataWarning
 from accord.evaluation.summary import TrustSummary
+from accord.federation.answering import question_key
 from accord.methods.fedgrpo import auxiliary_questions
 from accord.methods.gates import ANCHOR_QUESTIONS
 from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
+from accord.routing.asked import reserve
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
 from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
@@ -39,6 +44,7 @@ from accord.stages.alignment import Aligned, federated_reward, remembered, run_g
 from accord.stages.job import Job
 from accord.stages.routing import constant_router, trained_router
 from accord.stages.sites import construct_pairs
+from accord.types import Question, prompt_of
 
 ROBUST: Final = Table("robust", RobustConfig)
 CANARIES: Final = Table("canaries", CanaryConfig)
@@ -64,7 +70,7 @@ class Defence:
 
 def robust(job: Job, stage: str, *, defence: Defence) -> Aligned:
     """Align by the fused ranks; their scale is a step's and not each group's (`accord.routing.robust`)."""
-    known = canaries_of(job) if defence.canaries else None
+    known = canaries_of(job, stage) if defence.canaries else None
     settings = replace(job.recipe.alignment, scale_rewards="batch")
     return run_grpo(
         job,
@@ -94,11 +100,18 @@ def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedRewa
     return federated_reward(job, router, mode="soft", scope="prompt", per_group=per_group, canaries=known)
 
 
-def canaries_of(job: Job) -> Canaries:
-    """Return the run's canaries: as many labelled questions as its steps take, types in turn.
+def canaries_of(job: Job, stage: str = "align") -> Canaries:
+    """Return an alignment's canaries: as many labelled questions as its steps take, types in turn, drawn by the key.
+
+    Where `canaries.record` names a file, none that another alignment has noted there is among them.
+
+    Args:
+        job: the server's questions count that are neither anchors nor auxiliary.
+        stage: of the alignment.
 
     Raises:
         DataError: the server has no labelled question left for one.
+        RunError: the record cannot be read or written.
     """
     config, recipe = CANARIES.of(job.recipe), job.recipe
     base = job.questions.get("base", [])
@@ -107,11 +120,11 @@ def canaries_of(job: Job) -> Canaries:
         shown = {q.id for q in sample_questions(base, ANCHOR_QUESTIONS, seed=recipe.seed)}
         if any(site.answers for site in recipe.sites):
             shown |= {q.id for q in auxiliary_questions(job)}
-    by_kind = defaultdict(list)
-    for q in base:
-        if q.id not in shown:
-            by_kind[q.question_type].append(q)
-    asked = in_turn([by_kind[kind] for kind in sorted(by_kind)], config.per_step * recipe.alignment.steps)
+    unseen = [q for q in base if q.id not in shown]
+    _warn_of_shared_types([*unseen, *job.prompts])
+    wanted = config.per_step * recipe.alignment.steps
+    key = _key(job)
+    asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
     plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, others=0, spliced=0))
     grouped = defaultdict(list)
     for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed):
@@ -126,7 +139,6 @@ def canaries_of(job: Job) -> Canaries:
         )
         for pairs in grouped.values()
     ]
-    wanted = config.per_step * recipe.alignment.steps
     if 0 < len(pool) < wanted:
         warnings.warn(
             f"the server has {len(pool)} questions for canaries, and {recipe.alignment.steps} steps ask {wanted}: from "
@@ -140,7 +152,53 @@ def canaries_of(job: Job) -> Canaries:
             f"the server has {len(base)} labelled questions, and none that no site has seen makes a canary; give the "
             "source more questions of the split 'base', or choose a method without canaries"
         )
-    return Canaries(pool, [site.name for site in recipe.sites], config, key=_key(job))
+    return Canaries(pool, [site.name for site in recipe.sites], config, key=key)
+
+
+def _drawn(questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
+    """Draw as many as are wanted, types in turn."""
+    by_kind = defaultdict(list)
+    for q in questions:
+        by_kind[q.question_type].append(q)
+    generator = random.Random(f"{key} pool")
+    return in_turn([generator.sample(by_kind[kind], len(by_kind[kind])) for kind in sorted(by_kind)], wanted)
+
+
+def _on_record(job: Job, stage: str, questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
+    """Return those that the record has for this alignment; draw them where it has none, and tell when few are left."""
+    by_key = {question_key([job.identify(image) for image in q.images], prompt_of(q)): q for q in questions}
+    keys = {q.id: name for name, q in by_key.items()}
+
+    def draw(others: Collection[str]) -> list[str]:
+        free = [q for name, q in by_key.items() if name not in others]
+        return [keys[q.id] for q in _drawn(free, wanted, key)]
+
+    record = Path(CANARIES.of(job.recipe).record).expanduser()
+    own, others = reserve(record, f"{job.run.tag} {stage}", draw)
+    left = len(by_key.keys() - others - set(own))
+    if left < wanted:
+        warnings.warn(
+            f"{record} leaves {left} labelled questions that no run has asked, and a run like this one takes {wanted}: "
+            "soon no site is watched; give the source more questions of the split 'base' whose labels nobody has seen",
+            DataWarning,
+            stacklevel=3,
+        )
+    return [by_key[name] for name in own if name in by_key]
+
+
+def _warn_of_shared_types(questions: Sequence[Question]) -> None:
+    domains = defaultdict(set)
+    for q in questions:
+        domains[q.question_type].add(q.domain)
+    shared = sorted(kind for kind, of_kind in domains.items() if len(of_kind) > 1)
+    if shared:
+        warnings.warn(
+            f"several domains share the question types {', '.join(map(repr, shared))}, and trust is of a type: a site "
+            "that is right in one of these domains alone has no trust of its own there; add type_prefix = true to "
+            "their [[questions]] tables",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def _key(job: Job) -> int | str:
@@ -157,7 +215,7 @@ def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, o
     """Return the summary's `trust`: of each site and question type what canaries told, and where it is set aside."""
     if not (state := remembered(job.path, stage)):
         return {}
-    known = canaries_of(job)
+    known = canaries_of(job, stage)
     known.load_state_dict(state)
     estimates, aside = known.trust.summary()
     return {"trust": TrustSummary(known.used, estimates, {site: tuple(kinds) for site, kinds in aside.items()})}

@@ -14,11 +14,9 @@ who takes the ledger take the noise away.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +28,7 @@ from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.rewards.noise import GENERATOR, new_key
 from accord.rewards.private import Privacy, Sigmas
 from accord.runs import write_atomic
+from accord.runs.lock import in_turn_at
 from accord.version import VERSION
 
 
@@ -86,7 +85,7 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
         RecipeError: the budget is spent, or earlier entries protect another unit.
         RunError: the ledger cannot be read or written; nothing was spent.
     """
-    with _locked(path):
+    with in_turn_at(path, "the privacy ledger", "check privacy.ledger"):
         entries = read_entries(path)
         for entry in entries:
             if entry.fingerprint == fingerprint and not entry.settled:
@@ -117,7 +116,7 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
 
 def settle(path: Path, entry: str) -> None:
     """Erase the key of the training with this id, whose result is written."""
-    with _locked(path):
+    with in_turn_at(path, "the privacy ledger", "check privacy.ledger"):
         found = read_entries(path)
         _write(path, [msgspec.structs.replace(each, key="") if each.id == entry else each for each in found])
 
@@ -156,18 +155,3 @@ def fingerprint_of(*parts: object) -> str:
 
 def _write(path: Path, entries: Sequence[Entry]) -> None:
     write_atomic(path, msgspec.json.format(msgspec.json.encode(_Ledger(entries=tuple(entries)))), mode=0o600)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time read and write the ledger; the system frees the lock however this process ends."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise RunError(f"{path}: the privacy ledger cannot be opened ({error}); check privacy.ledger") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

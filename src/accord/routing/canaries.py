@@ -22,14 +22,15 @@ the operator is told. It goes on being asked, for else it would know, and could 
 its long memory is as far above ½. Where all are set aside nobody judges: no reward rather than a lie.
 
 **Cost.** A canary is one item more in a request: an image, its question, up to G answers down, a score each up, from
-every site. Three a step beside 36 prompts are 8 % more. None is asked twice, so that a run of T steps takes `per_step`
+every site. Three a step beside 36 prompts are 8 % more. An alignment asks none twice, so that T steps take `per_step`
 times T labelled questions; when they end, trust stays as it is. docs/liars.md has the table of how many tell a liar.
 
 **What a site can learn.** That the server has such questions, for this page says so. Number of candidates, order and
-position are drawn as those of the questions around it; but a canary's image was never asked about before and is not
-again, and its answers are the base policy's and not the present one's. A site that holds the public questions, or waits
-long enough to know what comes back, recognises canaries: the attack `off-canary`. Against it trust is no defence, and
-what is left is the bound of `accord.routing.robust`.
+position are drawn as those of the questions around it; but a canary's image comes once in an alignment, and its answers
+are the base policy's and not the present one's. Which questions are canaries is drawn by a key, and `record` keeps
+those of other runs out (`accord.routing.asked`). A site that holds the public questions, or waits long enough to know
+what comes back, recognises canaries all the same, and so does one that has seen their labels where these are published:
+the attack `off-canary`. Against it trust is no defence, and what is left is the bound of `accord.routing.robust`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -67,13 +69,19 @@ class CanaryConfig:
     short: float = 16.0  # canaries of a type that the short memory is about
     long: float = 64.0
     alarm: float = 2.33  # posterior deviations from ½: 1 % of a normal tail
+    record: str = ""  # absolute path of what other runs have asked, which is not asked again; empty for none
 
     def __post_init__(self) -> None:
-        """Refuse no canaries, and memories the wrong way round."""
+        """Refuse no canaries, memories the wrong way round, and a record that is another file in another folder."""
         check_least(self, per_step=1, short=2, long=2)
         check_positive(self, "alarm")
         if self.short > self.long:
             raise RecipeError(f"short must be at most long = {self.long:g}, got {self.short:g}; lower canaries.short")
+        if self.record and not Path(self.record).expanduser().is_absolute():
+            raise RecipeError(
+                f"record must be an absolute path, got {self.record!r}: in another folder it would be another file, "
+                f"and all canaries new; write canaries.record = {str(Path(self.record).absolute())!r}"
+            )
 
 
 @dataclass(frozen=True)

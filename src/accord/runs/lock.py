@@ -1,10 +1,12 @@
-"""Hold a run's folder for one process."""
+"""Hold a run's folder for one process; let processes read and write one file in turn."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accord.errors import RunError
@@ -35,3 +37,22 @@ def locked(folder: Path, remedy: str = "wait until it ends, or pass another --ou
         os.close(descriptor)
         raise cannot_write(path, error) from error
     return descriptor
+
+
+@contextmanager
+def in_turn_at(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Let one process at a time read and write `path`; the system frees the lock however this process ends.
+
+    Raises:
+        RunError: the lock beside the file cannot be opened; it says `what` the file is, and the `remedy`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RunError(f"{path}: {what} cannot be opened ({error}); {remedy}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""Which labelled questions become canaries: drawn by a key, none twice over the runs of one record."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from accord.alignment.grpo import AlignmentConfig
+from accord.errors import DataError, DataWarning, RecipeError, RunError
+from accord.methods.robust import CANARIES, canaries_of
+from accord.recipe import Preferences, Recipe, SiteConfig
+from accord.routing.canaries import CanaryConfig
+from accord.runs import Run
+from accord.stages.job import Job
+
+COLOURS = ("red", "blue", "green", "yellow")
+STEPS = 4  # of three canaries: a run takes 12
+
+
+@pytest.fixture
+def open_run(ask, tmp_path):
+    """Return a function that opens a run folder, with as many labelled questions as it is told, of two types."""
+    recipe = Recipe(
+        "x",
+        (SiteConfig("a", "accord/idefics3"),),
+        preferences=Preferences(policy_samples=0),
+        alignment=AlignmentConfig(steps=STEPS),
+    )
+
+    @contextmanager
+    def opened(name="run", count=60, *, record="", seed=0, domain=lambda n: "", resumed=False):
+        asked = replace(recipe, seed=seed, tables={CANARIES.name: CanaryConfig(record=str(record))})
+        run = Run.resume(tmp_path / name, 'name = "x"\n') if resumed else None
+        with run or Run.create(tmp_path / name, 'name = "x"\n', seed=0) as folder:
+            work = Job(asked, folder, quiet=True)
+            base = [
+                ask(
+                    n,
+                    COLOURS[n % 4],
+                    text=f"what colour is number {n}?",
+                    question_type=("colour", "number")[n % 2],
+                    domain=domain(n),
+                )
+                for n in range(count)
+            ]
+            work.questions = {"base": base, "public": [ask(999, domain=domain(0))]}
+            yield work
+
+    return opened
+
+
+def texts(canaries):
+    return [str(canary.prompt) for canary in canaries.pool]
+
+
+def test_a_pool_is_drawn_by_the_seed_types_in_turn(open_run):
+    """12 of 60, six of either type, the same each time; of another seed others, and not the first of the file."""
+    with open_run() as work:
+        first, again = canaries_of(work), canaries_of(work)
+    with open_run("other", seed=1) as work:
+        other = canaries_of(work)
+    assert texts(first) == texts(again) and len(set(texts(first))) == 12
+    assert [canary.kind for canary in first.pool] == ["colour", "number"] * 6
+    assert set(texts(first)) != set(texts(other)) and not all(
+        any(f"number {n}?" in text for n in range(12)) for text in texts(first)
+    )
+
+
+def test_two_runs_of_one_record_share_no_canary_and_a_resumed_one_goes_on_with_its_own(open_run, tmp_path):
+    """Of one seed: without a record the two have the same. Two alignments of one run share none either."""
+    with open_run("plain") as one, open_run("plain-2") as two:
+        assert texts(canaries_of(one)) == texts(canaries_of(two))
+    record = tmp_path / "server" / "asked.jsonl"
+    with open_run("first", record=record) as work:
+        first = texts(canaries_of(work))
+    with open_run("second", record=record) as work:
+        second, compared = texts(canaries_of(work)), texts(canaries_of(work, "compare canary-mean"))
+    with open_run("first", record=record, resumed=True) as work:
+        assert texts(canaries_of(work)) == first
+    assert len({*first, *second, *compared}) == 36
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [len(line["keys"]) for line in lines] == [12, 12, 12] and record.stat().st_mode & 0o077 == 0
+
+
+def test_few_that_are_left_are_told_and_none_is_an_error(open_run, tmp_path):
+    """Of 20 a first run takes 12, a second the 8 that are left, and a third has none."""
+    record = tmp_path / "asked.jsonl"
+    with (
+        open_run("first", 20, record=record) as work,
+        pytest.warns(DataWarning, match=r"asked\.jsonl leaves 8 labelled questions .* takes 12"),
+    ):
+        first = texts(canaries_of(work))
+    with open_run("second", 20, record=record) as work, pytest.warns(DataWarning) as told:
+        second = texts(canaries_of(work))
+    assert len(second) == 8 and not set(first) & set(second)
+    assert any("from step 3 on no site is watched" in str(each.message) for each in told)
+    with open_run("third", 20, record=record) as work, pytest.warns(DataWarning), pytest.raises(DataError):
+        canaries_of(work)
+    with open_run("third", 40, record=record, resumed=True) as work, pytest.warns(DataWarning, match="leaves 8"):
+        assert len(texts(canaries_of(work))) == 12  # with more questions it goes on
+
+
+def test_a_record_that_cannot_be_read_asks_nothing(open_run, tmp_path):
+    record = tmp_path / "asked.jsonl"
+    record.write_text('{"run": "a", "keys": ["x"]}\n{"run": "b", "ke')
+    with open_run(record=record) as work, pytest.raises(RunError, match="nobody knows what was asked; put a copy back"):
+        canaries_of(work)
+    with pytest.raises(RecipeError, match=r"record must be an absolute path, got 'asked\.jsonl'"):
+        CanaryConfig(record="asked.jsonl")
+
+
+def test_a_type_of_two_domains_is_told(open_run):
+    """Trust is of a type; of two domains with one name for it the sites have one trust."""
+    told = r"several domains share the question types 'colour', 'number', .* add type_prefix = true"
+    with open_run(domain=lambda n: ("rooms", "shapes")[n < 30]) as work, pytest.warns(DataWarning, match=told):
+        canaries_of(work)
+    with open_run("other", domain=lambda n: ("rooms", "shapes")[n % 2]) as work:
+        canaries_of(work)  # a type of its own for each: warnings are errors
