@@ -153,7 +153,11 @@ def catastrophic(folder: Path) -> None:
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLE = "{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
 MACRO = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
-MILLION = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(20_000)}
+
+
+def empty_tensors(count: int) -> dict[str, object]:
+    return {f"t{n}": tensor(0, 0) for n in range(count)}
+
 
 MODELS: dict[str, Change] = {
     "a pickle as pytorch_model.bin": only("pytorch_model.bin"),
@@ -178,8 +182,9 @@ MODELS: dict[str, Change] = {
     "a tokenizer's file elsewhere": lambda f: edit(f, "tokenizer_config.json", tokenizer_file="/etc/passwd"),
     "an adapter in place of a model": lambda f: edit(f, "adapter_config.json", base_model_name_or_path="/elsewhere"),
     "generation with 10^9 beams": lambda f: edit(f, "generation_config.json", num_beams=10**9),
-    "a header of twenty thousand tensors": weights(lambda _: header(MILLION)),
-    "a header of a million tensors": weights(lambda _: struct.pack("<Q", 60 * 2**20) + 60 * 2**20 * b" "),
+    "a header of twenty thousand tensors": weights(lambda _: header(empty_tensors(20_000))),
+    "a header of a million tensors": weights(lambda _: header(empty_tensors(10**6))),
+    "a header of 60 MiB of spaces": weights(lambda _: struct.pack("<Q", 60 * 2**20) + 60 * 2**20 * b" "),
     "a header that is longer than the file": weights(lambda _: header({}, length=2**19)),
     "a header of 2^60 bytes": weights(lambda _: header({}, length=2**60)),
     "tensors that overlap": weights(lambda _: header({"a": tensor(0, 8), "b": tensor(4, 12)}, data=12)),
@@ -211,7 +216,9 @@ REWARDS: dict[str, Change] = {
     "an adapter's catastrophic pattern": lora(target_modules="(.*)*x"),
     "a link for the head": link("head.safetensors"),
     "a deep description": lambda f: (f / "reward.json").write_text('{"a": ' + 10**5 * "[" + 10**5 * "]" + "}"),
-    "a head of a million tensors": lambda f: (f / "head.safetensors").write_bytes(header({}, length=2**26)),
+    "a head whose header is longer than the file": lambda f: (f / "head.safetensors").write_bytes(
+        header({}, length=2**26)
+    ),
 }
 """What is done to a good reward model with an adapter, by what it becomes."""
 

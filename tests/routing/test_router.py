@@ -1,18 +1,21 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, save
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, one_hot
 
 from accord.errors import CheckpointError, RecipeError
+from accord.federation.engine import InProcessEngine
 from accord.federation.weights import read_weights
 from accord.models import load as load_module
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
+from accord.routing.fit import LocalRouterTraining, fit_router
 from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork, load_router, save_router, without_prior
 from accord.types import vqa_prompt
 
@@ -267,6 +270,40 @@ def test_duplicating_a_sites_pairs_does_not_change_the_choice():
         corrected.append(weights.argmax(dim=-1).tolist())
         plain.append(logits.argmax(dim=-1).tolist())
     assert corrected == [[0, 1, 2], [0, 1, 2]] and plain == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_duplicating_a_sites_pairs_changes_the_choice_of_a_trained_router_without_the_correction_alone():
+    """The same with routers that three sites have trained, 10 pairs each, and 80 of site 0, which are its ten 8 times.
+
+    States are one of three unit vectors, three times as long, with noise of 0.3; 20 new ones of each are routed.
+    """
+    settings = replace(RouterConfig(), layers=1, width=8, heads=1, rounds=25, local_steps=1, pairs_per_batch=80)
+    settings = replace(settings, aggregation=replace(settings.aggregation, learning_rate=0.03))
+    encoder = SimpleNamespace(features=3, model=SimpleNamespace(device=torch.device("cpu")))
+
+    def hidden(counts, seed):
+        kinds = torch.arange(3).repeat_interleave(torch.tensor(counts))
+        noise = torch.randn(len(kinds), 1, 3, generator=torch.Generator().manual_seed(seed))
+        return 3 * one_hot(kinds, 3)[:, None] + 0.3 * noise
+
+    def site(k, counts, copies):
+        rows = hidden([2 * count for count in counts], k).repeat(copies, 1, 1)
+        training = LocalRouterTraining(encoder, range(len(rows) // 2), k, 3, settings)
+        training.features = rows, torch.ones(rows.shape[:2], dtype=torch.bool)
+        return training
+
+    def choices(copies):
+        pairs = [([7, 2, 1], copies), ([2, 6, 2], 1), ([1, 3, 6], 1)]
+        sites = {name: site(k, *pairs[k]) for k, name in enumerate("abc")}
+        network = fit_router(InProcessEngine(sites), 3, settings, seed=0)
+        rows = hidden([20, 20, 20], 9)
+        with torch.no_grad():
+            logits = network(rows, torch.ones(rows.shape[:2], dtype=torch.bool))
+        return logits.argmax(dim=-1), without_prior(logits, network.examples).argmax(dim=-1)
+
+    (plain, corrected), (plain_copied, corrected_copied) = choices(1), choices(8)
+    assert (corrected != corrected_copied).sum() <= 3
+    assert (plain != plain_copied).sum() >= 20
 
 
 def test_the_correction_by_hand():

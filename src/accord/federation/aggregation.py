@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.reliability import VARIANTS, Diagnosis, FedCmp, Reliability, Variant
 
 Weights: TypeAlias = Mapping[str, Tensor]
+Key = TypeVar("Key")
 
 
 class Update(NamedTuple):
@@ -235,17 +236,19 @@ def geometric_median(
     return _shaped(z, changes[0])
 
 
-def bounded(updates: Sequence[Update], multiple: float) -> list[Update]:
+def bounded(updates: Sequence[Update], multiple: float, median: float | None = None) -> list[Update]:
     """Return the updates, shortened to `multiple` times the round's median length where they are longer.
 
         Δ_k ← Δ_k · min(1, multiple · median_j ‖Δ_j‖ / ‖Δ_k‖)
+
+    With `median` given it is the measure, and not the length in the middle of these updates.
 
     Sun et al. 2019, arXiv 1911.07963 (norm thresholding). Differs: their threshold is fixed. Of an even number of
     sites the lower of the middle two is the median. One of two sites can so slow the other down, and can never drown
     it: which of two is right, no length says. An update that is alone in its round is as long as it is.
     """
     lengths = [length_of(update.change) for update in updates]
-    return _shortened(updates, lengths, multiple * lower_median(lengths))
+    return _shortened(updates, lengths, multiple * (lower_median(lengths) if median is None else median))
 
 
 def _shortened(updates: Sequence[Update], lengths: Sequence[float], most: float) -> list[Update]:
@@ -255,6 +258,11 @@ def _shortened(updates: Sequence[Update], lengths: Sequence[float], most: float)
         else update
         for update, length in zip(updates, lengths, strict=True)
     ]
+
+
+def too_long(lengths: Mapping[Key, float], multiple: float, median: float) -> dict[Key, float]:
+    """Return ‖Δ_k‖ over the median for what `bounded` shortens; infinite where the median has no length."""
+    return {k: length / median if median else math.inf for k, length in lengths.items() if length > multiple * median}
 
 
 def length_of(change: Weights) -> float:
@@ -288,13 +296,8 @@ class Bounded:
         """Return w^{t+1}."""
         lengths = [length_of(update.change) for update in updates]
         median = lower_median(lengths)
-        shorter = _shortened(updates, lengths, self.multiple * median)
-        self.shortened = {
-            k: length / median if median else math.inf
-            for k, (length, before, after) in enumerate(zip(lengths, updates, shorter, strict=True))
-            if after is not before
-        }
-        return self.rule(previous, shorter, weights)
+        self.shortened = too_long(dict(enumerate(lengths)), self.multiple, median)
+        return self.rule(previous, _shortened(updates, lengths, self.multiple * median), weights)
 
 
 class Momentum:

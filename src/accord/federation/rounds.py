@@ -149,26 +149,10 @@ def federated_rounds(
         assert merged is not None  # nothing broken is left over but where most are
         current = merged
         used = [site for site in updates if site not in broken]
-        shortened = getattr(aggregate, "shortened", {})
-        if math.inf in shortened.values():
-            still = [site for site in used if not length_of(updates[site].change)]
-            warnings.warn(
-                f"sites {', '.join(still)} sent updates that change nothing in round {t + 1} of the {task}; no other "
-                "can be measured by such lengths, and the round changes nothing: look at these sites",
-                DataWarning,
-                stacklevel=2,
-            )
-        for k, times in shortened.items():
-            if math.isinf(times):
-                continue
-            warnings.warn(
-                f"site {used[k]} sent an update {times:.3g} times as long as the median of round {t + 1} of the "
-                f"{task}, and it was shortened; "
-                + ("look at that site" if len(used) > 2 else "of two sites either may be wrong: look at both"),
-                DataWarning,
-                stacklevel=2,
-            )
-        longest = max(used, key=lambda site: length_of(updates[site].change))
+        lengths = {site: length_of(updates[site].change) for site in used}
+        shortened = {used[k]: times for k, times in getattr(aggregate, "shortened", {}).items()}
+        tell_shortened(shortened, lengths, f"round {t + 1} of the {task}")
+        longest = max(lengths, key=lengths.__getitem__)
         on_replies(t + 1, {site: replied[site][0] for site in used})
         on_round(t + 1, sum(replied[site][0].loss for site in used) / len(used))
     return current
@@ -255,6 +239,33 @@ def combine(
         broken.append(next(tried, by_length[0]))
         kept.remove(broken[-1])
     return merged, broken
+
+
+def tell_shortened(times: Mapping[str, float], lengths: Mapping[str, float], where: str) -> None:
+    """Warn of updates that were shortened.
+
+    Args:
+        times: how many times the median each of them had, infinite where the median has no length.
+        lengths: of all that were compared, by site.
+        where: the rounds in which they were sent.
+    """
+    if math.inf in times.values():
+        still = [site for site, length in lengths.items() if not length]
+        warnings.warn(
+            f"sites {', '.join(still)} sent updates that change nothing in {where}; no other can be measured by such "
+            "lengths, and the round changes nothing: look at these sites",
+            DataWarning,
+            stacklevel=3,
+        )
+    for site, multiple in times.items():
+        if math.isinf(multiple):
+            continue
+        warnings.warn(
+            f"site {site} sent an update {multiple:.3g} times as long as the median of {where}, and it was shortened; "
+            + ("look at that site" if len(lengths) > 2 else "of two sites either may be wrong: look at both"),
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_most(failed: Collection[str], there: int, where: str, longest: str) -> None:
