@@ -40,7 +40,7 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 import torch
-from liars import HONEST, copied, lying, opened, shown
+from liars import HONEST, Found, copied, lying, opened, report
 from torch import Tensor
 
 from accord.attacks.scores import ATTACKS, Attack, Liar
@@ -48,18 +48,15 @@ from accord.data.images import Pictures, as_list, load_images, picture_key
 from accord.data.questions import normalise_answer, right_answers
 from accord.data.sampling import draw_balanced
 from accord.errors import AccordError, DataWarning
-from accord.evaluation.figures import breakdown_curves
-from accord.evaluation.intervals import half_width
-from accord.evaluation.markdown import markdown_table
 from accord.federation.answering import key_of
-from accord.federation.engine import Engine, Traffic
+from accord.federation.engine import Engine, InProcessEngine
 from accord.federation.messages import Absence, Reply, Request, ScoreRange, ScoreReply, ScoreRequest
 from accord.methods import check_methods, find_method
 from accord.models.generate import answer
 from accord.recipe import Recipe
 from accord.recipe_file import import_methods, load_recipe
 from accord.routing.router import Router
-from accord.runs import append_line, read_lines, write_atomic
+from accord.runs import append_line, read_lines
 from accord.stages.job import Job
 from accord.stages.sites import labelled_keys
 from accord.types import Prompt, Question, prompt_of
@@ -76,7 +73,7 @@ Scores: TypeAlias = dict[tuple[str, ...], float]
 """Of a candidate, by site, judge, question and text."""
 
 
-class Liars:
+class Liars(InProcessEngine):
     """An engine of honest sites whose scores are kept, some of which lie before they are heard.
 
     Args:
@@ -86,24 +83,15 @@ class Liars:
     """
 
     def __init__(self, engine: Engine, known: Scores, liars: Mapping[str, Liar]) -> None:
+        super().__init__({})
         self.engine = engine
         self.known = known
         self.liars = liars
-        self.traffic = Traffic()
 
     @property
     def sites(self) -> Sequence[str]:
         """The sites' names, `[K]`."""
         return self.engine.sites
-
-    @property
-    def processes(self) -> int:
-        """One."""
-        return 1
-
-    def total(self, values: Sequence[float]) -> Sequence[float]:
-        """Return the values themselves."""
-        return values
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Answer score requests by what is known, after a liar's lie."""
@@ -210,16 +198,15 @@ class Steps:
         return [known[text] for text in texts]
 
 
-def _rows(step: Sequence[tuple[Question, Sequence[str]]]) -> dict[str, list[Any]]:
-    """Return the columns of a step: a row for each answer."""
+def _rows(step: Sequence[tuple[Question, Sequence[str]]]) -> tuple[list[Prompt], list[str], dict[str, list[Any]]]:
+    """Return the prompts, the completions and the other columns of a step: a row for each answer."""
     asked = [(q, images, text) for q, texts in step for images in [load_images(q.images)] for text in texts]
-    return {
-        "prompts": [prompt_of(q) for q, _, _ in asked],
-        "completions": [text for _, _, text in asked],
+    columns: dict[str, list[Any]] = {
         "images": [images for _, images, _ in asked],
         "question_id": [q.id for q, _, _ in asked],
         "question_type": [q.question_type for q, _, _ in asked],
     }
+    return [prompt_of(q) for q, _, _ in asked], [text for _, _, text in asked], columns
 
 
 class Judged:
@@ -258,15 +245,14 @@ class Judged:
             self.reward.canaries.load_state_dict(self.new)
         best, order = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
         for number, (rows, worth) in enumerate(zip(self.steps.rows, self.steps.worth, strict=True)):
-            prompts, completions = rows["prompts"], rows["completions"]
-            columns = {name: column for name, column in rows.items() if name not in ("prompts", "completions")}
+            prompts, completions, columns = rows
             rewards = self.reward(prompts, completions, None, lambda _name, _value: None, **columns)
             if number < len(self.steps.rows) // 2:
                 continue
             size = self.steps.size
             for n, own in enumerate(worth):
                 if self.steps.counted[number][n] and max(own) > min(own):
-                    kind, given = rows["question_type"][n * size], rewards[n * size : (n + 1) * size]
+                    kind, given = columns["question_type"][n * size], rewards[n * size : (n + 1) * size]
                     best[kind].append(best_of(given, own))
                     order[kind] += ordered(given, own)
         means = [fmean(map(fmean, found.values())) if found else None for found in (best, order)]
@@ -342,27 +328,14 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
             print(f"{recipe.name} seed {recipe.seed}, {method}: measured", flush=True)
 
 
-def report(file: Path) -> str:
-    """Write the table and the figure beside the cells; return the table. The honest cells stand in every attack."""
-    cells: dict[tuple[str, str, int], list[float]] = defaultdict(list)
+def read(file: Path) -> Found:
+    """Return what is measured of `best`, in per cent, by attack, method, liars and seed."""
+    found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in read_lines(file):
         if isinstance(best := row["best"], float):
-            cells[str(row["attack"]), str(row["method"]), cast(int, row["liars"])].append(100 * best)
-    attacks = dict.fromkeys(attack for attack, _, _ in cells if attack != HONEST) or {HONEST: None}
-    methods = dict.fromkeys(method for _, method, _ in cells)
-    most = max((n for _, _, n in cells), default=0)
-    lines: list[list[str]] = []
-    panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {attack: {} for attack in attacks}
-    for attack in attacks:
-        for method in methods:
-            values = {0: cells[HONEST, method, 0]} | {n: cells[attack, method, n] for n in range(1, most + 1)}
-            lines.append([attack, method, *map(shown, values.values())])
-            panels[attack][method] = {n: (fmean(v), half_width(v) or 0.0) for n, v in values.items() if v}
-    text = markdown_table(["attack", "method", *(f"{n} liars" if n != 1 else "1 liar" for n in range(most + 1))], lines)
-    write_atomic(file.parent / "breakdown.md", text + "\n")
-    if figure := breakdown_curves(panels):
-        write_atomic(file.parent / "breakdown.svg", figure + "\n")
-    return text
+            n, seed = cast(int, row["liars"]), cast(int, row["seed"])
+            found[str(row["attack"])][str(row["method"])][n][seed] = 100 * best
+    return found
 
 
 def main() -> None:
@@ -393,7 +366,7 @@ def main() -> None:
             measure(recipe, options.trained and options.trained / base.name / str(seed), file, options)
         except AccordError as error:
             raise SystemExit(f"error: {error}") from error
-    print(report(file))
+    print(report(read(file), file.parent, "breakdown"))
 
 
 if __name__ == "__main__":

@@ -147,9 +147,11 @@ def read(folder: Path, in_domain: Sequence[str] | None) -> Found:
     return found
 
 
-def report(folder: Path, in_domain: Sequence[str] | None) -> str:
-    """Write the table and the figure of a recipe's folder; return the table. The honest cells stand in every attack."""
-    found = read(folder, in_domain)
+def report(found: Found, folder: Path, name: str) -> str:
+    """Write a table and a figure of this name to a recipe's folder; return the table.
+
+    The honest cells stand in every attack.
+    """
     honest = found.pop(HONEST, {})
     panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
     most = max((n for lines in found.values() for points in lines.values() for n in points), default=0)
@@ -163,9 +165,9 @@ def report(folder: Path, in_domain: Sequence[str] | None) -> str:
             lines.append([attack, method, *(shown(values.get(n, [])) for n in range(most + 1))])
     heads = ["attack", "method", *(f"{n} liars" if n != 1 else "1 liar" for n in range(most + 1))]
     text = markdown_table(heads, lines)
-    write_atomic(folder / "liars.md", text + "\n")
+    write_atomic(folder / f"{name}.md", text + "\n")
     if figure := breakdown_curves(panels):
-        write_atomic(folder / "liars.svg", figure + "\n")
+        write_atomic(folder / f"{name}.svg", figure + "\n")
     return text
 
 
@@ -224,7 +226,8 @@ def main() -> None:
             except AccordError as error:
                 raise SystemExit(f"error: {error}") from error
             print(f"{base.name} {name} {n} of {len(base.sites)}, seed {seed}: measured", flush=True)
-    print(report(options.out / base.name, in_domain(options.trained / base.name)))
+    folder = options.out / base.name
+    print(report(read(folder, in_domain(options.trained / base.name)), folder, "liars"))
 
 
 if __name__ == "__main__":

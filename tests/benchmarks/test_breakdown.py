@@ -89,7 +89,7 @@ def test_a_report_of_cells(tmp_path):
     rows = [(0, "honest", 0, 0.9), (1, "honest", 0, 0.8), (0, "flip", 1, 0.6), (1, "flip", 1, None)]
     for row in rows:
         append_line(file, {"method": "average", **dict(zip(("seed", "attack", "liars", "best"), row, strict=True))})
-    text = breakdown.report(file)
+    text = breakdown.report(breakdown.read(file), tmp_path, "breakdown")
     assert "| flip | average | 85.0 ± 63.5 (2) | 60.0 (1) |" in text
     assert (tmp_path / "breakdown.md").read_text() == text + "\n"
     assert "sites that lie" in (tmp_path / "breakdown.svg").read_text()

@@ -45,7 +45,7 @@ def test_a_report_of_cells(tmp_path):
         cell(tmp_path, "honest", 0, seed, "canary", 8)
     cell(tmp_path, "near-constant", 1, 0, "canary", 7)
     cell(tmp_path, "near-constant", 1, 1, "canary", 5)
-    text = liars.report(tmp_path, ["colour", "shape"])
+    text = liars.report(liars.read(tmp_path, ["colour", "shape"]), tmp_path, "liars")
     assert "| near-constant | canary | 65.0 ± 0.0 (2) | 55.0 ± 63.5 (2) |" in text
     assert (tmp_path / "liars.md").read_text() == text + "\n"
     drawn = (tmp_path / "liars.svg").read_text()

@@ -108,8 +108,7 @@ def late_rounds(
     if audit is not None:
         raise RunError("an audit judges rounds in which all sites are heard; set router.audit = 0 for late ones")
     current, stepped = dict(weights), False
-    state = getattr(aggregate, "__dict__", {})
-    began = copy.deepcopy(state)
+    fresh = copy.deepcopy(aggregate)
     multiple = aggregate.multiple if isinstance(aggregate, Bounded) else 0.0
     at_work: dict[str, _Answer] = {}
     heard: dict[str, _Answer] = {}
@@ -152,7 +151,7 @@ def late_rounds(
                     stacklevel=2,
                 )
                 current, stepped, measure = dict(weights), False, measured
-                state.update(copy.deepcopy(began))
+                aggregate = copy.deepcopy(fresh)
                 at_work.clear()  # what is under way began at weights that are gone
                 heard.clear()
                 continue
