@@ -197,6 +197,9 @@ class Planted:
     def __init__(self, release, place, value):
         self.planted, self.asked = (release, place, value), []
 
+    def uniform(self, count):
+        return torch.arange(count) / count
+
     def normal(self, *shape):
         found = torch.zeros(*shape, dtype=torch.float64)
         release, place, value = self.planted
@@ -207,17 +210,20 @@ class Planted:
 
 
 @pytest.mark.parametrize(
-    ("release", "place", "mean", "deviation"),
+    ("release", "place", "count", "mean", "deviation"),
     [
-        (0, 30 + 3, 0.0, 4.0),  # octave 3 in place of 0: S = 8, and the deviation is S / 2 at least
-        (1, 64 + 5, 24.0, 8.0),  # the fifth bin of 8 S: b = 40, from which the mean is 16 S at most, and scores 8 S
+        (0, 30 + 3, 50, 0.0, 4.0),  # octave 3 in place of 0: S = 8, and the deviation is S / 2 at least
+        (1, 64 + 5, 100, 24.0, 8.0),  # the fifth bin of 8 S: b = 40; from it the mean is 16 S at most, scores 8 S
     ],
 )
-def test_noise_in_a_histogram_decides_where_it_is_larger_than_the_count(release, place, mean, deviation):
-    """Of 100 pairs with scores ±1 all fall into octave 0 and the middle bin: σ z = 99 changes nothing, 101 does."""
+def test_noise_in_a_histogram_decides_where_it_is_larger_than_the_count(release, place, count, mean, deviation):
+    """Of 100 pairs with scores ±1 all fall into the middle bin, their 50 couples into octave 0: the noise σ z changes
+    nothing where it is less by one than what is there, and everything where it is more by one."""
     scores = torch.tensor([1.0, -1.0]).double().expand(100, 2)
     unit = torch.arange(100)
-    less, more = (private_standardisation(scores, unit, 2.0, Planted(release, place, z)) for z in (49.5, 50.5))
+    less, more = (
+        private_standardisation(scores, unit, 2.0, Planted(release, place, (count + step) / 2)) for step in (-1, 1)
+    )
     plain = private_standardisation(scores, unit, 0.0, noise())
     assert less == plain and plain.mean == 0 and plain.deviation == 1
     assert (more.mean, more.deviation) == (mean, deviation)
@@ -250,6 +256,25 @@ def test_one_pair_moves_the_standardisation_by_what_the_noise_hides():
     hostile[7] = 1e30
     one, other = (private_standardisation(s, torch.arange(500), 0.0, noise()) for s in (scores, hostile))
     assert 0 < abs(one.mean - other.mean) <= 2 * 16 / 500 and math.isfinite(other.deviation)
+
+
+@pytest.mark.parametrize("units", [300, 301])
+def test_a_unit_is_in_one_couple(units):
+    """Whatever one unit says, one difference changes; the odd unit out has one of its own."""
+    scores, unit = rows(2 * units, 2, seed=6), torch.arange(units).repeat_interleave(2)
+    plain = private._across(scores, unit, noise())
+    assert len(plain) == (units + 1) // 2
+    for changed in (0, 7, units - 1):
+        hostile = scores.clone()
+        hostile[unit == changed] = 1e30
+        assert (private._across(hostile, unit, noise()) != plain).sum() == 1
+
+
+def test_scores_that_differ_far_more_between_questions_are_not_clipped():
+    """On shipped backbones a pair's scores differ by a hundredth of what questions' scores do: σ is the questions'."""
+    scores = 100 * rows(2000, 1, seed=7) + rows(2000, 2, seed=8)
+    found = private_standardisation(scores, torch.arange(2000), 23.0, noise())
+    assert found.deviation == pytest.approx(100, rel=0.35)
 
 
 def test_units(prefer):

@@ -253,7 +253,7 @@ def private_head(
 
 
 _OCTAVES = range(-30, 11)
-"""Powers of two that the spread of a pair's scores may have."""
+"""Powers of two that the spread of scores may have."""
 
 _PLACES = 64
 """How many bins of eight spreads the middle of the scores may lie from 0, on either side."""
@@ -262,32 +262,34 @@ _PLACES = 64
 def private_standardisation(scores: Tensor, unit: Tensor, sigma: float, noise: SecretNoise) -> Standardisation:
     """Return mean and deviation of raw scores, by four releases with Gaussian noise.
 
-        S  =  2^(the fullest octave of |s_c − s_r| / 2)         from a histogram
+        S  =  2^(the fullest octave of |s_c − s'_r| / 2)        from a histogram; s' of another unit, drawn by lot
         B  =  the fullest bin of (s_c + s_r) / 2, 8 S wide      from a histogram; its middle is b
         μ  =  b + 16 S mean clip_1((s − b) / 16 S)              over both scores of every pair
         σ² =  64 S² mean clip_1((s − μ) / 8 S)²                 no less than (S / 2)²
 
-    A unit adds the mean over its pairs to each, a vector no longer than 1.
+    Scores differ far more between questions than within a pair, so that S is of two units' scores: of the first pair of
+    each, and no unit is in two couples. A unit adds one vector to each release, no longer than 1: a couple that counts
+    for nothing where one of its units does, or the mean over its pairs.
 
     Args:
         scores: raw, of chosen and rejected, `[N, 2]`.
         unit: of every pair, `[N]`.
         sigma: noise over sensitivity, of each release.
-        noise: draws it.
+        noise: draws it, and the couples.
     """
     units = int(unit.max()) + 1
     share = 1 / torch.bincount(unit)[unit].double()  # of a pair in its unit
-    half, middle = (scores[:, 0] - scores[:, 1]).double().abs() / 2, scores.double().mean(dim=1)
 
-    def histogram(index: Tensor, bins: int) -> Tensor:
-        filled = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, share)
-        return filled + sigma * noise.normal(bins)
+    def fullest(index: Tensor, counts: Tensor, bins: int) -> int:
+        filled = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, counts)
+        return int((filled + sigma * noise.normal(bins)).argmax())
 
+    half = _across(scores.double(), unit, noise).abs() / 2
     octave = half.clamp_min(2.0 ** _OCTAVES[0]).log2().floor().long().clamp(_OCTAVES[0], _OCTAVES[-1])
-    spread = 2.0 ** (_OCTAVES[0] + int(histogram(octave - _OCTAVES[0], len(_OCTAVES)).argmax()))
+    spread = 2.0 ** (_OCTAVES[0] + fullest(octave - _OCTAVES[0], torch.ones_like(half), len(_OCTAVES)))
     width = 8 * spread
-    place = (middle / width).round().clamp(-_PLACES, _PLACES).long() + _PLACES
-    centre = width * (int(histogram(place, 2 * _PLACES + 1).argmax()) - _PLACES)
+    place = (scores.double().mean(dim=1) / width).round().clamp(-_PLACES, _PLACES).long() + _PLACES
+    centre = width * (fullest(place, share, 2 * _PLACES + 1) - _PLACES)
 
     def mean(values: Tensor) -> float:
         """Release the mean over units of what is in [−1, 1]."""
@@ -297,3 +299,13 @@ def private_standardisation(scores: Tensor, unit: Tensor, sigma: float, noise: S
     centre += 2 * width * min(1.0, max(-1.0, mean(moved.clamp(-1, 1))))
     variance = width**2 * mean(((scores.double() - centre) / width).clamp(-1, 1).square())
     return Standardisation(centre, math.sqrt(max(variance, spread**2 / 4)))
+
+
+def _across(scores: Tensor, unit: Tensor, noise: SecretNoise) -> Tensor:
+    """Return s_c of one unit less s_r of another, by couples drawn by lot; the odd one out has itself."""
+    sizes = torch.bincount(unit)
+    first = unit.argsort(stable=True)[sizes.cumsum(0) - sizes]  # pair of each unit
+    order = first[noise.uniform(len(first)).argsort()]
+    couples = (len(first) + 1) // 2
+    difference: Tensor = scores[order[:couples], 0] - scores[order.flip(0)[:couples], 1]
+    return difference
