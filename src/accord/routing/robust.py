@@ -172,26 +172,38 @@ def capped(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]], cap: float) ->
         The rewards `[G]` of every group, with the mean that they had, and c `[K]` as it was before the cap; 0 where
         nothing moves the policy.
     """
-    rewards = [fuse(scores, weights) for scores, weights in groups]
-    advantages = [_centred(reward) for reward in rewards]
-    total = sum(float(a.abs().sum()) for a in advantages)
-    sites = groups[0][0].shape[-1] if groups else 0
-    shares = torch.zeros(sites)
+    if not groups:
+        return [], torch.zeros(0)
+    fused = _each_left_out(fuse, groups)
+    rewards = [each[-1] for each in fused]
+    advantages = [_centred(each) for each in fused]
+    total = sum(float(a[-1].abs().sum()) for a in advantages)
     if not total:
-        return rewards, shares
-    parts = []
-    for k in range(sites):
-        others = torch.arange(sites) != k
-        without = (fuse(scores, weights * others) for scores, weights in groups)
-        parts.append([a - _centred(reward) for a, reward in zip(advantages, without, strict=True)])
-    moved = torch.tensor([sum(float(m.abs().sum()) for m in part) for part in parts]) / total
+        return rewards, torch.zeros(len(fused[0]) - 1)
+    parts = [a[-1] - a[:-1] for a in advantages]
+    moved = torch.stack([part.abs().sum(dim=-1) for part in parts]).sum(dim=0) / total
     shares = moved / moved.sum().clamp(min=1)
-    for part, share, own in zip(parts, shares.tolist(), moved.tolist(), strict=True):
-        if share > cap:
-            rewards = [r - (share - cap) / own * m for r, m in zip(rewards, part, strict=True)]
-    return rewards, shares
+    excess = ((shares - cap).clamp(min=0) / moved.clamp(min=1e-30))[:, None]
+    return [r - (excess * part).sum(dim=0) for r, part in zip(rewards, parts, strict=True)], shares
+
+
+def _each_left_out(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Return of every group the rewards `[K + 1, G]` without the first site, the second, …, and with all of them.
+
+    Groups of one shape are fused at once.
+    """
+    every = torch.vmap(torch.vmap(fuse, in_dims=(None, 0)))
+    found: list[Tensor] = [torch.empty(0)] * len(groups)
+    for shape in {scores.shape for scores, _ in groups}:
+        places = [n for n, (scores, _) in enumerate(groups) if scores.shape == shape]
+        scores, weights = (torch.stack(each) for each in zip(*(groups[n] for n in places), strict=True))
+        kept = torch.cat([1 - torch.eye(shape[-1]), torch.ones(1, shape[-1])]).to(weights)
+        fused = every(scores, weights[:, None] * kept[:, None])
+        for place, rewards in zip(places, fused, strict=True):
+            found[place] = rewards
+    return found
 
 
 def _centred(rewards: Tensor) -> Tensor:
-    """Return the advantages of a group's rewards `[G]`, 0 where there is no reward."""
-    return (rewards - rewards.nanmean()).nan_to_num(0.0)
+    """Return the advantages of rewards `[…, G]` of a group, 0 where there is no reward."""
+    return (rewards - rewards.nanmean(dim=-1, keepdim=True)).nan_to_num(0.0)
