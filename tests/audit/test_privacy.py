@@ -140,7 +140,7 @@ def copied(states, told, scores, kind):
 @pytest.mark.parametrize(
     ("scores", "least"),
     [
-        (ScoreRange(), {"exact": 0.95, "8 bits": 0.75, "ranks": 0.7}),
+        (ScoreRange(), {"exact": 0.98, "8 bits": 0.97, "ranks": 0.75}),
         (ScoreRange(form="sigmoid"), {"exact": 0.98, "8 bits": 0.97, "ranks": 0.9}),
     ],
     ids=["clip", "sigmoid"],
@@ -148,9 +148,8 @@ def copied(states, told, scores, kind):
 def test_extraction_from_real_features(scores, least):
     """T21: a head is copied from what a site sends: standardised with noise, and in the range of its recipe.
 
-    What was learnt of the replies to one half of the questions is tried on the other. By the default range, 0 to 2, all
-    but 8 % of the replies stand on a bound: scores differ more from question to question than within a pair, of which
-    the private standardisation takes its scale. So the copy is less good than of the sigmoid, which can be undone.
+    What was learnt of the replies to one half of the questions is tried on the other. By the default range, 0 to 2,
+    half of the replies are 0: they are below the site's mean. The sigmoid hides none.
     """
     features = features_of("accord/idefics3")
     known, fresh = features[:300], features[300:]
@@ -158,6 +157,6 @@ def test_extraction_from_real_features(scores, least):
     told = replies(Head(features, head, SecretNoise(bytes(32))), 300, scores)
     within = ((told > scores.low) & (told < scores.high)).double().mean()
     assert told.min() >= scores.low and told.max() <= scores.high
-    assert 0.05 < within < 0.1 if scores.form == "clip" else within > 0.9
+    assert 0.4 < within < 0.5 if scores.form == "clip" else within > 0.9
     for kind, share in least.items():
         assert agreement(copied(known, told, scores, kind), head, fresh) > share, kind
