@@ -9,7 +9,7 @@ import pytest
 from accord.data.conventions import FORMS, WANTED, load_conventions
 from accord.data.radiology_and_rooms import TYPES, load_radiology_and_rooms, modality_of, organs_of, rooms_of
 from accord.errors import DataError
-from accord.types import Question
+from accord.types import ImageSource, Question
 
 SPLITS = ("base", "private", "public", "dev", "test")
 
@@ -155,6 +155,17 @@ def test_every_site_wants_its_own_form_of_the_same_facts(world: Path) -> None:
     for q in (*wanted["radiology"], *wanted["indoor"], *wanted["photographs"]):
         assert len({q.answer, *q.weaker}) == len(FORMS) and not q.references
     assert "shapes" not in wanted and set(WANTED) == set(wanted)
+
+
+def test_the_two_worlds_put_the_same_scans_into_dev(world: Path) -> None:
+    """Half of those that the folder gives to `base`: no picture of the server is one of dev in the other world."""
+
+    def scans(questions: list[Question], split: str) -> set[ImageSource]:
+        return {q.image for q in questions if q.domain == "radiology" and q.split == split}
+
+    tastes, exams = load_conventions(world), load_radiology_and_rooms(world, exposure=True)
+    for split in ("base", "dev"):
+        assert scans(tastes, split) and scans(tastes, split) <= scans(exams, split)
 
 
 def test_the_server_and_the_held_out_domain_have_no_taste(world: Path) -> None:

@@ -131,7 +131,7 @@ def load_radiology_and_rooms(
     for q in [*constructed, *people]:
         if q.split != "base" or (q.domain == "indoor" and uniform("labels", 0, file_name(q)) < labels):
             kept.append(q)
-        elif q.question_type in (*TYPES, *CAPTIONS) and for_dev(q):
+        elif q.question_type in (*TYPES, *CAPTIONS) and q.domain == "radiology" and for_dev(q):
             kept.append(replace(q, split="dev"))
     unknown = [q for q in constructed if q.split == "base" and q.domain == "radiology" and not for_dev(q)]
     if radiology:
@@ -142,8 +142,8 @@ def load_radiology_and_rooms(
 
 
 def for_dev(q: Question) -> bool:
-    """Return whether a radiology image goes to `dev`, as half of those do that the folder gives to `base`."""
-    return q.split == "base" and q.domain == "radiology" and uniform("radiology dev", 0, file_name(q)) < 0.5
+    """Return whether q's radiology image goes to `dev`, as half of those do that the folder gives to `base`."""
+    return q.split == "base" and uniform("radiology dev", 0, file_name(q)) < 0.5
 
 
 def file_name(q: Question) -> str:
