@@ -116,6 +116,7 @@ class SiteConfig:
     lora: LoraSettings | None = None  # train the reward model as an adapter
     privacy: Privacy | None = None  # train its head, or with `lora` an adapter, with differential privacy
     answers: bool = False  # keep the fine-tuned model, and answer the server's public questions with it: FedGRPO
+    sums: bool = False  # send another organisation sums of its prompts' features, by which a server abstains
     owns: float = 0.0  # share of the public questions that fit it whose reference answer it holds, beside its own's
     limits: Limits = Limits()  # of one request from another organisation
     budget: Budget = Budget()  # of the queries that it answers to another organisation
@@ -127,6 +128,10 @@ class SiteConfig:
         if self.judgements and self.preferences:
             raise RecipeError(
                 f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
+            )
+        if self.privacy is not None and self.sums:
+            raise RecipeError(
+                f"site {self.name!r} has privacy, and sums carry no noise; take sums = true out, or leave privacy out"
             )
         if self.privacy is not None:
             labels = self.privacy.unit == "label"

@@ -184,6 +184,17 @@ def test_what_leaves_is_what_the_messages_can_hold(site):
     assert "annotation" not in leaving and "reward model's weights" in staying
 
 
+def test_sums_of_prompts_are_told(site):
+    recipe = load_recipe(site / "recipe.toml")
+    (first, *others) = recipe.sites
+    agreeing = replace(recipe, sites=(replace(first, sums=True), *others))
+    ways = [
+        {(each.way, each.amount) for each in what_crosses(told, site, "colour") if each.what.startswith("sums of")}
+        for told in (recipe, agreeing)
+    ]
+    assert ways == [{("stays", "sums = true is not in its table")}, {("leaves", "65 numbers, once a run")}]
+
+
 def test_own_answers_are_tried_and_told(kit, site):
     """Nothing of them where the recipe does not say so; else that they leave, and what of the book of two does."""
     recipe, file = load_recipe(site / "recipe.toml"), site / "recipe.toml"

@@ -49,6 +49,7 @@ from accord.federation.messages import (
     to_turns,
 )
 from accord.federation.site import Site
+from accord.federation.weights import to_bytes
 from accord.flare import service as module
 from accord.flare.frames import connect, receive_frame, send_frame, site_socket
 from accord.flare.kit import Kit
@@ -57,9 +58,10 @@ from accord.flare.service import SiteService, join, open_site_folder
 from accord.flare.site_cli import _sentence, _spent
 from accord.pipeline import Job, train_site
 from accord.recipe_file import dump_recipe, load_recipe
+from accord.routing.means import blank
 from accord.routing.router import RouterNetwork
 from accord.runs import Run, read_lines
-from accord.stages.sites import open_federation, open_site
+from accord.stages.sites import open_federation, open_site, prompt_sums
 from accord.types import vqa_prompt
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -243,6 +245,20 @@ def test_the_answers_are_those_of_the_engine_in_one_process(trained, site, serve
             expected = engine.ask({"colour": request})["colour"]
             assert isinstance(expected, ScoreReply | AnswerReply | UpdateReply | Card)
             assert encode(expected) == ask(service, request)
+
+
+def test_sums_of_prompts_leave_where_the_sites_own_recipe_says_so(trained, tmp_path, site, serve):
+    """The same as in one process; another site refuses."""
+    request = UpdateRequest("means-colour", "means", 0, to_bytes(blank(32)), 0)
+    refusing = serve(site)
+    assert isinstance(decode_reply(ask(refusing, request)), Refusal)
+    refusing.__exit__(None, None, None)
+    folder = shutil.copytree(trained[1], tmp_path / "agreeing")
+    recipe = load_recipe(folder / "recipe.toml")
+    first, second = recipe.sites
+    (folder / "recipe.toml").write_text(dump_recipe(replace(recipe, sites=(replace(first, sums=True), second))))
+    told = ask(serve(open_site_folder(folder, "colour")), request)
+    assert told == encode(prompt_sums(Job(recipe, None, quiet=True, alone="colour"), "colour")(request))
 
 
 def test_the_model_runs_with_as_many_threads_as_the_recipe_says(trained, serve):

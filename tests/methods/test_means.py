@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -6,11 +7,14 @@ from pytest import approx
 
 from accord.data.images import load_image
 from accord.errors import RecipeError
+from accord.federation.engine import InProcessEngine
 from accord.methods import check_methods
 from accord.methods.means import class_means, means, means_abstain, routed_abstain
 from accord.recipe import Policy
 from accord.rewards.model import RewardModel
+from accord.rewards.private import Privacy
 from accord.routing.router import RouterConfig, RouterNetwork, save_router
+from accord.stages.sites import prompt_sums
 from accord.types import vqa_prompt
 
 PROMPT = vqa_prompt("what colour is it?")
@@ -69,6 +73,23 @@ def test_abstention(gathered, square, make, quantile, asked):
 
 
 @pytest.mark.parametrize("name", ["means", "means-abstain", "routed-abstain"])
-def test_other_organisations_sites_are_refused_at_once(gathered, name):
-    with pytest.raises(RecipeError, match=f"the method '{name}' needs the sites' private questions or pairs"):
-        check_methods(gathered.recipe, [name], elsewhere=True)
+def test_other_organisations_sites_agree_to_it_or_are_refused_at_once(gathered, name):
+    first, second = gathered.recipe.sites
+    agreeing = replace(first, sums=True)
+    with pytest.raises(RecipeError, match=f"'{name}' needs sums of .* prompts, and none go from b to another"):
+        check_methods(replace(gathered.recipe, sites=(agreeing, second)), [name], elsewhere=True)
+    check_methods(replace(gathered.recipe, sites=(agreeing, replace(second, sums=True))), [name], elsewhere=True)
+
+
+def test_other_organisations_sites_send_what_is_gathered_here(gathered):
+    engine = InProcessEngine({name: prompt_sums(gathered, name) for name in "ab"})
+    here = class_means(gathered)
+    shutil.rmtree(gathered.path / "kept")
+    gathered.engine = engine
+    there = class_means(gathered)
+    assert all(torch.equal(one, other) for one, other in zip(vars(here).values(), vars(there).values(), strict=True))
+
+
+def test_sums_of_a_private_site_have_no_noise(gathered):
+    with pytest.raises(RecipeError, match="has privacy, and sums carry no noise; take sums = true out"):
+        replace(gathered.recipe.sites[0], privacy=Privacy(), finetune=None, sums=True)

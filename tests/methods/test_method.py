@@ -52,7 +52,7 @@ FAMILIES = (
     *(mor, feddrm, late, disco, objectives, density, robust, gates, means, fedgrpo, fusions, single),
     *(fedavg_reward, sketches, shared_head, fedit, feddpo, fedbis, fedbiscuit, server_alone, bounds),
 )
-SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True) for name in "ab")
+SITES = tuple(SiteConfig(name, "accord/idefics3", answers=True, sums=True) for name in "ab")
 ALL = [*METHODS, "site a", "local b"]
 every = pytest.mark.parametrize("name", ALL)
 

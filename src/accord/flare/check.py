@@ -316,6 +316,10 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         answers = Crossing(
             "leaves", "answers of its own model to the server's questions", f"at most {MAX_ANSWER} characters each"
         )
+    sums = Crossing("stays", "sums of its prompts' features", "sums = true is not in its table")
+    if site.sums:
+        numbers = 2 * config.get_text_config().hidden_size + 1
+        sums = Crossing("leaves", "sums of its prompts' features, a quantile", f"{numbers:,} numbers, once a run")
     owned = []
     if site.answers or site.owns:
         known = len(read_truth(folder / "sites" / name / "truth.json"))
@@ -332,7 +336,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
     return [
         Crossing("leaves", "scores of candidate answers, standardised", f"one number each, {clipped}"),
         *owned,
-        *([answers] if answers.way == "leaves" else []),
+        *(each for each in (answers, sums) if each.way == "leaves"),
         Crossing(
             "leaves",
             "what its pairs change in the router's weights",
@@ -355,7 +359,7 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         Crossing("enters", "router weights", router),
         Crossing("stays", "images, questions, answers, pairs, annotations", "no message can hold them"),
         Crossing("stays", "the reward model's weights", "no message that this service answers can hold them"),
-        *([answers] if answers.way == "stays" else []),
+        *(each for each in (answers, sums) if each.way == "stays"),
         Crossing("stays", "the texts of errors", "in site.log of the folder"),
     ]
 

@@ -62,7 +62,7 @@ from accord.runs import Run, stages_done
 from accord.stages.job import Job
 from accord.stages.process import prepare
 from accord.stages.projector import projector_training
-from accord.stages.sites import open_site, router_training, site_pairs
+from accord.stages.sites import open_site, prompt_sums, router_training, site_pairs
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
@@ -127,7 +127,8 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     """Open the site that `accord site train RECIPE NAME --out FOLDER` made, ready to answer as the in-process engine's.
 
     Pairs of its own are read at once, so that a fault in them shows now; constructed ones when the router is trained.
-    It answers questions with its own model only where its recipe says so, `answers = true` in its table.
+    It answers questions with its own model only where its recipe says so, `answers = true` in its table, and sends sums
+    of its prompts' features only with `sums = true`.
 
     Raises:
         RunError, RecipeError: as `read_site_folder`.
@@ -140,6 +141,8 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     if job.site(name).preferences:
         site_pairs(job, name)
     updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
+    if job.site(name).sums:
+        updates["means"] = WhenAsked(partial(prompt_sums, job, name))
     if recipe.projector is not None:
         updates["projector"] = WhenAsked(partial(projector_training, job, name))
     return open_site(recipe, folder, name, scores=recipe.scores, updates=updates, opening=opening)

@@ -141,6 +141,11 @@ def check_methods(recipe: Recipe, names: Sequence[str], *, elsewhere: bool = Fal
                 f"the method {name!r} needs sites whose own models answer questions, and none does; add "
                 f"answers = true to the [[sites]] tables, or leave {name!r} out"
             )
+        if elsewhere and "sums" in method.needs and (silent := [site.name for site in recipe.sites if not site.sums]):
+            raise RecipeError(
+                f"the method {name!r} needs sums of every site's prompts, and none go from {', '.join(silent)} to "
+                f"another organisation; add sums = true to the [[sites]] tables, or leave {name!r} out"
+            )
         if elsewhere and "private" in method.needs:
             raise RecipeError(
                 f"the method {name!r} needs the sites' private questions or pairs, which never leave other "

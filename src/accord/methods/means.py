@@ -9,8 +9,7 @@ are in `accord.routing.means`. After FedGMM, Wu et al. 2023, arXiv 2305.01068 (n
 features), and FedDRM, 2025, arXiv 2509.23049 (a choice without n_k); the discriminant of one round, the quantiles and
 abstention as an absent reward are ours.
 
-The sums are gathered where all sites are opened here: other organisations' sites answer what their operators have
-agreed to, which is the router's training and scores.
+Another organisation's site sends its sums where its operator has agreed to it, by `sums = true` in the site's table.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from accord.methods.method import Method, by_reward
 from accord.routing.means import (
     Abstaining,
     ClassMeans,
-    LocalMeans,
     MeansRouter,
     collect_means,
     load_means,
@@ -32,7 +30,7 @@ from accord.routing.router import LearnedRouter
 from accord.stages.alignment import federated_reward
 from accord.stages.job import Job
 from accord.stages.routing import trained_router
-from accord.stages.sites import site_pairs
+from accord.stages.sites import open_federation, prompt_sums
 from accord.stages.traffic import asked_once
 from accord.stages.training import open_training
 
@@ -44,8 +42,7 @@ def class_means(job: Job) -> ClassMeans:
         RunError: no site sent any.
     """
     file = job.kept("means", after="site") / "class-means.safetensors"
-    most = job.recipe.router.pairs_per_site
-    engine = open_training(job, lambda name: {"means": LocalMeans(job.encoder, site_pairs(job, name), most)})
+    engine = open_federation(job) if job.engine else open_training(job, lambda name: {"means": prompt_sums(job, name)})
     asked_once(job, engine, file, lambda: save_means(file, collect_means(engine, job.encoder.features)))
     return load_means(file)
 
@@ -70,21 +67,21 @@ METHODS: Final = {
     "means": Method(
         by_reward(means),
         "the site whose mean of prompts' states is nearest; one round gathers the means",
-        needs=frozenset({"sites", "private"}),
+        needs=frozenset({"sites", "sums"}),
         asks=lambda recipe: 1,
         reward=means,
     ),
     "means-abstain": Method(
         by_reward(means_abstain),
         "the same, and nobody where a prompt's density is below every site's 1 % quantile",
-        needs=frozenset({"sites", "private"}),
+        needs=frozenset({"sites", "sums"}),
         asks=lambda recipe: 1,
         reward=means_abstain,
     ),
     "routed-abstain": Method(
         by_reward(routed_abstain, reads=lambda job: job.encoder),
         "as routed, and nobody where a prompt's density is below every site's 1 % quantile",
-        needs=frozenset({"sites", "router", "private"}),
+        needs=frozenset({"sites", "router", "sums"}),
         asks=lambda recipe: 1,
         reward=routed_abstain,
     ),

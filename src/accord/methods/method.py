@@ -33,9 +33,10 @@ Role: TypeAlias = Literal["competes", "control", "chance", "bound", "ceiling"]
 """Its place in a table: a control (the server alone), chance in the place of a choice, what no federation may do or
 know, or the reference answers as reward, whose gain the others' are shares of. Only what competes can be best."""
 
-Need: TypeAlias = Literal["sites", "router", "answers", "private"]
-"""What must be there: the sites' reward models, the federated router, a site whose own model answers; and the sites'
-private questions and pairs in this process, which it can have only where all sites are opened here."""
+Need: TypeAlias = Literal["sites", "router", "answers", "sums", "private"]
+"""What must be there: the sites' reward models, the federated router, a site whose own model answers, sums of all
+sites' prompts; and the sites' private questions and pairs in this process, which it can have only where all sites are
+opened here."""
 
 Align: TypeAlias = Callable[[Job, str], Aligned]
 Config = TypeVar("Config", bound="DataclassInstance", covariant=True)

@@ -36,6 +36,7 @@ from accord.recipe import Recipe, SiteConfig
 from accord.rewards.model import RewardModel, Standardisation
 from accord.rewards.train import RewardConfig, train_reward_model
 from accord.routing.fit import LocalRouterTraining
+from accord.routing.means import LocalMeans
 from accord.runs import Run, write_atomic
 from accord.stages.agreement import agreement_of
 from accord.stages.job import Job
@@ -409,6 +410,11 @@ def router_training(job: Job, name: str) -> LocalRouterTraining:
     """Return a site's half of the router's training, on its pairs."""
     names = [site.name for site in job.recipe.sites]
     return LocalRouterTraining(job.encoder, site_pairs(job, name), names.index(name), len(names), job.recipe.router)
+
+
+def prompt_sums(job: Job, name: str) -> LocalMeans:
+    """Return what a site sends in place of its prompts, of no more of them than the router sees pairs."""
+    return LocalMeans(job.encoder, site_pairs(job, name), job.recipe.router.pairs_per_site)
 
 
 def open_federation(
