@@ -61,16 +61,37 @@ def test_the_simulator_gives_the_bits_of_one_process(recipe, in_process, site_fo
     assert (run / weights).read_bytes() == (in_process / weights).read_bytes()
 
 
-def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, tmp_path, sockets):
-    """Experts chosen by answers that came over FLARE; no router is trained. Its sites are those of `in_process`."""
-    settings = replace(load_recipe(recipe), method="fedgrpo")
-    here, there = tmp_path / "here", tmp_path / "there"
+def align_here(settings, in_process, here):
+    """Do a whole run in this process, with the sites of `in_process`."""
     with open_job(settings, Run.create(here, dump_recipe(settings), seed=0), quiet=True) as job:
         shutil.copytree(in_process / "sites", here / "sites")
         for site in settings.sites:
             with job.run.doing(f"site {site.name}"):
                 pass
         execute(job)
+
+
+@pytest.mark.long
+def test_abstention_is_the_same_on_every_engine(recipe, in_process, site_folders, tmp_path, sockets):
+    """Sums of prompts come over FLARE, from sites whose own recipes say so."""
+    settings = replace(load_recipe(recipe), method="routed-abstain")
+    settings = replace(settings, sites=tuple(replace(site, sums=True) for site in settings.sites))
+    here, there = tmp_path / "here", tmp_path / "there"
+    align_here(settings, in_process, here)
+    folders = {name: shutil.copytree(folder, tmp_path / "own" / name) for name, folder in site_folders.items()}
+    for folder in folders.values():
+        (folder / "recipe.toml").write_text(dump_recipe(settings))
+    simulate(settings, folders, there, sockets)
+    assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
+    for file in ("policy/model.safetensors", "kept/site/means/class-means.safetensors"):
+        assert (there / file).read_bytes() == (here / file).read_bytes()
+
+
+def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, tmp_path, sockets):
+    """Experts chosen by answers that came over FLARE; no router is trained. Its sites are those of `in_process`."""
+    settings = replace(load_recipe(recipe), method="fedgrpo")
+    here, there = tmp_path / "here", tmp_path / "there"
+    align_here(settings, in_process, here)
     simulate(settings, site_folders, there, sockets)
     assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
     for file in ("policy/model.safetensors", "kept/site/competence/graph/graph.safetensors"):
