@@ -139,7 +139,7 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)
-    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
+    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name, folder=folder))}
     if recipe.projector is not None:
         updates["projector"] = WhenAsked(partial(projector_training, job, name))
     return open_site(recipe, folder, name, scores=recipe.scores, updates=updates, opening=opening)
