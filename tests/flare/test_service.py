@@ -950,9 +950,9 @@ def test_steps_of_a_router_are_paid_from_the_site_s_own_ledger(tmp_path, square,
     weights = RouterNetwork(32, 2, recipe.router).to_bytes()
     service = serve(open_site_folder(folder, "colour"))
     paid, another = (UpdateRequest("r", "router", 0, weights, seed) for seed in (5, 6))
-    first = ask(service, paid)
+    first = decode_reply(ask(service, paid))
     assert isinstance(first, UpdateReply) and first.loss == 0
-    assert ask(service, another) == Refusal("r", "error")
-    assert ask(service, paid) == open_site_folder(folder, "colour").answer(paid) == first
+    assert decode_reply(ask(service, another)) == Refusal("r", "error")
+    assert decode_reply(ask(service, paid)) == open_site_folder(folder, "colour").answer(paid) == first
     (entry,) = read_entries(folder / "privacy" / "colour.json")
     assert entry.mechanisms[-1].releases == 2 and [*entry.router.answered.values()] == [2]
