@@ -38,8 +38,7 @@ from accord.errors import DataError, check_least, check_positive
 from accord.models.encoder import Encoder
 from accord.models.inputs import Batch, shared_inputs
 from accord.rewards.model import RewardModel, Standardisation
-from accord.routing.fit import client_id_loss
-from accord.routing.router import RouterNetwork
+from accord.routing.router import RouterNetwork, client_id_loss
 from accord.types import PreferencePair
 
 RELEASES: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -38,7 +38,7 @@ from accord.federation.engine import InProcessEngine
 from accord.federation.local import begin, finish, round_rate
 from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.routing import fit
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 
 DEFENCES = ["open", "default", "audit", "median", "trimmed"]
 LABELLED = 12
@@ -77,7 +77,7 @@ def site(rows: Tensor, k: int, sites: int, config: RouterConfig) -> Site:
         optimiser = torch.optim.SGD(network.parameters(), lr=rate)
         for _ in range(config.local_steps):
             hidden = rows[torch.randperm(ROWS, generator=generator)[:drawn], None]
-            loss = fit.client_id_loss(network(hidden, torch.ones(drawn, 1, dtype=torch.bool)), k)
+            loss = client_id_loss(network(hidden, torch.ones(drawn, 1, dtype=torch.bool)), k)
             optimiser.zero_grad()
             (loss * fit.pace(sites)).backward()
             optimiser.step()

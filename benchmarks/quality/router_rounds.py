@@ -25,8 +25,8 @@ from accord.federation.local import round_rate
 from accord.federation.weights import narrowed, set_trainable_weights, to_bytes, trainable_weights
 from accord.models.generate import answer
 from accord.recipe_file import load_recipe
-from accord.routing.fit import client_id_loss, pace
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.fit import pace
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 from accord.stages.job import Job
 from accord.stages.sites import router_training
 from accord.types import prompt_of

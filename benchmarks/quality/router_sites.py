@@ -28,8 +28,8 @@ from accord.evaluation.markdown import markdown_table
 from accord.federation.aggregation import Update
 from accord.federation.local import round_rate
 from accord.federation.weights import narrowed, set_trainable_weights, to_bytes, trainable_weights
-from accord.routing.fit import client_id_loss, pace
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.fit import pace
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 
 FEATURES, ROWS, NEW = 64, 120, 30
 

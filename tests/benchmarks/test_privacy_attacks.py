@@ -31,8 +31,7 @@ from accord.models.encoder import Encoder
 from accord.models.inputs import build_batch
 from accord.models.load import load_model
 from accord.rewards.model import RewardModel, Standardisation
-from accord.routing.fit import client_id_loss
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 from accord.types import vqa_prompt
 
 

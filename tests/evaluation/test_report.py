@@ -29,6 +29,7 @@ from accord.evaluation.summary import (
     accuracy,
     competence_summary,
 )
+from accord.rewards.certificate import UNCOVERED, Certificate, Uncovered
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -141,6 +142,36 @@ def test_who_may_be_poisoning_the_router(make_run: Callable[..., Path], make_sum
     honest = dataclasses.replace(router, audit={"b": audit["b"]})
     assert "No site was named." in _page(make_run("honest", summary=make_summary(router=honest)))[1].words
     assert "The router's audit" not in _page(make_run("without"))[0]
+
+
+@pytest.mark.parametrize(("steps", "open_to"), [(0, "shared training"), (46, "other training")])
+def test_what_a_certificate_covers(
+    make_run: Callable[..., Path], make_summary: Callable[..., Summary], steps: int, open_to: Uncovered
+) -> None:
+    """The router's steps and noise are told where they are covered; what is not covered is told anyway."""
+    proof = Certificate(
+        id="0123456789abcdef",
+        epsilon=3.0,
+        total=8.0,
+        delta=1e-6,
+        unit="pair",
+        sampling=0.2,
+        steps=100,
+        clip=0.5,
+        sigma=1.8,
+        projection=1.5,
+        standardisation=4.1,
+        noise="SHAKE-256",
+        version="0.1.0",
+        uncovered=(open_to,),
+        router=1.93 if steps else 0.0,
+        router_steps=steps,
+    )
+    summary = make_summary()
+    sites = (dataclasses.replace(summary.sites[0], privacy=proof), *summary.sites[1:])
+    text, page = _page(make_run(summary=make_summary(sites=sites)))
+    told = "Updates of the router are covered, too: at most 46 steps on such samples, σ = 1.93, clip 0.5." in text
+    assert told == bool(steps) and UNCOVERED[open_to] in page.words
 
 
 def test_how_the_projector_was_trained(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:

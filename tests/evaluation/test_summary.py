@@ -289,7 +289,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "ProjectorSummary": {"silos"},
         "ProjectorMeasure": {"cider"},
         "Accuracy": {"images", "macro_error"},
-        "Certificate": {"way", "flip"},
+        "Certificate": {"way", "flip", "router", "router_steps"},
         "SiteSummary": {"privacy"},
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},

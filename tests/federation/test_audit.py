@@ -13,8 +13,8 @@ from accord.federation.aggregation import Aggregation, Update
 from accord.federation.audit import Audit, Finding
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import begin, finish
-from accord.routing.fit import client_id_loss, fit_router, router_audit
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.fit import fit_router, router_audit
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 
 D, SITES = 8, ("a", "b", "c", "d", "e")
 CONFIG = RouterConfig(

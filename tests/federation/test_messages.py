@@ -152,6 +152,8 @@ FIELDS = {
         "noise": typing.Literal["SHAKE-256"],
         "version": str,
         "uncovered": tuple[Uncovered, ...],
+        "router": float,
+        "router_steps": int,
     },
 }
 """Everything that can cross the border. Whoever adds a field here has read the threat model."""

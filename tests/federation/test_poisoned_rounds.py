@@ -16,8 +16,8 @@ from accord.federation.local import begin, finish
 from accord.federation.messages import Absence, UpdateReply
 from accord.federation.rounds import combine, federated_rounds
 from accord.federation.weights import probe_of, set_trainable_weights, to_bytes, trainable_weights
-from accord.routing.fit import client_id_loss, fit_router
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.routing.fit import fit_router
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 
 D, K = 6, 3
 START = {"w": tensor([1.0, 2.0])}

@@ -58,6 +58,8 @@ from accord.flare.service import SiteService, join, open_site_folder
 from accord.flare.site_cli import _sentence, _spent
 from accord.pipeline import Job, train_site
 from accord.recipe_file import dump_recipe, load_recipe
+from accord.rewards.private import Privacy
+from accord.rewards.spending import read_entries
 from accord.routing.means import blank
 from accord.routing.router import RouterNetwork
 from accord.runs import Run, read_lines
@@ -951,3 +953,22 @@ def test_a_kit_that_is_not_this_sites(joined, trained, monkeypatch):
     monkeypatch.setattr("accord.flare.kit.kit_of", lambda _: replace(joined, role="server"))
     with pytest.raises(RunError, match="is the kit of the consortium's server; pass the one"):
         join(joined.path, trained[1])
+
+
+def test_steps_of_a_router_are_paid_from_the_site_s_own_ledger(tmp_path, square, write_recipe, serve):
+    """T18: over the socket, too, one round of two steps is answered whenever it is asked for, and no other one."""
+    pytest.importorskip("dp_accounting")
+    data = write_questions(tmp_path / "shapes", square, splits=("private",), kinds=("colour",))
+    recipe = write_recipe(tmp_path / "recipe.toml", data)
+    privacy = Privacy(steps=5, dimensions=4, router=0.3)
+    private = replace(recipe.sites[0], privacy=privacy, answers=False, owns=0.0)
+    folder = train(replace(recipe, sites=(private, recipe.sites[1])), tmp_path / "site", "colour", "colour")
+    weights = RouterNetwork(32, 2, recipe.router).to_bytes()
+    service = serve(open_site_folder(folder, "colour"))
+    paid, another = (UpdateRequest("r", "router", 0, weights, seed) for seed in (5, 6))
+    first = decode_reply(ask(service, paid))
+    assert isinstance(first, UpdateReply) and first.loss == 0
+    assert decode_reply(ask(service, another)) == Refusal("r", "error")
+    assert decode_reply(ask(service, paid)) == open_site_folder(folder, "colour").answer(paid) == first
+    (entry,) = read_entries(folder / "privacy" / "colour.json")
+    assert entry.mechanisms[-1].releases == 2 and [*entry.router.answered.values()] == [2]

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from accord.errors import RecipeError
-from accord.rewards.accounting import Mechanism, calibrate, epsilon_of, mechanisms_of
+from accord.rewards.accounting import PROJECTION, Mechanism, calibrate, epsilon_of, mechanisms_of, router_mechanism
 from accord.rewards.private import Privacy, Sigmas
 
 pytest.importorskip("dp_accounting")
@@ -91,3 +91,23 @@ def test_the_package_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", importing)
     with pytest.raises(RecipeError, match=r'pip install "accord\[privacy\]"'):
         epsilon_of([Mechanism(1.0)], 1e-6)
+
+
+def test_a_share_of_the_budget_for_a_router_by_hand():
+    """Without sampling, 4 steps of σ_r are one release of σ_r / 2; a share of ¼ is one of 2 σ. So σ_r = 4 σ."""
+    privacy = Privacy(epsilon=3.0, sampling=1.0, router=0.25)
+    whole = calibrate(privacy).projection * math.sqrt(PROJECTION)
+    found = router_mechanism(privacy, 4)
+    assert found == Mechanism(found.sigma, 1.0, 4) and found.sigma == pytest.approx(4 * whole, rel=0.005)
+
+
+@pytest.mark.parametrize(("epsilon", "share"), [(8.0, 0.3), (1.0, 0.5)])
+def test_a_router_and_a_reward_model_are_within_the_budget_together(epsilon, share):
+    """Its steps cost no more than its share, and the reward model gets what is left."""
+    privacy = Privacy(epsilon=epsilon, router=share)
+    whole = calibrate(privacy).projection * math.sqrt(PROJECTION)
+    router = router_mechanism(privacy, 69)
+    assert 0.98 < epsilon_of([router], 1e-6) / epsilon_of([Mechanism(whole / math.sqrt(share))], 1e-6) <= 1
+    sigmas = calibrate(privacy, reserved=[router])
+    assert 0.99 * epsilon < epsilon_of([*mechanisms_of(privacy, sigmas), router], 1e-6) <= epsilon
+    assert sigmas.gradient > calibrate(privacy).gradient and sigmas.projection == calibrate(privacy).projection

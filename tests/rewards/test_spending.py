@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+import torch
 
 from accord.errors import RecipeError, RunError
 from accord.rewards import spending
-from accord.rewards.accounting import epsilon_of
+from accord.rewards.accounting import Mechanism, epsilon_of
 from accord.rewards.certificate import UNCOVERED, Certificate, Uncovered
 from accord.rewards.private import Privacy, Sigmas
-from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
+from accord.rewards.spending import certify, fingerprint_of, pay, read_entries, settle, spend
 
 pytest.importorskip("dp_accounting")
 
@@ -31,7 +32,7 @@ def ledger(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Noise that was calibrated before: what is tested here is the book-keeping."""
-    monkeypatch.setattr(spending, "calibrate", lambda privacy, spent: TIGHT)
+    monkeypatch.setattr(spending, "calibrate", lambda *_: TIGHT)
 
 
 def test_it_is_written_before_anything_is_trained(ledger, quick):
@@ -107,7 +108,7 @@ import sys, time
 from pathlib import Path
 from accord.rewards import spending
 from accord.rewards.private import Privacy, Sigmas
-spending.calibrate = lambda privacy, spent: Sigmas(2.0, 5.0, 40.0)
+spending.calibrate = lambda *_: Sigmas(2.0, 5.0, 40.0)
 entry = spending.spend(Path(sys.argv[1]), Privacy(epsilon=2.0, steps=10, dimensions=0), "pairs")
 print(entry.id, flush=True)
 time.sleep(60)
@@ -136,3 +137,93 @@ def test_a_certificate_says_what_it_is(ledger, quick):
     assert msgspec.json.decode(msgspec.json.encode(found), type=Certificate) == found
     assert set(UNCOVERED) == set(Uncovered.__args__)
     assert "pairs" not in json.loads(msgspec.json.encode(found)).values()  # the fingerprint stays at the site
+
+
+ROUTED = replace(PRIVACY, router=0.3)
+
+
+@pytest.fixture
+def reserve(ledger, quick, monkeypatch):
+    """The id of a training that has set six steps of a router aside."""
+    monkeypatch.setattr(spending, "router_mechanism", lambda privacy, steps, _: Mechanism(3.0, 0.2, steps))
+    return spend(ledger, ROUTED, "pairs", router_steps=6).id
+
+
+def test_steps_of_a_router_are_paid_for_with_the_training(ledger, reserve):
+    """T18: they are among the mechanisms before anything is trained, and need a key of their own."""
+    (entry,) = read_entries(ledger)
+    assert entry.mechanisms[-1] == entry.router.mechanism == Mechanism(3.0, 0.2, 6)
+    assert entry.router.key != entry.key and len(bytes.fromhex(entry.router.key)) == 32 and entry.router.left == 6
+    settle(ledger, reserve)
+    (settled,) = read_entries(ledger)
+    assert settled.settled and settled.router == entry.router
+    found = certify(ledger, ROUTED, settled, uncovered=["other training"])
+    assert (found.router, found.router_steps) == (3.0, 6)
+    assert found.epsilon == epsilon_of([*entry.mechanisms[:-1], Mechanism(3.0, 0.2, 6)], 1e-6)
+
+
+def test_a_request_is_paid_for_once_and_another_one_again(ledger, reserve):
+    """T18: of six steps two requests of two leave two; the first again costs nothing and has the same noise."""
+    one, other = "01" * 32, "02" * 32
+    first = pay(ledger, reserve, one, 2).normal(4)
+    second = pay(ledger, reserve, other, 2).normal(4)
+    assert not torch.equal(first, second)
+    before = ledger.read_bytes()
+    assert torch.equal(pay(ledger, reserve, one, 2).normal(4), first) and ledger.read_bytes() == before
+    (entry,) = read_entries(ledger)
+    assert entry.router.answered == {one: 2, other: 2} and entry.router.left == 2
+    assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
+
+
+def test_what_was_not_set_aside_is_refused_and_costs_nothing(ledger, reserve):
+    """T18: whatever is asked for, of six steps no seventh is taken; what was answered is answered still."""
+    pay(ledger, reserve, "01" * 32, 4)
+    before = ledger.read_bytes()
+    with pytest.raises(RecipeError, match=r"2 of 6 paid steps of the router left, .* asks for 3; .*raise privacy"):
+        pay(ledger, reserve, "02" * 32, 3)
+    assert ledger.read_bytes() == before
+    pay(ledger, reserve, "03" * 32, 2)
+    pay(ledger, reserve, "01" * 32, 4)
+
+
+def test_another_training_ends_the_steps_of_the_one_before(ledger, reserve):
+    key = read_entries(ledger)[0].router.key
+    pay(ledger, reserve, "01" * 32, 2)
+    other = spend(ledger, ROUTED, "others", router_steps=6)
+    assert key not in ledger.read_text() and read_entries(ledger)[0].router.answered == {"01" * 32: 2}
+    for entry in (reserve, "0" * 16):
+        with pytest.raises(RunError, match=f"no steps of a router that were paid for with the training {entry}"):
+            pay(ledger, entry, "01" * 32, 2)
+    pay(ledger, other.id, "01" * 32, 2)
+
+
+def test_a_ledger_without_a_router_is_as_it_was(ledger, quick):
+    """So that an older Accord reads it, and a certificate, too."""
+    entry = spend(ledger, PRIVACY, "pairs", router_steps=6)
+    assert b"router" not in ledger.read_bytes()
+    assert b"router" not in msgspec.json.encode(certify(ledger, PRIVACY, entry, uncovered=["counts"]))
+    assert entry.mechanisms == tuple(spending.mechanisms_of(PRIVACY, TIGHT))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"router": 3.0}, {"router_steps": 6}, {"router": 3.0, "router_steps": 6, "uncovered": ("shared training",)}],
+)
+def test_a_certificate_of_a_router_contradicts_itself_nowhere(ledger, quick, fields):
+    found = certify(ledger, PRIVACY, spend(ledger, PRIVACY, "pairs"), uncovered=["counts"])
+    with pytest.raises(msgspec.ValidationError, match="steps of a router"):
+        msgspec.convert({**msgspec.to_builtins(found), **fields}, Certificate)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"router": 0.6}, "router must be at most 0.5, got 0.6: .*lower privacy.router"),
+        ({"router": -0.1}, "router must be at least 0, got -0.1"),
+        ({"router": float("nan")}, "router must be at least 0, got nan"),
+        ({"router": 0.3, "unit": "label"}, "router must be 0 with the unit 'label', got 0.3: .*privacy.router out"),
+    ],
+)
+def test_a_share_that_is_none_is_refused(fields, said):
+    with pytest.raises(RecipeError, match=said):
+        Privacy(**fields)

@@ -17,8 +17,8 @@ from accord.federation.messages import ScoreReply, UpdateReply, UpdateRequest
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
-from accord.routing.fit import LocalRouterTraining, client_id_loss, fit_router, pace
-from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork
+from accord.routing.fit import LocalRouterTraining, fit_router, pace
+from accord.routing.router import LearnedRouter, RouterConfig, RouterNetwork, client_id_loss
 from accord.types import vqa_prompt
 
 SMALL = RouterConfig(layers=1, width=8, heads=2, rounds=2, local_steps=2, pairs_per_batch=4, aggregation=Aggregation())

@@ -1,27 +1,33 @@
 import inspect
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from accord.data.images import load_image
 from accord.errors import AccordError, DataError, RecipeError, RunError
-from accord.federation.messages import CardRequest
+from accord.federation.engine import InProcessEngine
+from accord.federation.messages import Absence, CardRequest, UpdateRequest
+from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.finetune import FineTuneConfig
 from accord.models.load import LoraSettings
 from accord.recipe import SiteConfig
 from accord.recipe_file import recipe_of
-from accord.rewards.accounting import epsilon_of
+from accord.rewards.accounting import Mechanism, epsilon_of
 from accord.rewards.certificate import Certificate
+from accord.rewards.model import checkpoint_fingerprint
 from accord.rewards.private import Privacy, Sigmas, check_delta
-from accord.rewards.spending import read_entries
+from accord.rewards.spending import fingerprint_of, read_entries
 from accord.rewards.train import RewardConfig
+from accord.routing.router import RouterConfig, RouterNetwork
 from accord.stages import private
-from accord.stages.sites import open_site, train_site
+from accord.stages.job import Job
+from accord.stages.sites import open_site, router_training, train_site
 from accord.toml import dump_toml
 from accord.types import vqa_prompt
+from accord.version import VERSION
 
 pytest.importorskip("dp_accounting")
 
@@ -65,13 +71,14 @@ def test_a_private_site_is_a_site_like_any_other(job, settle, square):
     always, here = ("counts", "shared training", "gates", "settings"), ("making", "other runs", "backbone")
     assert set(card.privacy.uncovered) == {*always, *here}
     assert set(private._uncovered(SiteConfig("a", "accord/idefics3"), [])) == {*always}  # everybody's backbone
+    assert (card.privacy.router, card.privacy.router_steps) == (0, 0)
     assert entry.fingerprint not in (folder / "card.json").read_text()
 
 
 @pytest.mark.parametrize("way", ["head", "adapter", "labels"])
 def test_the_noise_is_what_the_ledger_says(job, settle, monkeypatch, way):
     """Each mechanism gets the σ that its entry has paid for."""
-    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda privacy, spent: Sigmas(2.0, 5.0, 40.0))
+    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda *_: Sigmas(2.0, 5.0, 40.0))
     given = {}
 
     def spied(name):
@@ -338,7 +345,7 @@ def test_a_recipe_says_it_in_one_line():
 
 def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
     """Of one seed, one recipe and the same pairs in two runs the models differ: the server knows all three."""
-    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda privacy, spent: Sigmas(2.0, 2.0, 2.0))
+    monkeypatch.setattr("accord.rewards.spending.calibrate", lambda *_: Sigmas(2.0, 2.0, 2.0))
     folder = settle()
     train_site(job, "a")
     _, one = score(job, square)
@@ -348,3 +355,140 @@ def test_the_noise_is_not_the_recipe_s(job, settle, square, monkeypatch):
     _, other = score(job, square)
     assert not torch.allclose(one, other)
     assert Certificate.__struct_config__.forbid_unknown_fields
+
+
+ROUTED = replace(PRIVACY, router=0.3)
+ROUTER = RouterConfig(layers=1, width=8, heads=2, rounds=3, local_steps=2, pairs_per_site=16)
+
+
+@pytest.fixture
+def route(job, settle, llava):
+    """Return a function that trains site `a` with steps of a router, and one that asks for some of them."""
+
+    def ask(number=0, *, seed=0, site=None):
+        torch.manual_seed(seed)
+        network = RouterNetwork(job.encoder.features, 2, job.recipe.router)
+        request = UpdateRequest(f"r{number}", "router", number, to_bytes(trainable_weights(network)), 7)
+        return (site or router_training(job, "a"))(request)
+
+    def train(privacy=ROUTED, **fields):
+        settle(privacy, **fields)
+        job.recipe = replace(job.recipe, router=ROUTER, policy=replace(job.recipe.policy, checkpoint=llava))
+        train_site(job, "a")
+        return job.path / "privacy" / "a.json"
+
+    return train, ask
+
+
+def test_the_router_s_steps_are_in_the_budget_and_on_the_certificate(job, route):
+    """ε of all that the entry pays for, the router's 3 rounds of 2 steps with it, is the certificate's and below 4."""
+    train, _ = route
+    (entry,) = read_entries(train())
+    proof = json.loads((job.path / "sites" / "a" / "card.json").read_text())["privacy"]
+    assert (proof["router"], proof["router_steps"]) == (entry.router.mechanism.sigma, 6) and entry.settled
+    assert entry.mechanisms[-1] == Mechanism(proof["router"], 0.2, 6)
+    assert 3.9 < proof["total"] == epsilon_of(entry.mechanisms, 1e-6) <= 4
+    assert "other training" in proof["uncovered"] and "shared training" not in proof["uncovered"]
+
+
+def test_a_router_s_steps_are_taken_by_what_was_paid(job, route):
+    """Noise, samples and unit are the ledger's, and not those of the recipe by now."""
+    train, _ = route
+    (entry,) = read_entries(train())
+    job.recipe = replace(job.recipe, sites=(replace(job.site("a"), privacy=None), job.recipe.sites[1]))
+    given = router_training(job, "a").guarantee
+    assert (given.unit, given.sampling, given.clip) == ("pair", 0.2, 0.5)
+    assert given.sigma == entry.router.mechanism.sigma > 0
+
+
+def test_the_same_request_has_the_same_answer_and_is_paid_for_once(job, route):
+    """T18: also by a site that has started again; other weights, or another round, cost their two steps."""
+    train, ask = route
+    ledger = train()
+    first = ask()
+    assert first.loss == 0 and ask() == first
+    assert [*read_entries(ledger)[0].router.answered.values()] == [2]
+    assert ask(1).change != first.change and ask(seed=1).change != first.change
+    (entry,) = read_entries(ledger)
+    assert [*entry.router.answered.values()] == [2, 2, 2] and entry.router.left == 0
+    assert epsilon_of(entry.mechanisms, 1e-6) <= 4
+
+
+def test_a_server_cannot_make_a_site_spend_more_than_it_set_aside(job, route):
+    """T18: the seventh step is refused, and the site is absent from that round; repeats are answered still."""
+    train, ask = route
+    ledger = train()
+    answers = [ask(number) for number in range(3)]
+    before = ledger.read_bytes()
+    with pytest.raises(RecipeError, match=r"has 0 of 6 paid steps of the router left, and a new request asks for 2"):
+        ask(3)
+    site = open_site(job.recipe, job.path, "a", scores=None, updates={"router": router_training(job, "a")})
+    engine = InProcessEngine({"a": site.answer})
+    absent = engine.ask({"a": UpdateRequest("x", "router", 9, ask(0).change, 0)})
+    assert absent["a"] == Absence("a", "error")
+    assert [ask(number) for number in range(3)] == answers and ledger.read_bytes() == before
+
+
+def test_a_kill_between_payment_and_answer_costs_once(job, route, monkeypatch):
+    train, ask = route
+    ledger = train()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("accord.routing.fit.private_steps", killed)
+        ask()
+    spent = ledger.read_bytes()
+    assert [*read_entries(ledger)[0].router.answered.values()] == [2]
+    assert ask() == ask() and ledger.read_bytes() == spent
+
+
+def test_other_pairs_never_get_the_noise_of_these(job, route):
+    """One noise on two data sets would show their difference: they are another request, which is paid for."""
+    train, ask = route
+    ledger = train()
+    first = ask()
+    job.pairs["a"] = [*job.pairs["a"][:-1], replace(job.pairs["a"][-1], rejected="none")]
+    assert ask().change != first.change and read_entries(ledger)[0].router.left == 2
+
+
+def test_noise_that_was_not_paid_for_is_refused(job, route):
+    train, ask = route
+    train(PRIVACY)
+    assert router_training(job, "a").guarantee is None and ask().loss > 0
+    job.recipe = replace(job.recipe, sites=(replace(job.site("a"), privacy=ROUTED), job.recipe.sites[1]))
+    with pytest.raises(RunError, match=r"site 'a' has privacy.router = 0.3, and its reward model was trained without"):
+        router_training(job, "a")
+
+
+def test_a_router_whose_ledger_is_gone_is_refused(job, route):
+    train, ask = route
+    train().unlink()
+    with pytest.raises(RunError, match=r"a\.json does not have the training [0-9a-f]{16}, with which the steps"):
+        ask()
+
+
+def test_a_service_takes_the_same_steps_from_the_same_ledger(job, route, square):
+    """As between organisations: its folder is all that it has, and the ledger stands there."""
+    train, ask = route
+    ledger = train()
+    here = ask()
+    elsewhere = Job(job.recipe, None, quiet=True, alone="a", pairs=job.pairs)
+    there = router_training(elsewhere, "a", folder=job.path)
+    assert ask(site=there) == here and read_entries(ledger)[0].router.left == 4
+    ask(1, site=there)
+    assert read_entries(ledger)[0].router.left == 2
+
+
+def test_without_a_share_nothing_differs(job, settle):
+    """A site whose certificate says nothing of a router is fingerprinted, paid for and described as before."""
+    folder = settle()
+    pairs, site = job.pairs["a"], job.site("a")
+    train_site(job, "a")
+    rows = [
+        (p.prompt, p.chosen, p.rejected, [job.identify(s) for s in p.images], p.question_id, p.person) for p in pairs
+    ]
+    settings = {name: value for name, value in asdict(PRIVACY).items() if name != "router"}
+    (entry,) = read_entries(job.path / "privacy" / "a.json")
+    assert entry.fingerprint == fingerprint_of(
+        rows, checkpoint_fingerprint(site.checkpoint), [settings, None], VERSION, str(torch.__version__)
+    )
+    assert "router" not in (folder / "card.json").read_text().replace("shared training", "")
+    assert "router" not in (job.path / "privacy" / "a.json").read_text()

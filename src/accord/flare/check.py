@@ -54,7 +54,8 @@ DAYS: Final = 30
 
 NOT_PROTECTED: Final = (
     "scores carry no noise: with enough of them a server can rebuild what the reward model thinks",
-    "router weights carry no noise: what a small round of pairs looked like in the encoder can partly be told",
+    "without privacy.router in the recipe router weights carry no noise: what a small round of pairs looked like in "
+    "the encoder can partly be told",
     "with answers or owns in the recipe: a server that has an image of yours can ask whether you own a question about "
     "it, and by trying candidates, which answer you hold",
     "the consortium's administrator can see that this site is there, and stop its jobs",

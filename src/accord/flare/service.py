@@ -140,7 +140,7 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     job = alone(recipe, name)
     if job.site(name).preferences:
         site_pairs(job, name)
-    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
+    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name, folder=folder))}
     if job.site(name).sums:
         updates["means"] = WhenAsked(partial(prompt_sums, job, name))
     if recipe.projector is not None:

@@ -83,40 +83,67 @@ def mechanisms_of(privacy: Privacy, sigmas: Sigmas) -> list[Mechanism]:
     return [training, *projection, Mechanism(sigmas.standardisation, releases=4)]
 
 
-def calibrate(privacy: Privacy, spent: Sequence[Mechanism] = ()) -> Sigmas:
-    """Return the least noise with which a training, and what was spent before it, are (ε, δ)-private together.
+def calibrate(privacy: Privacy, spent: Sequence[Mechanism] = (), reserved: Sequence[Mechanism] = ()) -> Sigmas:
+    """Return the least noise with which a training, and all that is paid beside it, are (ε, δ)-private together.
 
     The projection and the standardisation get fixed shares of what is left of the budget, and the steps the rest.
 
     Args:
         privacy: the guarantee and the settings.
         spent: what read the same data before.
+        reserved: what will read them and is paid for with this training, as `router_mechanism`.
 
     Raises:
         RecipeError: nothing is left.
     """
-    before = epsilon_of(spent, privacy.delta)
-    whole = _least(lambda sigma: epsilon_of([*spent, Mechanism(sigma)], privacy.delta), privacy, before)
+    whole = _whole(privacy, spent)
     projection, standardisation = whole / math.sqrt(PROJECTION), whole / math.sqrt(STANDARDISATION / 4)
 
     def total(sigma: float) -> float:
-        return epsilon_of([*spent, *mechanisms_of(privacy, Sigmas(sigma, projection, standardisation))], privacy.delta)
+        training = mechanisms_of(privacy, Sigmas(sigma, projection, standardisation))
+        return epsilon_of([*spent, *training, *reserved], privacy.delta)
 
-    return Sigmas(_least(total, privacy, before), projection, standardisation)
+    return Sigmas(_least(total, privacy.epsilon), projection, standardisation)
 
 
-def _least(total: Callable[[float], float], privacy: Privacy, before: float) -> float:
-    """Return the least σ with which `total` is within ε, to a thousandth, by bisection of its logarithm."""
-    _check_left(privacy, before)
+def router_mechanism(privacy: Privacy, steps: int, spent: Sequence[Mechanism] = ()) -> Mechanism:
+    """Return so many steps of a router on Poisson samples, with the least noise for its share s of what is left.
+
+        ε(σ_r, q, steps) ≤ ε(σ / √s)        at δ; σ of the one Gaussian release that would spend all that is left
+
+    Args:
+        privacy: the guarantee, with s > 0.
+        steps: of all rounds together.
+        spent: what read the same data before.
+
+    Raises:
+        RecipeError: nothing is left.
+    """
+    share = epsilon_of([Mechanism(_whole(privacy, spent) / math.sqrt(privacy.router))], privacy.delta)
+
+    def alone(sigma: float) -> float:
+        return epsilon_of([Mechanism(sigma, privacy.sampling, steps)], privacy.delta)
+
+    return Mechanism(_least(alone, share), privacy.sampling, steps)
+
+
+def _whole(privacy: Privacy, spent: Sequence[Mechanism]) -> float:
+    """Return σ of the one Gaussian release that spends what is left."""
+    _check_left(privacy, epsilon_of(spent, privacy.delta))
+    return _least(lambda sigma: epsilon_of([*spent, Mechanism(sigma)], privacy.delta), privacy.epsilon)
+
+
+def _least(total: Callable[[float], float], epsilon: float) -> float:
+    """Return the least σ with which `total` is within `epsilon`, to a thousandth, by bisection of its logarithm."""
     high = 1.0
-    while total(high) > privacy.epsilon:
+    while total(high) > epsilon:
         high *= 2
     low = high / 2
-    while low > 1e-3 and total(low) <= privacy.epsilon:
+    while low > 1e-3 and total(low) <= epsilon:
         low, high = low / 2, low
     while high > 1.001 * low:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if total(middle) > privacy.epsilon else (low, middle)
+        low, high = (middle, high) if total(middle) > epsilon else (low, middle)
     return high
 
 

@@ -13,7 +13,16 @@ Way: TypeAlias = Literal["head", "adapter", "labels"]
 """DP-SGD on a linear head over frozen features, DP-SGD on an adapter and the head, or randomised response on labels."""
 
 Uncovered: TypeAlias = Literal[
-    "counts", "making", "shared training", "gates", "answers", "other runs", "settings", "inputs", "backbone"
+    "counts",
+    "making",
+    "shared training",
+    "other training",
+    "gates",
+    "answers",
+    "other runs",
+    "settings",
+    "inputs",
+    "backbone",
 ]
 
 UNCOVERED: Final[dict[Uncovered, str]] = {
@@ -22,6 +31,8 @@ UNCOVERED: Final[dict[Uncovered, str]] = {
     "two answers may show by themselves which is the right one",
     "shared training": "what it sends where it trains a router, a projector, an adapter, a selector or a shared reward "
     "model, and what the methods pooled and local train on its data as they are",
+    "other training": "what it sends where it trains a projector, an adapter, a selector or a shared reward model, and "
+    "what the methods pooled and local train on its data as they are; the router's updates are covered",
     "gates": "exact counts, sums and quantiles of its prompts, which the methods means, means-abstain, routed-abstain, "
     "density, density-abstain, density-average and routed-average ask for",
     "answers": "answers of its own model, and reference answers that it owns",
@@ -37,11 +48,12 @@ NonNegative: TypeAlias = Annotated[float, msgspec.Meta(ge=0)]
 Positive: TypeAlias = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The guarantee that a reward model carries: (ε, δ)-differential privacy of its unit, by zeroing out.
 
     Of labels, ε without δ where one of them is exchanged. It covers the weights, the standardisation, and hence every
-    score.
+    score; with `router_steps` also that many steps of a router, each as the reward model's: on a Poisson sample, and
+    clipped.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]  # of the ledger's entry: random
@@ -60,6 +72,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uncovered: tuple[Uncovered, ...]
     way: Way = "head"
     flip: Annotated[float, msgspec.Meta(ge=0, lt=0.5)] = 0.0  # probability that a label was flipped; 0 for DP-SGD
+    router: NonNegative = 0.0  # σ of the noise of each of a router's steps, over the clip; 0: not covered
+    router_steps: Annotated[int, msgspec.Meta(ge=0)] = 0  # the most that are ever taken
 
     def __post_init__(self) -> None:
         """Refuse a certificate of a mechanism without noise, or of labels that says it covers more."""
@@ -69,3 +83,5 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         noises = [self.flip] if labels else [self.delta, self.clip, self.sigma, self.standardisation]
         if not all(noises):
             raise ValueError(f"a mechanism without noise, {noises}")
+        if bool(self.router) != bool(self.router_steps) or (self.router_steps and "shared training" in self.uncovered):
+            raise ValueError(f"{self.router_steps} steps of a router with σ = {self.router:g}, or not covered")

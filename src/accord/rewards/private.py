@@ -43,6 +43,9 @@ from accord.types import PreferencePair
 RATE = 16.0
 """Step size of the head, where `privacy.learning_rate` is 0."""
 
+ROUTER_AT_MOST = 0.5
+"""The largest share of a budget that a router may have: projection and standardisation take 0.3 of it."""
+
 
 @dataclass(frozen=True)
 class Privacy:
@@ -58,11 +61,12 @@ class Privacy:
     stages: int = 1  # with the unit "label": 2 for PROPS
     learning_rate: float = 0.0  # η; 0 for 16, of gradients at most C long, with a head, and 0.01 (Adam) with an adapter
     clip: float = 0.5  # C; the gradient of a pair is ½ long at the first step
+    router: float = 0.0  # share of the budget for the router's steps; 0: its updates carry no noise, and no guarantee
 
     def __post_init__(self) -> None:
         """Refuse a guarantee that is none, and settings that train nothing."""
         check_positive(self, "epsilon", "delta", "sampling", "clip")
-        check_least(self, dimensions=0, steps=1, learning_rate=0, stages=1)
+        check_least(self, dimensions=0, steps=1, learning_rate=0, stages=1, router=0)
         for name in ("delta", "sampling"):
             if getattr(self, name) > (1 if name == "sampling" else 0.1):
                 raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
@@ -75,6 +79,16 @@ class Privacy:
             raise RecipeError(
                 f"stages must be 1, or 2 with the unit 'label', got {self.stages} with {self.unit!r}; lower "
                 "privacy.stages"
+            )
+        if self.router > ROUTER_AT_MOST:
+            raise RecipeError(
+                f"router must be at most {ROUTER_AT_MOST:g}, got {self.router:g}: it is a share of the budget, and the "
+                "reward model needs the rest; lower privacy.router"
+            )
+        if self.router and self.unit == "label":
+            raise RecipeError(
+                f"router must be 0 with the unit 'label', got {self.router:g}: the router learns whose images, prompts "
+                'and answers these are, which that unit does not hide; take privacy.router out, or set unit = "pair"'
             )
 
 

@@ -3,6 +3,7 @@
     spend     under a lock: read the ledger, calibrate the noise to what is left, write the entry, give out its key
     train     by `accord.rewards.private`, with the noise of that key
     settle    once model and card are written: the key is erased
+    pay       before each answer to a request for the router's steps: note the request, give out its own key
 
 The entry is on disk before the first private number is kept, so a training that is killed stays paid for. While its
 key is there, the same training of the same data may be done again at no price: from one key it draws the same samples
@@ -10,11 +11,17 @@ and the same noise, so that of all attempts one result leaves the site, and it i
 fits only where pairs, backbone, settings and version are the same, since one noise on two data sets would show their
 difference. Once the key is erased, by `settle` or by the entry of another training, nothing can be done again, nor can
 who takes the ledger take the noise away.
+
+With `privacy.router` the same entry sets aside steps of the router, and the server asks for them round by round. Noise
+and sample of an answer are of a key that a secret one and the request give, so that the same request is answered with
+the same bytes and costs once; another one costs its steps, and none is answered beyond what was set aside. That secret
+key stays until the entry of another training: a router's training that begins again repeats its requests.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +30,36 @@ from typing import Literal
 import msgspec
 
 from accord.errors import RecipeError, RunError
-from accord.rewards.accounting import Mechanism, calibrate, epsilon_of, label_mechanism, mechanisms_of
+from accord.rewards.accounting import (
+    Mechanism,
+    calibrate,
+    epsilon_of,
+    label_mechanism,
+    mechanisms_of,
+    router_mechanism,
+)
 from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
-from accord.rewards.noise import GENERATOR, new_key
+from accord.rewards.noise import GENERATOR, SecretNoise, new_key
 from accord.rewards.private import Privacy, Sigmas
 from accord.runs import write_atomic
 from accord.runs.lock import in_turn_at
 from accord.version import VERSION
 
 
-class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Reserve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The steps of a router that an entry has paid for, and which requests have had them."""
+
+    mechanism: Mechanism  # one of the entry's
+    key: str  # hexadecimal; empty once another training was paid for
+    answered: dict[str, int] = {}
+
+    @property
+    def left(self) -> int:
+        """How many steps no request has had."""
+        return self.mechanism.releases - sum(self.answered.values())
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One training in the ledger."""
 
     id: str
@@ -42,6 +69,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sigmas: Sigmas
     mechanisms: tuple[Mechanism, ...]
     key: str  # hexadecimal; empty once settled
+    router: Reserve | None = None
 
     @property
     def settled(self) -> bool:
@@ -70,16 +98,17 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
         ) from error
 
 
-def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
+def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int = 0) -> Entry:
     """Write down that a training will spend what is left of the budget, and return its entry with its key.
 
     An entry of the same training that is not settled is returned as it is. A new one erases the keys of all others:
-    a training that was given up, as by a change of settings, is over.
+    a training that was given up, as by a change of settings, is over, and so is that of a router on its reserve.
 
     Args:
         path: the ledger, a file that its owner alone may read.
         privacy: the guarantee, for everything in the ledger together.
         fingerprint: of all that the training's result depends on.
+        router_steps: of a router, which are set aside where `privacy.router` is above 0.
 
     Raises:
         RecipeError: the budget is spent, or earlier entries protect another unit.
@@ -96,11 +125,14 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
                 "with it; keep the unit, or name another ledger for other data"
             )
         before = [each for entry in entries for each in entry.mechanisms]
+        reserve: Reserve | None = None
         if privacy.unit == "label":
             sigmas, mechanisms = Sigmas(0.0, 0.0, 0.0), [label_mechanism(privacy, before)]
         else:
-            sigmas = calibrate(privacy, before)
-            mechanisms = mechanisms_of(privacy, sigmas)
+            reserved = [router_mechanism(privacy, router_steps, before)] if privacy.router else []
+            sigmas = calibrate(privacy, before, reserved)
+            mechanisms = [*mechanisms_of(privacy, sigmas), *reserved]
+            reserve = Reserve(reserved[0], new_key().hex()) if reserved else None
         entry = Entry(
             os.urandom(8).hex(),
             fingerprint,
@@ -109,8 +141,9 @@ def spend(path: Path, privacy: Privacy, fingerprint: str) -> Entry:
             sigmas,
             tuple(mechanisms),
             new_key().hex(),
+            reserve,
         )
-        _write(path, (*(msgspec.structs.replace(each, key="") for each in entries), entry))
+        _write(path, (*map(_without_keys, entries), entry))
         return entry
 
 
@@ -121,6 +154,41 @@ def settle(path: Path, entry: str) -> None:
         _write(path, [msgspec.structs.replace(each, key="") if each.id == entry else each for each in found])
 
 
+def pay(path: Path, entry: str, digest: str, steps: int) -> SecretNoise:
+    """Note that a request for a router's steps is answered, and return the noise and samples of its answer.
+
+    They are the same whenever the request is, which costs nothing more.
+
+    Args:
+        path: the ledger.
+        entry: id of the training with which the steps were paid for.
+        digest: of the request and of all else that the answer depends on; hexadecimal.
+        steps: that the answer takes.
+
+    Raises:
+        RecipeError: fewer steps are left; nothing was spent.
+        RunError: the ledger cannot be read or written, or has no such steps.
+    """
+    with in_turn_at(path, "the privacy ledger", "check privacy.ledger"):
+        entries = read_entries(path)
+        reserve = next((each.router for each in entries if each.id == entry), None)
+        if reserve is None or not reserve.key:
+            raise RunError(
+                f"{path} has no steps of a router that were paid for with the training {entry}, or another training "
+                "has been paid for since; put the ledger back that has them, or train the site again"
+            )
+        if digest not in reserve.answered:
+            if steps > reserve.left:
+                raise RecipeError(
+                    f"{path} has {reserve.left} of {reserve.mechanism.releases} paid steps of the router left, and a "
+                    f"new request asks for {steps}; begin the router's training again as it was, which repeats its "
+                    "requests and costs nothing, or raise privacy.epsilon and train the site again"
+                )
+            paid = msgspec.structs.replace(reserve, answered={**reserve.answered, digest: steps})
+            _write(path, [msgspec.structs.replace(each, router=paid) if each.id == entry else each for each in entries])
+    return SecretNoise(hmac.digest(bytes.fromhex(reserve.key), bytes.fromhex(digest), "sha256"))
+
+
 def certify(
     path: Path, privacy: Privacy, entry: Entry, *, way: Way = "head", uncovered: Sequence[Uncovered]
 ) -> Certificate:
@@ -128,7 +196,7 @@ def certify(
     entries = read_entries(path)
     upto = entries[: [each.id for each in entries].index(entry.id) + 1]
     labels = way == "labels"
-    return Certificate(
+    found = Certificate(
         id=entry.id,
         epsilon=epsilon_of(entry.mechanisms, privacy.delta),
         total=epsilon_of([each for before in upto for each in before.mechanisms], privacy.delta),
@@ -146,11 +214,20 @@ def certify(
         version=VERSION,
         uncovered=tuple(uncovered),
     )
+    if entry.router is None:
+        return found
+    steps = entry.router.mechanism
+    return msgspec.structs.replace(found, router=steps.sigma, router_steps=steps.releases)
 
 
 def fingerprint_of(*parts: object) -> str:
     """Return a SHA-256 over parts that JSON can hold."""
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+def _without_keys(entry: Entry) -> Entry:
+    reserve = None if entry.router is None else msgspec.structs.replace(entry.router, key="")
+    return msgspec.structs.replace(entry, key="", router=reserve)
 
 
 def _write(path: Path, entries: Sequence[Entry]) -> None:

@@ -16,7 +16,8 @@ right, before 64.6), 64 less well (`benchmarks/quality/router_sites.py`). Up to 
 
 The server adds up n_k over the rounds, so that the choice can forget it (`prior_correction`).
 
-Only changes of router weights and n_k travel. Source: Lu et al. 2026, arXiv 2605.03426, section 3.3; Reddi et al.
+Only changes of router weights and n_k travel. Where the site's ledger has paid for it, they carry noise
+(`accord.routing.private_fit`). Source: Lu et al. 2026, arXiv 2605.03426, section 3.3; Reddi et al.
 2021, arXiv 2003.00295. Differs: the paper averages (FedAvg) and says neither optimiser nor rounds. The router so
 learned tells whose *domain* an answer belongs to; it does not predict which reward model is right.
 """
@@ -29,7 +30,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 
 from accord.data.images import load_images
@@ -41,7 +41,9 @@ from accord.federation.rounds import federated_rounds
 from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
-from accord.routing.router import RouterConfig, RouterNetwork
+from accord.rewards.private import unit_index
+from accord.routing.private_fit import Guarantee, digest_of, private_steps
+from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 from accord.types import PreferencePair
 
 
@@ -56,16 +58,24 @@ class LocalRouterTraining:
         site: which of the router's K outputs is this site's.
         sites: K.
         config: settings.
+        guarantee: what the steps are taken by where they have noise; None for plain ones.
     """
 
     def __init__(
-        self, encoder: Encoder, pairs: Sequence[PreferencePair], site: int, sites: int, config: RouterConfig
+        self,
+        encoder: Encoder,
+        pairs: Sequence[PreferencePair],
+        site: int,
+        sites: int,
+        config: RouterConfig,
+        guarantee: Guarantee | None = None,
     ) -> None:
         self.encoder = encoder
         self.site = site
         self.pairs = random.Random(0).sample(list(pairs), min(config.pairs_per_site, len(pairs)))
         self.network = RouterNetwork(encoder.features, sites, config).to(encoder.model.device)
         self.config = config
+        self.guarantee = guarantee
 
     @cached_property
     def features(self) -> tuple[Tensor, Tensor]:
@@ -83,21 +93,38 @@ class LocalRouterTraining:
             masks += list(mask.cpu())
         return pad_sequence(hidden, batch_first=True), pad_sequence(masks, batch_first=True)
 
+    @cached_property
+    def unit(self) -> Tensor:
+        """Which unit of privacy each of the drawn pairs belongs to, `[N]`."""
+        assert self.guarantee is not None
+        return unit_index(self.pairs, self.guarantee.unit)
+
     def __call__(self, request: UpdateRequest, /) -> UpdateReply:
         """Return what `config.local_steps` steps change in the router of `request`, and the mean loss.
 
+        With a guarantee the loss is told as 0.
+
         Raises:
             CheckpointError: the weights are not those of this router.
+            RecipeError: there is a guarantee, and fewer steps are left than it has paid for.
+            RunError: its ledger cannot be read or written, or has no steps.
         """
         start = begin(self.network, request)
         hidden, mask = self.features
         device = self.encoder.model.device
         self.network.train()
         rate = round_rate(self.config.learning_rate, request.round, self.config.rounds)
+        steps, examples = self.config.local_steps, len(self.pairs)
+        if self.guarantee is not None:
+            unit = self.unit  # whatever can fail fails before it is paid for
+            noise = self.guarantee.pay(digest_of(request, self.guarantee, self.config, self.site), steps)
+            rate *= pace(self.network.shape[1])
+            private_steps(self.network, hidden, mask, unit, self.site, self.guarantee, noise, steps=steps, rate=rate)
+            return finish(self.network, request, start, examples=examples, loss=0.0, steps=steps)
         optimiser = torch.optim.SGD(self.network.parameters(), lr=rate)
         generator = random.Random(request.seed)
         losses = []
-        for _ in range(self.config.local_steps):
+        for _ in range(steps):
             drawn = generator.sample(range(len(self.pairs)), min(self.config.pairs_per_batch, len(self.pairs)))
             rows = torch.tensor([row for n in drawn for row in (2 * n, 2 * n + 1)])
             loss = client_id_loss(self.network(hidden[rows].to(device), mask[rows].to(device)), self.site)
@@ -105,8 +132,7 @@ class LocalRouterTraining:
             (loss * pace(self.network.shape[1])).backward()
             optimiser.step()
             losses.append(loss.item())
-        mean, examples = sum(losses) / len(losses), len(self.pairs)
-        return finish(self.network, request, start, examples=examples, loss=mean, steps=self.config.local_steps)
+        return finish(self.network, request, start, examples=examples, loss=sum(losses) / len(losses), steps=steps)
 
 
 def pace(sites: int) -> float:
@@ -115,16 +141,6 @@ def pace(sites: int) -> float:
     The loss is a mean over K outputs, so that the gradient of each of them is 1/K of its own loss's.
     """
     return max(1.0, sites / 3)
-
-
-def client_id_loss(logits: Tensor, site: int) -> Tensor:
-    """Return the mean over rows and outputs of BCE between `logits` `[N, K]` and the one-hot target of `site`.
-
-    The rows hold chosen and rejected answers in equal number, so the mean is the paper's half sum.
-    """
-    target = torch.zeros_like(logits)
-    target[:, site] = 1.0
-    return binary_cross_entropy_with_logits(logits, target)
 
 
 class _Counted:

@@ -29,7 +29,7 @@ import msgspec
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from accord.data.images import Pictures
 from accord.errors import CheckpointError, RecipeError, check_least
@@ -152,6 +152,16 @@ class LearnedRouter:
         for span in chunks([len(c) for c in completions], self.network.config.rows_at_once):
             weights.append(self.network.weights(*self.encoder(prompts[span], images[span], completions[span])).cpu())
         return torch.cat(weights)
+
+
+def client_id_loss(logits: Tensor, site: int) -> Tensor:
+    """Return the mean over rows and outputs of BCE between `logits` `[N, K]` and the one-hot target of `site`.
+
+    The rows hold chosen and rejected answers in equal number, so the mean is the paper's half sum.
+    """
+    target = torch.zeros_like(logits)
+    target[:, site] = 1.0
+    return binary_cross_entropy_with_logits(logits, target)
 
 
 def without_prior(logits: Tensor, examples: Sequence[int]) -> Tensor:

@@ -7,12 +7,16 @@ Under `privacy` in a site's table the backbone stays as it came, and one of thes
     with the unit "label", a head on noisy labels     `accord.rewards.private_labels`
 
 Nothing is kept back or ranked, and no loss is logged: each would read the pairs once more.
+
+With `privacy.router` the same entry of the ledger pays for the site's steps on the router, and its certificate says so
+(`accord.routing.private_fit`). What a site then does is what its certificate says, whatever its recipe says by now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,22 +40,25 @@ from accord.rewards.private import (
 )
 from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
-from accord.rewards.spending import certify, fingerprint_of, read_entries, settle, spend
+from accord.rewards.spending import certify, fingerprint_of, pay, read_entries, settle, spend
+from accord.routing.private_fit import Guarantee
 from accord.runs import read_record
 from accord.stages.job import Job
 from accord.types import PreferencePair
 from accord.version import VERSION
 
+_VERSIONS = (VERSION, str(torch.__version__))
+
 _TRIED = 16
 """Pairs of the batch on which a model is tried before it is paid for."""
 
 
-def ledger_of(job: Job, name: str) -> Path:
-    """Return the file of what a site's data have paid."""
+def ledger_of(job: Job, name: str, folder: Path | None = None) -> Path:
+    """Return the file of what a site's data have paid; `folder` is the run's where the job has none."""
     privacy = job.site(name).privacy
     if privacy and privacy.ledger:
         return Path(privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
-    return (job.main or job.path).resolve() / "privacy" / f"{name}.json"
+    return (folder or job.main or job.path).resolve() / "privacy" / f"{name}.json"
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -78,7 +85,8 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
         return there
     model = _untrained(site, SecretNoise(new_key()))
     _try(model, pairs)
-    entry = spend(path, privacy, fingerprint)
+    router = job.recipe.router
+    entry = spend(path, privacy, fingerprint, router_steps=router.rounds * router.local_steps)
     noise = SecretNoise(bytes.fromhex(entry.key))
     flip, sigmas = entry.mechanisms[0].flip, entry.sigmas
     if way == "labels":  # before anything reads them
@@ -109,6 +117,43 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     (folder / "card.json").unlink(missing_ok=True)  # of an earlier model, whose certificate is not this one's
     model.save(folder / "reward")
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
+
+
+def router_guarantee(
+    job: Job, name: str, pairs: Sequence[PreferencePair], folder: Path | None = None
+) -> Guarantee | None:
+    """Return what a site's steps on the router are taken by; None where its certificate does not cover them.
+
+    Args:
+        job: with the recipe.
+        name: of the site.
+        pairs: of the site.
+        folder: the run's, where the job has none.
+
+    Raises:
+        RunError: the recipe asks for noise, and the site's model was trained without paying for it; or the ledger
+            cannot be read, or lacks what was paid.
+    """
+    site, certificate = job.site(name), None
+    if card := _card(job, name, folder):
+        certificate = card.privacy
+    if certificate is None or not certificate.router_steps:
+        if site.privacy and site.privacy.router:
+            raise RunError(
+                f"site {name!r} has privacy.router = {site.privacy.router:g}, and its reward model was trained without "
+                "paying for a router's steps; train the site again, or set privacy.router = 0"
+            )
+        return None
+    path, clip = ledger_of(job, name, folder), certificate.clip
+    entry = next((each for each in read_entries(path) if each.id == certificate.id), None)
+    if entry is None or entry.router is None:
+        raise RunError(
+            f"{path} does not have the training {certificate.id}, with which the steps of site {name!r} on the router "
+            "were paid for; put the ledger back that has it, or name that one in privacy.ledger"
+        )
+    step = entry.router.mechanism
+    read = fingerprint_of(_rows(job, pairs), checkpoint_fingerprint(job.recipe.encoder_checkpoint), _VERSIONS)
+    return Guarantee(entry.unit, step.sampling, step.sigma, clip, read, partial(pay, path, entry.id))
 
 
 def _untrained(site: SiteConfig, noise: SecretNoise) -> RewardModel:
@@ -166,22 +211,29 @@ def has_certificate(job: Job, name: str) -> bool:
     return card is not None and card.privacy is not None
 
 
-def _card(job: Job, name: str) -> SiteRecord | None:
-    file = job.path / "sites" / name / "card.json"
+def _card(job: Job, name: str, folder: Path | None = None) -> SiteRecord | None:
+    file = (folder or job.path) / "sites" / name / "card.json"
     return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
 
 def _fingerprint(job: Job, site: SiteConfig, privacy: Privacy, pairs: Sequence[PreferencePair]) -> str:
     """Return a hash of all that the trained weights depend on, but for the key."""
-    rows = [
+    asked = asdict(replace(privacy, ledger=""))
+    if not privacy.router:  # as before there was a share of it
+        del asked["router"]
+    settings = [asked, asdict(site.lora) if site.lora else None]
+    return fingerprint_of(_rows(job, pairs), checkpoint_fingerprint(site.checkpoint), settings, *_VERSIONS)
+
+
+def _rows(job: Job, pairs: Sequence[PreferencePair]) -> list[object]:
+    return [
         (p.prompt, p.chosen, p.rejected, [job.identify(s) for s in p.images], p.question_id, p.person) for p in pairs
     ]
-    settings = [asdict(replace(privacy, ledger="")), asdict(site.lora) if site.lora else None]
-    return fingerprint_of(rows, checkpoint_fingerprint(site.checkpoint), settings, VERSION, str(torch.__version__))
 
 
 def _uncovered(site: SiteConfig, pairs: Sequence[PreferencePair]) -> list[Uncovered]:
-    found: list[Uncovered] = ["counts", "shared training", "gates", "settings"]
+    covered = site.privacy is not None and site.privacy.router > 0
+    found: list[Uncovered] = ["counts", "other training" if covered else "shared training", "gates", "settings"]
     if any(pair.constructed for pair in pairs):
         found.append("making")
     if not site.checkpoint.startswith(PREFIX) and Path(locate(site.checkpoint)).is_dir():

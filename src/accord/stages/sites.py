@@ -40,7 +40,7 @@ from accord.routing.means import LocalMeans
 from accord.runs import Run, write_atomic
 from accord.stages.agreement import agreement_of
 from accord.stages.job import Job
-from accord.stages.private import settle_site, train_private_reward_model
+from accord.stages.private import router_guarantee, settle_site, train_private_reward_model
 from accord.types import PreferencePair, Question, Subject, prompt_of, subjects_of
 
 
@@ -406,10 +406,20 @@ def _answerer(recipe: Recipe, site: SiteConfig, folder: Path, opening: Opening |
     )
 
 
-def router_training(job: Job, name: str) -> LocalRouterTraining:
-    """Return a site's half of the router's training, on its pairs."""
-    names = [site.name for site in job.recipe.sites]
-    return LocalRouterTraining(job.encoder, site_pairs(job, name), names.index(name), len(names), job.recipe.router)
+def router_training(job: Job, name: str, *, folder: Path | None = None) -> LocalRouterTraining:
+    """Return a site's half of the router's training, on its pairs, with noise where its certificate says so.
+
+    Args:
+        job: with the recipe.
+        name: of the site.
+        folder: the run's, where the job has none.
+
+    Raises:
+        RunError: the recipe asks for noise that was not paid for, or the ledger lacks what was paid.
+    """
+    names, pairs = [site.name for site in job.recipe.sites], site_pairs(job, name)
+    guarantee = router_guarantee(job, name, pairs, folder)
+    return LocalRouterTraining(job.encoder, pairs, names.index(name), len(names), job.recipe.router, guarantee)
 
 
 def prompt_sums(job: Job, name: str) -> LocalMeans:
