@@ -15,6 +15,7 @@ import hashlib
 import math
 import statistics
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -28,6 +29,7 @@ from accord.data.images import load_images
 from accord.data.sampling import sample_questions
 from accord.errors import DataWarning
 from accord.federation.engine import InProcessEngine
+from accord.federation.messages import UpdateReply
 from accord.models.generate import answer
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
@@ -35,7 +37,7 @@ from accord.rewards.accounting import router_mechanism
 from accord.rewards.noise import SecretNoise
 from accord.rewards.private import Privacy
 from accord.routing.fit import LocalRouterTraining, fit_router
-from accord.routing.private_fit import Guarantee
+from accord.routing.private_fit import Guarantee, Make
 from accord.routing.router import RouterConfig
 from accord.runs import Run
 from accord.stages.job import Job
@@ -119,15 +121,21 @@ class World:
     def accuracy(self, config: RouterConfig, privacy: Privacy | None = None, sigma: float = 0.0) -> float:
         """Train a router, with `privacy` by private steps, and return how often it picks a fitting site."""
         for name, site in self.sites[config].items():
-            site.guarantee = privacy and Guarantee("pair", privacy.sampling, sigma, privacy.clip, "", self.noise(name))
+            answers = drawn(f"{name} {self.seed}")
+            site.guarantee = privacy and Guarantee("pair", privacy.sampling, sigma, privacy.clip, "", answers)
         network = fit_router(InProcessEngine(self.sites[config]), self.job.encoder.features, config, seed=self.seed)
         with torch.no_grad():
             chosen = network.weights(*self.held).argmax(dim=-1)
         return float(self.right[torch.arange(len(chosen)), chosen].double().mean())
 
-    def noise(self, site: str):
-        """Return what gives a site the noise of an answer, the same in every run."""
-        return lambda digest, _: SecretNoise(hashlib.sha256(f"{site} {self.seed} {digest}".encode()).digest())
+
+def drawn(key: str) -> Callable[[str, int, Make], UpdateReply]:
+    """Return answers that are neither paid for nor kept, and whose noise is the same in every run."""
+
+    def answers(digest: str, _steps: int, make: Make) -> UpdateReply:
+        return make(SecretNoise(hashlib.sha256(f"{key} {digest}".encode()).digest()))
+
+    return answers
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_sums_of_prompts_are_told(site):
         {(each.way, each.amount) for each in what_crosses(told, site, "colour") if each.what.startswith("sums of")}
         for told in (recipe, agreeing)
     ]
-    assert ways == [{("stays", "sums = true is not in its table")}, {("leaves", "65 numbers, once a run")}]
+    assert ways == [{("stays", "sums = true is not in its table")}, {("leaves", "65 numbers, the same each time")}]
 
 
 def test_own_answers_are_tried_and_told(kit, site):

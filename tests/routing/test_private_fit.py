@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from pytest import approx
@@ -8,17 +9,17 @@ from torch import tensor
 
 from accord.errors import DataError
 from accord.federation.aggregation import Aggregation
-from accord.federation.messages import UpdateRequest
+from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
 from accord.rewards.noise import SecretNoise
 from accord.routing.fit import LocalRouterTraining
-from accord.routing.private_fit import Guarantee, clipped_sum, digest_of, pair_gradients, private_steps
+from accord.routing.private_fit import Answers, Guarantee, clipped_sum, digest_of, pair_gradients, private_steps
 from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
 
 SMALL = RouterConfig(layers=1, width=8, heads=2, rounds=2, local_steps=2, pairs_per_batch=4, aggregation=Aggregation())
-GUARANTEE = Guarantee("pair", 0.5, 2.0, 0.1, "pairs", lambda *_: SecretNoise(bytes(32)))
+GUARANTEE = Guarantee("pair", 0.5, 2.0, 0.1, "pairs", lambda _digest, _steps, make: make(SecretNoise(bytes(32))))
 
 
 class Planted:
@@ -151,25 +152,43 @@ def test_a_digest_is_of_all_that_an_answer_depends_on():
     assert len({first, *others}) == 9
 
 
-def test_a_site_sends_noisy_steps_and_no_loss(llava, prefer):
-    """The answer is of the request and the key; it pays its local steps, and only once nothing can fail any more."""
+def test_a_site_sends_noisy_steps_and_no_loss(llava, prefer, tmp_path):
+    """The same request has the same bytes, and is paid for once; another has other noise, and is paid for."""
     paid = []
-
-    def pay(digest, steps):
-        paid.append((digest, steps))
-        return SecretNoise(bytes.fromhex(digest))
-
+    answers = Answers(tmp_path / "answers", lambda *steps: paid.append(steps))
     encoder = Encoder(*load_model(llava))
     pairs = [prefer(0, "red", "blue"), prefer(1, "green", "yellow"), prefer(2, "blue", "red")]
     network = RouterNetwork(32, 2, SMALL)
     request = UpdateRequest("r", "router", 0, to_bytes(trainable_weights(network)), 3)
-    training = LocalRouterTraining(encoder, pairs, 0, 2, SMALL, replace(GUARANTEE, pay=pay))
+    training = LocalRouterTraining(encoder, pairs, 0, 2, SMALL, replace(GUARANTEE, answers=answers))
     reply = training(request)
     assert (reply.loss, reply.examples, reply.steps, reply.state, reply.distance) == (0.0, 3, 2, b"", None)
     assert all(change.any() for change in load(reply.change).values())
-    assert training(request) == reply and [steps for _, steps in paid] == [2, 2] and paid[0] == paid[1]
-    assert training(UpdateRequest("r", "router", 0, request.weights, 4)).change != reply.change and len(paid) == 3
-    nameless = LocalRouterTraining(encoder, pairs, 0, 2, SMALL, replace(GUARANTEE, unit="person", pay=pay))
+    assert training(request) == reply and paid == [(2, 0)]
+    again = training(UpdateRequest("again", "router", 0, request.weights, 3))
+    assert again == msgspec.structs.replace(reply, id="again") and paid == [(2, 0)]
+    assert training(UpdateRequest("r", "router", 0, request.weights, 4)).change != reply.change
+    assert paid == [(2, 0), (2, 2)]
+    nameless = LocalRouterTraining(encoder, pairs, 0, 2, SMALL, replace(GUARANTEE, unit="person", answers=answers))
     with pytest.raises(DataError, match="3 of 3 pairs have no person"):
         nameless(request)
-    assert len(paid) == 3
+    assert len(paid) == 2
+
+
+def test_an_answer_that_was_never_kept_is_paid_for_again(tmp_path):
+    """A kill between payment and answer costs the steps: the next answer has other noise."""
+    paid, drawn = [], []
+    answers = Answers(tmp_path / "answers", lambda *steps: paid.append(steps))
+
+    def killed(noise):
+        drawn.append(noise.normal(3))
+        raise KeyboardInterrupt
+
+    def answered(noise):
+        drawn.append(noise.normal(3))
+        return UpdateReply("r", b"change", 1, 0.0)
+
+    with pytest.raises(KeyboardInterrupt):
+        answers("ab" * 32, 2, killed)
+    assert answers("ab" * 32, 2, answered) == answers("ab" * 32, 2, killed)
+    assert paid == [(2, 0), (2, 0)] and not torch.equal(*drawn)

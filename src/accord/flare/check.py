@@ -319,8 +319,8 @@ def what_crosses(recipe: Recipe, folder: Path, name: str) -> list[Crossing]:
         )
     sums = Crossing("stays", "sums of its prompts' features", "sums = true is not in its table")
     if site.sums:
-        numbers = 2 * config.get_text_config().hidden_size + 1
-        sums = Crossing("leaves", "sums of its prompts' features, a quantile", f"{numbers:,} numbers, once a run")
+        amount = f"{2 * config.get_text_config().hidden_size + 1:,} numbers, the same each time"
+        sums = Crossing("leaves", "sums of its prompts' features, a quantile", amount)
     owned = []
     if site.answers or site.owns:
         known = len(read_truth(folder / "sites" / name / "truth.json"))

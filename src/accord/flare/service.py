@@ -60,6 +60,7 @@ from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
 from accord.runs import Run, stages_done
 from accord.stages.job import Job
+from accord.stages.private import has_certificate
 from accord.stages.process import prepare
 from accord.stages.projector import projector_training
 from accord.stages.sites import open_site, prompt_sums, router_training, site_pairs
@@ -142,6 +143,11 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
         site_pairs(job, name)
     updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name, folder=folder))}
     if job.site(name).sums:
+        if has_certificate(job, name, folder):
+            raise RunError(
+                f"site {name!r} has a reward model with a certificate, and sums carry no noise; take sums = true out "
+                "of its table, or train the site again without privacy"
+            )
         updates["means"] = WhenAsked(partial(prompt_sums, job, name))
     if recipe.projector is not None:
         updates["projector"] = WhenAsked(partial(projector_training, job, name))

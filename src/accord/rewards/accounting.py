@@ -33,6 +33,9 @@ class Mechanism(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 PROJECTION, STANDARDISATION = 0.2, 0.1
 """Shares of the budget, in 1/σ² of the one Gaussian release that would spend it all."""
 
+_MOST = 1e6
+"""Noise over sensitivity beyond which nothing is learnt."""
+
 _GRID = 1e-3
 """Distance of the privacy losses on the grid; the ε on a coarser grid is an upper bound, too."""
 
@@ -138,6 +141,11 @@ def _least(total: Callable[[float], float], epsilon: float) -> float:
     high = 1.0
     while total(high) > epsilon:
         high *= 2
+        if high > _MOST:
+            raise RecipeError(
+                f"no noise of the steps brings the whole within ε = {epsilon:.3g}: what is paid beside them takes it "
+                "all; lower privacy.router, or raise privacy.epsilon"
+            )
     low = high / 2
     while low > 1e-3 and total(low) <= epsilon:
         low, high = low / 2, low

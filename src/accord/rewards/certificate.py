@@ -52,8 +52,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """The guarantee that a reward model carries: (ε, δ)-differential privacy of its unit, by zeroing out.
 
     Of labels, ε without δ where one of them is exchanged. It covers the weights, the standardisation, and hence every
-    score; with `router_steps` also that many steps of a router, each as the reward model's: on a Poisson sample, and
-    clipped.
+    score. With `router_steps` it covers that many steps of a router, too, with the same sampling and clip.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]  # of the ledger's entry: random

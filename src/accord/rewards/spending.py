@@ -3,25 +3,23 @@
     spend     under a lock: read the ledger, calibrate the noise to what is left, write the entry, give out its key
     train     by `accord.rewards.private`, with the noise of that key
     settle    once model and card are written: the key is erased
-    pay       before each answer to a request for the router's steps: note the request, give out its own key
+    pay       before a site takes steps on the router: note that they are taken
 
 The entry is on disk before the first private number is kept, so a training that is killed stays paid for. While its
 key is there, the same training of the same data may be done again at no price: from one key it draws the same samples
 and the same noise, so that of all attempts one result leaves the site, and it is the one that was paid for. An entry
 fits only where pairs, backbone, settings and version are the same, since one noise on two data sets would show their
-difference. Once the key is erased, by `settle` or by the entry of another training, nothing can be done again, nor can
-who takes the ledger take the noise away.
+difference. Once the key is erased, by `settle` or by the entry of another training, nothing can be done again, and
+nobody who takes the ledger can take the noise away.
 
-With `privacy.router` the same entry sets aside steps of the router, and the server asks for them round by round. Noise
-and sample of an answer are of a key that a secret one and the request give, so that the same request is answered with
-the same bytes and costs once; another one costs its steps, and none is answered beyond what was set aside. That secret
-key stays until the entry of another training: a router's training that begins again repeats its requests.
+With `privacy.router` the same entry sets aside steps of the router, and the server asks for them round by round. Each
+answer has a key of its own that is written nowhere. The site keeps its answers and gives them again to the same
+requests (`accord.routing.private_fit.Answers`), so that a ledger that has fewer steps than they took is an old copy.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,24 +37,11 @@ from accord.rewards.accounting import (
     router_mechanism,
 )
 from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
-from accord.rewards.noise import GENERATOR, SecretNoise, new_key
+from accord.rewards.noise import GENERATOR, new_key
 from accord.rewards.private import Privacy, Sigmas
 from accord.runs import write_atomic
 from accord.runs.lock import in_turn_at
 from accord.version import VERSION
-
-
-class Reserve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The steps of a router that an entry has paid for, and which requests have had them."""
-
-    mechanism: Mechanism  # one of the entry's
-    key: str  # hexadecimal; empty once another training was paid for
-    answered: dict[str, int] = {}
-
-    @property
-    def left(self) -> int:
-        """How many steps no request has had."""
-        return self.mechanism.releases - sum(self.answered.values())
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -69,12 +54,17 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     sigmas: Sigmas
     mechanisms: tuple[Mechanism, ...]
     key: str  # hexadecimal; empty once settled
-    router: Reserve | None = None
+    router_taken: int | None = None  # steps of those that the last mechanism sets aside; None where none are
 
     @property
     def settled(self) -> bool:
         """Whether the training is over, and cannot be done again."""
         return not self.key
+
+    @property
+    def router(self) -> Mechanism | None:
+        """The steps of a router that were paid for, if any were."""
+        return None if self.router_taken is None else self.mechanisms[-1]
 
 
 class _Ledger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,7 +84,8 @@ def read_entries(path: Path) -> tuple[Entry, ...]:
         return ()
     except (OSError, msgspec.MsgspecError) as error:
         raise RunError(
-            f"{path}: the privacy ledger cannot be read ({error}), so that nobody knows what is spent; put a copy back"
+            f"{path}: the privacy ledger cannot be read ({error}), so that nobody knows what is spent; put the newest "
+            "copy back: an older one would spend twice"
         ) from error
 
 
@@ -102,7 +93,7 @@ def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int =
     """Write down that a training will spend what is left of the budget, and return its entry with its key.
 
     An entry of the same training that is not settled is returned as it is. A new one erases the keys of all others:
-    a training that was given up, as by a change of settings, is over, and so is that of a router on its reserve.
+    a training that was given up, as by a change of settings, is over.
 
     Args:
         path: the ledger, a file that its owner alone may read.
@@ -125,14 +116,13 @@ def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int =
                 "with it; keep the unit, or name another ledger for other data"
             )
         before = [each for entry in entries for each in entry.mechanisms]
-        reserve: Reserve | None = None
+        reserved: list[Mechanism] = []
         if privacy.unit == "label":
             sigmas, mechanisms = Sigmas(0.0, 0.0, 0.0), [label_mechanism(privacy, before)]
         else:
             reserved = [router_mechanism(privacy, router_steps, before)] if privacy.router else []
             sigmas = calibrate(privacy, before, reserved)
             mechanisms = [*mechanisms_of(privacy, sigmas), *reserved]
-            reserve = Reserve(reserved[0], new_key().hex()) if reserved else None
         entry = Entry(
             os.urandom(8).hex(),
             fingerprint,
@@ -141,9 +131,9 @@ def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int =
             sigmas,
             tuple(mechanisms),
             new_key().hex(),
-            reserve,
+            0 if reserved else None,
         )
-        _write(path, (*map(_without_keys, entries), entry))
+        _write(path, (*(msgspec.structs.replace(each, key="") for each in entries), entry))
         return entry
 
 
@@ -154,39 +144,40 @@ def settle(path: Path, entry: str) -> None:
         _write(path, [msgspec.structs.replace(each, key="") if each.id == entry else each for each in found])
 
 
-def pay(path: Path, entry: str, digest: str, steps: int) -> SecretNoise:
-    """Note that a request for a router's steps is answered, and return the noise and samples of its answer.
-
-    They are the same whenever the request is, which costs nothing more.
+def pay(path: Path, entry: str, steps: int, known: int) -> None:
+    """Note that a site takes steps on the router.
 
     Args:
         path: the ledger.
         entry: id of the training with which the steps were paid for.
-        digest: of the request and of all else that the answer depends on; hexadecimal.
-        steps: that the answer takes.
+        steps: how many.
+        known: how many the answers took that the site has kept.
 
     Raises:
         RecipeError: fewer steps are left; nothing was spent.
-        RunError: the ledger cannot be read or written, or has no such steps.
+        RunError: the ledger cannot be read or written, has no such steps, or is older than the answers.
     """
     with in_turn_at(path, "the privacy ledger", "check privacy.ledger"):
         entries = read_entries(path)
-        reserve = next((each.router for each in entries if each.id == entry), None)
-        if reserve is None or not reserve.key:
+        paid = next((each for each in entries if each.id == entry), None)
+        if paid is None or paid.router is None or paid.router_taken is None:
             raise RunError(
-                f"{path} has no steps of a router that were paid for with the training {entry}, or another training "
-                "has been paid for since; put the ledger back that has them, or train the site again"
+                f"{path} has no steps of a router that were paid for with the training {entry}; put the newest ledger "
+                "back that has them, or train the site again"
             )
-        if digest not in reserve.answered:
-            if steps > reserve.left:
-                raise RecipeError(
-                    f"{path} has {reserve.left} of {reserve.mechanism.releases} paid steps of the router left, and a "
-                    f"new request asks for {steps}; begin the router's training again as it was, which repeats its "
-                    "requests and costs nothing, or raise privacy.epsilon and train the site again"
-                )
-            paid = msgspec.structs.replace(reserve, answered={**reserve.answered, digest: steps})
-            _write(path, [msgspec.structs.replace(each, router=paid) if each.id == entry else each for each in entries])
-    return SecretNoise(hmac.digest(bytes.fromhex(reserve.key), bytes.fromhex(digest), "sha256"))
+        if paid.router_taken < known:
+            raise RunError(
+                f"{path} has {paid.router_taken} steps of the router as taken, and the site has answers of {known}: it "
+                "is an old copy; put the newest one back"
+            )
+        left = paid.router.releases - paid.router_taken
+        if steps > left:
+            raise RecipeError(
+                f"{path} has {left} of {paid.router.releases} paid steps of the router left, and a new request asks "
+                f"for {steps}; raise privacy.epsilon and train the site again"
+            )
+        taken = msgspec.structs.replace(paid, router_taken=paid.router_taken + steps)
+        _write(path, [taken if each.id == entry else each for each in entries])
 
 
 def certify(
@@ -216,18 +207,12 @@ def certify(
     )
     if entry.router is None:
         return found
-    steps = entry.router.mechanism
-    return msgspec.structs.replace(found, router=steps.sigma, router_steps=steps.releases)
+    return msgspec.structs.replace(found, router=entry.router.sigma, router_steps=entry.router.releases)
 
 
 def fingerprint_of(*parts: object) -> str:
     """Return a SHA-256 over parts that JSON can hold."""
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
-
-
-def _without_keys(entry: Entry) -> Entry:
-    reserve = None if entry.router is None else msgspec.structs.replace(entry.router, key="")
-    return msgspec.structs.replace(entry, key="", router=reserve)
 
 
 def _write(path: Path, entries: Sequence[Entry]) -> None:

@@ -28,6 +28,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,6 +42,7 @@ from accord.federation.rounds import federated_rounds
 from accord.federation.weights import probe_of, set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.inputs import chunks
+from accord.rewards.noise import SecretNoise
 from accord.rewards.private import unit_index
 from accord.routing.private_fit import Guarantee, digest_of, private_steps
 from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
@@ -117,10 +119,15 @@ class LocalRouterTraining:
         steps, examples = self.config.local_steps, len(self.pairs)
         if self.guarantee is not None:
             unit = self.unit  # whatever can fail fails before it is paid for
-            noise = self.guarantee.pay(digest_of(request, self.guarantee, self.config, self.site), steps)
+            given = self.network, hidden, mask, unit, self.site, self.guarantee
             rate *= pace(self.network.shape[1])
-            private_steps(self.network, hidden, mask, unit, self.site, self.guarantee, noise, steps=steps, rate=rate)
-            return finish(self.network, request, start, examples=examples, loss=0.0, steps=steps)
+
+            def make(noise: SecretNoise) -> UpdateReply:
+                private_steps(*given, noise, steps=steps, rate=rate)
+                return finish(self.network, request, start, examples=examples, loss=0.0, steps=steps)
+
+            reply = self.guarantee.answers(digest_of(request, self.guarantee, self.config, self.site), steps, make)
+            return msgspec.structs.replace(reply, id=request.id)
         optimiser = torch.optim.SGD(self.network.parameters(), lr=rate)
         generator = random.Random(request.seed)
         losses = []

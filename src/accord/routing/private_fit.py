@@ -9,9 +9,10 @@ not the server's: the server is who must not know. It reads nothing else of the 
 that is told back is 0. A gradient that is not finite counts for nothing: weights can be sent that overflow on one
 answer and on no other, and the reply would tell that it is there.
 
-Noise and samples of an answer are of a key that the ledger gives for the digest of the request, and of all else that
-the answer depends on (`accord.rewards.spending.pay`). So the same request is answered with the same bytes, and none but
-the steps that were set aside are ever taken, whatever weights, rounds and seeds a server sends.
+Every answer has noise and samples of a new key. The ledger notes its steps before it is made
+(`accord.rewards.spending.pay`), and the site keeps it and gives it again to the same request. So none but the steps
+that were set aside are taken, whatever weights, rounds and seeds a server sends. How long a site takes is not hidden:
+it grows with its longest pair, and with how many pairs the drawn units have.
 
 Sources: McMahan et al. 2018 (arXiv 1710.06963) for DP-FedAvg; Abadi et al. 2016 (arXiv 1607.00133, algorithm 1).
 Differs: a unit is a pair, a question or a person of a site, and not the site.
@@ -22,6 +23,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import torch
@@ -29,15 +32,57 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from accord.federation.messages import UpdateRequest
+from accord.federation.messages import UpdateReply, UpdateRequest, decode_reply, encode
 from accord.federation.weights import trainable_weights
 from accord.rewards.certificate import Unit
-from accord.rewards.noise import SecretNoise
+from accord.rewards.noise import SecretNoise, new_key
 from accord.rewards.private import clip_rows
 from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
+from accord.runs import write_atomic
 
 _AT_ONCE = 2**24
-"""Numbers in the gradients of the units, and of the pairs, that are held at once: 128 MB."""
+"""Numbers that are held at once of the units' gradients, and of the pairs' attention: 128 MB of each, and copies."""
+
+
+Make: TypeAlias = Callable[[SecretNoise], UpdateReply]
+"""Makes an answer, by noise of a key that is used for nothing else."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a site has answered to requests for the router's steps: each is paid for once.
+
+    Attributes:
+        folder: of the answers that steps of one entry in the ledger were taken for.
+        pay: told how many steps are taken, and how many the answers in the folder took; raises where too few are left.
+    """
+
+    folder: Path
+    pay: Callable[[int, int], None]
+
+    def __call__(self, digest: str, steps: int, make: Make, /) -> UpdateReply:
+        """Return the answer that was given before, or pay for it, make it and keep it.
+
+        Args:
+            digest: of the request, hexadecimal.
+            steps: that the answer takes.
+            make: the answer.
+
+        Raises:
+            RecipeError: fewer steps are left.
+            RunError: the ledger cannot be read or written, has no steps, or is older than the answers.
+        """
+        file = self.folder / f"{digest}-{steps}"
+        if file.is_file():
+            reply = decode_reply(file.read_bytes())
+            assert isinstance(reply, UpdateReply)
+            return reply
+        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = (each.name.rpartition("-")[2] for each in self.folder.iterdir())
+        self.pay(steps, sum(int(word) for word in taken if word.isdecimal()))
+        reply = make(SecretNoise(new_key()))
+        write_atomic(file, encode(reply))
+        return reply
 
 
 @dataclass(frozen=True)
@@ -49,11 +94,11 @@ class Guarantee:
     sigma: float  # of the noise, over the clip
     clip: float  # C
     data: str  # fingerprint of the pairs and of the encoder
-    pay: Callable[[str, int], SecretNoise]  # digest, steps → noise and samples; raises where too few steps are left
+    answers: Callable[[str, int, Make], UpdateReply]  # digest, steps, how it is made; as `Answers`
 
 
 def digest_of(request: UpdateRequest, guarantee: Guarantee, config: RouterConfig, site: int) -> str:
-    """Return a SHA-256 over all that an answer depends on, hexadecimal; how the request is called is no part of it."""
+    """Return a SHA-256 by which the same request is known again, hexadecimal; its name is no part of it."""
     asked = msgspec.structs.replace(request, id="")
     settings = (guarantee.unit, guarantee.sampling, guarantee.sigma, guarantee.clip, guarantee.data, config, site)
     return hashlib.sha256(msgspec.msgpack.encode((asked, settings))).hexdigest()
@@ -112,7 +157,8 @@ def clipped_sum(
     """
     weights = trainable_weights(network)
     total = torch.zeros(sum(weight.numel() for weight in weights.values()), dtype=torch.float64)
-    rows = min(256, max(1, _AT_ONCE // len(total)))
+    attention = 8 * network.config.layers * network.config.heads * hidden.shape[1] ** 2
+    rows = min(256, max(1, _AT_ONCE // max(len(total), attention)))
     for some in drawn.split(rows) if len(drawn) else ():
         place = torch.full((int(unit.max()) + 1,), -1)
         place[some] = torch.arange(len(some))

@@ -164,7 +164,7 @@ def capped(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]], cap: float) ->
     """Fuse the groups of a step, and hold each site's influence on it to `cap`.
 
     Args:
-        fuse: of one group.
+        fuse: of one group; a rule that `torch.vmap` takes, without a state or a branch on what scores are.
         groups: scores and weights of each, both `[G, K]`.
         cap: κ in (0, 1].
 
@@ -192,7 +192,7 @@ def _each_left_out(fuse: Fusion, groups: Sequence[tuple[Tensor, Tensor]]) -> lis
 
     Groups of one shape are fused at once.
     """
-    every = torch.vmap(torch.vmap(fuse, in_dims=(None, 0)))
+    every = torch.vmap(torch.vmap(fuse, in_dims=(None, 0)), chunk_size=16)
     found: list[Tensor] = [torch.empty(0)] * len(groups)
     for shape in {scores.shape for scores, _ in groups}:
         places = [n for n, (scores, _) in enumerate(groups) if scores.shape == shape]

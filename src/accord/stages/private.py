@@ -41,8 +41,9 @@ from accord.rewards.private import (
 from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
 from accord.rewards.spending import certify, fingerprint_of, pay, read_entries, settle, spend
-from accord.routing.private_fit import Guarantee
+from accord.routing.private_fit import Answers, Guarantee
 from accord.runs import read_record
+from accord.stages.agreement import weights_digest
 from accord.stages.job import Job
 from accord.types import PreferencePair
 from accord.version import VERSION
@@ -149,11 +150,12 @@ def router_guarantee(
     if entry is None or entry.router is None:
         raise RunError(
             f"{path} does not have the training {certificate.id}, with which the steps of site {name!r} on the router "
-            "were paid for; put the ledger back that has it, or name that one in privacy.ledger"
+            "were paid for; put the newest ledger back that has it, or name that one in privacy.ledger"
         )
-    step = entry.router.mechanism
-    read = fingerprint_of(_rows(job, pairs), checkpoint_fingerprint(job.recipe.encoder_checkpoint), _VERSIONS)
-    return Guarantee(entry.unit, step.sampling, step.sigma, clip, read, partial(pay, path, entry.id))
+    step = entry.router
+    read = fingerprint_of(_rows(job, pairs), weights_digest(job.recipe.encoder_checkpoint))
+    answers = Answers((folder or job.path) / "sites" / name / "router-answers" / entry.id, partial(pay, path, entry.id))
+    return Guarantee(entry.unit, step.sampling, step.sigma, clip, read, answers)
 
 
 def _untrained(site: SiteConfig, noise: SecretNoise) -> RewardModel:
@@ -205,9 +207,9 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
 
 
-def has_certificate(job: Job, name: str) -> bool:
+def has_certificate(job: Job, name: str, folder: Path | None = None) -> bool:
     """Tell whether a model with a certificate stands in the site's folder, which may have been paid for."""
-    card = _card(job, name)
+    card = _card(job, name, folder)
     return card is not None and card.privacy is not None
 
 
