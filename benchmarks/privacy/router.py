@@ -26,8 +26,8 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from accord.data.images import load_images
-from accord.data.sampling import sample_questions
 from accord.errors import DataWarning
+from accord.evaluation.markdown import markdown_table
 from accord.federation.engine import InProcessEngine
 from accord.federation.messages import UpdateReply
 from accord.models.generate import answer
@@ -41,6 +41,7 @@ from accord.routing.private_fit import Guarantee, Make
 from accord.routing.router import RouterConfig
 from accord.runs import Run
 from accord.stages.job import Job
+from accord.stages.routing import held_questions
 from accord.stages.sites import site_pairs
 from accord.types import prompt_of
 
@@ -80,8 +81,7 @@ def main() -> None:
         for name, value in right.items():
             found.setdefault(name, []).append(100 * value)
         print(f"seed {seed}: " + ", ".join(f"{name} {100 * value:.1f}" for name, value in right.items()), flush=True)
-    print("| " + " | ".join(found) + " |\n|" + " --- |" * len(found))
-    print("| " + " | ".join(cell(values) for values in found.values()) + " |")
+    print(markdown_table([*found], [[cell(values) for values in found.values()]]))
 
 
 def cell(values: list[float]) -> str:
@@ -104,8 +104,7 @@ class World:
             }
             for config in (recipe.router, SMALL)
         }
-        known = [q for q in self.job.questions["dev"] if any(share.wants(q) for share in shares)]
-        asked = sample_questions(known, 300, seed=0)
+        asked = held_questions(self.job)
         length = recipe.alignment.max_completion_length
         said = answer(*self.job.policy, asked, max_new_tokens=length, samples=1, seed=0, batch_size=100)
         states = [

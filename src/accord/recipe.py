@@ -129,11 +129,12 @@ class SiteConfig:
             raise RecipeError(
                 f"site {self.name!r} has preferences and judgements, and pairs are made of either; leave one out"
             )
-        if self.privacy is not None and self.sums:
-            raise RecipeError(
-                f"site {self.name!r} has privacy, and sums carry no noise; take sums = true out, or leave privacy out"
-            )
         if self.privacy is not None:
+            if self.sums:
+                raise RecipeError(
+                    f"site {self.name!r} has privacy, and sums carry no noise; take sums = true out, or leave privacy "
+                    "out"
+                )
             labels = self.privacy.unit == "label"
             more = {
                 "finetune": (self.finetune is not None, "false"),

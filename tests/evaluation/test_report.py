@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from accord.errors import RunError
@@ -29,7 +30,8 @@ from accord.evaluation.summary import (
     accuracy,
     competence_summary,
 )
-from accord.rewards.certificate import UNCOVERED, Certificate, Uncovered
+from accord.rewards.certificate import UNCOVERED, Uncovered
+from certificates import PROOF
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -149,24 +151,7 @@ def test_what_a_certificate_covers(
     make_run: Callable[..., Path], make_summary: Callable[..., Summary], steps: int, open_to: Uncovered
 ) -> None:
     """The router's steps and noise are told where they are covered; what is not covered is told anyway."""
-    proof = Certificate(
-        id="0123456789abcdef",
-        epsilon=3.0,
-        total=8.0,
-        delta=1e-6,
-        unit="pair",
-        sampling=0.2,
-        steps=100,
-        clip=0.5,
-        sigma=1.8,
-        projection=1.5,
-        standardisation=4.1,
-        noise="SHAKE-256",
-        version="0.1.0",
-        uncovered=(open_to,),
-        router=1.93 if steps else 0.0,
-        router_steps=steps,
-    )
+    proof = msgspec.structs.replace(PROOF, uncovered=(open_to,), router=1.93 if steps else 0.0, router_steps=steps)
     summary = make_summary()
     sites = (dataclasses.replace(summary.sites[0], privacy=proof), *summary.sites[1:])
     text, page = _page(make_run(summary=make_summary(sites=sites)))

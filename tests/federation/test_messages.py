@@ -43,6 +43,7 @@ from accord.federation.messages import (
 )
 from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.types import vqa_prompt
+from certificates import PROOF
 
 TURNS = [Turn("system", "Be brief."), Turn("user", [ImageBlock(), TextBlock("où? 🙂")])]
 ITEM = ScoreItem([image_name(b"png")], TURNS, ["left", ""])
@@ -55,24 +56,6 @@ ROUTER = UpdateRequest("r1", "router", 2, b"weights", 7)
 NARROW = UpdateRequest("u1", "preference", 2, b"weights", 7, b"beside", 1, 16)
 REQUESTS = [REQUEST, JUDGED, ANSWER, ROUTER, NARROW, CardRequest("c1")]
 CARD = Card("c1", "LlavaForConditionalGeneration", 9, 5, 20, True, {"colour": 0.75})
-PROOF = Certificate(
-    id="0123456789abcdef",
-    epsilon=3.0,
-    total=8.0,
-    delta=1e-6,
-    unit="pair",
-    way="head",
-    sampling=0.2,
-    steps=100,
-    clip=0.5,
-    sigma=1.8,
-    projection=1.5,
-    standardisation=4.1,
-    flip=0.0,
-    noise="SHAKE-256",
-    version="0.1.0",
-    uncovered=("counts", "settings"),
-)
 PRIVATE = msgspec.structs.replace(CARD, privacy=PROOF)
 REPLIES = [
     ScoreReply("s1", [[0.1, -2.0], [0.0, 1e-300]]),

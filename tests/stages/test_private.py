@@ -470,8 +470,8 @@ def test_a_service_takes_the_same_steps_from_the_same_ledger(job, route, square)
     train, ask = route
     ledger = train()
     here = ask()
-    elsewhere = Job(job.recipe, None, quiet=True, alone="a", pairs=job.pairs)
-    there = router_training(elsewhere, "a", folder=job.path)
+    elsewhere = Job(job.recipe, None, quiet=True, alone="a", pairs=job.pairs, folder=job.path)
+    there = router_training(elsewhere, "a")
     assert ask(site=there) == here and read_entries(ledger)[0].router_taken == 2
     ask(1, site=there)
     assert read_entries(ledger)[0].router_taken == 4

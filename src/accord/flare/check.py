@@ -121,7 +121,7 @@ def check_site(kit: Kit, folder: Path, *, server: bool = True) -> Iterator[Findi
         yield _problem("site's folder", error)
         return
     prepare(recipe)
-    job = alone(recipe, kit.name)
+    job = alone(recipe, kit.name, folder)
     yield from check_data(job, kit.name)
     try:
         site = open_site(recipe, folder, kit.name, scores=recipe.scores)

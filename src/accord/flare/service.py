@@ -110,7 +110,7 @@ def read_site_folder(folder: Path, name: str) -> Recipe:
     if not (folder / "recipe.toml").is_file():
         raise RunError(f"{folder} holds no run (no recipe.toml); make one with `accord site train RECIPE {name} --out`")
     recipe = load_recipe(folder / "recipe.toml")
-    alone(recipe, name).site(name)
+    alone(recipe, name, folder).site(name)
     if f"site {name}" not in stages_done(folder) or not (folder / "sites" / name / "reward").is_dir():
         raise RunError(
             f"{folder} has no finished reward model of site {name}; "
@@ -119,9 +119,9 @@ def read_site_folder(folder: Path, name: str) -> Recipe:
     return recipe
 
 
-def alone(recipe: Recipe, name: str) -> Job:
+def alone(recipe: Recipe, name: str, folder: Path) -> Job:
     """Return the job of one site, with nothing to write: no run is opened."""
-    return Job(recipe, cast(Run, None), quiet=True, alone=name)
+    return Job(recipe, cast(Run, None), quiet=True, alone=name, folder=folder)
 
 
 def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None) -> Site:
@@ -138,12 +138,12 @@ def open_site_folder(folder: Path, name: str, *, opening: Opening | None = None)
     """
     recipe = read_site_folder(folder, name)
     prepare(recipe)
-    job = alone(recipe, name)
+    job = alone(recipe, name, folder)
     if job.site(name).preferences:
         site_pairs(job, name)
-    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name, folder=folder))}
+    updates: dict[Task, LocalUpdate] = {"router": WhenAsked(partial(router_training, job, name))}
     if job.site(name).sums:
-        if has_certificate(job, name, folder):
+        if has_certificate(job, name):
             raise RunError(
                 f"site {name!r} has a reward model with a certificate, and sums carry no noise; take sums = true out "
                 "of its table, or train the site again without privacy"
@@ -426,7 +426,7 @@ def join(
     if name not in (None, found.name):
         raise RunError(f"{kit} is the kit of site {found.name}, and the server asks no site {name}; leave the name out")
     check_certificate(found)
-    config = alone(read_site_folder(folder, found.name), found.name).site(found.name)
+    config = alone(read_site_folder(folder, found.name), found.name, folder).site(found.name)
     stop = stop or threading.Event()
     path = site_socket(socket_folder(found.path), found.name)
     with Run.resume(folder, (folder / "recipe.toml").read_text(encoding="utf-8")), site_log(folder):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from accord.federation.messages import UpdateReply, UpdateRequest, decode_reply, encode
 from accord.federation.weights import trainable_weights
@@ -130,15 +131,15 @@ def private_steps(
         rate: η_t.
     """
     units = int(unit.max()) + 1
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
     for _ in range(steps):
         drawn = (noise.uniform(units) < guarantee.sampling).nonzero()[:, 0]
         total = clipped_sum(network, hidden, mask, unit, drawn, site, guarantee.clip)
         total = total + guarantee.sigma * guarantee.clip * noise.normal(len(total))
         step = rate * total / (guarantee.sampling * units)
         with torch.no_grad():
-            weights = [weight for weight in network.parameters() if weight.requires_grad]
-            for weight, change in zip(weights, step.split([w.numel() for w in weights]), strict=True):
-                weight.sub_(change.view_as(weight).to(weight))
+            before = parameters_to_vector(weights)
+            vector_to_parameters(before - step.to(before), weights)
 
 
 def clipped_sum(

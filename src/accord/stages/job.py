@@ -148,6 +148,7 @@ class Job:
     pairs: dict[str, list[PreferencePair]] = field(default_factory=dict)  # by site, once they are built
     profile: bool = False  # whether each stage's time is looked into (`accord.stages.profile`)
     base_captions: dict[str, list[str]] = field(default_factory=dict)  # by split, once the base was asked
+    folder: Path | None = None  # of a run that is only read: no run is open
 
     @contextmanager
     def doing(self, stage: str, *, needs: Collection[str] | None = None) -> Iterator[None]:
@@ -200,7 +201,7 @@ class Job:
     @property
     def path(self) -> Path:
         """The run folder."""
-        return self.run.path
+        return self.folder or self.run.path
 
     @cached_property
     def questions(self) -> dict[str, list[Question]]:

@@ -54,12 +54,12 @@ _TRIED = 16
 """Pairs of the batch on which a model is tried before it is paid for."""
 
 
-def ledger_of(job: Job, name: str, folder: Path | None = None) -> Path:
-    """Return the file of what a site's data have paid; `folder` is the run's where the job has none."""
+def ledger_of(job: Job, name: str) -> Path:
+    """Return the file of what a site's data have paid."""
     privacy = job.site(name).privacy
     if privacy and privacy.ledger:
         return Path(privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
-    return (folder or job.main or job.path).resolve() / "privacy" / f"{name}.json"
+    return (job.main or job.path).resolve() / "privacy" / f"{name}.json"
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -120,23 +120,20 @@ def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePa
     return certify(path, privacy, entry, way=way, uncovered=_uncovered(site, pairs))
 
 
-def router_guarantee(
-    job: Job, name: str, pairs: Sequence[PreferencePair], folder: Path | None = None
-) -> Guarantee | None:
+def router_guarantee(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Guarantee | None:
     """Return what a site's steps on the router are taken by; None where its certificate does not cover them.
 
     Args:
         job: with the recipe.
         name: of the site.
         pairs: of the site.
-        folder: the run's, where the job has none.
 
     Raises:
         RunError: the recipe asks for noise, and the site's model was trained without paying for it; or the ledger
             cannot be read, or lacks what was paid.
     """
     site, certificate = job.site(name), None
-    if card := _card(job, name, folder):
+    if card := _card(job, name):
         certificate = card.privacy
     if certificate is None or not certificate.router_steps:
         if site.privacy and site.privacy.router:
@@ -145,7 +142,7 @@ def router_guarantee(
                 "paying for a router's steps; train the site again, or set privacy.router = 0"
             )
         return None
-    path, clip = ledger_of(job, name, folder), certificate.clip
+    path, clip = ledger_of(job, name), certificate.clip
     entry = next((each for each in read_entries(path) if each.id == certificate.id), None)
     if entry is None or entry.router is None:
         raise RunError(
@@ -154,7 +151,7 @@ def router_guarantee(
         )
     step = entry.router
     read = fingerprint_of(_rows(job, pairs), weights_digest(job.recipe.encoder_checkpoint))
-    answers = Answers((folder or job.path) / "sites" / name / "router-answers" / entry.id, partial(pay, path, entry.id))
+    answers = Answers(job.path / "sites" / name / "router-answers" / entry.id, partial(pay, path, entry.id))
     return Guarantee(entry.unit, step.sampling, step.sigma, clip, read, answers)
 
 
@@ -207,14 +204,14 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
 
 
-def has_certificate(job: Job, name: str, folder: Path | None = None) -> bool:
+def has_certificate(job: Job, name: str) -> bool:
     """Tell whether a model with a certificate stands in the site's folder, which may have been paid for."""
-    card = _card(job, name, folder)
+    card = _card(job, name)
     return card is not None and card.privacy is not None
 
 
-def _card(job: Job, name: str, folder: Path | None = None) -> SiteRecord | None:
-    file = (folder or job.path) / "sites" / name / "card.json"
+def _card(job: Job, name: str) -> SiteRecord | None:
+    file = job.path / "sites" / name / "card.json"
     return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
 

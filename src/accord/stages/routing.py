@@ -111,20 +111,28 @@ def trained_router(job: Job) -> RouterNetwork:
     return load_router(job.need("router", "accord router train RECIPE", "router"))
 
 
+def held_questions(job: Job) -> list[Question]:
+    """Return the dev questions by which a router is measured: at most 300 of domains and types that a site holds.
+
+    Raises:
+        DataError: there is none.
+    """
+    known = [q for q in job.questions["dev"] if any(share.wants(q) for share in job.shares.values())]
+    if not known:
+        raise DataError(
+            "no dev question is of a domain and type that a site holds, so it cannot be told where answers belong; "
+            "correct domains and question_types of the sites, or give such questions the split 'dev'"
+        )
+    return sample_questions(known, 300, seed=0)
+
+
 def routing_accuracy(job: Job, router: Router) -> float:
     """Return how often the top site, for sampled answers to dev questions, holds questions of that domain and type.
 
     Raises:
         DataError: no dev question is of a domain and type that a site holds.
     """
-    shares = [*job.shares.values()]
-    known = [q for q in job.questions["dev"] if any(share.wants(q) for share in shares)]
-    if not known:
-        raise DataError(
-            "no dev question is of a domain and type that a site holds, so it cannot be told where answers belong; "
-            "correct domains and question_types of the sites, or give such questions the split 'dev'"
-        )
-    asked = sample_questions(known, 300, seed=0)
+    shares, asked = [*job.shares.values()], held_questions(job)
     said = answer(
         *job.policy,
         asked,

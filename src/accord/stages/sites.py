@@ -406,19 +406,14 @@ def _answerer(recipe: Recipe, site: SiteConfig, folder: Path, opening: Opening |
     )
 
 
-def router_training(job: Job, name: str, *, folder: Path | None = None) -> LocalRouterTraining:
+def router_training(job: Job, name: str) -> LocalRouterTraining:
     """Return a site's half of the router's training, on its pairs, with noise where its certificate says so.
-
-    Args:
-        job: with the recipe.
-        name: of the site.
-        folder: the run's, where the job has none.
 
     Raises:
         RunError: the recipe asks for noise that was not paid for, or the ledger lacks what was paid.
     """
     names, pairs = [site.name for site in job.recipe.sites], site_pairs(job, name)
-    guarantee = router_guarantee(job, name, pairs, folder)
+    guarantee = router_guarantee(job, name, pairs)
     return LocalRouterTraining(job.encoder, pairs, names.index(name), len(names), job.recipe.router, guarantee)
 
 
