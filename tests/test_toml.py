@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accord.errors import RecipeError
+from accord.federation.aggregation import Aggregation
+from accord.routing.router import RouterConfig
 from accord.toml import _LONG_KEY, build, dump_toml, load_toml
 
 
@@ -46,6 +48,17 @@ class Recipe:
     device: Literal["cpu", "cuda"] | int = "cpu"
     verbose: bool = False
     extra: Align | None = None
+
+
+@dataclass(frozen=True)
+class Deep:
+    align: Align = Align()
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Around:
+    deep: Deep = Deep(Align(16, 0.5), 3)
 
 
 def load(tmp_path: Path, text: str) -> Recipe:
@@ -139,6 +152,22 @@ def test_what_is_wrong_is_named_with_its_place(tmp_path: Path, text: str, messag
     with pytest.raises(RecipeError) as error:
         load(tmp_path, text)
     assert str(error.value).startswith(message)
+
+
+def test_a_table_within_leaves_the_rest_of_its_default_as_it_is() -> None:
+    settings = build(RouterConfig, {"aggregation": {"bound": 10.0}}).aggregation
+    assert settings == replace(RouterConfig().aggregation, bound=10.0) != Aggregation(bound=10.0)
+    again = build(RouterConfig, {"aggregation": {"rule": "fedadam", "bound": 10.0}}).aggregation
+    assert again == settings
+
+
+def test_another_rule_has_other_defaults() -> None:
+    """A step of 0.003 is FedAdam's; FedAvg with it would stand still."""
+    assert build(RouterConfig, {"aggregation": {"rule": "fedavg"}}).aggregation == Aggregation("fedavg")
+
+
+def test_a_table_two_deep_keeps_the_rest_of_the_default_around_it() -> None:
+    assert build(Around, {"deep": {"align": {"beta": 1.0}}}).deep == Deep(Align(16, 1.0), 3)
 
 
 def test_a_table_within_a_recipe_keeps_its_place() -> None:

@@ -30,6 +30,9 @@ T = TypeVar("T", bound="DataclassInstance")
 TOP_LEVEL = "top level"
 """Metadata of a field whose tables stand at the top of the file beside its own; their owner reads them."""
 
+CHOICE = "choice"
+"""Metadata of a field that says what the others are settings of: with another choice they have other defaults."""
+
 MAX_BYTES = 2**20
 """Of a TOML file."""
 
@@ -85,6 +88,8 @@ def parse_toml(text: str, *, where: str) -> dict[str, object]:
 def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: Sequence[str] = ()) -> T:
     """Make a `cls` from a TOML table, and the dataclasses within it from the tables within.
 
+    What a table within leaves out is as in the default of its field, unless it makes another choice (`CHOICE`).
+
     Args:
         cls: a dataclass.
         table: what `load_toml` returned, or a table of it.
@@ -103,7 +108,7 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: S
     for name, field in fields.items():
         place = f"{where}.{name}" if where else name
         if name in table:
-            values[name] = _convert(hints[name], table[name], place)
+            values[name] = _convert(hints[name], _over(field.default, table[name]), place)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise RecipeError(f"{place} is missing; add it, with a value that is {_expected(hints[name])}")
     try:
@@ -115,6 +120,16 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: S
 def dump_toml(obj: DataclassInstance) -> str:
     """Render a dataclass as TOML from which `build` makes an equal one."""
     return tomli_w.dumps(_table(obj))
+
+
+def _over(default: object, value: object) -> object:
+    """Return a table over a default that is a dataclass; any other value, and another choice's table, as they are."""
+    if not isinstance(value, Mapping) or not dataclasses.is_dataclass(default) or isinstance(default, type):
+        return value
+    choices = [field.name for field in dataclasses.fields(default) if CHOICE in field.metadata]
+    if any(name in value and value[name] != getattr(default, name) for name in choices):
+        return value
+    return {**_table(default), **{key: _over(getattr(default, key, None), each) for key, each in value.items()}}
 
 
 def _convert(hint: object, value: object, place: str) -> object:

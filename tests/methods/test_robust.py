@@ -29,8 +29,19 @@ def open_run(ask, tmp_path):
     )
 
     @contextmanager
-    def opened(name="run", count=60, *, record="", seed=0, domain=lambda n: "", resumed=False):
-        asked = replace(recipe, seed=seed, tables={CANARIES.name: CanaryConfig(record=str(record))})
+    def opened(
+        name="run",
+        count=60,
+        *,
+        record="",
+        seed=0,
+        domain=lambda n: "",
+        resumed=False,
+        prompts=("colour", "number"),
+        preferences=recipe.preferences,
+    ):
+        tables = {CANARIES.name: CanaryConfig(record=str(record))}
+        asked = replace(recipe, seed=seed, tables=tables, preferences=preferences)
         run = Run.resume(tmp_path / name, 'name = "x"\n') if resumed else None
         with run or Run.create(tmp_path / name, 'name = "x"\n', seed=0) as folder:
             work = Job(asked, folder, quiet=True)
@@ -44,7 +55,10 @@ def open_run(ask, tmp_path):
                 )
                 for n in range(count)
             ]
-            work.questions = {"base": base, "public": [ask(999, domain=domain(0))]}
+            work.questions = {
+                "base": base,
+                "public": [ask(999, domain=domain(n), question_type=kind) for n, kind in enumerate(prompts)],
+            }
             yield work
 
     return opened
@@ -65,6 +79,29 @@ def test_a_pool_is_drawn_by_the_seed_types_in_turn(open_run):
     assert set(texts(first)) != set(texts(other)) and not all(
         any(f"number {n}?" in text for n in range(12)) for text in texts(first)
     )
+
+
+def test_only_types_that_the_alignment_asks_become_canaries(open_run):
+    """A number among prompts about colours would be seen at once; of shapes the server knows nothing, and is told."""
+    with open_run(prompts=("colour",)) as work:
+        assert {canary.kind for canary in canaries_of(work).pool} == {"colour"}
+    told = "no labelled questions of the types 'shape', 'size', which the alignment asks"
+    with open_run("other", prompts=("colour", "shape", "size")) as work, pytest.warns(DataWarning, match=told):
+        assert {canary.kind for canary in canaries_of(work).pool} == {"colour"}
+    with open_run("third", prompts=("shape",)) as work, pytest.warns(DataWarning, match="types 'shape', which"):
+        assert {canary.kind for canary in canaries_of(work).pool} == {"colour", "number"}
+
+
+def test_a_right_answer_that_the_policy_never_gives_makes_a_canary(open_run, monkeypatch):
+    """Where sites judge what the policy says, the server still knows better; no sample of the policy is right here."""
+    monkeypatch.setattr(
+        "accord.stages.sites.answer", lambda *_, **settings: [["grey", "white"]] * STEPS * CanaryConfig().per_step
+    )
+    with open_run(preferences=Preferences(judged=True, policy_samples=2)) as work:
+        work.policy = None, None
+        pool = canaries_of(work).pool
+    assert len(pool) == 12 and all(canary.right in COLOURS for canary in pool)
+    assert any({"grey", "white"} & set(canary.wrong) for canary in pool)
 
 
 def test_two_runs_of_one_record_share_no_canary_and_a_resumed_one_goes_on_with_its_own(open_run, tmp_path):

@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -41,6 +41,7 @@ from torch import Tensor
 
 from accord.errors import RecipeError, check_least, check_positive
 from accord.federation.reliability import VARIANTS, Diagnosis, FedCmp, Reliability, Variant
+from accord.toml import CHOICE
 
 Weights: TypeAlias = Mapping[str, Tensor]
 Key = TypeVar("Key")
@@ -90,7 +91,7 @@ a shared reward model, the longest had 3.3 times the median.
 class Aggregation:
     """How the server combines updates, and in how many bits weights and updates travel."""
 
-    rule: Rule = "fedavg"
+    rule: Rule = field(default="fedavg", metadata={CHOICE: True})
     learning_rate: float = 1.0  # η
     momentum: float = 0.9  # β₁ of fedavgm, fedadam, fedyogi, fedamsgrad
     second_momentum: float = 0.99  # β₂

@@ -6,8 +6,9 @@
     canary-routed                           the median weighted by the client-id router's weights times trust
 
 The rules and the cap on one site's influence are `accord.routing.robust`, canaries and trust `accord.routing.canaries`.
-Their pool is the server's labelled questions but for the anchors and FedGRPO's auxiliary ones: what sites have been
-asked before is no canary. Of fewer than 400 all are in the pool, and a run should have either anchors or canaries.
+Their pool is the server's labelled questions of the types that the alignment asks, but for the anchors and FedGRPO's
+auxiliary ones: what sites have been asked before is no canary. Of fewer than 400 all are in the pool, and a run should
+have either anchors or canaries. A right answer is a canary's whether the policy has ever given it or not.
 The record of other runs' canaries is `accord.routing.asked`.
 What these are measured against is in `accord.attacks.scores`.
 """
@@ -121,11 +122,12 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
         if any(site.answers for site in recipe.sites):
             shown |= {q.id for q in auxiliary_questions(job)}
     unseen = [q for q in base if q.id not in shown]
+    unseen = _of_asked_types(unseen, job.prompts)
     _warn_of_shared_types([*unseen, *job.prompts])
     wanted = config.per_step * recipe.alignment.steps
     key = _key(job)
     asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
-    plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, others=0, spliced=0))
+    plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, judged=False))
     grouped = defaultdict(list)
     for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed):
         grouped[pair.question_id].append(pair)
@@ -153,6 +155,23 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
             "source more questions of the split 'base', or choose a method without canaries"
         )
     return Canaries(pool, [site.name for site in recipe.sites], config, key=key)
+
+
+def _of_asked_types(questions: Sequence[Question], prompts: Sequence[Question]) -> list[Question]:
+    """Return the questions of the prompts' types: another one gives itself away, and tells nothing of these.
+
+    Where there is none, all are returned. Types of prompts without a question are told.
+    """
+    asked = {q.question_type for q in prompts}
+    if missing := asked - {q.question_type for q in questions}:
+        warnings.warn(
+            f"the server has no labelled questions of the types {', '.join(map(repr, sorted(missing)))}, which the "
+            "alignment asks: hidden questions do not tell who is right there, and a site that lies is not found; give "
+            "the source questions of these types of the split 'base'",
+            DataWarning,
+            stacklevel=3,
+        )
+    return [q for q in questions if q.question_type in asked] or [*questions]
 
 
 def _drawn(questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
