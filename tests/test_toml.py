@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from accord.errors import RecipeError
 from accord.federation.aggregation import Aggregation
+from accord.methods.fedit import FedITConfig
 from accord.routing.router import RouterConfig
 from accord.toml import _LONG_KEY, build, dump_toml, load_toml
 
@@ -59,6 +60,8 @@ class Deep:
 @dataclass(frozen=True)
 class Around:
     deep: Deep = Deep(Align(16, 0.5), 3)
+    made: Align = field(default_factory=lambda: Align(4, 0.25))
+    either: Align | Site | None = Align(16, 0.5)
 
 
 def load(tmp_path: Path, text: str) -> Recipe:
@@ -168,6 +171,15 @@ def test_another_rule_has_other_defaults() -> None:
 
 def test_a_table_two_deep_keeps_the_rest_of_the_default_around_it() -> None:
     assert build(Around, {"deep": {"align": {"beta": 1.0}}}).deep == Deep(Align(16, 1.0), 3)
+
+
+def test_a_default_that_is_made_and_one_of_several_kinds_are_kept_too() -> None:
+    assert build(Around, {"made": {"beta": 1.0}}).made == Align(4, 1.0)
+    assert build(Around, {"either": {"beta": 1.0}}).either == Align(16, 1.0)
+    assert build(Around, {"either": {"name": "a"}}).either == Site("a")
+    assert build(Around, {"either": False}).either is None
+    settings = build(FedITConfig, {"averaging": {"rounds": 2}}).averaging
+    assert settings == replace(FedITConfig().averaging, rounds=2)
 
 
 def test_a_table_within_a_recipe_keeps_its_place() -> None:

@@ -16,7 +16,7 @@ import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -85,7 +85,9 @@ def parse_toml(text: str, *, where: str) -> dict[str, object]:
         raise RecipeError(f"{where} is not TOML: {error}; correct that line") from error
 
 
-def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: Sequence[str] = ()) -> T:
+def build(
+    cls: type[T], table: Mapping[str, object], where: str = "", *, also: Sequence[str] = (), default: T | None = None
+) -> T:
     """Make a `cls` from a TOML table, and the dataclasses within it from the tables within.
 
     What a table within leaves out is as in the default of its field, unless it makes another choice (`CHOICE`).
@@ -95,6 +97,7 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: S
         table: what `load_toml` returned, or a table of it.
         where: the dotted place of `table` in the recipe, for messages; empty at the top.
         also: further keys that are valid there, for messages.
+        default: what the table leaves out; None for the defaults of `cls`.
 
     Raises:
         RecipeError: a key is unknown or missing, a value has the wrong type, or a dataclass refused its values.
@@ -104,13 +107,19 @@ def build(cls: type[T], table: Mapping[str, object], where: str = "", *, also: S
     for key in table:
         if key not in fields:
             raise RecipeError(unknown_key(key, [*fields, *also], where))
+    choices = [name for name, field in fields.items() if CHOICE in field.metadata and name in table]
+    if any(table[name] != getattr(default, name, None) for name in choices):
+        default = None
     values: dict[str, object] = {}
     for name, field in fields.items():
         place = f"{where}.{name}" if where else name
+        under = _default(field) if default is None else getattr(default, name)
         if name in table:
-            values[name] = _convert(hints[name], _over(field.default, table[name]), place)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            values[name] = _convert(hints[name], table[name], place, under)
+        elif under is dataclasses.MISSING:
             raise RecipeError(f"{place} is missing; add it, with a value that is {_expected(hints[name])}")
+        else:
+            values[name] = under
     try:
         return cls(**values)
     except (ValueError, RecipeError) as error:
@@ -122,17 +131,12 @@ def dump_toml(obj: DataclassInstance) -> str:
     return tomli_w.dumps(_table(obj))
 
 
-def _over(default: object, value: object) -> object:
-    """Return a table over a default that is a dataclass; any other value, and another choice's table, as they are."""
-    if not isinstance(value, Mapping) or not dataclasses.is_dataclass(default) or isinstance(default, type):
-        return value
-    choices = [field.name for field in dataclasses.fields(default) if CHOICE in field.metadata]
-    if any(name in value and value[name] != getattr(default, name) for name in choices):
-        return value
-    return {**_table(default), **{key: _over(getattr(default, key, None), each) for key, each in value.items()}}
+def _default(field: dataclasses.Field[Any]) -> object:
+    """Return a field's default, `dataclasses.MISSING` where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _convert(hint: object, value: object, place: str) -> object:
+def _convert(hint: object, value: object, place: str, default: object = None) -> object:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (types.UnionType, Union):
         members = [member for member in arguments if member is not type(None)]
@@ -140,10 +144,10 @@ def _convert(hint: object, value: object, place: str) -> object:
             return None
         if len(members) == 1:
             # The one member's own message is more exact than a message about the union.
-            return _convert(members[0], value, place)
+            return _convert(members[0], value, place, default)
         for member in members:
             with contextlib.suppress(RecipeError):
-                return _convert(member, value, place)
+                return _convert(member, value, place, default)
     elif origin is Literal:
         # Types are compared too, for True == 1.
         if any(value == choice and type(value) is type(choice) for choice in arguments):
@@ -158,7 +162,7 @@ def _convert(hint: object, value: object, place: str) -> object:
         return {key: _convert(arguments[1], item, f"{place}.{key}") for key, item in value.items()}
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
-            return build(hint, value, place)
+            return build(hint, value, place, default=default if isinstance(default, hint) else None)
     elif isinstance(hint, type) and (scalar := _scalar(hint, value)) is not None:
         return scalar
     raise RecipeError(f"{place} must be {_expected(hint)}, got {_shown(value)}")

@@ -37,20 +37,23 @@ def open_run(ask, tmp_path):
         seed=0,
         domain=lambda n: "",
         resumed=False,
+        kinds=("colour", "number"),
         prompts=("colour", "number"),
         preferences=recipe.preferences,
+        steps=STEPS,
     ):
         tables = {CANARIES.name: CanaryConfig(record=str(record))}
-        asked = replace(recipe, seed=seed, tables=tables, preferences=preferences)
+        alignment = replace(recipe.alignment, steps=steps)
+        asked = replace(recipe, seed=seed, tables=tables, preferences=preferences, alignment=alignment)
         run = Run.resume(tmp_path / name, 'name = "x"\n') if resumed else None
         with run or Run.create(tmp_path / name, 'name = "x"\n', seed=0) as folder:
             work = Job(asked, folder, quiet=True)
             base = [
                 ask(
                     n,
-                    COLOURS[n % 4],
+                    COLOURS[n // len(kinds) % 4],
                     text=f"what colour is number {n}?",
-                    question_type=("colour", "number")[n % 2],
+                    question_type=kinds[n % len(kinds)],
                     domain=domain(n),
                 )
                 for n in range(count)
@@ -85,11 +88,31 @@ def test_only_types_that_the_alignment_asks_become_canaries(open_run):
     """A number among prompts about colours would be seen at once; of shapes the server knows nothing, and is told."""
     with open_run(prompts=("colour",)) as work:
         assert {canary.kind for canary in canaries_of(work).pool} == {"colour"}
-    told = "no labelled questions of the types 'shape', 'size', which the alignment asks"
+    told = "no hidden question is of the types 'shape', 'size', which the alignment asks"
     with open_run("other", prompts=("colour", "shape", "size")) as work, pytest.warns(DataWarning, match=told):
         assert {canary.kind for canary in canaries_of(work).pool} == {"colour"}
-    with open_run("third", prompts=("shape",)) as work, pytest.warns(DataWarning, match="types 'shape', which"):
+    with open_run("third", prompts=("shape",)) as work, pytest.raises(DataError, match="none of a type that the"):
+        canaries_of(work)
+
+
+def test_a_type_whose_questions_other_runs_have_asked_is_told(open_run, tmp_path):
+    """A first run takes all six about numbers among its twelve; the second has colours alone."""
+    record = tmp_path / "asked.jsonl"
+    few = {"prompts": ("colour", "number"), "record": record, "kinds": ("colour", "colour", "colour", "number")}
+    with open_run("first", 24, **few) as work:
         assert {canary.kind for canary in canaries_of(work).pool} == {"colour", "number"}
+    with open_run("second", 24, **few) as work, pytest.warns(DataWarning) as told:
+        assert {canary.kind for canary in canaries_of(work).pool} == {"colour"}
+    assert any("no hidden question is of the types 'number', which" in str(each.message) for each in told)
+
+
+def test_anchors_are_left_out_of_enough_questions_of_these_types(open_run):
+    """Of 405 about colours 200 may be anchors; of 405 of which 300 are about what nobody asks none is left out."""
+    with open_run(count=405, kinds=("colour",), prompts=("colour",), steps=100) as work, pytest.warns(DataWarning):
+        assert len(canaries_of(work).pool) == 205
+    many = ("colour", "number", "number", "number")
+    with open_run("other", 404, kinds=many, prompts=("colour",), steps=100) as work, pytest.warns(DataWarning):
+        assert len(canaries_of(work).pool) == 101
 
 
 def test_a_right_answer_that_the_policy_never_gives_makes_a_canary(open_run, monkeypatch):

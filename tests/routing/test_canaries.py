@@ -1,5 +1,6 @@
 """Hidden questions: that they look as the others do, what they tell, and that a run goes on where it stopped."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +177,9 @@ def test_a_run_goes_on_where_it_stopped(square):
     assert once.trust.estimate()[0].gt(0.6).all() and once.trust.estimate()[1].tolist() == approx([0.6] * 3)
     with pytest.raises(CheckpointError, match=r"is of shape \(2, 2, 3, 2\), expected \(2, 1, 3, 2\)"):
         Canaries(pool(square), ("a",), CONFIG, key=0).load_state_dict(once.state_dict())
+    others = [replace(canary, kind=f"other {canary.kind}") for canary in pool(square)]
+    with pytest.raises(CheckpointError, match=r"for the question types other colour, other shape; resume with the"):
+        Canaries(others, ("a", "b"), CONFIG, key=0).load_state_dict(once.state_dict())
 
 
 def test_an_absence_is_no_evidence(square):

@@ -116,20 +116,21 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     """
     config, recipe = CANARIES.of(job.recipe), job.recipe
     base = job.questions.get("base", [])
+    types = {q.question_type for q in job.prompts}  # another one would give itself away, and tell nothing of these
+    alike = [q for q in base if q.question_type in types and recipe.prompts.wants(q)]
     shown = set[str]()
-    if len(base) >= 2 * ANCHOR_QUESTIONS:  # of fewer, a run should use either for anchors or for canaries
+    if len(alike) >= 2 * ANCHOR_QUESTIONS:  # of fewer, a run should use either for anchors or for canaries
         shown = {q.id for q in sample_questions(base, ANCHOR_QUESTIONS, seed=recipe.seed)}
         if any(site.answers for site in recipe.sites):
             shown |= {q.id for q in auxiliary_questions(job)}
-    unseen = [q for q in base if q.id not in shown]
-    unseen = _of_asked_types(unseen, job.prompts)
+    unseen = [q for q in alike if q.id not in shown]
     _warn_of_shared_types([*unseen, *job.prompts])
     wanted = config.per_step * recipe.alignment.steps
     key = _key(job)
     asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
     plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, judged=False))
     grouped = defaultdict(list)
-    for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed):
+    for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed) if asked else []:
         grouped[pair.question_id].append(pair)
     pool = [
         Canary(
@@ -151,27 +152,19 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
         )
     if not pool:
         raise DataError(
-            f"the server has {len(base)} labelled questions, and none that no site has seen makes a canary; give the "
-            "source more questions of the split 'base', or choose a method without canaries"
+            f"the server has {len(base)} labelled questions, and none of a type that the alignment asks, and that no "
+            "site has seen, makes a canary; give the source more questions of the split 'base', or choose a method "
+            "without canaries"
+        )
+    if blind := types - {canary.kind for canary in pool}:
+        warnings.warn(
+            f"no hidden question is of the types {', '.join(map(repr, sorted(blind)))}, which the alignment asks: a "
+            "site that lies about these alone is not found; give the source labelled questions of these types, of the "
+            "split 'base'",
+            DataWarning,
+            stacklevel=2,
         )
     return Canaries(pool, [site.name for site in recipe.sites], config, key=key)
-
-
-def _of_asked_types(questions: Sequence[Question], prompts: Sequence[Question]) -> list[Question]:
-    """Return the questions of the prompts' types: another one gives itself away, and tells nothing of these.
-
-    Where there is none, all are returned. Types of prompts without a question are told.
-    """
-    asked = {q.question_type for q in prompts}
-    if missing := asked - {q.question_type for q in questions}:
-        warnings.warn(
-            f"the server has no labelled questions of the types {', '.join(map(repr, sorted(missing)))}, which the "
-            "alignment asks: hidden questions do not tell who is right there, and a site that lies is not found; give "
-            "the source questions of these types of the split 'base'",
-            DataWarning,
-            stacklevel=3,
-        )
-    return [q for q in questions if q.question_type in asked] or [*questions]
 
 
 def _drawn(questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:

@@ -26,15 +26,17 @@ every site. Three a step beside 36 prompts are 8 % more. An alignment asks none 
 times T labelled questions; when they end, trust stays as it is. docs/liars.md has the table of how many tell a liar.
 
 **What a site can learn.** That the server has such questions, for this page says so. Number of candidates, order and
-position are drawn as those of the questions around it; but a canary's image comes once in an alignment, and its answers
-are the base policy's and not the present one's. Which questions are canaries is drawn by a key, and `record` keeps
-those of other runs out (`accord.routing.asked`). A site that holds the public questions, or waits long enough to know
-what comes back, recognises canaries all the same, and so does one that has seen their labels where these are published:
-the attack `off-canary`. Against it trust is no defence, and what is left is the bound of `accord.routing.robust`.
+position are drawn as those of the questions around it, and its type is one of theirs; but a canary's image comes once
+in an alignment, and its answers are the right one and the base policy's, not the present one's. Which questions are
+canaries is drawn by a key, and `record` keeps those of other runs out (`accord.routing.asked`). A site that holds the
+public questions, or waits long enough to know what comes back, recognises canaries all the same, and so does one that
+has seen their labels where these are published: the attack `off-canary`. Against it trust is no defence, and what is
+left is the bound of `accord.routing.robust`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import warnings
@@ -260,8 +262,12 @@ class Canaries:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run must know."""
-        trust = {"counts": self.trust.counts.clone(), "aside": self.trust.aside.clone()}
+        trust = {"counts": self.trust.counts.clone(), "aside": self.trust.aside.clone(), "kinds": self._kinds()}
         return {**trust, "used": torch.tensor(self.used), "calls": torch.tensor(self.calls)}
+
+    def _kinds(self) -> Tensor:
+        """Return what tells other question types from these."""
+        return torch.tensor([*hashlib.sha256("\0".join(self.trust.kinds).encode()).digest()], dtype=torch.uint8)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`.
@@ -271,10 +277,11 @@ class Canaries:
         """
         expected = tuple(self.trust.counts.shape)
         got = tuple(state["counts"].shape) if "counts" in state else None
-        if got != expected:
+        if got != expected or not torch.equal(state.get("kinds", self._kinds()), self._kinds()):
             raise CheckpointError(
-                f"what canaries have told is of shape {got}, expected {expected}; resume with the same sites and "
-                "questions, or start anew"
+                f"what canaries have told is of shape {got}, expected {expected} for the question types "
+                f"{', '.join(self.trust.kinds[1:])}; resume with the same sites and questions, and with the version of "
+                "Accord that began, or start anew"
             )
         self.trust.counts, self.trust.aside = state["counts"].clone(), state["aside"].clone()
         self.used, self.calls = int(state["used"]), int(state["calls"])
