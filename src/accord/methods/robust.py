@@ -104,7 +104,8 @@ def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedRewa
 def canaries_of(job: Job, stage: str = "align") -> Canaries:
     """Return an alignment's canaries: as many labelled questions as its steps take, types in turn, drawn by the key.
 
-    Where `canaries.record` names a file, none that another alignment has noted there is among them.
+    Where `canaries.record` names a file, none that another alignment has noted there is among them. Types of the
+    prompts that no canary is of are told.
 
     Args:
         job: the server's questions count that are neither anchors nor auxiliary.
@@ -128,20 +129,7 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     wanted = config.per_step * recipe.alignment.steps
     key = _key(job)
     asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
-    plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, judged=False))
-    grouped = defaultdict(list)
-    for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed) if asked else []:
-        grouped[pair.question_id].append(pair)
-    pool = [
-        Canary(
-            pairs[0].prompt,
-            pairs[0].images,
-            right=pairs[0].chosen,
-            wrong=tuple(dict.fromkeys(pair.rejected for pair in pairs if pair.chosen == pairs[0].chosen)),
-            kind=pairs[0].question_type,
-        )
-        for pairs in grouped.values()
-    ]
+    pool = _with_wrong_answers(job, asked) if asked else []
     if 0 < len(pool) < wanted:
         warnings.warn(
             f"the server has {len(pool)} questions for canaries, and {recipe.alignment.steps} steps ask {wanted}: from "
@@ -165,6 +153,25 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
             stacklevel=2,
         )
     return Canaries(pool, [site.name for site in recipe.sites], config, key=key)
+
+
+def _with_wrong_answers(job: Job, asked: Sequence[Question]) -> list[Canary]:
+    """Return the questions as canaries: those that have a wrong answer beside a right one."""
+    recipe, base = job.recipe, job.questions["base"]
+    plausible = replace(recipe, preferences=replace(recipe.preferences, mix=PLAUSIBLE, judged=False))
+    grouped = defaultdict(list)
+    for pair in construct_pairs(plausible, lambda: job.policy, asked, base, seed=recipe.seed):
+        grouped[pair.question_id].append(pair)
+    return [
+        Canary(
+            pairs[0].prompt,
+            pairs[0].images,
+            right=pairs[0].chosen,
+            wrong=tuple(dict.fromkeys(pair.rejected for pair in pairs if pair.chosen == pairs[0].chosen)),
+            kind=pairs[0].question_type,
+        )
+        for pairs in grouped.values()
+    ]
 
 
 def _drawn(questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
