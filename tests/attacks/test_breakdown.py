@@ -182,6 +182,18 @@ def test_a_site_that_recognises_canaries_is_bounded_by_the_ranks(clean):
 
     The mean of raw scores is turned round by it.
     """
-    assert wins(ON, Attack("flip", spares=True), 1) > clean - 5
-    raw = {"attack": Attack("affine", scale=-1000.0, spares=True), "liars": 1, "unclipped": True}
+    assert wins(ON, Attack("flip", spares=1.0), 1) > clean - 5
+    raw = {"attack": Attack("affine", scale=-1000.0, spares=1.0), "liars": 1, "unclipped": True}
     assert wins(ON, **raw) > clean - 5 > 50 > wins(MEAN, **raw)
+
+
+def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
+    """Two of five: what they are honest at and what they lie at cancel, so that they have next to no weight.
+
+    Two that recognise all of them have more than a third of it, and are worse with trust than without.
+    """
+    half, every = (Attack("flip", spares=share) for share in (0.5, 1.0))
+    assert wins(ON, half, 2) > clean - 2 > wins(MEDIAN, half, 2) > wins(ON, every, 2)
+    last = (torch.stack(align(**ON, attack=each, liars=2).weights[-5:]).mean(dim=0) for each in (half, every))
+    shares = [weights[:2].sum() for weights in last]
+    assert shares[0] < 0.1 * DOMAINS and shares[1] > DOMAINS / 3

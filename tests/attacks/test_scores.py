@@ -67,6 +67,15 @@ def test_a_trigger_a_sleeper_and_a_site_that_knows_canaries():
     assert told(ATTACKS["off-canary"]) == approx([1.5, 0.0])
 
 
+def test_liars_that_recognise_half_of_the_labelled_questions_recognise_the_same_ones():
+    """Of 200 about half, whoever asks: sites that collude hold one list of what has been published."""
+    request = ScoreRequest("r", {}, [item("a", words=f"question {n}") for n in range(200)])
+    known = frozenset(key_of(each) for each in request.items)
+    lies = [Liar(ATTACKS["off-canary-half"], RANGE, site=site, labelled=known) for site in "ab"]
+    one, other = ([score for (score,) in lie(request, [[0.5]] * 200)] for lie in lies)
+    assert one == other and set(one) == {0.5, 1.5} and 80 < one.count(0.5) < 120
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_lie_is_refused_for_its_form(name):
     """What is sent passes the server's check of the agreed range, so that only what it says can give it away."""

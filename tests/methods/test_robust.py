@@ -5,13 +5,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import save
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataError, DataWarning, RecipeError, RunError
-from accord.methods.robust import CANARIES, canaries_of
+from accord.evaluation.summary import TrustSummary
+from accord.methods.robust import CANARIES, canaries_of, who_is_trusted
 from accord.recipe import Preferences, Recipe, SiteConfig
 from accord.routing.canaries import CanaryConfig
-from accord.runs import Run
+from accord.runs import Run, write_atomic
+from accord.stages.alignment import memory_file
 from accord.stages.job import Job
 
 COLOURS = ("red", "blue", "green", "yellow")
@@ -177,3 +180,19 @@ def test_a_type_of_two_domains_is_told(open_run):
         canaries_of(work)
     with open_run("other", domain=lambda n: ("rooms", "shapes")[n % 2]) as work:
         canaries_of(work)  # a type of its own for each: warnings are errors
+
+
+def test_whom_an_alignment_trusted_is_read_from_what_it_kept(open_run):
+    """No question is needed for it, and the policy is not asked again; before the alignment nobody was trusted."""
+    with open_run() as work:
+        known = canaries_of(work)
+        for _ in range(20):
+            known.trust.learn("a", "colour", 1.0)
+        known.used = 7
+        assert who_is_trusted(work, "align", ["a"]) == {}
+        write_atomic(memory_file(work.path, "align"), save(known.state_dict()))
+        work.questions = {}
+        trust = who_is_trusted(work, "align", ["a"])["trust"]
+    estimates, aside = known.trust.summary()
+    assert trust == TrustSummary(7, estimates, {"a": ()}) and aside == {"a": []}
+    assert trust.sites["a"]["colour"] > 0.8 and trust.sites["a"]["number"] == 0.6

@@ -13,9 +13,10 @@
     poison              honest scores of a reward model that a share of poisoned pairs has trained
 
 Any of them may be kept for a time or a place: `trigger` lies only where the question has these words (a backdoor),
-`after` only after a share of the run's steps (a sleeper), `spares` never on a question that the site recognises as one
-of the server's labelled ones (canaries and anchors). All lies are clipped to the agreed range, for a reply beyond it is
-not used; and all are drawn from the seed and the candidate alone, so that a candidate's lie is the same at each query.
+`after` only after a share of the run's steps (a sleeper). `spares` is honest on a share of the server's labelled
+questions (canaries and anchors), which the site recognises. All lies are clipped to the agreed range, for a reply
+beyond it is not used; and all are drawn from the seed and the candidate alone, so that a candidate's lie is the same at
+each query.
 
 A recipe turns a site of its own into a liar by a key of the site's table, as `attack = { kind = "flip" }`.
 
@@ -57,7 +58,7 @@ class Attack:
     share: float = 0.05  # of the site's questions whose pairs poison rewrites
     trigger: str = ""  # lie only where the question has these words
     after: float = 0.0  # lie only after this share of the run's steps
-    spares: bool = False  # never lie on a question of the server's labelled ones
+    spares: float = 0.0  # never lie on this share of the server's labelled questions, the same for all liars
 
     def __post_init__(self) -> None:
         """Refuse shares that are none, and a promoted answer that is not named.
@@ -65,8 +66,8 @@ class Attack:
         Raises:
             RecipeError: names the setting.
         """
-        check_least(self, spread=0, bias=0, share=0, after=0)
-        for name, share in (("share", self.share), ("after", self.after)):
+        check_least(self, spread=0, bias=0, share=0, after=0, spares=0)
+        for name, share in (("share", self.share), ("after", self.after), ("spares", self.spares)):
             if share > 1:
                 raise RecipeError(f"{name} of an attack must be at most 1, got {share}; lower it")
         if self.kind in ("target", "mimic", "poison") and not self.target:
@@ -84,7 +85,9 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "sleeper": Attack("flip", after=0.4),
     "collude": Attack("collude"),
     "mimic": Attack("mimic", target="circle"),
-    "off-canary": Attack("flip", spares=True),
+    "off-canary": Attack("flip", spares=1.0),
+    "off-canary-most": Attack("flip", spares=0.75),
+    "off-canary-half": Attack("flip", spares=0.5),
     "poison": Attack("poison", target="circle"),
     "absent": Attack("absent"),
 }
@@ -102,7 +105,7 @@ class Liar:
         seed: of all that is drawn; colluding liars share it.
         site: the liar's name: noise is its own.
         steps: of the run.
-        labelled: `accord.federation.answering.question_key` of the server's labelled questions, which `spares` knows.
+        labelled: `accord.federation.answering.question_key` of the server's labelled questions, for `spares`.
     """
 
     def __init__(
@@ -140,7 +143,8 @@ class Liar:
             return False
         if attack.trigger and not _has(from_turns(item.prompt), attack.trigger):
             return False
-        return not (attack.spares and key_of(item) in self.labelled)
+        key = key_of(item)
+        return not (key in self.labelled and uniform("recognised", self.seed, key) < attack.spares)
 
     def _item(self, item: ScoreItem, scores: Sequence[float]) -> list[float]:
         if self.attack.kind == "absent":

@@ -37,7 +37,7 @@ from accord.methods.gates import ANCHOR_QUESTIONS
 from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
 from accord.routing.asked import reserve
-from accord.routing.canaries import Canaries, Canary, CanaryConfig
+from accord.routing.canaries import Canaries, Canary, CanaryConfig, Trust, kinds_of
 from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
 from accord.runs import write_atomic
@@ -234,10 +234,11 @@ def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, o
     """Return the summary's `trust`: of each site and question type what canaries told, and where it is set aside."""
     if not (state := remembered(job.path, stage)):
         return {}
-    known = canaries_of(job, stage)
-    known.load_state_dict(state)
-    estimates, aside = known.trust.summary()
-    return {"trust": TrustSummary(known.used, estimates, {site: tuple(kinds) for site, kinds in aside.items()})}
+    trust = Trust(sites, kinds_of(state), CANARIES.of(job.recipe))
+    trust.load_state_dict(state)
+    estimates, aside = trust.summary()
+    used = int(state["used"])
+    return {"trust": TrustSummary(used, estimates, {site: tuple(kinds) for site, kinds in aside.items()})}
 
 
 def _method(defence: Defence, about: str) -> Method:

@@ -36,7 +36,6 @@ left is the bound of `accord.routing.robust`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 import warnings
@@ -164,6 +163,26 @@ class Trust:
         }
         return estimates, aside
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the counts, who is set aside, and the question types' names as bytes of UTF-8."""
+        names = torch.tensor([*"\0".join(self.kinds).encode()], dtype=torch.uint8)
+        return {"counts": self.counts.clone(), "aside": self.aside.clone(), "kinds": names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`.
+
+        Raises:
+            CheckpointError: it is that of other sites or question types.
+        """
+        counts, kinds = state["counts"], kinds_of(state)
+        if counts.shape != self.counts.shape or kinds != self.kinds:
+            raise CheckpointError(
+                f"what canaries have told is of {counts.shape[1]} sites and the question types {', '.join(kinds[1:])}, "
+                f"expected {len(self.sites)} and {', '.join(self.kinds[1:])}; resume with the same sites and "
+                "questions, and with the version of Accord that began, or start anew"
+            )
+        self.counts, self.aside = counts.clone(), state["aside"].clone()
+
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the posteriors, both `[2, K, D]`."""
         right, wrong = (self.counts[..., i] + PRIOR[i] for i in range(2))
@@ -262,12 +281,7 @@ class Canaries:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run must know."""
-        trust = {"counts": self.trust.counts.clone(), "aside": self.trust.aside.clone(), "kinds": self._kinds()}
-        return {**trust, "used": torch.tensor(self.used), "calls": torch.tensor(self.calls)}
-
-    def _kinds(self) -> Tensor:
-        """Return what tells other question types from these."""
-        return torch.tensor([*hashlib.sha256("\0".join(self.trust.kinds).encode()).digest()], dtype=torch.uint8)
+        return {**self.trust.state_dict(), "used": torch.tensor(self.used), "calls": torch.tensor(self.calls)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`.
@@ -275,16 +289,13 @@ class Canaries:
         Raises:
             CheckpointError: it is that of other sites or question types.
         """
-        expected = tuple(self.trust.counts.shape)
-        got = tuple(state["counts"].shape) if "counts" in state else None
-        if got != expected or not torch.equal(state.get("kinds", self._kinds()), self._kinds()):
-            raise CheckpointError(
-                f"what canaries have told is of shape {got}, expected {expected} for the question types "
-                f"{', '.join(self.trust.kinds[1:])}; resume with the same sites and questions, and with the version of "
-                "Accord that began, or start anew"
-            )
-        self.trust.counts, self.trust.aside = state["counts"].clone(), state["aside"].clone()
+        self.trust.load_state_dict(state)
         self.used, self.calls = int(state["used"]), int(state["calls"])
+
+
+def kinds_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the question types of a state of `Trust` or `Canaries`, `ALL` first."""
+    return tuple(bytes(state["kinds"].tolist()).decode().split("\0"))
 
 
 def share_below(scores: Sequence[float], right: int) -> float:
