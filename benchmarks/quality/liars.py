@@ -37,6 +37,7 @@ from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import markdown_table
 from accord.evaluation.table import CIDER, macro
 from accord.methods import check_methods, needed
+from accord.pipeline.bench import measure_base
 from accord.pipeline.cells import cells_of, in_domain
 from accord.pipeline.comparison import compare
 from accord.recipe import Recipe
@@ -117,10 +118,15 @@ def take(source: Path, target: Path) -> None:
 
 
 def measure(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str]) -> None:
-    """Measure the cells of one folder that are not measured, and note the CPU seconds of each."""
+    """Measure the cells of one folder that are not measured, and note the CPU seconds of each.
+
+    Where nobody lies the untrained base is among them.
+    """
     file = folder / "cpu.json"
     taken = json.loads(file.read_text()) if file.is_file() else {}
     with opened(recipe, folder, trained, methods, lambda job, name: copied(job, trained, name)) as job:
+        if not any(site.attack for site in recipe.sites) and not job.run.done("compare base"):
+            measure_base(job)
         for method in methods:
             if not job.run.done(f"compare {method}"):
                 began = time.process_time()
@@ -140,17 +146,17 @@ def read(folder: Path, in_domain: Sequence[str] | None) -> Found:
     for place in sorted(folder.glob("*-*/*")):
         attack, _, liars = place.parent.name.rpartition("-")
         for cell in cells_of(place) if place.name.isdecimal() else []:
-            types = [CIDER] if CIDER in cell.correct else in_domain or list(cell.correct)
+            types = [CIDER] if in_domain is None else in_domain
             value = macro(cell, types)
             if value is not None:
-                found[attack][cell.method][int(liars)][cell.seed] = value * (1 if CIDER in cell.correct else 100)
+                found[attack][cell.method][int(liars)][cell.seed] = value * (1 if in_domain is None else 100)
     return found
 
 
 def report(found: Found, folder: Path, name: str) -> str:
     """Write a table and a figure of this name to a recipe's folder; return the table.
 
-    The honest cells stand in every attack.
+    The honest cells stand in every attack, and the base beside every number of liars.
     """
     honest = found.pop(HONEST, {})
     panels: dict[str, dict[str, dict[int, tuple[float, float]]]] = {}
@@ -160,6 +166,8 @@ def report(found: Found, folder: Path, name: str) -> str:
         panel = panels[attack] = {}
         for method in dict.fromkeys([*honest, *by_method]):
             seeds = {**honest.get(method, {}), **by_method.get(method, {})}
+            if method == "base":  # it asks nobody
+                seeds = dict.fromkeys(range(most + 1), seeds[0])
             values = {n: list(of.values()) for n, of in sorted(seeds.items())}
             panel[method] = {n: (fmean(v), half_width(v) or 0.0) for n, v in values.items()}
             lines.append([attack, method, *(shown(values.get(n, [])) for n in range(most + 1))])
@@ -227,7 +235,7 @@ def main() -> None:
                 raise SystemExit(f"error: {error}") from error
             print(f"{base.name} {name} {n} of {len(base.sites)}, seed {seed}: measured", flush=True)
     folder = options.out / base.name
-    print(report(read(folder, in_domain(options.trained / base.name)), folder, "liars"))
+    print(report(read(folder, in_domain(folder / f"{HONEST}-0")), folder, "liars"))
 
 
 if __name__ == "__main__":

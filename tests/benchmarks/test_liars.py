@@ -43,10 +43,12 @@ def test_a_report_of_cells(tmp_path):
     """
     for seed in (0, 1):
         cell(tmp_path, "honest", 0, seed, "canary", 8)
+        cell(tmp_path, "honest", 0, seed, "base", 3)
     cell(tmp_path, "near-constant", 1, 0, "canary", 7)
     cell(tmp_path, "near-constant", 1, 1, "canary", 5)
     text = liars.report(liars.read(tmp_path, ["colour", "shape"]), tmp_path, "liars")
     assert "| near-constant | canary | 65.0 ± 0.0 (2) | 55.0 ± 63.5 (2) |" in text
+    assert "| near-constant | base | 40.0 ± 0.0 (2) | 40.0 ± 0.0 (2) |" in text
     assert (tmp_path / "liars.md").read_text() == text + "\n"
     drawn = (tmp_path / "liars.svg").read_text()
     assert drawn.startswith("<svg") and "near-constant" in drawn and "sites that lie" in drawn
