@@ -52,6 +52,7 @@ def align(
     sites: int = 5,
     known: Tensor | None = None,
     canaries: bool = False,
+    compared: bool = True,
     cap: float = 1.0,
     seed: int = 0,
     honest_only: bool = False,
@@ -59,7 +60,8 @@ def align(
 ) -> Result:
     """Align against `sites` of which the first `liars` lie; a trigger is a prompt in eight, of any domain.
 
-    Answers have names: the sign of their first coordinate, so that an attack by text has something to promote.
+    Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. Orders
+    of answers to canaries and prompts are compared, where `compared` does not switch that off.
     """
     generator = torch.Generator().manual_seed(seed)
     c = cosines(sites) if known is None else known
@@ -97,14 +99,19 @@ def align(
                 domain = int(torch.randint(DOMAINS, (), generator=generator))
                 answers = torch.randn(4, D, generator=generator)
                 right = int((answers @ truth[domain]).argmax())
-                for k, column in enumerate(judged(domain, answers, words="canary ").T.tolist()):
+                scores = judged(domain, answers, words="canary ")
+                for k, column in enumerate(scores.T.tolist()):
                     trust.learn(str(k), str(domain), share_below(column, right))
+                if compared:
+                    trust.compare(str(domain), scores, hidden=True)
         groups, drawn = [], []
         for n in range(PROMPTS):
             domain = int(torch.randint(DOMAINS, (), generator=generator))
             arm = triggered if n == 0 else domain
             answers = policy[arm] + torch.randn(G, D, generator=generator)
             scores = judged(domain, answers, words="trigger " if n == 0 else "plain ")
+            if canaries and compared:
+                trust.compare(str(domain), scores, hidden=False)
             weights = trust.weights([str(domain)]).float() if canaries else torch.ones(1, sites)
             if honest_only:
                 weights = weights * (torch.arange(sites) >= liars)

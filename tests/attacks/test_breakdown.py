@@ -22,6 +22,7 @@ from attacks.bandit import DOMAINS, HOME, align
 pytestmark = pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 SPREAD = 0.04  # 1 % of a range of 4
 ON = {"fuse": Ranks("median", SPREAD), "canaries": True, "cap": 0.5}
+ALONE = {**ON, "compared": False}
 MEAN, STANDARDISED, MEDIAN = {"fuse": mixture}, {"fuse": group_relative}, {"fuse": Ranks("median", SPREAD)}
 TRIGGER = Attack("target", target="high", trigger="trigger")
 
@@ -190,10 +191,29 @@ def test_a_site_that_recognises_canaries_is_bounded_by_the_ranks(clean):
 def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
     """Two of five: what they are honest at and what they lie at cancel, so that they have next to no weight.
 
-    Two that recognise all of them have more than a third of it, and are worse with trust than without.
+    Two that recognise all of them have more than a third of it where nobody compares, and are worse with trust than
+    without.
     """
     half, every = (Attack("flip", spares=share) for share in (0.5, 1.0))
-    assert wins(ON, half, 2) > clean - 2 > wins(MEDIAN, half, 2) > wins(ON, every, 2)
-    last = (torch.stack(align(**ON, attack=each, liars=2).weights[-5:]).mean(dim=0) for each in (half, every))
+    assert wins(ON, half, 2) > clean - 2 > wins(MEDIAN, half, 2) > wins(ALONE, every, 2)
+    last = (torch.stack(align(**ALONE, attack=each, liars=2).weights[-5:]).mean(dim=0) for each in (half, every))
     shares = [weights[:2].sum() for weights in last]
     assert shares[0] < 0.1 * DOMAINS and shares[1] > DOMAINS / 3
+
+
+def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict(clean):
+    """Two of five: a quarter is lost where hidden questions stand alone, and less than two thirds of it is here.
+
+    In 40 steps a type has 30 canaries of four answers; with the honest alone nothing is lost.
+    """
+    attack = Attack("flip", spares=1.0)
+    assert clean - wins(ON, attack, 2) < 2 / 3 * (clean - wins(ALONE, attack, 2)) and wins(ALONE, attack, 2) < 75
+    on, off = (torch.stack(align(**how, attack=attack, liars=2).weights[-5:]).mean(dim=0)[:2] for how in (ON, ALONE))
+    assert on.sum() < 0.75 * off.sum()
+
+
+@pytest.mark.parametrize("attack", [None, Attack("flip"), Attack("collude"), TRIGGER], ids=lambda a: str(a and a.kind))
+def test_comparing_costs_nothing_where_nobody_knows_the_canaries(attack):
+    """No weight is another by it: honest sites differ alike on both, and a liar that lies on both has none."""
+    on, off = (align(**how, attack=attack, liars=2 if attack else 0).weights for how in (ON, ALONE))
+    assert all(map(torch.equal, on, off))

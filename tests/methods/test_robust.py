@@ -193,6 +193,5 @@ def test_whom_an_alignment_trusted_is_read_from_what_it_kept(open_run):
         write_atomic(memory_file(work.path, "align"), save(known.state_dict()))
         work.questions = {}
         trust = who_is_trusted(work, "align", ["a"])["trust"]
-    estimates, aside = known.trust.summary()
-    assert trust == TrustSummary(7, estimates, {"a": ()}) and aside == {"a": []}
+    assert trust == TrustSummary(7, known.trust.estimates(), aside={"a": ()}, two_faced={"a": ()})
     assert trust.sites["a"]["colour"] > 0.8 and trust.sites["a"]["number"] == 0.6

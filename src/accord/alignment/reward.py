@@ -258,6 +258,9 @@ class FederatedReward:
             query, replies = self._with_canaries(self._route_and_query(self.group(prompts, completions, columns))), None
         groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
+        if self.canaries is not None:
+            for group, own in zip(groups, scores.split([len(group.candidates) for group in groups]), strict=True):
+                self.canaries.trust.compare(group.kind, own, hidden=False)
         cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
         fused = self._fuse(groups, scores, self._trusted(groups, routed, log_metric), cut, log_metric)
         if self.canaries is not None:

@@ -236,9 +236,8 @@ def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, o
         return {}
     trust = Trust(sites, kinds_of(state), CANARIES.of(job.recipe))
     trust.load_state_dict(state)
-    estimates, aside = trust.summary()
-    used = int(state["used"])
-    return {"trust": TrustSummary(used, estimates, {site: tuple(kinds) for site, kinds in aside.items()})}
+    aside, two_faced = map(trust.kinds_where, (trust.aside, trust.two_faced))
+    return {"trust": TrustSummary(int(state["used"]), trust.estimates(), aside, two_faced)}
 
 
 def _method(defence: Defence, about: str) -> Method:

@@ -30,8 +30,8 @@ position are drawn as those of the questions around it, and its type is one of t
 in an alignment, and its answers are the right one and the base policy's, not the present one's. Which questions are
 canaries is drawn by a key, and `record` keeps those of other runs out (`accord.routing.asked`). A site that holds the
 public questions, or waits long enough to know what comes back, recognises canaries all the same, and so does one that
-has seen their labels where these are published: the attack `off-canary`. Against it trust is no defence, and what is
-left is the bound of `accord.routing.robust`.
+has seen their labels where these are published: the attack `off-canary`. It is found by those whom it contradicts on
+ordinary questions (`accord.routing.two_faced`), as long as most of the trusted sites are honest.
 """
 
 from __future__ import annotations
@@ -53,10 +53,14 @@ from accord.data.questions import in_turn
 from accord.errors import CheckpointError, DataWarning, RecipeError, check_least, check_positive
 from accord.federation.asking import Scores
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.routing.two_faced import Contradictions
 from accord.types import ImageSource, Prompt
 
 PRIOR: Final = (3.0, 2.0)
 """Of right and wrong, before any canary."""
+
+NEWCOMER: Final = math.log(PRIOR[0] / PRIOR[1])
+"""τ before any canary."""
 
 ALL: Final = ""
 """The type that every canary counts for: where a question's own type has none, it tells whom not to hear."""
@@ -101,7 +105,7 @@ class Hidden:
     """Where a canary is in a request."""
 
     position: int  # of its item
-    right: int  # of its candidates
+    order: tuple[int, ...]  # where its answers are among its candidates, the right one first
     kind: str
 
 
@@ -120,6 +124,8 @@ class Trust:
         self.config = config
         self.counts = torch.zeros(2, len(self.sites), len(self.kinds), 2, dtype=torch.double)  # memory, site, type, S F
         self.aside = torch.zeros(len(self.sites), len(self.kinds), dtype=torch.bool)
+        self.between = Contradictions(len(self.sites), len(self.kinds), memory=config.long, alarm=config.alarm)
+        self.two_faced = torch.zeros_like(self.aside)
 
     def learn(self, site: str, kind: str, share: float) -> None:
         """Take in what a site made of one canary.
@@ -137,51 +143,80 @@ class Trust:
                 self.counts[memory, k, d] = kept + torch.tensor([share, 1 - share], dtype=torch.double)
             self._judge(k, d)
 
+    def compare(self, kind: str, scores: Tensor, *, hidden: bool) -> None:
+        """Take in how the sites order the answers to a question, and set aside who lies on ordinary ones alone.
+
+        Args:
+            kind: the question's type; one without canaries tells nothing.
+            scores: `[G, K]` of its answers, NaN where a site has given none.
+            hidden: whether it is a canary.
+        """
+        if kind not in self.kinds[1:]:
+            return
+        d = self.kinds.index(kind)
+        self.between.learn(d, scores, hidden=hidden)
+        now, before = self.between.two_faced(d, (self._odds()[:, d] / NEWCOMER).clamp(max=1)), self.two_faced[:, d]
+        for k in (now != before).nonzero().flatten().tolist():
+            them = f"those with whom it agrees on hidden questions of type {kind!r}"
+            if now[k]:
+                self._tell(k, f"contradicts on ordinary questions {them}", "it is set aside there")
+            else:
+                self._tell(k, f"no longer contradicts {them}", "it is heard there again")
+        self.two_faced[:, d] = now
+
     def estimate(self) -> Tensor:
         """Return m `[K, D]`: how often each site ranks a right answer above a wrong one, by type."""
         return self._posterior()[0].amin(dim=0)
 
     def weights(self, kinds: Sequence[str]) -> Tensor:
         """Return τ `[N, K]` for questions of these types, 0 where a site is set aside."""
-        m = self.estimate()
-        m[:, 0] = PRIOR[0] / sum(PRIOR)  # at chance over all types, a site may be the only one that knows another
-        odds = (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
+        odds = self._odds() * ~self.two_faced
         rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
         return odds.T[rows]
 
     def confidence(self, kinds: Sequence[str]) -> Tensor:
         """Return c `[N]` in 0..1 for questions of these types: the best site's trust, as a share of a newcomer's."""
-        return (self.weights(kinds).amax(dim=1) / math.log(PRIOR[0] / PRIOR[1])).clamp(max=1)
+        return (self.weights(kinds).amax(dim=1) / NEWCOMER).clamp(max=1)
 
-    def summary(self) -> tuple[dict[str, dict[str, float]], dict[str, list[str]]]:
-        """Return m of every site by type, and the types in which each is set aside."""
+    def _odds(self) -> Tensor:
+        """Return τ `[K, D]` by hidden questions alone."""
+        m = self.estimate()
+        m[:, 0] = PRIOR[0] / sum(PRIOR)  # at chance over all types, a site may be the only one that knows another
+        return (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
+
+    def estimates(self) -> dict[str, dict[str, float]]:
+        """Return m of every site by type."""
         m = self.estimate().tolist()
-        estimates = {s: dict(zip(self.kinds[1:], row[1:], strict=True)) for s, row in zip(self.sites, m, strict=True)}
-        aside = {
-            site: [kind for kind, off in zip(self.kinds[1:], row[1:], strict=True) if off]
-            for site, row in zip(self.sites, self.aside.tolist(), strict=True)
+        return {s: dict(zip(self.kinds[1:], row[1:], strict=True)) for s, row in zip(self.sites, m, strict=True)}
+
+    def kinds_where(self, found: Tensor) -> dict[str, tuple[str, ...]]:
+        """Return of every site the types of which `found` `[K, D]` is true, such as `aside` or `two_faced`."""
+        return {
+            site: tuple(kind for kind, is_so in zip(self.kinds[1:], row[1:], strict=True) if is_so)
+            for site, row in zip(self.sites, found.tolist(), strict=True)
         }
-        return estimates, aside
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts, who is set aside, and the question types' names as bytes of UTF-8."""
+        own = {"counts": self.counts, "aside": self.aside, "agreed": self.between.counts, "two_faced": self.two_faced}
         names = torch.tensor([*"\0".join(self.kinds).encode()], dtype=torch.uint8)
-        return {"counts": self.counts.clone(), "aside": self.aside.clone(), "kinds": names}
+        return {**{name: each.clone() for name, each in own.items()}, "kinds": names}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`.
 
         Raises:
-            CheckpointError: it is that of other sites or question types.
+            CheckpointError: it is that of other sites or question types, or of another version.
         """
         counts, kinds = state["counts"], kinds_of(state)
         if counts.shape != self.counts.shape or kinds != self.kinds:
             raise CheckpointError(
                 f"what canaries have told is of {counts.shape[1]} sites and the question types {', '.join(kinds[1:])}, "
                 f"expected {len(self.sites)} and {', '.join(self.kinds[1:])}; resume with the same sites and "
-                "questions, and with the version of Accord that began, or start anew"
+                "questions, or start anew"
             )
-        self.counts, self.aside = counts.clone(), state["aside"].clone()
+        self.counts, self.aside, self.two_faced = (state[name].clone() for name in ("counts", "aside", "two_faced"))
+        self.between.counts = state["agreed"].clone()
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the posteriors, both `[2, K, D]`."""
@@ -267,17 +302,27 @@ class Canaries:
                 names = [image_name(data) for data in stored]
                 images.update(zip(names, stored, strict=True))
                 item = ScoreItem(names, to_turns(canary.prompt), candidates)
-                hidden.append(Hidden(position, candidates.index(canary.right), canary.kind))
+                hidden.append(Hidden(position, tuple(map(candidates.index, [canary.right, *wrong])), canary.kind))
             items.append(item)
         return msgspec.structs.replace(request, images=images, items=items), hidden
 
     def learn(self, hidden: Mapping[str, Sequence[Hidden]], given: Mapping[str, Scores]) -> None:
         """Learn from the sites' scores of requests that `mix` returned; an absence is no evidence."""
-        for site, of_site in hidden.items():
-            for each in of_site:
-                scores = given[site][each.position] if site in given else None
+        for same in zip(*hidden.values(), strict=True):  # one canary at all sites
+            told = dict(zip(hidden, same, strict=True))
+            columns = [self._told(told.get(site), given.get(site)) for site in self.trust.sites]
+            for site, scores in zip(self.trust.sites, columns, strict=True):
                 if scores is not None:
-                    self.trust.learn(site, each.kind, share_below(scores, each.right))
+                    self.trust.learn(site, same[0].kind, share_below(scores, 0))
+            nothing = [math.nan] * len(same[0].order)
+            answers = torch.tensor([column or nothing for column in columns], dtype=torch.double).T
+            self.trust.compare(same[0].kind, answers, hidden=True)
+
+    @staticmethod
+    def _told(hidden: Hidden | None, given: Scores | None) -> list[float] | None:
+        """Return a site's scores of a canary's answers, the right one first."""
+        scores = given[hidden.position] if hidden is not None and given is not None else None
+        return [scores[place] for place in hidden.order] if hidden is not None and scores is not None else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed run must know."""
@@ -294,7 +339,16 @@ class Canaries:
 
 
 def kinds_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the question types of a state of `Trust` or `Canaries`, `ALL` first."""
+    """Return the question types of a state of `Trust` or `Canaries`, `ALL` first.
+
+    Raises:
+        CheckpointError: it is that of another version.
+    """
+    if "kinds" not in state or "agreed" not in state:
+        raise CheckpointError(
+            f"what canaries have told was kept by another version of Accord, which wrote {', '.join(sorted(state))}; "
+            "resume with that version, or start the alignment anew"
+        )
     return tuple(bytes(state["kinds"].tolist()).decode().split("\0"))
 
 

@@ -1,0 +1,85 @@
+"""Sites that are honest on hidden questions alone: they contradict on ordinary ones those with whom they agree there.
+
+    order        +1, 0, −1: which of two answers to a question a site gives the higher score, 0 where both are equal
+    q_kl         the share of the pairs of answers, that both sites k and l order, which they order alike
+    memory n     S ← (1 − 1/n) S + q,  F ← (1 − 1/n) F + (1 − q)      of every question, for two sites, a type, and
+                 hidden or ordinary questions; the posterior is Beta(1 + S, 1 + F)
+    contradict   q_kl is above ½ on hidden questions, below ½ on ordinary ones, and the two differ by more than z
+                 deviations of their difference
+    two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them
+
+A site that recognises canaries can be right at all of them, and lie at everything else (the attack `off-canary`). It
+cannot agree with honest sites on what it lies about. That alone says nothing: sites may differ because they know
+different things. But those differ on hidden questions too, so that only the change is held against a site. Which of the
+two has changed, their number must tell: two that lie among five trusted ones contradict three, and each of these
+contradicts two. c_l is 1 for a site that is trusted as a newcomer is, and less for one that is trusted less
+(`accord.routing.canaries`). Where as many contradict as do not, as with two sites of which one lies, nobody can tell
+who it is, and all of them are set aside: no reward rather than a lie. Where most trusted sites lie, the honest are set
+aside; the median of ranks follows the liars there as well.
+
+Agreement on ordinary questions is that of answers that the policy gives, and may fall as the policy learns what only
+some sites like. It must fall below chance to count.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+SHARE: Final = 0.45
+"""Of the trusted sites, those that contradict one that is set aside: a tie is a half, two of five are 0.4."""
+
+
+class Contradictions:
+    """Remember how often every two sites agree on hidden and on ordinary questions.
+
+    Args:
+        sites: K.
+        kinds: how many question types there are.
+        memory: n, in questions of a type.
+        alarm: z.
+
+    Attributes:
+        counts: S and F, `[2, kinds, K, K, 2]`, of ordinary questions first.
+    """
+
+    def __init__(self, sites: int, kinds: int, *, memory: float, alarm: float) -> None:
+        self.memory = memory
+        self.alarm = alarm
+        self.counts = torch.zeros(2, kinds, sites, sites, 2, dtype=torch.double)
+
+    def learn(self, kind: int, scores: Tensor, *, hidden: bool) -> None:
+        """Take in how the sites order the answers to a question.
+
+        Args:
+            kind: the number of its type.
+            scores: `[G, K]` of its answers, NaN where a site has given none.
+            hidden: whether it is a canary.
+        """
+        i, j = torch.combinations(torch.arange(len(scores))).T
+        order = (scores[i] - scores[j]).sign().nan_to_num().double()  # [pairs, K]
+        both = order.abs().T @ order.abs()
+        share = (order.T @ order / both.clamp(min=1) + 1) / 2
+        counts = self.counts[int(hidden), kind]
+        new = (1 - 1 / self.memory) * counts + torch.stack([share, 1 - share], dim=-1)
+        self.counts[int(hidden), kind] = torch.where(both[..., None] > 0, new, counts)
+
+    def contradict(self, kind: int) -> Tensor:
+        """Return which sites `[K, K]` contradict each other on ordinary questions of a type and not on hidden ones."""
+        right, wrong = (self.counts[:, kind, ..., i] + 1 for i in range(2))
+        mean = right / (right + wrong)
+        variance = mean * (1 - mean) / (right + wrong + 1)
+        far = self.alarm * variance.sum(dim=0).sqrt()
+        return (mean[0] < 0.5) & (mean[1] > 0.5) & (mean[1] - mean[0] > far)
+
+    def two_faced(self, kind: int, trust: Tensor) -> Tensor:
+        """Return which trusted sites `[K]` too many contradict on ordinary questions of a type.
+
+        Args:
+            kind: the number of the type.
+            trust: c `[K]` in 0..1.
+        """
+        against = self.contradict(kind).to(trust.dtype) @ trust
+        return (trust > 0) & (against > SHARE * trust.sum())

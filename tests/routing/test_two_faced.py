@@ -1,0 +1,99 @@
+"""Sites that agree on hidden questions and contradict each other on ordinary ones."""
+
+import pytest
+import torch
+from pytest import approx
+
+from accord.errors import DataWarning
+from accord.routing.canaries import CanaryConfig, Trust
+from accord.routing.two_faced import Contradictions
+
+BEST_FIRST = torch.tensor([3.0, 2.0, 1.0, 0.0])
+
+
+def told(*signs):
+    """Return scores `[4, K]` of sites that put the answers in order (1), turn it round (−1), or are absent (NaN)."""
+    return torch.stack([sign * BEST_FIRST for sign in signs], dim=1)
+
+
+def seen(hidden, ordinary, times=30):
+    """Return what is remembered of sites that answered so many hidden and so many ordinary questions of type 1."""
+    between = Contradictions(len(hidden), 2, memory=64, alarm=2.33)
+    for _ in range(times):
+        between.learn(1, told(*hidden), hidden=True)
+        between.learn(1, told(*ordinary), hidden=False)
+    return between
+
+
+def test_counts_by_hand():
+    """Of 6 pairs two sites order 5 alike, of 5 that both order one more is a tie of the second."""
+    between = Contradictions(2, 1, memory=64, alarm=2.33)
+    between.learn(0, torch.tensor([[3.0, 3.0], [2.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), hidden=True)
+    assert torch.allclose(between.counts[1, 0, 0, 1], torch.tensor([5 / 6, 1 / 6]).double())
+    between.learn(0, torch.tensor([[3.0, 3.0], [2.0, 2.0], [1.0, 1.0], [0.0, 1.0]]), hidden=True)
+    assert torch.allclose(between.counts[1, 0, 0, 1], torch.tensor([63 / 64 * 5 / 6 + 1, 63 / 64 / 6]).double())
+    assert torch.equal(between.counts[1, 0], between.counts[1, 0].transpose(0, 1)) and not between.counts[0].any()
+
+
+def test_two_of_five_that_lie_on_ordinary_questions_alone():
+    """Three contradict each of them, and they contradict three: only they are found, and of a type they lie in."""
+    between = seen([1, 1, 1, 1, 1], [-1, -1, 1, 1, 1])
+    assert between.two_faced(1, torch.ones(5)).tolist() == [True, True, False, False, False]
+    assert not between.two_faced(0, torch.ones(5)).any()
+
+
+def test_of_two_nobody_can_tell_which_and_of_three_two_can():
+    assert seen([1, 1], [-1, 1]).two_faced(1, torch.ones(2)).tolist() == [True, True]
+    assert seen([1, 1, 1], [-1, 1, 1]).two_faced(1, torch.ones(3)).tolist() == [True, False, False]
+
+
+def test_a_site_that_is_trusted_little_counts_little():
+    """Two of five lie, and two of the honest are half trusted: as much speaks for either side."""
+    between = seen([1, 1, 1, 1, 1], [-1, -1, 1, 1, 1])
+    assert between.two_faced(1, torch.tensor([1, 1, 1, 0.5, 0.5])).all()
+    assert not between.two_faced(1, torch.tensor([0.0, 0, 1, 1, 1])).any()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ordinary"),
+    [([-1, 1, 1], [-1, 1, 1]), ([1, -1, -1], [1, -1, -1]), ([1, 1, 1], [1, 1, 1]), ([-1, 1, 1], [1, 1, 1])],
+    ids=["a liar everywhere", "a specialist", "nobody", "agreement that grows"],
+)
+def test_what_does_not_change_is_no_lie(hidden, ordinary):
+    """A site may see all otherwise, as a specialist does: that it contradicts on both tells nothing."""
+    assert not seen(hidden, ordinary).two_faced(1, torch.ones(3)).any()
+
+
+def test_little_evidence_and_ties_tell_nothing():
+    between = seen([1, 1, 1], [-1, 1, 1], times=1)
+    assert not between.two_faced(1, torch.ones(3)).any()
+    before = between.counts.clone()
+    between.learn(1, torch.zeros(4, 3), hidden=False)
+    between.learn(1, told(torch.nan, torch.nan, 1), hidden=False)
+    between.learn(1, torch.ones(1, 3), hidden=False)  # one answer has no order
+    assert torch.equal(between.counts[:, :, 0], before[:, :, 0]) and torch.equal(
+        between.counts[:, :, 1, 0], before[:, :, 1, 0]
+    )
+
+
+def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
+    """In that type alone; its estimate by hidden questions is as it was, and a type without any is left as it is."""
+    trust = Trust(("a", "b", "c"), ("colour", "shape"), CanaryConfig())
+
+    def ask(first, times, hidden):
+        for _ in range(times):
+            trust.compare("colour", told(first, 1, 1), hidden=hidden)
+            trust.compare("unknown", told(-1, 1, 1), hidden=hidden)
+
+    ask(1, 20, hidden=True)
+    with pytest.warns(
+        DataWarning, match="site a contradicts on ordinary questions those with whom it agrees on hidden"
+    ):
+        ask(-1, 20, hidden=False)
+    weights = trust.weights(["colour", "shape", "unknown"])
+    assert weights[0, 0] == 0 and weights[0, 1:].all() and weights[1:].all()
+    assert trust.kinds_where(trust.two_faced) == {"a": ("colour",), "b": (), "c": ()} and not trust.aside.any()
+    assert trust.confidence(["colour"]).tolist() == approx([1.0])
+    with pytest.warns(DataWarning, match="site a no longer contradicts those .* it is heard there again"):
+        ask(1, 60, hidden=False)
+    assert trust.weights(["colour"]).all()
