@@ -9,9 +9,11 @@ from pytest import approx
 from accord.alignment.grpo import AlignmentConfig
 from accord.alignment.reward import FederatedReward, PerGroup
 from accord.attacks.scores import Attack, Liar
+from accord.data.images import image_bytes
 from accord.errors import RunError
+from accord.federation.answering import key_of
 from accord.federation.engine import InProcessEngine
-from accord.federation.messages import ScoreRange, ScoreReply
+from accord.federation.messages import ScoreItem, ScoreRange, ScoreReply, image_name, to_turns
 from accord.models.generate import answer
 from accord.recipe import Policy
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
@@ -45,9 +47,9 @@ class Spy(InProcessEngine):
         return super().ask(requests, deadline=deadline)
 
 
-def federation(attack, liars):
-    """Five sites of which the first `liars` lie."""
-    lies = [Liar(attack, RANGE, site=name) if n < liars else None for n, name in enumerate(SITES)]
+def federation(attack, liars, labelled=frozenset()):
+    """Five sites of which the first `liars` lie, and recognise the `labelled` questions."""
+    lies = [Liar(attack, RANGE, site=name, labelled=labelled) if n < liars else None for n, name in enumerate(SITES)]
     return Spy({name: judge(lie) for name, lie in zip(SITES, lies, strict=True)})
 
 
@@ -92,6 +94,26 @@ def test_canaries_find_a_majority_of_liars(square):
     assert log["influence/a"] == 0
     off = ask(defended(federation(Attack("flip"), 3), None))
     assert off == approx([1, 1 / 3, -1 / 3, -1])
+
+
+def test_sites_that_recognise_every_hidden_question_are_found(square):
+    """Two of five are right at all of them and flip the rest: trusted at first, then seen through by the other three.
+
+    What a run remembers of it is enough to go on.
+    """
+    known = canaries(square, per_step=4)
+    keys = {key_of(ScoreItem([image_name(image_bytes(c.images[0]))], to_turns(c.prompt), [])) for c in known.pool}
+    reward, log = defended(federation(Attack("flip", spares=1.0), 2, keys), known, rule="mean"), {}
+    first = ask(reward, log)
+    assert log["trust/a"] == approx(0.2) and first == approx([-0.2, -0.2 / 3, 0.2 / 3, 0.2])
+    for step in range(1, 12):
+        last = ask(reward, log, step)
+    assert last == approx([-1, -1 / 3, 1 / 3, 1]) and log["trust/a"] == log["trust/b"] == 0
+    assert known.trust.kinds_where(known.trust.two_faced) == {n: ("colour",) * (n in "ab") for n in SITES}
+    again = canaries(square, per_step=4)
+    again.load_state_dict(known.state_dict())
+    assert torch.equal(again.trust.two_faced, known.trust.two_faced) and not again.trust.aside.any()
+    assert torch.equal(again.trust.between.counts, known.trust.between.counts)
 
 
 def test_every_site_goes_on_being_asked(square):
