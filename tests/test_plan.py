@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from accord.attacks.scores import Attack
 from accord.federation.projector import ProjectorConfig
 from accord.footprint import Gpus, Size, footprint, size_of
 from accord.methods import METHODS
@@ -92,6 +93,13 @@ def test_what_does_not_fit_says_what_to_change(published):
     there = {peak.stage: peak.total for peak in peaks(recipe)}
     elsewhere = {peak.stage: peak.total for peak in peaks(recipe, elsewhere=True)}
     assert elsewhere["align"] < there["align"] and not any(stage.startswith("site") for stage in elsewhere)
+
+
+def test_a_plan_says_who_lies_by_the_recipe():
+    """Whoever reads it must not take the trial for an honest federation."""
+    honest, liar = SiteConfig("a", "accord/idefics3"), SiteConfig("b", "accord/idefics3", attack=Attack())
+    assert "a trial: site b lies by the recipe's attack, flip\n" in describe(Recipe("trial", sites=(honest, liar)))
+    assert "a trial" not in describe(Recipe("trial", sites=(honest,)))
 
 
 def test_a_private_site_is_planned_as_it_trains():

@@ -67,6 +67,7 @@ def describe(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = Fals
         "questions",
         *[f"  {s.kind:<12} {s.path or WITHOUT_PATH.get(s.kind, '')}" for s in recipe.questions],
         "",
+        *[f"a trial: site {s.name} lies by the recipe's attack, {s.attack.kind}" for s in recipe.sites if s.attack],
         f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} weights, gradients and optimiser",
     ]
     names = [site.name for site in recipe.sites]

@@ -110,6 +110,10 @@ def test_a_recipe_makes_a_site_lie():
         replace(recipe.sites[0].attack, target="")
     with pytest.raises(RecipeError, match="after of an attack must be at most 1, got 2"):
         Attack(after=2)
+    with pytest.raises(RecipeError, match="shift of an attack must be finite, got -inf: a score that is not"):
+        Attack("affine", shift=float("-inf"))
+    with pytest.raises(RecipeError, match=r"'poison' lies in its pairs alone, which spares = 0\.5 does not touch"):
+        Attack("poison", target="circle", spares=0.5)
 
 
 def test_poison_makes_the_target_preferred_in_a_share_of_the_questions(prefer):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -16,6 +17,7 @@ from accord.rewards.accounting import Mechanism, epsilon_of
 from accord.rewards.certificate import UNCOVERED, Certificate, Uncovered
 from accord.rewards.private import Privacy, Sigmas
 from accord.rewards.spending import certify, fingerprint_of, pay, read_entries, settle, spend
+from accord.routing import asked
 
 pytest.importorskip("dp_accounting")
 
@@ -90,6 +92,19 @@ def test_with_a_damaged_ledger_nothing_is_spent(ledger, quick, damage):
     with pytest.raises(RunError, match="nobody knows what is spent"):
         spend(ledger, PRIVACY, "others")
     assert ledger.read_bytes() == damage
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/full", "/", "{tmp_path}", "{tmp_path}/pipe"])
+def test_what_is_no_ordinary_file_is_no_ledger_and_no_record(quick, tmp_path, place):
+    """A device has no end, and a pipe waits for a writer; no lock is left beside them."""
+    os.mkfifo(tmp_path / "pipe")
+    path = Path(place.format(tmp_path=tmp_path))
+    with pytest.raises(RunError, match=r"the privacy ledger is no ordinary file; check privacy\.ledger"):
+        spend(path, PRIVACY, "pairs")
+    with pytest.raises(RunError, match=r"the record of canaries is no ordinary file; check canaries\.record"):
+        asked.reserve(path, "run align", lambda others: ["key"])
+    assert not Path(f"{path}.lock").exists()
+    assert [each.name for each in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_two_that_spend_at_once_take_turns(ledger, quick):

@@ -27,6 +27,7 @@ et al. 2024, arXiv 2404.05530).
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -61,7 +62,7 @@ class Attack:
     spares: float = 0.0  # never lie on this share of the server's labelled questions, the same for all liars
 
     def __post_init__(self) -> None:
-        """Refuse shares that are none, and a promoted answer that is not named.
+        """Refuse shares that are none, lies that are no numbers, and settings without an effect or an answer.
 
         Raises:
             RecipeError: names the setting.
@@ -70,6 +71,15 @@ class Attack:
         for name, share in (("share", self.share), ("after", self.after), ("spares", self.spares)):
             if share > 1:
                 raise RecipeError(f"{name} of an attack must be at most 1, got {share}; lower it")
+        for name in ("scale", "shift"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise RecipeError(f"{name} of an attack must be finite, got {value}: a score that is not is no answer")
+        for name in ("after", "spares"):
+            if self.kind == "poison" and (value := getattr(self, name)):
+                raise RecipeError(
+                    f"an attack of kind 'poison' lies in its pairs alone, which {name} = {value} does not touch; take "
+                    f"{name} out"
+                )
         if self.kind in ("target", "mimic", "poison") and not self.target:
             raise RecipeError(f'an attack of kind {self.kind!r} promotes an answer, got none; add target = "…"')
 

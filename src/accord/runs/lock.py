@@ -44,8 +44,11 @@ def in_turn_at(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Let one process at a time read and write `path`; the system frees the lock however this process ends.
 
     Raises:
-        RunError: the lock beside the file cannot be opened; it says `what` the file is, and the `remedy`.
+        RunError: there is a folder or a device in its place, or the lock beside it cannot be opened; it says `what` the
+            file is, and the `remedy`.
     """
+    if path.exists() and not path.is_file():  # a device or a pipe has no end
+        raise RunError(f"{path}: {what} is no ordinary file; {remedy}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
