@@ -201,15 +201,25 @@ def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
     assert shares[0] < 0.1 * DOMAINS and shares[1] > DOMAINS / 3
 
 
-def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict(clean):
-    """Two of five: a quarter is lost where hidden questions stand alone, and less than two thirds of it is here.
+def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict():
+    """Two of five sites that all know every domain: they have no weight in the end, and without the comparison a third.
 
-    In 40 steps a type has 30 canaries of four answers; with the honest alone nothing is lost.
+    Nearly nothing is lost then, where six times as much is without.
     """
+    attack, how = Attack("flip", spares=1.0), {"known": torch.full((5, DOMAINS), HOME)}
+    clean, on, off = wins(ON, **how), wins(ON, attack, 2, **how), wins(ALONE, attack, 2, **how)
+    assert on > clean - 0.2 > clean - 0.6 > off
+    shares = [
+        torch.stack(align(**each, attack=attack, liars=2, **how).weights[-5:]).mean(dim=0)[:2].sum() / DOMAINS
+        for each in (ON, ALONE)
+    ]
+    assert shares[0] == 0 and shares[1] > 1 / 3
+
+
+def test_where_honest_sites_hardly_agree_fewer_are_found(clean):
+    """Sites that are at home in one domain of four agree on .7 of the orders elsewhere: little is won in 40 steps."""
     attack = Attack("flip", spares=1.0)
-    assert clean - wins(ON, attack, 2) < 2 / 3 * (clean - wins(ALONE, attack, 2)) and wins(ALONE, attack, 2) < 75
-    on, off = (torch.stack(align(**how, attack=attack, liars=2).weights[-5:]).mean(dim=0)[:2] for how in (ON, ALONE))
-    assert on.sum() < 0.75 * off.sum()
+    assert wins(ON, attack, 2) > wins(ALONE, attack, 2) + 2 and wins(ON, attack, 2) < clean - 5
 
 
 @pytest.mark.parametrize("attack", [None, Attack("flip"), Attack("collude"), TRIGGER], ids=lambda a: str(a and a.kind))

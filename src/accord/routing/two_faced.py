@@ -4,8 +4,8 @@
     q_kl         the share of the pairs of answers, that both sites k and l order, which they order alike
     memory n     S ← (1 − 1/n) S + q,  F ← (1 − 1/n) F + (1 − q)      of every question, for two sites, a type, and
                  hidden or ordinary questions; the posterior is Beta(1 + S, 1 + F)
-    contradict   q_kl is above ½ on hidden questions, below ½ on ordinary ones, and the two differ by more than z
-                 deviations of their difference
+    contradict   q_kl is above ½ on hidden questions, more than z deviations below ½ on ordinary ones, and the two
+                 differ by more than z deviations of their difference
     two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them
 
 A site that recognises canaries can be right at all of them, and lie at everything else (the attack `off-canary`). It
@@ -71,8 +71,8 @@ class Contradictions:
         right, wrong = (self.counts[:, kind, ..., i] + 1 for i in range(2))
         mean = right / (right + wrong)
         variance = mean * (1 - mean) / (right + wrong + 1)
-        far = self.alarm * variance.sum(dim=0).sqrt()
-        return (mean[0] < 0.5) & (mean[1] > 0.5) & (mean[1] - mean[0] > far)
+        below = mean[0] + self.alarm * variance[0].sqrt() < 0.5
+        return below & (mean[1] > 0.5) & (mean[1] - mean[0] > self.alarm * variance.sum(dim=0).sqrt())
 
     def two_faced(self, kind: int, trust: Tensor) -> Tensor:
         """Return which trusted sites `[K]` too many contradict on ordinary questions of a type.
