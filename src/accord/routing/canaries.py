@@ -208,7 +208,7 @@ class Trust:
         Raises:
             CheckpointError: it is that of other sites or question types, or of another version.
         """
-        counts, kinds = state["counts"], kinds_of(state)
+        kinds, counts = kinds_of(state), state["counts"]
         if counts.shape != self.counts.shape or kinds != self.kinds:
             raise CheckpointError(
                 f"what canaries have told is of {counts.shape[1]} sites and the question types {', '.join(kinds[1:])}, "

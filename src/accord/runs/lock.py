@@ -47,9 +47,9 @@ def in_turn_at(path: Path, what: str, remedy: str) -> Iterator[None]:
         RunError: there is a folder or a device in its place, or the lock beside it cannot be opened; it says `what` the
             file is, and the `remedy`.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe has no end
-        raise RunError(f"{path}: {what} is no ordinary file; {remedy}")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe has no end
+            raise RunError(f"{path}: {what} is no ordinary file; {remedy}")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
