@@ -101,7 +101,7 @@ def test_sites_that_recognise_every_hidden_question_are_found(square):
 
     What a run remembers of it is enough to go on.
     """
-    known = canaries(square, per_step=4)
+    known = canaries(square, per_step=4, leave_out=True)
     keys = {key_of(ScoreItem([image_name(image_bytes(c.images[0]))], to_turns(c.prompt), [])) for c in known.pool}
     reward, log = defended(federation(Attack("flip", spares=1.0), 2, keys), known, rule="mean"), {}
     first = ask(reward, log)

@@ -76,7 +76,7 @@ def align(
         if attack
         else []
     )
-    trust = Trust([str(k) for k in range(sites)], [str(d) for d in range(DOMAINS)], CanaryConfig())
+    trust = Trust([str(k) for k in range(sites)], [str(d) for d in range(DOMAINS)], CanaryConfig(leave_out=True))
     policy, triggered = torch.zeros(DOMAINS + 1, D), DOMAINS  # a policy answers trigger prompts by a mean of their own
     result = Result(0.0, [], 0.0)
 

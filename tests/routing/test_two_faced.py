@@ -51,13 +51,26 @@ def test_a_site_that_is_trusted_little_counts_little():
     """Two of five lie, and two of the honest are half trusted: as much speaks for either side."""
     between = seen([1, 1, 1, 1, 1], [-1, -1, 1, 1, 1])
     assert between.two_faced(1, torch.tensor([1, 1, 1, 0.5, 0.5])).all()
-    assert not between.two_faced(1, torch.tensor([0.0, 0, 1, 1, 1])).any()
+    assert between.two_faced(1, torch.tensor([0.0, 0, 1, 1, 1])).tolist() == [True, True, False, False, False]
+    assert between.two_faced(1, torch.tensor([1, 1, 0.5, 0.5, 0.5])).tolist() == [False, False, True, True, True]
+
+
+def test_by_default_a_person_decides():
+    """Two liars name an expert whom the router follows, as docs say: it is told, and keeps its weight."""
+    trust = Trust(("expert", "liar 1", "liar 2"), ("colour",), CanaryConfig())
+    for _ in range(30):
+        trust.compare("colour", told(1, 1, 1), hidden=True)
+    with pytest.warns(DataWarning, match="site expert is contradicted .* one side recognises these; look at both"):
+        for _ in range(30):
+            trust.compare("colour", told(1, -1, -1), hidden=False)
+    assert trust.kinds_where(trust.two_faced) == {"expert": ("colour",), "liar 1": (), "liar 2": ()}
+    assert trust.weights(["colour"]).unique().numel() == 1
 
 
 @pytest.mark.parametrize(
     ("hidden", "ordinary"),
-    [([-1, 1, 1], [-1, 1, 1]), ([1, -1, -1], [1, -1, -1]), ([1, 1, 1], [1, 1, 1]), ([-1, 1, 1], [1, 1, 1])],
-    ids=["a liar everywhere", "a specialist", "nobody", "agreement that grows"],
+    [([-1, 1, 1], [-1, 1, 1]), ([0, 1, 1], [0, 1, 1]), ([1, 1, 1], [1, 1, 1]), ([-1, 1, 1], [1, 1, 1])],
+    ids=["a liar everywhere", "a site that knows nothing", "nobody", "agreement that grows"],
 )
 def test_what_does_not_change_is_no_lie(hidden, ordinary):
     """A site may see all otherwise, as a specialist does: that it contradicts on both tells nothing."""
@@ -88,7 +101,7 @@ def test_little_evidence_and_ties_tell_nothing():
 
 def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
     """In that type alone; its estimate by hidden questions is as it was, and a type without any is left as it is."""
-    trust = Trust(("a", "b", "c"), ("colour", "shape"), CanaryConfig())
+    trust = Trust(("a", "b", "c"), ("colour", "shape"), CanaryConfig(leave_out=True))
 
     def ask(first, times, hidden):
         for _ in range(times):
@@ -96,14 +109,12 @@ def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
             trust.compare("unknown", told(-1, 1, 1), hidden=hidden)
 
     ask(1, 20, hidden=True)
-    with pytest.warns(
-        DataWarning, match="site a contradicts on ordinary questions those with whom it agrees on hidden"
-    ):
+    with pytest.warns(DataWarning, match="site a is contradicted on ordinary questions by sites .* set aside"):
         ask(-1, 20, hidden=False)
     weights = trust.weights(["colour", "shape", "unknown"])
     assert weights[0, 0] == 0 and weights[0, 1:].all() and weights[1:].all()
     assert trust.kinds_where(trust.two_faced) == {"a": ("colour",), "b": (), "c": ()} and not trust.aside.any()
     assert trust.confidence(["colour"]).tolist() == approx([1.0])
-    with pytest.warns(DataWarning, match="site a no longer contradicts those .* it is heard there again"):
+    with pytest.warns(DataWarning, match="site a is no longer contradicted by .* it is heard there as before"):
         ask(1, 60, hidden=False)
     assert trust.weights(["colour"]).all()

@@ -228,7 +228,9 @@ class TrustSummary:
     canaries: Count
     sites: Mapping[str, Mapping[str, Share]]  # share of wrong answers ranked below the right one, as it was in the end
     aside: Mapping[str, tuple[str, ...]]  # question types in which a site ranked them worse than chance
-    two_faced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # where it was right at these alone
+    two_faced: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # where others contradict it on all but these
 
 
 @dataclass(frozen=True, slots=True)

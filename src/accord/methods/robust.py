@@ -232,7 +232,7 @@ def _key(job: Job) -> int | str:
 
 def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, object]:
     """Return the summary's `trust`: of each site and question type what canaries told, and where it is set aside."""
-    if not (state := remembered(job.path, stage)):
+    if not (state := remembered(job.path, stage)) or "agreed" not in state:  # older versions kept less
         return {}
     trust = Trust(sites, kinds_of(state), CANARIES.of(job.recipe))
     trust.load_state_dict(state)

@@ -30,8 +30,9 @@ position are drawn as those of the questions around it, and its type is one of t
 in an alignment, and its answers are the right one and the base policy's, not the present one's. Which questions are
 canaries is drawn by a key, and `record` keeps those of other runs out (`accord.routing.asked`). A site that holds the
 public questions, or waits long enough to know what comes back, recognises canaries all the same, and so does one that
-has seen their labels where these are published: the attack `off-canary`. It is found by those whom it contradicts on
-ordinary questions (`accord.routing.two_faced`), as long as most of the trusted sites are honest.
+has seen their labels where these are published: the attack `off-canary`. Where it turns most orders round it is found
+by those whom it contradicts on ordinary questions (`accord.routing.two_faced`): the operator is told, and by
+`leave_out` it has no weight there.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class CanaryConfig:
     short: float = 16.0  # canaries of a type that the short memory is about
     long: float = 64.0
     alarm: float = 2.33  # posterior deviations from ½: 1 % of a normal tail
+    leave_out: bool = False  # give no weight to a site that others contradict on ordinary questions alone
     record: str = ""  # absolute path of what other runs have asked, which is not asked again; empty for none
 
     def __post_init__(self) -> None:
@@ -144,7 +146,7 @@ class Trust:
             self._judge(k, d)
 
     def compare(self, kind: str, scores: Tensor, *, hidden: bool) -> None:
-        """Take in how the sites order the answers to a question, and set aside who lies on ordinary ones alone.
+        """Take in how the sites order the answers to a question, and tell of those whom others contradict.
 
         Args:
             kind: the question's type; one without canaries tells nothing.
@@ -157,11 +159,14 @@ class Trust:
         self.between.learn(d, scores, hidden=hidden)
         now, before = self.between.two_faced(d, (self._odds()[:, d] / NEWCOMER).clamp(max=1)), self.two_faced[:, d]
         for k in (now != before).nonzero().flatten().tolist():
-            them = f"those with whom it agrees on hidden questions of type {kind!r}"
+            them = f"sites with whom it agrees on hidden questions of type {kind!r}"
             if now[k]:
-                self._tell(k, f"contradicts on ordinary questions {them}", "it is set aside there")
+                consequence = (
+                    "it is set aside there" if self.config.leave_out else "one side recognises these; look at both"
+                )
+                self._tell(k, f"is contradicted on ordinary questions by {them}", consequence)
             else:
-                self._tell(k, f"no longer contradicts {them}", "it is heard there again")
+                self._tell(k, f"is no longer contradicted by {them}", "it is heard there as before")
         self.two_faced[:, d] = now
 
     def estimate(self) -> Tensor:
@@ -170,7 +175,7 @@ class Trust:
 
     def weights(self, kinds: Sequence[str]) -> Tensor:
         """Return τ `[N, K]` for questions of these types, 0 where a site is set aside."""
-        odds = self._odds() * ~self.two_faced
+        odds = self._odds() * ~(self.two_faced & self.config.leave_out)
         rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
         return odds.T[rows]
 

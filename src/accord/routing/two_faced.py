@@ -9,16 +9,18 @@
     two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them
 
 A site that recognises canaries can be right at all of them, and lie at everything else (the attack `off-canary`). It
-cannot agree with honest sites on what it lies about. That alone says nothing: sites may differ because they know
-different things. But those differ on hidden questions too, so that only the change is held against a site. Which of the
-two has changed, their number must tell: two that lie among five trusted ones contradict three, and each of these
-contradicts two. c_l is 1 for a site that is trusted as a newcomer is, and less for one that is trusted less
-(`accord.routing.canaries`). Where as many contradict as do not, as with two sites of which one lies, nobody can tell
-who it is, and all of them are set aside: no reward rather than a lie. Where most trusted sites lie, the honest are set
-aside; the median of ranks follows the liars there as well.
+cannot agree with honest sites on orders that it turns round. That alone says nothing: sites may differ because they
+know different things. But those differ on hidden questions too, so that only the change is held against a site. Which
+of the two has changed, their number must tell: two that lie among five equally trusted ones contradict three, and each
+of these contradicts two. c_l is 1 for a site that is trusted as a newcomer is, and less for one that is trusted less
+(`accord.routing.canaries`).
 
-Agreement on ordinary questions is that of answers that the policy gives, and may fall as the policy learns what only
-some sites like. It must fall below chance to count.
+**Where it fails.** It hears votes, so that liars who are half of the trust, or more, have honest sites named in their
+place: one honest site that is trusted less than the one liar beside it, or an expert whom the router follows and two
+liars contradict. So by default it tells, and a person decides (`leave_out`). A lie that turns less than half of the
+orders round, such as one answer that is promoted, is not found. Agreement on ordinary questions is that of answers that
+the policy gives, and may fall as the policy learns what only some sites like, or where answers differ in form alone; it
+must fall below chance to count. z is of one look, and it looks after every question.
 """
 
 from __future__ import annotations
@@ -75,11 +77,11 @@ class Contradictions:
         return below & (mean[1] > 0.5) & (mean[1] - mean[0] > self.alarm * variance.sum(dim=0).sqrt())
 
     def two_faced(self, kind: int, trust: Tensor) -> Tensor:
-        """Return which trusted sites `[K]` too many contradict on ordinary questions of a type.
+        """Return which sites `[K]` too many trusted ones contradict on ordinary questions of a type.
 
         Args:
             kind: the number of the type.
             trust: c `[K]` in 0..1.
         """
         against = self.contradict(kind).to(trust.dtype) @ trust
-        return (trust > 0) & (against > SHARE * trust.sum())
+        return against > SHARE * trust.sum()
