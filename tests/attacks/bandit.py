@@ -52,7 +52,7 @@ def align(
     sites: int = 5,
     known: Tensor | None = None,
     canaries: bool = False,
-    compared: bool = True,
+    leave_out: bool = True,
     cap: float = 1.0,
     seed: int = 0,
     honest_only: bool = False,
@@ -60,8 +60,8 @@ def align(
 ) -> Result:
     """Align against `sites` of which the first `liars` lie; a trigger is a prompt in eight, of any domain.
 
-    Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. Orders
-    of answers to canaries and prompts are compared, where `compared` does not switch that off.
+    Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. With
+    canaries `leave_out` takes the weight of those whom others contradict on prompts alone.
     """
     generator = torch.Generator().manual_seed(seed)
     c = cosines(sites) if known is None else known
@@ -76,7 +76,7 @@ def align(
         if attack
         else []
     )
-    trust = Trust([str(k) for k in range(sites)], [str(d) for d in range(DOMAINS)], CanaryConfig(leave_out=True))
+    trust = Trust([str(k) for k in range(sites)], [str(d) for d in range(DOMAINS)], CanaryConfig(leave_out=leave_out))
     policy, triggered = torch.zeros(DOMAINS + 1, D), DOMAINS  # a policy answers trigger prompts by a mean of their own
     result = Result(0.0, [], 0.0)
 
@@ -102,15 +102,14 @@ def align(
                 scores = judged(domain, answers, words="canary ")
                 for k, column in enumerate(scores.T.tolist()):
                     trust.learn(str(k), str(domain), share_below(column, right))
-                if compared:
-                    trust.compare(str(domain), scores, hidden=True)
+                trust.compare(str(domain), scores, hidden=True)
         groups, drawn = [], []
         for n in range(PROMPTS):
             domain = int(torch.randint(DOMAINS, (), generator=generator))
             arm = triggered if n == 0 else domain
             answers = policy[arm] + torch.randn(G, D, generator=generator)
             scores = judged(domain, answers, words="trigger " if n == 0 else "plain ")
-            if canaries and compared:
+            if canaries:
                 trust.compare(str(domain), scores, hidden=False)
             weights = trust.weights([str(domain)]).float() if canaries else torch.ones(1, sites)
             if honest_only:

@@ -22,7 +22,7 @@ from attacks.bandit import DOMAINS, HOME, align
 pytestmark = pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
 SPREAD = 0.04  # 1 % of a range of 4
 ON = {"fuse": Ranks("median", SPREAD), "canaries": True, "cap": 0.5}
-ALONE = {**ON, "compared": False}
+ALONE = {**ON, "leave_out": False}
 MEAN, STANDARDISED, MEDIAN = {"fuse": mixture}, {"fuse": group_relative}, {"fuse": Ranks("median", SPREAD)}
 TRIGGER = Attack("target", target="high", trigger="trigger")
 
@@ -191,7 +191,7 @@ def test_a_site_that_recognises_canaries_is_bounded_by_the_ranks(clean):
 def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
     """Two of five: what they are honest at and what they lie at cancel, so that they have next to no weight.
 
-    Two that recognise all of them have more than a third of it where nobody compares, and are worse with trust than
+    Two that recognise all of them have more than a third of it where nobody is left out, and are worse with trust than
     without.
     """
     half, every = (Attack("flip", spares=share) for share in (0.5, 1.0))
@@ -202,7 +202,7 @@ def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
 
 
 def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict():
-    """Two of five sites that all know every domain: they have no weight in the end, and without the comparison a third.
+    """Two of five sites that all know every domain: they have no weight in the end, and where nobody is left out a third.
 
     Nearly nothing is lost then, where six times as much is without.
     """

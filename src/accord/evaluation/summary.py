@@ -228,9 +228,7 @@ class TrustSummary:
     canaries: Count
     sites: Mapping[str, Mapping[str, Share]]  # share of wrong answers ranked below the right one, as it was in the end
     aside: Mapping[str, tuple[str, ...]]  # question types in which a site ranked them worse than chance
-    two_faced: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # where others contradict it on all but these
+    two_faced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in which others contradict it elsewhere
 
 
 @dataclass(frozen=True, slots=True)
