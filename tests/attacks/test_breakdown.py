@@ -202,7 +202,7 @@ def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
 
 
 def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict():
-    """Two of five sites that all know every domain: they have no weight in the end, and where nobody is left out a third.
+    """Two of five sites that all know every domain: no weight is left to them, and where nobody is left out a third.
 
     Nearly nothing is lost then, where six times as much is without.
     """
