@@ -116,6 +116,7 @@ def align(
                 weights = weights * (torch.arange(sites) >= liars)
             groups.append((scores, weights.expand(G, -1)))
             drawn.append((arm, answers))
+        trust.find_two_faced()
         rewards, influence = capped(fuse, groups, cap)
         result.influence.append(influence)
         odds = trust.weights([str(d) for d in range(DOMAINS)])

@@ -26,6 +26,7 @@ from accord.evaluation.summary import (
     RouterSummary,
     Summary,
     TrafficRow,
+    TrustSummary,
     VqaAccuracy,
     accuracy,
     competence_summary,
@@ -157,6 +158,24 @@ def test_what_a_certificate_covers(
     text, page = _page(make_run(summary=make_summary(sites=sites)))
     told = "Updates of the router are covered, too: at most 46 steps on such samples, σ = 1.93, clip 0.5." in text
     assert told == bool(steps) and UNCOVERED[open_to] in page.words
+
+
+def test_planted_liars_and_contradicted_sites_are_told(
+    make_run: Callable[..., Path], make_summary: Callable[..., Summary]
+) -> None:
+    """Nobody may take a trial for an honest federation."""
+    honest = make_summary()
+    assert "A trial:" not in _page(make_run("honest", summary=honest))[1].words
+    first, second, *others = honest.sites
+    sites = (dataclasses.replace(first, attack="flip"), dataclasses.replace(second, attack="mimic"), *others)
+    asked = {site.name: {"colour": 0.75} for site in sites}
+    trust = TrustSummary(60, asked, dict.fromkeys(asked, ()), {first.name: ("colour",)})
+    text, page = _page(make_run("trial", summary=make_summary(sites=sites, trust=trust)))
+    _assert_self_contained(text, page)
+    told = f"by the recipe {first.name} lies (<code>flip</code>), {second.name} lies (<code>mimic</code>). No figure of"
+    assert f"<strong>A trial:</strong> {told}" in " ".join(text.split())
+    assert "was contradicted on ordinary questions by about half or more of the trusted sites" in page.words
+    assert text.count("75 %, contradicted") == 1
 
 
 def test_how_the_projector_was_trained(make_run: Callable[..., Path], make_summary: Callable[..., Summary]) -> None:

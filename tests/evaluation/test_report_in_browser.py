@@ -73,7 +73,12 @@ def pages(
                 TrafficRow(site, kind, 5, 680_000, 210_000, 0) for site in SITES for kind in ("router", "score")
             ),
             competence=competence_summary(SITES, asked, [[1, 0] * 25] * 4, neighbours=2, experts=1),
-            trust=TrustSummary(60, dict.fromkeys(SITES, dict.fromkeys(KINDS, 0.9)), {s: (KINDS[2],) for s in SITES}),
+            trust=TrustSummary(
+                60,
+                dict.fromkeys(SITES, dict.fromkeys(KINDS, 0.9)),
+                aside={site: (KINDS[2],) for site in SITES},
+                two_faced={SITES[0]: KINDS[:2]},
+            ),
             projector=ProjectorSummary(
                 "x", "federated", "fed-cmp", "plain", "random", 9, measure, measure, rounds, points
             ),

@@ -290,7 +290,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "ProjectorMeasure": {"cider"},
         "Accuracy": {"images", "macro_error"},
         "Certificate": {"way", "flip", "router", "router_steps"},
-        "SiteSummary": {"privacy"},
+        "SiteSummary": {"attack", "privacy"},
         "TypeAccuracy": {"effective_n"},
         "TrafficRow": {"refused"},
         "RouterSummary": {"audit"},

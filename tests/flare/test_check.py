@@ -11,6 +11,7 @@ from concurrent import futures
 from dataclasses import replace
 
 import grpc
+import msgspec
 import pytest
 import torch
 import typer
@@ -30,7 +31,10 @@ from accord.flare.site_cli import _View, site_check, site_join, site_status
 from accord.pipeline import train_site
 from accord.recipe import Source
 from accord.recipe_file import dump_recipe, load_recipe
+from accord.rewards import spending
+from accord.rewards.accounting import Mechanism
 from accord.rewards.model import RewardModel
+from accord.rewards.private import Privacy, Sigmas
 from accord.routing.router import RouterNetwork
 from accord.runs import Run
 from accord.stages.job import Job
@@ -436,6 +440,31 @@ def test_the_status_page(site):
     assert rows["without an answer"] == "1" and rows["images received"] == "6"
     assert rows["bytes in"].startswith("80,007, today ") and rows["bytes that left"].startswith("1,309, today ")
     assert rows["last request"] == "2026-11-21T20:01:00Z card score-1-colour: error; 7 B in, 9 B out, 0.81 s"
+
+
+def test_the_status_says_what_privacy_is_spent(site, monkeypatch):
+    """Two trainings are in the ledger, of which the second made the model; 12 of its 20 paid steps are taken."""
+    assert "no guarantee: the reward model of colour was trained without privacy" in page("status", site)[1]
+    monkeypatch.setattr(spending, "calibrate", lambda *_: Sigmas(gradient=2.0, projection=0.0, standardisation=40.0))
+    monkeypatch.setattr(spending, "router_mechanism", lambda *_: Mechanism(4.0, 0.1, 20))
+    privacy = Privacy(epsilon=8.0, steps=10, dimensions=0, router=0.1)
+    ledger = site / "privacy" / "colour.json"
+    spending.spend(ledger, privacy, "before", router_steps=20)
+    entry = spending.spend(ledger, privacy, "now", router_steps=20)
+    spending.pay(ledger, entry.id, 12, 0)
+    proof = spending.certify(ledger, privacy, entry, uncovered=("counts", "other training"))
+    card = site / "sites" / "colour" / "card.json"
+    card.write_bytes(msgspec.json.encode({**json.loads(card.read_bytes()), "privacy": proof}))
+    text = " ".join(page("status", site)[1].split())
+    told = (
+        f"at δ = 1e-06, for every pair; this model's training {proof.epsilon:.3g}; 12 of 20 steps on the router taken"
+    )
+    assert f"privacy ε = {proof.total:.3g} spent {told}; ledger {ledger}" in text and proof.total > proof.epsilon
+    recipe = site / "recipe.toml"
+    head = '[[sites]]\nname = "colour"\n'
+    assert head in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(head, f"{head}privacy = {{ epsilon = 8 }}\n"))
+    assert f"ε = {proof.total:.3g} of 8 spent" in page("status", site)[1]
 
 
 def test_the_live_page_holds_no_marks_of_its_own(kit, site):

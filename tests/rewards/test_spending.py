@@ -54,6 +54,14 @@ def test_the_same_training_goes_on_at_no_price_until_it_is_settled(ledger, quick
     assert again.id != entry.id and again.key != entry.key and len(read_entries(ledger)) == 2
 
 
+def test_a_budget_that_is_spent_is_told_with_its_ledger(ledger):
+    """Which file has which training, so that its owner can look."""
+    first = spend(ledger, PRIVACY, "pairs")
+    with pytest.raises(RecipeError, match=rf"is spent, too little .* \(the ledger {ledger} has {first.id}\)"):
+        spend(ledger, PRIVACY, "others")
+    assert read_entries(ledger) == (first,)
+
+
 def test_other_data_are_another_training(ledger, quick):
     """One noise on two data sets would show their difference."""
     one, other = spend(ledger, PRIVACY, "pairs"), spend(ledger, PRIVACY, "others")

@@ -25,6 +25,11 @@ def seen(hidden, ordinary, times=30):
     return between
 
 
+def named(between, kind, trust):
+    """Return who is two-faced at a first look."""
+    return between.two_faced(kind, trust, torch.zeros(len(trust), dtype=torch.bool))
+
+
 def test_counts_by_hand():
     """Of 6 pairs two sites order 5 alike, of 5 that both order one more is a tie of the second."""
     between = Contradictions(2, 1, memory=64, alarm=2.33)
@@ -38,21 +43,21 @@ def test_counts_by_hand():
 def test_two_of_five_that_lie_on_ordinary_questions_alone():
     """Three contradict each of them, and they contradict three: only they are found, and of a type they lie in."""
     between = seen([1, 1, 1, 1, 1], [-1, -1, 1, 1, 1])
-    assert between.two_faced(1, torch.ones(5)).tolist() == [True, True, False, False, False]
-    assert not between.two_faced(0, torch.ones(5)).any()
+    assert named(between, 1, torch.ones(5)).tolist() == [True, True, False, False, False]
+    assert not named(between, 0, torch.ones(5)).any()
 
 
 def test_of_two_nobody_can_tell_which_and_of_three_two_can():
-    assert seen([1, 1], [-1, 1]).two_faced(1, torch.ones(2)).tolist() == [True, True]
-    assert seen([1, 1, 1], [-1, 1, 1]).two_faced(1, torch.ones(3)).tolist() == [True, False, False]
+    assert named(seen([1, 1], [-1, 1]), 1, torch.ones(2)).tolist() == [True, True]
+    assert named(seen([1, 1, 1], [-1, 1, 1]), 1, torch.ones(3)).tolist() == [True, False, False]
 
 
 def test_a_site_that_is_trusted_little_counts_little():
     """Two of five lie, and two of the honest are half trusted: as much speaks for either side."""
     between = seen([1, 1, 1, 1, 1], [-1, -1, 1, 1, 1])
-    assert between.two_faced(1, torch.tensor([1, 1, 1, 0.5, 0.5])).all()
-    assert between.two_faced(1, torch.tensor([0.0, 0, 1, 1, 1])).tolist() == [True, True, False, False, False]
-    assert between.two_faced(1, torch.tensor([1, 1, 0.5, 0.5, 0.5])).tolist() == [False, False, True, True, True]
+    assert named(between, 1, torch.tensor([1, 1, 1, 0.5, 0.5])).all()
+    assert named(between, 1, torch.tensor([0.0, 0, 1, 1, 1])).tolist() == [True, True, False, False, False]
+    assert named(between, 1, torch.tensor([1, 1, 0.5, 0.5, 0.5])).tolist() == [False, False, True, True, True]
 
 
 def test_by_default_a_person_decides():
@@ -60,9 +65,9 @@ def test_by_default_a_person_decides():
     trust = Trust(("expert", "liar 1", "liar 2"), ("colour",), CanaryConfig())
     for _ in range(30):
         trust.compare("colour", told(1, 1, 1), hidden=True)
+        trust.compare("colour", told(1, -1, -1), hidden=False)
     with pytest.warns(DataWarning, match="site expert is contradicted .* one side recognises these; look at both"):
-        for _ in range(30):
-            trust.compare("colour", told(1, -1, -1), hidden=False)
+        trust.find_two_faced()
     assert trust.kinds_where(trust.two_faced) == {"expert": ("colour",), "liar 1": (), "liar 2": ()}
     assert trust.weights(["colour"]).unique().numel() == 1
 
@@ -74,7 +79,7 @@ def test_by_default_a_person_decides():
 )
 def test_what_does_not_change_is_no_lie(hidden, ordinary):
     """A site may see all otherwise, as a specialist does: that it contradicts on both tells nothing."""
-    assert not seen(hidden, ordinary).two_faced(1, torch.ones(3)).any()
+    assert not named(seen(hidden, ordinary), 1, torch.ones(3)).any()
 
 
 def test_an_expert_whom_others_contradict_a_little_keeps_its_place():
@@ -84,12 +89,12 @@ def test_an_expert_whom_others_contradict_a_little_keeps_its_place():
         for n in range(60):
             between.learn(1, told(1, 1, 1), hidden=True)
             between.learn(1, told(-1 if n * turned // 60 < (n + 1) * turned // 60 else 1, 1, 1), hidden=False)
-        assert between.two_faced(1, torch.ones(3)).tolist() == [found, False, False]
+        assert named(between, 1, torch.ones(3)).tolist() == [found, False, False]
 
 
 def test_little_evidence_and_ties_tell_nothing():
     between = seen([1, 1, 1], [-1, 1, 1], times=1)
-    assert not between.two_faced(1, torch.ones(3)).any()
+    assert not named(between, 1, torch.ones(3)).any()
     before = between.counts.clone()
     between.learn(1, torch.zeros(4, 3), hidden=False)
     between.learn(1, told(torch.nan, torch.nan, 1), hidden=False)
@@ -97,6 +102,27 @@ def test_little_evidence_and_ties_tell_nothing():
     assert torch.equal(between.counts[:, :, 0], before[:, :, 0]) and torch.equal(
         between.counts[:, :, 1, 0], before[:, :, 1, 0]
     )
+
+
+def test_a_site_that_is_named_remains_so_until_it_contradicts_no_more():
+    """Near the threshold it would else be named and cleared in turn: of 40 questions 29 turned round, or 22, or 19."""
+    for turned, at_first, still in ((29, True, True), (22, False, True), (19, False, False)):
+        between = seen([1, 1, 1], [1, 1, 1], times=0)
+        for n in range(40):
+            between.learn(1, told(1, 1, 1), hidden=True)
+            between.learn(1, told(-1 if n * turned // 40 < (n + 1) * turned // 40 else 1, 1, 1), hidden=False)
+        assert named(between, 1, torch.ones(3)).tolist() == [at_first, False, False], turned
+        assert between.two_faced(1, torch.ones(3), torch.tensor([True, False, False])).tolist()[0] == still, turned
+
+
+def test_who_has_no_opinion_contradicts_nobody():
+    """Scores that deviate by less than `spread` are no vote to the ranks, and no order here."""
+    for spread, found in ((0.0, True), (0.02, False)):
+        between = Contradictions(3, 2, memory=64, alarm=2.33, spread=spread)
+        for _ in range(30):
+            between.learn(1, told(1, 1, 1), hidden=True)
+            between.learn(1, told(-0.01, 1, 1), hidden=False)
+        assert named(between, 1, torch.ones(3)).tolist() == [found, False, False]
 
 
 def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
@@ -107,6 +133,7 @@ def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
         for _ in range(times):
             trust.compare("colour", told(first, 1, 1), hidden=hidden)
             trust.compare("unknown", told(-1, 1, 1), hidden=hidden)
+            trust.find_two_faced()
 
     ask(1, 20, hidden=True)
     with pytest.warns(DataWarning, match="site a is contradicted on ordinary questions by sites .* set aside"):

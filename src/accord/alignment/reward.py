@@ -261,6 +261,7 @@ class FederatedReward:
         if self.canaries is not None:
             for group, own in zip(groups, scores.split([len(group.candidates) for group in groups]), strict=True):
                 self.canaries.trust.compare(group.kind, own, hidden=False)
+            self.canaries.trust.find_two_faced()
         cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
         fused = self._fuse(groups, scores, self._trusted(groups, routed, log_metric), cut, log_metric)
         if self.canaries is not None:

@@ -98,6 +98,7 @@ class SiteSummary:
     pairs: Count
     ranking: Ranking
     privacy: Certificate | None = None  # the guarantee that its reward model carries, if any
+    attack: str = ""  # the kind of lie that the recipe had it tell, in a trial; empty for none
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from accord.errors import AccordError, RunError, printable
+from accord.runs import read_record
 from accord.terminal import hush, say
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def site_status(
 
     found = status(folder)
     if by is None and not csv:
-        Console(highlight=False).print(_page(found))
+        names = sorted(card.parent.name for card in (folder / "sites").glob("*/card.json"))
+        paid = [("privacy", _paid(folder, name)) for name in names if found.name in ("", name)]
+        Console(highlight=False).print(Group(_page(found), _rows(*paid)))
         return
     column: By = "run" if by is Grouping.run else "day"
     table = [(name, *asdict(total).values()) for name, total in sums(read_ledger(folder), column).items()]
@@ -233,6 +236,24 @@ def _page(status: Status) -> Table:
         ("questions refused", f"{status.refused:,}"),
         ("last request", _sentence(status.last) if status.last else "–"),
     )
+
+
+def _paid(folder: Path, name: str) -> str:
+    """Return what guarantee a site's model carries, and what is spent of its budget."""
+    card = read_record(folder / "sites" / name / "card.json", dict[str, object], remedy="train the site again")
+    if not (card or {}).get("privacy"):
+        return f"no guarantee: the reward model of {name} was trained without privacy"
+    from accord.recipe_file import load_recipe  # takes seconds
+    from accord.stages.private import spending_of
+
+    spent = spending_of(next(site for site in load_recipe(folder / "recipe.toml").sites if site.name == name), folder)
+    assert spent is not None
+    proof = spent.certificate
+    words = f"ε = {spent.epsilon:.3g} of {spent.budget:.3g} spent" if spent.budget else f"ε = {spent.epsilon:.3g} spent"
+    words += f" at δ = {proof.delta:g}, for every {proof.unit}; this model's training {proof.epsilon:.3g}"
+    if proof.router_steps:
+        words += f"; {spent.router_taken:,} of {proof.router_steps:,} steps on the router taken"
+    return f"{words}; ledger {spent.ledger}"
 
 
 def _spent(status: Status) -> str:

@@ -92,13 +92,19 @@ def robust_reward(job: Job, *, defence: Defence) -> FederatedReward:
 
 
 def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedReward:
-    config, scores, count = ROBUST.of(job.recipe), job.recipe.scores, len(job.recipe.sites)
+    count = len(job.recipe.sites)
     router: Router = constant_router([1 / count] * count)
     if defence.routed:
         router = LearnedRouter(job.encoder, trained_router(job))
-    spread = config.spread * (scores.high - scores.low if scores else UNCLIPPED)
-    per_group = PerGroup(Ranks(defence.rule, spread), size=job.recipe.alignment.group_size, cap=config.cap)
+    ranks = Ranks(defence.rule, _spread(job.recipe))
+    per_group = PerGroup(ranks, size=job.recipe.alignment.group_size, cap=ROBUST.of(job.recipe).cap)
     return federated_reward(job, router, mode="soft", scope="prompt", per_group=per_group, canaries=known)
+
+
+def _spread(recipe: Recipe) -> float:
+    """Return `robust.spread` in units of a score."""
+    scores = recipe.scores
+    return ROBUST.of(recipe).spread * (scores.high - scores.low if scores else UNCLIPPED)
 
 
 def canaries_of(job: Job, stage: str = "align") -> Canaries:
@@ -152,7 +158,7 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
             DataWarning,
             stacklevel=2,
         )
-    return Canaries(pool, [site.name for site in recipe.sites], config, key=key)
+    return Canaries(pool, [site.name for site in recipe.sites], config, key=key, spread=_spread(recipe))
 
 
 def _with_wrong_answers(job: Job, asked: Sequence[Question]) -> list[Canary]:

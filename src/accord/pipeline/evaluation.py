@@ -144,6 +144,7 @@ def _summary(
                 pairs=card.pairs,
                 ranking=Ranking(macro, card.ranking),
                 privacy=card.privacy,
+                attack=config.attack.kind if config.attack else "",
             )
         )
     manifest = json.loads((job.path / "manifest.json").read_text())

@@ -43,6 +43,12 @@ from accord.types import PreferencePair
 RATE = 16.0
 """Step size of the head, where `privacy.learning_rate` is 0."""
 
+EPSILON_AT_MOST = 1000.0
+"""The weakest guarantee that may be asked for; e^20 times as likely already says next to nothing."""
+
+DIMENSIONS_AT_MOST = 65_536
+"""The largest k: no model has so many features."""
+
 ROUTER_AT_MOST = 0.5
 """The largest share of a budget that a router may have: projection and standardisation take 0.3 of it."""
 
@@ -67,9 +73,10 @@ class Privacy:
         """Refuse a guarantee that is none, and settings that train nothing."""
         check_positive(self, "epsilon", "delta", "sampling", "clip")
         check_least(self, dimensions=0, steps=1, learning_rate=0, stages=1, router=0)
-        for name in ("delta", "sampling"):
-            if getattr(self, name) > (1 if name == "sampling" else 0.1):
-                raise RecipeError(f"{name} is a probability, got {getattr(self, name)}; lower privacy.{name}")
+        at_most = {"epsilon": EPSILON_AT_MOST, "delta": 0.1, "sampling": 1, "dimensions": DIMENSIONS_AT_MOST}
+        for name, most in at_most.items():
+            if (value := getattr(self, name)) > most:
+                raise RecipeError(f"{name} must be at most {most:g}, got {value:g}; lower privacy.{name}")
         if self.ledger and not Path(self.ledger).expanduser().is_absolute():
             raise RecipeError(
                 f"ledger must be an absolute path, got {self.ledger!r}: in another folder it would be another file, "

@@ -117,12 +117,16 @@ def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int =
             )
         before = [each for entry in entries for each in entry.mechanisms]
         reserved: list[Mechanism] = []
-        if privacy.unit == "label":
-            sigmas, mechanisms = Sigmas(0.0, 0.0, 0.0), [label_mechanism(privacy, before)]
-        else:
-            reserved = [router_mechanism(privacy, router_steps, before)] if privacy.router else []
-            sigmas = calibrate(privacy, before, reserved)
-            mechanisms = [*mechanisms_of(privacy, sigmas), *reserved]
+        try:
+            if privacy.unit == "label":
+                sigmas, mechanisms = Sigmas(0.0, 0.0, 0.0), [label_mechanism(privacy, before)]
+            else:
+                reserved = [router_mechanism(privacy, router_steps, before)] if privacy.router else []
+                sigmas = calibrate(privacy, before, reserved)
+                mechanisms = [*mechanisms_of(privacy, sigmas), *reserved]
+        except RecipeError as error:
+            paid = ", ".join(entry.id for entry in entries) or "no training yet"
+            raise RecipeError(f"{error} (the ledger {path} has {paid})") from error
         entry = Entry(
             os.urandom(8).hex(),
             fingerprint,

@@ -118,15 +118,20 @@ class Trust:
         sites: names, `[K]`.
         kinds: the question types of the canaries.
         config: memories and alarm.
+        spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
     """
 
-    def __init__(self, sites: Sequence[str], kinds: Collection[str], config: CanaryConfig) -> None:
+    def __init__(
+        self, sites: Sequence[str], kinds: Collection[str], config: CanaryConfig, *, spread: float = 0.0
+    ) -> None:
         self.sites = tuple(sites)
         self.kinds = (ALL, *sorted(set(kinds) - {ALL}))
         self.config = config
         self.counts = torch.zeros(2, len(self.sites), len(self.kinds), 2, dtype=torch.double)  # memory, site, type, S F
         self.aside = torch.zeros(len(self.sites), len(self.kinds), dtype=torch.bool)
-        self.between = Contradictions(len(self.sites), len(self.kinds), memory=config.long, alarm=config.alarm)
+        self.between = Contradictions(
+            len(self.sites), len(self.kinds), memory=config.long, alarm=config.alarm, spread=spread
+        )
         self.two_faced = torch.zeros_like(self.aside)
 
     def learn(self, site: str, kind: str, share: float) -> None:
@@ -146,28 +151,31 @@ class Trust:
             self._judge(k, d)
 
     def compare(self, kind: str, scores: Tensor, *, hidden: bool) -> None:
-        """Take in how the sites order the answers to a question, and tell of those whom others contradict.
+        """Take in how the sites order the answers to a question.
 
         Args:
             kind: the question's type; one without canaries tells nothing.
             scores: `[G, K]` of its answers, NaN where a site has given none.
             hidden: whether it is a canary.
         """
-        if kind not in self.kinds[1:]:
-            return
-        d = self.kinds.index(kind)
-        self.between.learn(d, scores, hidden=hidden)
-        now, before = self.between.two_faced(d, (self._odds()[:, d] / NEWCOMER).clamp(max=1)), self.two_faced[:, d]
-        for k in (now != before).nonzero().flatten().tolist():
-            them = f"sites with whom it agrees on hidden questions of type {kind!r}"
-            if now[k]:
+        if kind in self.kinds[1:]:
+            self.between.learn(self.kinds.index(kind), scores, hidden=hidden)
+
+    def find_two_faced(self) -> None:
+        """Look, once a step, whom others contradict on ordinary questions alone, and tell where that has changed."""
+        trusted = (self._odds() / NEWCOMER).clamp(max=1)
+        for d, kind in enumerate(self.kinds[1:], 1):
+            before = self.two_faced[:, d].clone()
+            self.two_faced[:, d] = self.between.two_faced(d, trusted[:, d], before)
+            for k in (self.two_faced[:, d] != before).nonzero().flatten().tolist():
+                them = f"sites with whom it agrees on hidden questions of type {kind!r}"
+                if before[k]:
+                    self._tell(k, f"is no longer contradicted by {them}", "it is heard there as before")
+                    continue
                 consequence = (
                     "it is set aside there" if self.config.leave_out else "one side recognises these; look at both"
                 )
                 self._tell(k, f"is contradicted on ordinary questions by {them}", consequence)
-            else:
-                self._tell(k, f"is no longer contradicted by {them}", "it is heard there as before")
-        self.two_faced[:, d] = now
 
     def estimate(self) -> Tensor:
         """Return m `[K, D]`: how often each site ranks a right answer above a wrong one, by type."""
@@ -252,9 +260,18 @@ class Canaries:
         sites: names, `[K]`.
         config: how many, and what is made of them.
         key: of their order, places and candidates; a site that knows it can tell which they are.
+        spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
     """
 
-    def __init__(self, pool: Sequence[Canary], sites: Sequence[str], config: CanaryConfig, *, key: int | str) -> None:
+    def __init__(
+        self,
+        pool: Sequence[Canary],
+        sites: Sequence[str],
+        config: CanaryConfig,
+        *,
+        key: int | str,
+        spread: float = 0.0,
+    ) -> None:
         by_kind: dict[str, list[Canary]] = {}
         for canary in pool:
             by_kind.setdefault(canary.kind, []).append(canary)
@@ -263,7 +280,7 @@ class Canaries:
         self.pool = in_turn(queues, len(pool))  # types in turn, as far as there are some of each
         self.config = config
         self.key = key
-        self.trust = Trust(sites, by_kind, config)
+        self.trust = Trust(sites, by_kind, config, spread=spread)
         self.used = 0
         self.calls = 0
 

@@ -1,12 +1,14 @@
 """Sites that are honest on hidden questions alone: they contradict on ordinary ones those with whom they agree there.
 
-    order        +1, 0, −1: which of two answers to a question a site gives the higher score, 0 where both are equal
+    order        +1, 0, −1: which of two answers to a question a site gives the higher score, 0 where both are equal or
+                 where the site has no opinion on the question (`accord.routing.robust.flat`)
     q_kl         the share of the pairs of answers, that both sites k and l order, which they order alike
     memory n     S ← (1 − 1/n) S + q,  F ← (1 − 1/n) F + (1 − q)      of every question, for two sites, a type, and
                  hidden or ordinary questions; the posterior is Beta(1 + S, 1 + F)
     contradict   q_kl is above ½ on hidden questions, more than z deviations below ½ on ordinary ones, and the two
                  differ by more than z deviations of their difference
-    two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them
+    two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them;
+                 a site that is two-faced already remains it as long as the same holds with z = 0
 
 A site that recognises canaries can be right at all of them, and lie at everything else (the attack `off-canary`). It
 cannot agree with honest sites on orders that it turns round. That alone says nothing: sites may differ because they
@@ -20,7 +22,8 @@ place: one honest site that is trusted less than the one liar beside it, or an e
 liars contradict. So by default it tells, and a person decides (`leave_out`). A lie that turns less than half of the
 orders round, such as one answer that is promoted, is not found. Agreement on ordinary questions is that of answers that
 the policy gives, and may fall as the policy learns what only some sites like, or where answers differ in form alone; it
-must fall below chance to count. z is of one look, and it looks after every question.
+must fall below chance to count. z is of one look, and there is one after every step; how often honest sites are named
+in a run, docs/liars.md says.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from typing import Final
 
 import torch
 from torch import Tensor
+
+from accord.routing.robust import flat
 
 SHARE: Final = 0.45
 """Of the trusted sites, those that contradict one that is set aside: a tie is a half, two of five are 0.4."""
@@ -42,14 +47,16 @@ class Contradictions:
         kinds: how many question types there are.
         memory: n, in questions of a type.
         alarm: z.
+        spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
 
     Attributes:
         counts: S and F, `[2, kinds, K, K, 2]`, of ordinary questions first.
     """
 
-    def __init__(self, sites: int, kinds: int, *, memory: float, alarm: float) -> None:
+    def __init__(self, sites: int, kinds: int, *, memory: float, alarm: float, spread: float = 0.0) -> None:
         self.memory = memory
         self.alarm = alarm
+        self.spread = spread
         self.counts = torch.zeros(2, kinds, sites, sites, 2, dtype=torch.double)
 
     def learn(self, kind: int, scores: Tensor, *, hidden: bool) -> None:
@@ -61,27 +68,33 @@ class Contradictions:
             hidden: whether it is a canary.
         """
         i, j = torch.combinations(torch.arange(len(scores))).T
-        order = (scores[i] - scores[j]).sign().nan_to_num().double()  # [pairs, K]
+        order = (scores[i] - scores[j]).sign().nan_to_num().double() * ~flat(scores, self.spread)  # [pairs, K]
         both = order.abs().T @ order.abs()
         share = (order.T @ order / both.clamp(min=1) + 1) / 2
         counts = self.counts[int(hidden), kind]
         new = (1 - 1 / self.memory) * counts + torch.stack([share, 1 - share], dim=-1)
         self.counts[int(hidden), kind] = torch.where(both[..., None] > 0, new, counts)
 
-    def contradict(self, kind: int) -> Tensor:
-        """Return which sites `[K, K]` contradict each other on ordinary questions of a type and not on hidden ones."""
+    def contradict(self, kind: int, alarm: float) -> Tensor:
+        """Return which sites `[K, K]` contradict each other on ordinary questions of a type and not on hidden ones.
+
+        Args:
+            kind: the number of the type.
+            alarm: z.
+        """
         right, wrong = (self.counts[:, kind, ..., i] + 1 for i in range(2))
         mean = right / (right + wrong)
         variance = mean * (1 - mean) / (right + wrong + 1)
-        below = mean[0] + self.alarm * variance[0].sqrt() < 0.5
-        return below & (mean[1] > 0.5) & (mean[1] - mean[0] > self.alarm * variance.sum(dim=0).sqrt())
+        below = mean[0] + alarm * variance[0].sqrt() < 0.5
+        return below & (mean[1] > 0.5) & (mean[1] - mean[0] > alarm * variance.sum(dim=0).sqrt())
 
-    def two_faced(self, kind: int, trust: Tensor) -> Tensor:
+    def two_faced(self, kind: int, trust: Tensor, before: Tensor) -> Tensor:
         """Return which sites `[K]` too many trusted ones contradict on ordinary questions of a type.
 
         Args:
             kind: the number of the type.
             trust: c `[K]` in 0..1.
+            before: which were two-faced at the last look, `[K]`.
         """
-        against = self.contradict(kind).to(trust.dtype) @ trust
-        return against > SHARE * trust.sum()
+        first, still = (self.contradict(kind, z).to(trust.dtype) @ trust > SHARE * trust.sum() for z in (self.alarm, 0))
+        return torch.where(before, still, first)

@@ -15,7 +15,7 @@ With `privacy.router` the same entry of the ledger pays for the site's steps on 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from accord.federation.site import SiteRecord
 from accord.models.load import PREFIX, locate
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
+from accord.rewards.accounting import epsilon_of
 from accord.rewards.certificate import Certificate, Uncovered, Way
 from accord.rewards.model import RewardModel, checkpoint_fingerprint
 from accord.rewards.noise import SecretNoise, new_key
@@ -54,12 +55,46 @@ _TRIED = 16
 """Pairs of the batch on which a model is tried before it is paid for."""
 
 
+@dataclass(frozen=True)
+class Spending:
+    """What a site's data have paid, and for what: as `accord site status` says it."""
+
+    certificate: Certificate  # of the model that answers
+    budget: float  # ε that the recipe allows; 0 where it has no `privacy` any more
+    ledger: Path
+    epsilon: float  # of all that the ledger has, at the certificate's δ
+    router_taken: int  # of the certificate's steps on the router
+
+
 def ledger_of(job: Job, name: str) -> Path:
     """Return the file of what a site's data have paid."""
-    privacy = job.site(name).privacy
-    if privacy and privacy.ledger:
-        return Path(privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
-    return (job.main or job.path).resolve() / "privacy" / f"{name}.json"
+    return _ledger(job.site(name), job.main or job.path)
+
+
+def _ledger(site: SiteConfig, folder: Path) -> Path:
+    if site.privacy and site.privacy.ledger:
+        return Path(site.privacy.ledger).expanduser().resolve()  # a link is another name of the same ledger
+    return folder.resolve() / "privacy" / f"{site.name}.json"
+
+
+def spending_of(site: SiteConfig, folder: Path) -> Spending | None:
+    """Return what a site has paid; None where its model has no certificate.
+
+    Args:
+        site: as its recipe has it.
+        folder: of the site, or of the run in which it was trained.
+
+    Raises:
+        RunError: its card or its ledger cannot be read.
+    """
+    card = _read_card(folder, site.name)
+    if card is None or card.privacy is None:
+        return None
+    proof, ledger = card.privacy, _ledger(site, folder)
+    entries = read_entries(ledger)
+    taken = sum(each.router_taken or 0 for each in entries if each.id == proof.id)
+    whole = epsilon_of([each for entry in entries for each in entry.mechanisms], proof.delta)
+    return Spending(proof, site.privacy.epsilon if site.privacy else 0.0, ledger, whole, taken)
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -211,7 +246,11 @@ def has_certificate(job: Job, name: str) -> bool:
 
 
 def _card(job: Job, name: str) -> SiteRecord | None:
-    file = job.path / "sites" / name / "card.json"
+    return _read_card(job.path, name)
+
+
+def _read_card(folder: Path, name: str) -> SiteRecord | None:
+    file = folder / "sites" / name / "card.json"
     return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
 
