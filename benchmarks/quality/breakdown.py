@@ -64,6 +64,7 @@ from accord.types import Prompt, Question, prompt_of
 METHODS = (
     *("average", "median", "trimmed-mean", "minimum", "routed", "routed-soft", "fedgrpo-reward-all"),
     *("rank-mean", "rank-median", "rank-trimmed", "canary", "canary-mean", "canary-routed"),
+    *("canary-average", "canary-routed-soft"),
 )
 
 KNOWN = tuple(name for name in ATTACKS if name != "poison")

@@ -12,6 +12,7 @@ liars gone. What is measured is kept, and the same command goes on where it stop
     <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, %, mean over seeds ± half its 95 % t-interval
 
     python benchmarks/quality/liars.py --canaries     how many canaries find a liar, and how often an alarm is false
+    python benchmarks/quality/liars.py --contradictions     the same of sites that others contradict, by simulation
 """
 
 import argparse
@@ -42,7 +43,7 @@ from accord.pipeline.cells import cells_of, in_domain
 from accord.pipeline.comparison import compare
 from accord.recipe import Recipe
 from accord.recipe_file import dump_recipe, import_methods, load_recipe, renewed
-from accord.routing.canaries import alarms
+from accord.routing.canaries import CanaryConfig, Trust, alarms
 from accord.runs import Run, something_done, write_atomic
 from accord.stages.job import Job, open_job
 from accord.stages.routing import train_router, train_sites
@@ -198,6 +199,71 @@ def canaries_needed() -> str:
     return markdown_table(["a site that", "ranks right", *(f"{n} canaries" for n in counts)], lines)
 
 
+RUNS, STEPS, ORDINARY = 200, 120, 12
+"""Simulated runs; steps of each; ordinary questions of a type in a step, beside one hidden question."""
+
+
+def named(hidden: Sequence[float], ordinary: Sequence[float], *, seed: int = 0) -> list[tuple[bool, int]]:
+    """Simulate runs of one question type; return of each whether it named an honest site, and when all liars were.
+
+    A site that ranks ordinary questions right less than half of the time is a liar here.
+
+    Args:
+        hidden: how often each site ranks a hidden question right, `[K]`; every answer of another in its place.
+        ordinary: the same of ordinary questions.
+        seed: of the draws.
+
+    Returns:
+        For each run a flag, and the first step after which every liar is named; 0 for never, or for no liar.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rates = torch.tensor([hidden, *[ordinary] * ORDINARY])
+    liars = torch.tensor(ordinary) < 0.5
+    found = []
+    for _ in range(RUNS):
+        trust = Trust([str(k) for k in range(len(hidden))], ["a type"], CanaryConfig())
+        honest_named, all_named = False, 0
+        for step in range(1, STEPS + 1):
+            right = torch.rand(rates.shape, generator=generator) < rates
+            for k, share in enumerate(right[0].double().tolist()):
+                trust.learn(str(k), "a type", share)
+            for n, row in enumerate(right.double()):
+                trust.compare("a type", torch.stack([row, 1 - row]), hidden=n == 0)
+            trust.find_two_faced()
+            who = trust.two_faced[:, 1]
+            honest_named |= bool((who & ~liars).any())
+            if not all_named and liars.any() and bool(who[liars].all()):
+                all_named = step
+        found.append((honest_named, all_named))
+    return found
+
+
+def contradictions_named() -> str:
+    """Return the table of docs/liars.md: how often an honest site is named, and how soon one that knows canaries."""
+    lines = []
+    for about, right, elsewhere, liars in (
+        ("nobody lies, right half of the time", 0.5, 0.5, 0),
+        ("nobody lies, right at 75 %", 0.75, 0.75, 0),
+        ("nobody lies, right at 90 % of hidden ones and half of the others", 0.9, 0.5, 0),
+        ("one flips ordinary ones, the others right at 75 %", 0.75, 0.75, 1),
+        ("one flips ordinary ones, the others right at 90 %", 0.9, 0.9, 1),
+        ("two flip ordinary ones, the others right at 75 %", 0.75, 0.75, 2),
+        ("two flip ordinary ones, the others right at 90 %", 0.9, 0.9, 2),
+    ):
+        for sites in (3, 5):
+            if 2 * liars >= sites:
+                continue
+            honest = sites - liars
+            runs = named([1.0] * liars + [right] * honest, [1 - elsewhere] * liars + [elsewhere] * honest)
+            when = sorted(step for _, step in runs if step)
+            median = str(when[len(when) // 2]) if 2 * len(when) > len(runs) else "–"
+            shares = [sum(flag for flag, _ in runs), sum(0 < step <= STEPS for _, step in runs)]
+            told = [f"{100 * share / len(runs):.3g} %" for share in shares]
+            lines.append([about, str(sites), told[0], told[1] if liars else "", median if liars else ""])
+    heads = ["sites that", "sites", "an honest one is named", "all liars are named", "after steps, median"]
+    return markdown_table(heads, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?")
@@ -211,12 +277,16 @@ def main() -> None:
     parser.add_argument("--trigger", default="shape", help="words of the questions where the attack trigger lies")
     parser.add_argument("--out", type=Path, default=Path("runs/liars"))
     parser.add_argument("--canaries", action="store_true", help="print the table of canaries and alarms instead")
+    parser.add_argument("--contradictions", action="store_true", help="print the table of contradicted sites instead")
     options = parser.parse_args()
-    if options.canaries or options.recipe is None or options.trained is None:
-        print(canaries_needed() if options.canaries else parser.format_help())
-        return
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DataWarning)  # of sites that are absent or set aside, at every step
+    if options.canaries or options.contradictions:
+        print(canaries_needed() if options.canaries else contradictions_named())
+        return
+    if options.recipe is None or options.trained is None:
+        print(parser.format_help())
+        return
     base, methods = import_methods(load_recipe(options.recipe)), options.methods.split(",")
     check_methods(base, methods)
     attacks = options.attacks.split(",")

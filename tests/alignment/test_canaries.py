@@ -17,7 +17,7 @@ from accord.federation.messages import ScoreItem, ScoreRange, ScoreReply, image_
 from accord.models.generate import answer
 from accord.recipe import Policy
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
-from accord.routing.robust import Ranks
+from accord.routing.robust import Ranks, deviations
 from accord.runs import read_lines
 from accord.stages.alignment import remembered, run_grpo
 from accord.stages.routing import constant_router
@@ -61,8 +61,8 @@ def canaries(square, count=200, **settings):
     return Canaries(pool, SITES, CanaryConfig(**settings), key=0)
 
 
-def defended(engine, known, rule="median"):
-    per_group = PerGroup(Ranks(rule, 0.02), cap=0.5)
+def defended(engine, known, rule="median", fuse=None):
+    per_group = PerGroup(fuse or Ranks(rule, 0.02), cap=0.5)
     router = constant_router([0.2] * 5)
     return FederatedReward(
         engine, router, mode="soft", scope="prompt", per_group=per_group, scores=RANGE, canaries=known
@@ -94,6 +94,18 @@ def test_canaries_find_a_majority_of_liars(square):
     assert log["influence/a"] == 0
     off = ask(defended(federation(Attack("flip"), 3), None))
     assert off == approx([1, 1 / 3, -1 / 3, -1])
+
+
+def test_scores_weighted_by_trust_leave_liars_out_too(square):
+    """Of the two honest sites' scores each is as far from their mean as the mean reward is; unwatched, liars win."""
+    known = canaries(square, per_step=4)
+    reward = defended(federation(Attack("flip"), 3), known, fuse=deviations)
+    for step in range(5):
+        last = ask(reward, step=step)
+    honest = ask(defended(federation(Attack("flip"), 0), None, fuse=deviations))
+    assert last == approx(honest) and last[0] < last[1] < last[2] < last[3]
+    off = ask(defended(federation(Attack("flip"), 3), None, fuse=deviations))
+    assert off[0] > off[1] > off[2] > off[3]
 
 
 def test_sites_that_recognise_every_hidden_question_are_found(square):

@@ -51,6 +51,7 @@ VARIANTS = {
     *("fedgrpo-all", "fedgrpo-reward-random", "fedgrpo-reward-all", "fedgrpo-literal", "fedgrpo-halves"),
     *("fedgrpo-reward-1-expert", "fedgrpo-reward-3-experts", "fedgrpo-reward-5-nearest", "fedgrpo-reward-50-nearest"),
     *("fedgrpo-reward", "fedit-fedprox", "rank-median", "rank-trimmed", "canary-mean"),
+    *("canary-average", "canary-routed-soft"),
     *("routed-disco-labels", "routed-dr-grpo", "routed-dapo", "routed-bnpo", "routed-ratio", "routed-late-plain"),
     *("density-abstain", "density-average", "routed-average", "shared-head"),
 }

@@ -11,7 +11,7 @@ from torch import tensor
 
 from accord.errors import RecipeError
 from accord.routing.fusion import group_relative
-from accord.routing.robust import Ranks, RobustConfig, VarianceGate, capped, flat, ranks, weighted_median
+from accord.routing.robust import Ranks, RobustConfig, VarianceGate, capped, deviations, flat, ranks, weighted_median
 
 NAN = math.nan
 
@@ -52,6 +52,16 @@ def test_t4_without_ranks_a_scale_decides():
     flip[:, 0] *= -1
     assert torch.equal(Ranks()(lie, even(lie)), Ranks()(flip, even(flip)))
     assert Ranks()(lie, even(lie)).argmax() == 2 and lie.mean(dim=1).argmax() == 0
+
+
+def test_deviations_by_hand():
+    """A site's level over the group is no opinion, its scale is one; an absent site counts nowhere."""
+    scores = tensor([[1.0, 10.0, NAN], [0.0, 10.5, NAN], [-1.0, 11.0, NAN]])
+    weights = tensor([3.0, 1.0, 9.0]).expand(3, 3)
+    assert deviations(scores, weights).tolist() == approx([(3 - 0.5) / 4, 0, (-3 + 0.5) / 4])
+    assert deviations(scores, weights * tensor([0.0, 1, 1])).tolist() == approx([-0.5, 0, 0.5])
+    rewards, shares = capped(deviations, [(scores, weights)], 0.5)
+    assert all(reward.isfinite().all() for reward in rewards) and shares.argmax() == 0 and shares[2] == 0
 
 
 def test_t5_a_near_constant_site_has_no_vote():

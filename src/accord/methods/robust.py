@@ -4,6 +4,7 @@
     canary                                  all sites, the median of their ranks weighted by trust
     canary-mean                             the mean in its place: more pull for a liar that has not been found yet
     canary-routed                           the median weighted by the client-id router's weights times trust
+    canary-average, canary-routed-soft      the mean of scores, not ranks: average and routed-soft, weighted by trust
 
 The rules and the cap on one site's influence are `accord.routing.robust`, canaries and trust `accord.routing.canaries`.
 Their pool is the server's labelled questions of the types that the alignment asks, but for the anchors and FedGRPO's
@@ -23,7 +24,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from accord.alignment.reward import FederatedReward, PerGroup
 from accord.data.negatives import NegativeMix
@@ -38,7 +39,7 @@ from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
 from accord.routing.asked import reserve
 from accord.routing.canaries import Canaries, Canary, CanaryConfig, Trust, kinds_of
-from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule
+from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule, deviations
 from accord.routing.router import LearnedRouter, Router
 from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
@@ -59,18 +60,18 @@ class Defence:
     """How sites are heard.
 
     Attributes:
-        rule: what becomes of their ranks.
+        rule: what becomes of their ranks; "deviations" takes scores in their place.
         canaries: whether hidden questions tell whom to trust.
         routed: whether the client-id router's weights count besides; else all sites count alike.
     """
 
-    rule: Rule = "mean"
+    rule: Rule | Literal["deviations"] = "mean"
     canaries: bool = False
     routed: bool = False
 
 
 def robust(job: Job, stage: str, *, defence: Defence) -> Aligned:
-    """Align by the fused ranks; their scale is a step's and not each group's (`accord.routing.robust`)."""
+    """Align by the fused ranks or scores; their scale is a step's and not each group's (`accord.routing.robust`)."""
     known = canaries_of(job, stage) if defence.canaries else None
     settings = replace(job.recipe.alignment, scale_rewards="batch")
     return run_grpo(
@@ -96,8 +97,8 @@ def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedRewa
     router: Router = constant_router([1 / count] * count)
     if defence.routed:
         router = LearnedRouter(job.encoder, trained_router(job))
-    ranks = Ranks(defence.rule, _spread(job.recipe))
-    per_group = PerGroup(ranks, size=job.recipe.alignment.group_size, cap=ROBUST.of(job.recipe).cap)
+    fuse = deviations if defence.rule == "deviations" else Ranks(defence.rule, _spread(job.recipe))
+    per_group = PerGroup(fuse, size=job.recipe.alignment.group_size, cap=ROBUST.of(job.recipe).cap)
     return federated_reward(job, router, mode="soft", scope="prompt", per_group=per_group, canaries=known)
 
 
@@ -273,5 +274,12 @@ METHODS: Final = {
     "canary-mean": _method(Defence("mean", canaries=True), "the same with the mean"),
     "canary-routed": _method(
         Defence("median", canaries=True, routed=True), "as canary, times the weights of the client-id router"
+    ),
+    "canary-average": _method(
+        Defence("deviations", canaries=True), "the mean of all scores, weighted by what hidden questions tell of a site"
+    ),
+    "canary-routed-soft": _method(
+        Defence("deviations", canaries=True, routed=True),
+        "as canary-average, times the weights of the client-id router",
     ),
 }

@@ -4,6 +4,7 @@
     gate    v_ik = 0 where the deviation of s_·k is below d                     an opinion on nothing
     mean    R_i = Σ_k α_k v_ik / Σ_k α_k
     median, trimmed mean of the v_ik of the sites that are not gated
+    deviations    R_i = Σ_k α_k (s_ik − mean_j s_jk) / Σ_k α_k                  no ranks: a score keeps its size
     part    B_ik = (A_i − A_i^(−k)) / max(1, Σ_l Σ_i |A_i − A_i^(−l)| / Σ_i |A_i|)      of site k in a step
     cap     A_i ← A_i − Σ_k (1 − min(1, κ / c_k)) B_ik,   c_k = Σ_i |B_ik| / Σ_i |A_i|
 
@@ -18,9 +19,12 @@ influence on the step, whatever the rule, and a metric of every step. Where seve
 parts would add up to more than there is; they are scaled down to that, for else the cap would turn the step round. A
 site that judges alone has c_k = 1.
 
-Ranks lose how much better an answer is. So rewards are divided by one deviation a step (TRL's `scale_rewards="batch"`)
-and not by each group's own, which would give a group where sites contradict each other the weight of one where they
-agree.
+Ranks lose how much better an answer is, and where nobody lies that costs more than canaries do (docs/liars.md).
+Deviations keep it: a liar that canaries have not found yet pulls as far there as the agreed range lets it.
+
+Either way a reward is large where sites agree. So rewards are divided by one deviation a step (TRL's
+`scale_rewards="batch"`) and not by each group's own, which would give a group where sites contradict each other the
+weight of one where they agree.
 
 Sources: the median and the trimmed mean under Byzantine faults, Yin et al. 2018, arXiv 1803.01498; ranks in their place
 are ours. No rule here knows who is right: a majority of liars wins, and one specialist is outvoted. For that there are
@@ -130,6 +134,16 @@ class Ranks:
 
 
 _ORDER: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"median": weighted_median, "trimmed": trimmed_mean}
+
+
+def deviations(scores: Tensor, weights: Tensor) -> Tensor:
+    """Return rewards `[G]`: the weighted mean of what each site's scores are above its own mean of the group.
+
+    Args:
+        scores: `[G, K]`, NaN where a site is absent.
+        weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
+    """
+    return mixture(scores - scores.nanmean(dim=0), weights)
 
 
 UNCLIPPED: Final = 4.0
