@@ -17,7 +17,7 @@ from accord.federation.messages import ScoreItem, ScoreRange, ScoreReply, image_
 from accord.models.generate import answer
 from accord.recipe import Policy
 from accord.routing.canaries import Canaries, Canary, CanaryConfig
-from accord.routing.robust import Ranks, deviations
+from accord.routing.robust import Deviations, Ranks
 from accord.runs import read_lines
 from accord.stages.alignment import remembered, run_grpo
 from accord.stages.routing import constant_router
@@ -97,14 +97,14 @@ def test_canaries_find_a_majority_of_liars(square):
 
 
 def test_scores_weighted_by_trust_leave_liars_out_too(square):
-    """Of the two honest sites' scores each is as far from their mean as the mean reward is; unwatched, liars win."""
+    """The reward is then that of honest sites alone; unwatched, the three liars win."""
     known = canaries(square, per_step=4)
-    reward = defended(federation(Attack("flip"), 3), known, fuse=deviations)
+    reward = defended(federation(Attack("flip"), 3), known, fuse=Deviations(0.02))
     for step in range(5):
         last = ask(reward, step=step)
-    honest = ask(defended(federation(Attack("flip"), 0), None, fuse=deviations))
+    honest = ask(defended(federation(Attack("flip"), 0), None, fuse=Deviations(0.02)))
     assert last == approx(honest) and last[0] < last[1] < last[2] < last[3]
-    off = ask(defended(federation(Attack("flip"), 3), None, fuse=deviations))
+    off = ask(defended(federation(Attack("flip"), 3), None, fuse=Deviations(0.02)))
     assert off[0] > off[1] > off[2] > off[3]
 
 

@@ -39,7 +39,7 @@ from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
 from accord.routing.asked import reserve
 from accord.routing.canaries import Canaries, Canary, CanaryConfig, Trust, kinds_of
-from accord.routing.robust import UNCLIPPED, Ranks, RobustConfig, Rule, deviations
+from accord.routing.robust import UNCLIPPED, Deviations, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
 from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
@@ -97,7 +97,8 @@ def _reward(job: Job, defence: Defence, known: Canaries | None) -> FederatedRewa
     router: Router = constant_router([1 / count] * count)
     if defence.routed:
         router = LearnedRouter(job.encoder, trained_router(job))
-    fuse = deviations if defence.rule == "deviations" else Ranks(defence.rule, _spread(job.recipe))
+    spread = _spread(job.recipe)
+    fuse = Deviations(spread) if defence.rule == "deviations" else Ranks(defence.rule, spread)
     per_group = PerGroup(fuse, size=job.recipe.alignment.group_size, cap=ROBUST.of(job.recipe).cap)
     return federated_reward(job, router, mode="soft", scope="prompt", per_group=per_group, canaries=known)
 

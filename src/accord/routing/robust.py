@@ -4,7 +4,7 @@
     gate    v_ik = 0 where the deviation of s_·k is below d                     an opinion on nothing
     mean    R_i = Σ_k α_k v_ik / Σ_k α_k
     median, trimmed mean of the v_ik of the sites that are not gated
-    deviations    R_i = Σ_k α_k (s_ik − mean_j s_jk) / Σ_k α_k                  no ranks: a score keeps its size
+    deviations    R_i = D_i / max(d, deviation of D),  D_i = Σ_k α_k (s_ik − mean_j s_jk) / Σ_k α_k
     part    B_ik = (A_i − A_i^(−k)) / max(1, Σ_l Σ_i |A_i − A_i^(−l)| / Σ_i |A_i|)      of site k in a step
     cap     A_i ← A_i − Σ_k (1 − min(1, κ / c_k)) B_ik,   c_k = Σ_i |B_ik| / Σ_i |A_i|
 
@@ -20,11 +20,11 @@ parts would add up to more than there is; they are scaled down to that, for else
 site that judges alone has c_k = 1.
 
 Ranks lose how much better an answer is, and where nobody lies that costs more than canaries do (docs/liars.md).
-Deviations keep it: a liar that canaries have not found yet pulls as far there as the agreed range lets it.
+Deviations keep it within a group: a liar that canaries have not found yet pulls as far there as the agreed range lets
+it. Between groups scores are of no one size, as those of a sigmoid that is near 0, so that each group has its own.
 
-Either way a reward is large where sites agree. So rewards are divided by one deviation a step (TRL's
-`scale_rewards="batch"`) and not by each group's own, which would give a group where sites contradict each other the
-weight of one where they agree.
+With ranks a reward is large where sites agree. So rewards are divided by one deviation a step (TRL's
+`scale_rewards="batch"`), and no group where sites contradict each other gets the weight of one where they agree.
 
 Sources: the median and the trimmed mean under Byzantine faults, Yin et al. 2018, arXiv 1803.01498; ranks in their place
 are ours. No rule here knows who is right: a majority of liars wins, and one specialist is outvoted. For that there are
@@ -65,11 +65,16 @@ def ranks(scores: Tensor) -> Tensor:
 def flat(scores: Tensor, spread: float) -> Tensor:
     """Return of which sites `[K]` the scores `[G, K]` deviate by less than `spread`; those of a site absent do not.
 
-    The deviation is the sample's (divisor n − 1), and one score alone has none.
+    One score alone has no deviation.
     """
-    there = (~scores.isnan()).sum(dim=0)
-    squares = (scores - scores.nanmean(dim=0)).square().nansum(dim=0)
-    return ((squares / (there - 1).clamp(min=1)).sqrt() < spread) & (there > 0)
+    return (deviation(scores) < spread) & ~scores.isnan().all(dim=0)
+
+
+def deviation(values: Tensor) -> Tensor:
+    """Return the deviation of each column of `[G, …]` over what is there: the sample's, 0 of one value or none."""
+    there = (~values.isnan()).sum(dim=0)
+    squares = (values - values.nanmean(dim=0)).square().nansum(dim=0)
+    return (squares / (there - 1).clamp(min=1)).sqrt()
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
@@ -136,14 +141,25 @@ class Ranks:
 _ORDER: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {"median": weighted_median, "trimmed": trimmed_mean}
 
 
-def deviations(scores: Tensor, weights: Tensor) -> Tensor:
-    """Return rewards `[G]`: the weighted mean of what each site's scores are above its own mean of the group.
+@dataclass(frozen=True)
+class Deviations:
+    """The weighted mean of what each site's scores are above its own mean of the group, in deviations of that mean.
 
-    Args:
-        scores: `[G, K]`, NaN where a site is absent.
-        weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
+    Attributes:
+        spread: the least deviation that it is divided by, in units of a score.
     """
-    return mixture(scores - scores.nanmean(dim=0), weights)
+
+    spread: float
+
+    def __call__(self, scores: Tensor, weights: Tensor) -> Tensor:
+        """Return rewards `[G]`, NaN where nobody answered.
+
+        Args:
+            scores: `[G, K]`, NaN where a site is absent.
+            weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
+        """
+        fused = mixture(scores - scores.nanmean(dim=0), weights)
+        return fused / deviation(fused).clamp(min=max(self.spread, 1e-9))
 
 
 UNCLIPPED: Final = 4.0
