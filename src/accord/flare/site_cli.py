@@ -246,8 +246,9 @@ def _paid(folder: Path, name: str) -> str:
     from accord.recipe_file import load_recipe  # takes seconds
     from accord.stages.private import spending_of
 
-    spent = spending_of(next(site for site in load_recipe(folder / "recipe.toml").sites if site.name == name), folder)
-    assert spent is not None
+    site = next((site for site in load_recipe(folder / "recipe.toml").sites if site.name == name), None)
+    if site is None or (spent := spending_of(site, folder)) is None:
+        return f"not known: {folder / 'recipe.toml'} has no site {name}"
     proof = spent.certificate
     words = f"ε = {spent.epsilon:.3g} of {spent.budget:.3g} spent" if spent.budget else f"ε = {spent.epsilon:.3g} spent"
     words += f" at δ = {proof.delta:g}, for every {proof.unit}; this model's training {proof.epsilon:.3g}"
