@@ -221,7 +221,7 @@ def named(hidden: Sequence[float], ordinary: Sequence[float], *, seed: int = 0) 
     liars = torch.tensor(ordinary) < 0.5
     found = []
     for _ in range(RUNS):
-        trust = Trust([str(k) for k in range(len(hidden))], ["a type"], CanaryConfig())
+        trust = Trust([str(k) for k in range(len(hidden))], ["a type"], CanaryConfig())  # every order is an opinion
         honest_named, all_named = False, 0
         for step in range(1, STEPS + 1):
             right = torch.rand(rates.shape, generator=generator) < rates
@@ -255,10 +255,10 @@ def contradictions_named() -> str:
                 continue
             honest = sites - liars
             runs = named([1.0] * liars + [right] * honest, [1 - elsewhere] * liars + [elsewhere] * honest)
-            when = sorted(step for _, step in runs if step)
-            median = str(when[len(when) // 2]) if 2 * len(when) > len(runs) else "–"
-            shares = [sum(flag for flag, _ in runs), sum(0 < step <= STEPS for _, step in runs)]
+            when = sorted(step or STEPS + 1 for _, step in runs)[len(runs) // 2]
+            shares = [sum(flag for flag, _ in runs), sum(step > 0 for _, step in runs)]
             told = [f"{100 * share / len(runs):.3g} %" for share in shares]
+            median = str(when) if when <= STEPS else "–"
             lines.append([about, str(sites), told[0], told[1] if liars else "", median if liars else ""])
     heads = ["sites that", "sites", "an honest one is named", "all liars are named", "after steps, median"]
     return markdown_table(heads, lines)

@@ -32,9 +32,10 @@ from accord.pipeline import train_site
 from accord.recipe import Source
 from accord.recipe_file import dump_recipe, load_recipe
 from accord.rewards import spending
-from accord.rewards.accounting import Mechanism
+from accord.rewards.accounting import Mechanism, epsilon_of
 from accord.rewards.model import RewardModel
 from accord.rewards.private import Privacy, Sigmas
+from accord.rewards.spending import read_entries
 from accord.routing.router import RouterNetwork
 from accord.runs import Run
 from accord.stages.job import Job
@@ -443,8 +444,17 @@ def test_the_status_page(site):
 
 
 def test_the_status_says_what_privacy_is_spent(site, monkeypatch):
-    """Two trainings are in the ledger, of which the second made the model; 12 of its 20 paid steps are taken."""
-    assert "no guarantee: the reward model of colour was trained without privacy" in page("status", site)[1]
+    """Two trainings are in the ledger, of which the second made the model; 12 of its 20 paid steps are taken.
+
+    What is not known is no 0, and what was spent on a model that is gone is spent.
+    """
+
+    def row():
+        status, text = page("status", site)
+        assert status == 0 and "bytes that left" in text
+        return " ".join(text[text.index("privacy") :].split())
+
+    assert row() == "privacy of colour no guarantee: the reward model was trained without privacy"
     monkeypatch.setattr(spending, "calibrate", lambda *_: Sigmas(gradient=2.0, projection=0.0, standardisation=40.0))
     monkeypatch.setattr(spending, "router_mechanism", lambda *_: Mechanism(4.0, 0.1, 20))
     privacy = Privacy(epsilon=8.0, steps=10, dimensions=0, router=0.1)
@@ -453,18 +463,20 @@ def test_the_status_says_what_privacy_is_spent(site, monkeypatch):
     entry = spending.spend(ledger, privacy, "now", router_steps=20)
     spending.pay(ledger, entry.id, 12, 0)
     proof = spending.certify(ledger, privacy, entry, uncovered=("counts", "other training"))
+    spent = f"ε = {proof.total:.3g} spent at δ = 1e-06, for every pair;"
+    assert row().startswith(f"privacy of colour {spent} no guarantee: the model has no certificate; ledger")
     card = site / "sites" / "colour" / "card.json"
     card.write_bytes(msgspec.json.encode({**json.loads(card.read_bytes()), "privacy": proof}))
-    text = " ".join(page("status", site)[1].split())
-    told = (
-        f"at δ = 1e-06, for every pair; this model's training {proof.epsilon:.3g}; 12 of 20 steps on the router taken"
-    )
-    assert f"privacy ε = {proof.total:.3g} spent {told}; ledger {ledger}" in text and proof.total > proof.epsilon
+    own = f"this model's training {proof.epsilon:.3g}; 12 of 20 steps on the router taken"
+    assert proof.total > proof.epsilon and row().startswith(f"privacy of colour {spent} {own}; ledger")
     recipe = site / "recipe.toml"
     head = '[[sites]]\nname = "colour"\n'
     assert head in recipe.read_text()
-    recipe.write_text(recipe.read_text().replace(head, f"{head}privacy = {{ epsilon = 8 }}\n"))
-    assert f"ε = {proof.total:.3g} of 8 spent" in page("status", site)[1]
+    recipe.write_text(recipe.read_text().replace(head, f"{head}privacy = {{ epsilon = 8, delta = 1e-3 }}\n"))
+    looser = epsilon_of([each for one in read_entries(ledger) for each in one.mechanisms], 1e-3)
+    assert looser < proof.total and row().startswith(f"privacy of colour ε = {looser:.3g} of 8 spent at δ = 0.001,")
+    ledger.rename(site / "elsewhere.json")
+    assert row().startswith("privacy not known: ") and f"does not have the training {proof.id}" in row()
 
 
 def test_the_live_page_holds_no_marks_of_its_own(kit, site):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from pytest import approx
 from safetensors.torch import save
 
 from accord.alignment.grpo import AlignmentConfig
@@ -180,6 +181,13 @@ def test_a_type_of_two_domains_is_told(open_run):
         canaries_of(work)
     with open_run("other", domain=lambda n: ("rooms", "shapes")[n % 2]) as work:
         canaries_of(work)  # a type of its own for each: warnings are errors
+
+
+def test_sites_are_compared_by_the_opinions_that_ranks_have(open_run):
+    """1 % of the agreed range, in both."""
+    with open_run() as work:
+        scores = work.recipe.scores
+        assert canaries_of(work).trust.between.spread == approx(0.01 * (scores.high - scores.low))
 
 
 def test_whom_an_alignment_trusted_is_read_from_what_it_kept(open_run):

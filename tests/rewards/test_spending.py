@@ -57,7 +57,7 @@ def test_the_same_training_goes_on_at_no_price_until_it_is_settled(ledger, quick
 def test_a_budget_that_is_spent_is_told_with_its_ledger(ledger):
     """Which file has which training, so that its owner can look."""
     first = spend(ledger, PRIVACY, "pairs")
-    with pytest.raises(RecipeError, match=rf"is spent, too little .* \(the ledger {ledger} has {first.id}\)"):
+    with pytest.raises(RecipeError, match=rf"is spent, too little .* \(paid in {ledger}: {first.id}\)"):
         spend(ledger, PRIVACY, "others")
     assert read_entries(ledger) == (first,)
 

@@ -57,13 +57,14 @@ def test_t4_without_ranks_a_scale_decides():
 def test_deviations_by_hand():
     """A site's level over the group is no opinion, its scale is one; an absent site counts nowhere.
 
-    Of D = 5/8, 0, −5/8 the deviation is 5/8, and of D = −½, 0, ½ it is ½; below `spread` that is the divisor.
+    Of D = 5/8, 0, −5/8 the deviation is 5/8, and of D = −½, 0, ½ it is ½; below `spread` that is the divisor. A flat
+    site keeps its weight, and has no opinion.
     """
     scores = tensor([[1.0, 10.0, NAN], [0.0, 10.5, NAN], [-1.0, 11.0, NAN]])
     weights = tensor([3.0, 1.0, 9.0]).expand(3, 3)
     assert Deviations(0.01)(scores, weights).tolist() == approx([1, 0, -1])
     assert Deviations(0.01)(scores, weights * tensor([0.0, 1, 1])).tolist() == approx([-1, 0, 1])
-    assert Deviations(2.5)(scores, weights).tolist() == approx([0.25, 0, -0.25])
+    assert Deviations(0.9)(scores, weights).tolist() == approx([0.75 / 0.9, 0, -0.75 / 0.9])  # the second is flat
     assert Deviations(0.0)(torch.ones(3, 2), torch.ones(3, 2)).tolist() == [0, 0, 0]
     assert Deviations(0.1)(scores * NAN, weights).isnan().all()
     rewards, shares = capped(Deviations(0.01), [(scores, weights)], 0.5)

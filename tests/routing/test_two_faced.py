@@ -125,6 +125,27 @@ def test_who_has_no_opinion_contradicts_nobody():
         assert named(between, 1, torch.ones(3)).tolist() == [found, False, False]
 
 
+def test_small_scores_at_hidden_questions_are_no_way_out():
+    """Trust takes the smallest difference for an order there, and so does the comparison."""
+    between = Contradictions(5, 2, memory=64, alarm=2.33, spread=0.02)
+    for _ in range(30):
+        between.learn(1, told(0.001, 1, 1, 1, 1), hidden=True)
+        between.learn(1, told(-1, 1, 1, 1, 1), hidden=False)
+    assert named(between, 1, torch.ones(5)).tolist() == [True, False, False, False, False]
+
+
+def test_only_sites_that_were_compared_have_a_vote():
+    """Two of five never answer: a newcomer's trust of theirs is no word for the liar."""
+    between = seen([1, 1, 1, torch.nan, torch.nan], [-1, 1, 1, torch.nan, torch.nan])
+    assert named(between, 1, torch.ones(5)).tolist() == [True, False, False, False, False]
+
+
+def test_where_nobody_is_trusted_a_name_stays_as_it_was():
+    between, before = seen([1, 1, 1], [-1, 1, 1]), torch.tensor([True, False, False])
+    assert between.two_faced(1, torch.zeros(3), before).tolist() == [True, False, False]
+    assert not between.two_faced(1, torch.zeros(3), ~before & before).any()
+
+
 def test_trust_sets_such_a_site_aside_tells_it_and_hears_it_again():
     """In that type alone; its estimate by hidden questions is as it was, and a type without any is left as it is."""
     trust = Trust(("a", "b", "c"), ("colour", "shape"), CanaryConfig(leave_out=True))

@@ -2,7 +2,7 @@
 
 accord site check KIT FOLDER     is everything right, and what will leave
 accord site join KIT FOLDER      answer the consortium's requests, until Ctrl-C
-accord site status FOLDER        what was asked so far
+accord site status FOLDER        what was asked so far, and what privacy is spent
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from rich.table import Table
 from rich.text import Text
 
 from accord.errors import AccordError, RunError, printable
-from accord.runs import read_record
 from accord.terminal import hush, say
 
 if TYPE_CHECKING:
     from accord.flare.kit import Kit
     from accord.flare.ledger import By, Entry, Status
+    from accord.stages.private import Spending
 
 
 class Grouping(StrEnum):
@@ -125,14 +125,12 @@ def site_status(
     by: Annotated[Grouping | None, typer.Option("--by", help="what was asked by day (UTC), or by run")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values, by day unless --by says run")] = False,
 ) -> None:
-    """Show what a site was asked so far, and whether it is there."""
+    """Show what a site was asked so far, what privacy it has spent, and whether it is there."""
     from accord.flare.ledger import Sum, read_ledger, status, sums
 
     found = status(folder)
     if by is None and not csv:
-        names = sorted(card.parent.name for card in (folder / "sites").glob("*/card.json"))
-        paid = [("privacy", _paid(folder, name)) for name in names if found.name in ("", name)]
-        Console(highlight=False).print(Group(_page(found), _rows(*paid)))
+        Console(highlight=False).print(Group(_page(found), _rows(*_paid(folder))))
         return
     column: By = "run" if by is Grouping.run else "day"
     table = [(name, *asdict(total).values()) for name, total in sums(read_ledger(folder), column).items()]
@@ -238,22 +236,30 @@ def _page(status: Status) -> Table:
     )
 
 
-def _paid(folder: Path, name: str) -> str:
-    """Return what guarantee a site's model carries, and what is spent of its budget."""
-    card = read_record(folder / "sites" / name / "card.json", dict[str, object], remedy="train the site again")
-    if not (card or {}).get("privacy"):
-        return f"no guarantee: the reward model of {name} was trained without privacy"
-    from accord.recipe_file import load_recipe  # takes seconds
+def _paid(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield of every site of the folder what guarantee its model carries, and what is spent of its budget."""
+    from accord.recipe_file import load_recipe
     from accord.stages.private import spending_of
 
-    site = next((site for site in load_recipe(folder / "recipe.toml").sites if site.name == name), None)
-    if site is None or (spent := spending_of(site, folder)) is None:
-        return f"not known: {folder / 'recipe.toml'} has no site {name}"
-    proof = spent.certificate
+    try:
+        sites = [s for s in load_recipe(folder / "recipe.toml").sites if (folder / "sites" / s.name).is_dir()]
+        for site in sites:
+            yield f"privacy of {site.name}", _guarantee(spending_of(site, folder))
+    except AccordError as error:
+        yield "privacy", f"not known: {error}"
+
+
+def _guarantee(spent: Spending | None) -> str:
+    if spent is None:
+        return "no guarantee: the reward model was trained without privacy"
     words = f"ε = {spent.epsilon:.3g} of {spent.budget:.3g} spent" if spent.budget else f"ε = {spent.epsilon:.3g} spent"
-    words += f" at δ = {proof.delta:g}, for every {proof.unit}; this model's training {proof.epsilon:.3g}"
-    if proof.router_steps:
-        words += f"; {spent.router_taken:,} of {proof.router_steps:,} steps on the router taken"
+    words += f" at δ = {spent.delta:g}, for every {spent.unit}; "
+    if (proof := spent.certificate) is None:
+        words += "no guarantee: the model has no certificate"
+    else:
+        words += f"this model's training {proof.epsilon:.3g}"
+        if proof.router_steps:
+            words += f"; {spent.router_taken:,} of {proof.router_steps:,} steps on the router taken"
     return f"{words}; ledger {spent.ledger}"
 
 

@@ -71,7 +71,7 @@ class Defence:
 
 
 def robust(job: Job, stage: str, *, defence: Defence) -> Aligned:
-    """Align by the fused ranks or scores; their scale is a step's and not each group's (`accord.routing.robust`)."""
+    """Align by the fused ranks or scores; what is fused is divided by a step's deviation (`accord.routing.robust`)."""
     known = canaries_of(job, stage) if defence.canaries else None
     settings = replace(job.recipe.alignment, scale_rewards="batch")
     return run_grpo(

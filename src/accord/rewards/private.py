@@ -44,7 +44,7 @@ RATE = 16.0
 """Step size of the head, where `privacy.learning_rate` is 0."""
 
 EPSILON_AT_MOST = 1000.0
-"""The weakest guarantee that may be asked for; e^20 times as likely already says next to nothing."""
+"""The weakest guarantee that may be asked for: far beyond it nothing is protected, and σ cannot be computed."""
 
 DIMENSIONS_AT_MOST = 65_536
 """The largest k: no model has so many features."""

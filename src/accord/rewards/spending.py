@@ -125,8 +125,9 @@ def spend(path: Path, privacy: Privacy, fingerprint: str, *, router_steps: int =
                 sigmas = calibrate(privacy, before, reserved)
                 mechanisms = [*mechanisms_of(privacy, sigmas), *reserved]
         except RecipeError as error:
-            paid = ", ".join(entry.id for entry in entries) or "no training yet"
-            raise RecipeError(f"{error} (the ledger {path} has {paid})") from error
+            if not entries:
+                raise
+            raise RecipeError(f"{error} (paid in {path}: {', '.join(entry.id for entry in entries)})") from error
         entry = Entry(
             os.urandom(8).hex(),
             fingerprint,

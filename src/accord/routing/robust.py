@@ -4,7 +4,7 @@
     gate    v_ik = 0 where the deviation of s_·k is below d                     an opinion on nothing
     mean    R_i = Σ_k α_k v_ik / Σ_k α_k
     median, trimmed mean of the v_ik of the sites that are not gated
-    deviations    R_i = D_i / max(d, deviation of D),  D_i = Σ_k α_k (s_ik − mean_j s_jk) / Σ_k α_k
+    deviations    R_i = D_i / max(d, deviation of D),  D_i = Σ_k α_k (s_ik − mean_j s_jk) / Σ_k α_k, gated as ranks are
     part    B_ik = (A_i − A_i^(−k)) / max(1, Σ_l Σ_i |A_i − A_i^(−l)| / Σ_i |A_i|)      of site k in a step
     cap     A_i ← A_i − Σ_k (1 − min(1, κ / c_k)) B_ik,   c_k = Σ_i |B_ik| / Σ_i |A_i|
 
@@ -21,10 +21,12 @@ site that judges alone has c_k = 1.
 
 Ranks lose how much better an answer is, and where nobody lies that costs more than canaries do (docs/liars.md).
 Deviations keep it within a group: a liar that canaries have not found yet pulls as far there as the agreed range lets
-it. Between groups scores are of no one size, as those of a sigmoid that is near 0, so that each group has its own.
+it. Between groups scores are of no one size, as those of a sigmoid that is near 0, so that each group is divided by its
+own deviation.
 
-With ranks a reward is large where sites agree. So rewards are divided by one deviation a step (TRL's
-`scale_rewards="batch"`), and no group where sites contradict each other gets the weight of one where they agree.
+The mean of ranks is large where sites agree. So their rewards are divided by one deviation a step (TRL's
+`scale_rewards="batch"`), and no group where sites contradict each other gets the weight of one where they agree. With
+deviations it does.
 
 Sources: the median and the trimmed mean under Byzantine faults, Yin et al. 2018, arXiv 1803.01498; ranks in their place
 are ours. No rule here knows who is right: a majority of liars wins, and one specialist is outvoted. For that there are
@@ -95,7 +97,7 @@ def weighted_median(values: Tensor, weights: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RobustConfig:
-    """How ranks are fused."""
+    """How ranks, or scores in their place, are fused."""
 
     spread: float = 0.01  # deviation, as a share of the agreed range, below which a site has no opinion on a group
     cap: float = 0.5  # largest share of one site in a step; 1 for none
@@ -146,7 +148,7 @@ class Deviations:
     """The weighted mean of what each site's scores are above its own mean of the group, in deviations of that mean.
 
     Attributes:
-        spread: the least deviation that it is divided by, in units of a score.
+        spread: deviation below which a site is flat, and the least that is divided by, in units of a score.
     """
 
     spread: float
@@ -158,7 +160,12 @@ class Deviations:
             scores: `[G, K]`, NaN where a site is absent.
             weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
         """
-        fused = mixture(scores - scores.nanmean(dim=0), weights)
+        above = (
+            (scores - scores.nanmean(dim=0))
+            .masked_fill(flat(scores, self.spread), 0.0)
+            .where(~scores.isnan(), torch.nan)
+        )
+        fused = mixture(above, weights)
         return fused / deviation(fused).clamp(min=max(self.spread, 1e-9))
 
 

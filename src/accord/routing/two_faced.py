@@ -1,13 +1,15 @@
 """Sites that are honest on hidden questions alone: they contradict on ordinary ones those with whom they agree there.
 
     order        +1, 0, −1: which of two answers to a question a site gives the higher score, 0 where both are equal or
-                 where the site has no opinion on the question (`accord.routing.robust.flat`)
+                 where the site has no opinion on an ordinary question (`accord.routing.robust.flat`); on hidden ones
+                 the smallest difference counts, as it does for trust
     q_kl         the share of the pairs of answers, that both sites k and l order, which they order alike
     memory n     S ← (1 − 1/n) S + q,  F ← (1 − 1/n) F + (1 − q)      of every question, for two sites, a type, and
                  hidden or ordinary questions; the posterior is Beta(1 + S, 1 + F)
     contradict   q_kl is above ½ on hidden questions, more than z deviations below ½ on ordinary ones, and the two
                  differ by more than z deviations of their difference
-    two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over the sites that canaries trust, k among them;
+    two-faced    Σ_l c_l [k and l contradict] > 0.45 Σ_l c_l       over k, and the sites whose orders were compared with
+                 its own on both kinds of questions;
                  a site that is two-faced already remains it as long as the same holds with z = 0
 
 A site that recognises canaries can be right at all of them, and lie at everything else (the attack `off-canary`). It
@@ -47,7 +49,7 @@ class Contradictions:
         kinds: how many question types there are.
         memory: n, in questions of a type.
         alarm: z.
-        spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
+        spread: deviation of a site's scores, in units of a score, below which it has no opinion on ordinary questions.
 
     Attributes:
         counts: S and F, `[2, kinds, K, K, 2]`, of ordinary questions first.
@@ -68,7 +70,9 @@ class Contradictions:
             hidden: whether it is a canary.
         """
         i, j = torch.combinations(torch.arange(len(scores))).T
-        order = (scores[i] - scores[j]).sign().nan_to_num().double() * ~flat(scores, self.spread)  # [pairs, K]
+        order = (scores[i] - scores[j]).sign().nan_to_num().double()  # [pairs, K]
+        if not hidden:
+            order *= ~flat(scores, self.spread)
         both = order.abs().T @ order.abs()
         share = (order.T @ order / both.clamp(min=1) + 1) / 2
         counts = self.counts[int(hidden), kind]
@@ -91,10 +95,14 @@ class Contradictions:
     def two_faced(self, kind: int, trust: Tensor, before: Tensor) -> Tensor:
         """Return which sites `[K]` too many trusted ones contradict on ordinary questions of a type.
 
+        Where nobody is trusted it is as it was before.
+
         Args:
             kind: the number of the type.
             trust: c `[K]` in 0..1.
             before: which were two-faced at the last look, `[K]`.
         """
-        first, still = (self.contradict(kind, z).to(trust.dtype) @ trust > SHARE * trust.sum() for z in (self.alarm, 0))
-        return torch.where(before, still, first)
+        compared = self.counts[:, kind].sum(dim=-1).gt(0).all(dim=0).to(trust.dtype)
+        most = SHARE * compared @ trust
+        first, still = (self.contradict(kind, z).to(trust.dtype) @ trust > most for z in (self.alarm, 0))
+        return torch.where(before, still | (most == 0), first)

@@ -28,7 +28,7 @@ from accord.models.load import PREFIX, locate
 from accord.progress import stage_bar
 from accord.recipe import SiteConfig
 from accord.rewards.accounting import epsilon_of
-from accord.rewards.certificate import Certificate, Uncovered, Way
+from accord.rewards.certificate import Certificate, Uncovered, Unit, Way
 from accord.rewards.model import RewardModel, checkpoint_fingerprint
 from accord.rewards.noise import SecretNoise, new_key
 from accord.rewards.private import (
@@ -41,7 +41,7 @@ from accord.rewards.private import (
 )
 from accord.rewards.private_adapter import fresh_model, pair_gradients, private_adapter
 from accord.rewards.private_labels import draw_flips, label_head, randomise, standardisation_of
-from accord.rewards.spending import certify, fingerprint_of, pay, read_entries, settle, spend
+from accord.rewards.spending import Entry, certify, fingerprint_of, pay, read_entries, settle, spend
 from accord.routing.private_fit import Answers, Guarantee
 from accord.runs import read_record
 from accord.stages.agreement import weights_digest
@@ -59,10 +59,12 @@ _TRIED = 16
 class Spending:
     """What a site's data have paid, and for what: as `accord site status` says it."""
 
-    certificate: Certificate  # of the model that answers
+    certificate: Certificate | None  # of the model that answers; None where it has none
     budget: float  # ε that the recipe allows; 0 where it has no `privacy` any more
     ledger: Path
-    epsilon: float  # of all that the ledger has, at the certificate's δ
+    epsilon: float  # of all that the ledger has, at `delta`
+    delta: float  # the recipe's, or where it has none that of the last training
+    unit: Unit
     router_taken: int  # of the certificate's steps on the router
 
 
@@ -78,23 +80,27 @@ def _ledger(site: SiteConfig, folder: Path) -> Path:
 
 
 def spending_of(site: SiteConfig, folder: Path) -> Spending | None:
-    """Return what a site has paid; None where its model has no certificate.
+    """Return what a site has paid; None where its model has no certificate, and its ledger no training.
 
     Args:
         site: as its recipe has it.
         folder: of the site, or of the run in which it was trained.
 
     Raises:
-        RunError: its card or its ledger cannot be read.
+        RunError: its card or its ledger cannot be read, or the ledger lacks what was paid for its model.
     """
-    card = _read_card(folder, site.name)
-    if card is None or card.privacy is None:
-        return None
-    proof, ledger = card.privacy, _ledger(site, folder)
+    card, ledger = _read_card(folder, site.name), _ledger(site, folder)
+    proof = card.privacy if card else None
     entries = read_entries(ledger)
-    taken = sum(each.router_taken or 0 for each in entries if each.id == proof.id)
-    whole = epsilon_of([each for entry in entries for each in entry.mechanisms], proof.delta)
-    return Spending(proof, site.privacy.epsilon if site.privacy else 0.0, ledger, whole, taken)
+    if proof is not None:
+        _check_paid(ledger, entries, proof, folder / "sites" / site.name)
+    if not entries:
+        return None
+    unit, delta = entries[-1].unit, (site.privacy or entries[-1]).delta
+    delta = 0.0 if unit == "label" else delta
+    taken = sum(each.router_taken or 0 for each in entries if proof is not None and each.id == proof.id)
+    whole = epsilon_of([each for entry in entries for each in entry.mechanisms], delta)
+    return Spending(proof, site.privacy.epsilon if site.privacy else 0.0, ledger, whole, delta, unit, taken)
 
 
 def train_private_reward_model(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Certificate:
@@ -229,14 +235,20 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     card, path, folder = _card(job, name), ledger_of(job, name), job.path / "sites" / name
     if card is None or card.privacy is None:
         return None
-    paid = {entry.id: entry.fingerprint for entry in read_entries(path)}
-    if card.privacy.id not in paid:
-        raise RunError(
-            f"{path} does not have the training {card.privacy.id}, by which the model in {folder} was paid for: nobody "
-            "knows what is spent; put the ledger back that has it, or name that one in privacy.ledger, and only where "
-            f"the site's data are others now, remove {folder}"
-        )
-    return card.privacy if paid[card.privacy.id] == fingerprint and (folder / "reward").is_dir() else None
+    paid = _check_paid(path, read_entries(path), card.privacy, folder)
+    return card.privacy if paid.fingerprint == fingerprint and (folder / "reward").is_dir() else None
+
+
+def _check_paid(path: Path, entries: Sequence[Entry], proof: Certificate, folder: Path) -> Entry:
+    """Return the entry of a ledger by which the model in a site's folder was paid for."""
+    for entry in entries:
+        if entry.id == proof.id:
+            return entry
+    raise RunError(
+        f"{path} does not have the training {proof.id}, by which the model in {folder} was paid for: nobody knows what "
+        "is spent; put the ledger back that has it, or name that one in privacy.ledger, and only where the site's data "
+        f"are others now, remove {folder}"
+    )
 
 
 def has_certificate(job: Job, name: str) -> bool:
