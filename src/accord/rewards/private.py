@@ -43,7 +43,7 @@ from accord.types import PreferencePair
 RATE = 16.0
 """Step size of the head, where `privacy.learning_rate` is 0."""
 
-EPSILON_AT_MOST = 1000.0
+EPSILON_AT_MOST = 10_000.0
 """The weakest guarantee that may be asked for: far beyond it nothing is protected, and σ cannot be computed."""
 
 DIMENSIONS_AT_MOST = 65_536
