@@ -160,12 +160,10 @@ class Deviations:
             scores: `[G, K]`, NaN where a site is absent.
             weights: `[G, K]`, non-negative; a site of weight 0 is not heard.
         """
-        above = (
-            (scores - scores.nanmean(dim=0))
-            .masked_fill(flat(scores, self.spread), 0.0)
-            .where(~scores.isnan(), torch.nan)
-        )
-        fused = mixture(above, weights)
+        return VarianceGate(self._fuse, self.spread)(scores, weights)
+
+    def _fuse(self, scores: Tensor, weights: Tensor) -> Tensor:
+        fused = mixture(scores - scores.nanmean(dim=0), weights)
         return fused / deviation(fused).clamp(min=max(self.spread, 1e-9))
 
 

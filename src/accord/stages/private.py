@@ -89,16 +89,14 @@ def spending_of(site: SiteConfig, folder: Path) -> Spending | None:
     Raises:
         RunError: its card or its ledger cannot be read, or the ledger lacks what was paid for its model.
     """
-    card, ledger = _read_card(folder, site.name), _ledger(site, folder)
-    proof = card.privacy if card else None
-    entries = read_entries(ledger)
-    if proof is not None:
-        _check_paid(ledger, entries, proof, folder / "sites" / site.name)
+    card, ledger = _card(folder, site.name), _ledger(site, folder)
+    entries, proof = read_entries(ledger), card.privacy if card else None
+    paid = _check_paid(ledger, entries, proof, folder / "sites" / site.name) if proof else None
     if not entries:
         return None
     unit, delta = entries[-1].unit, (site.privacy or entries[-1]).delta
     delta = 0.0 if unit == "label" else delta
-    taken = sum(each.router_taken or 0 for each in entries if proof is not None and each.id == proof.id)
+    taken = (paid.router_taken or 0) if paid else 0
     whole = epsilon_of([each for entry in entries for each in entry.mechanisms], delta)
     return Spending(proof, site.privacy.epsilon if site.privacy else 0.0, ledger, whole, delta, unit, taken)
 
@@ -174,7 +172,7 @@ def router_guarantee(job: Job, name: str, pairs: Sequence[PreferencePair]) -> Gu
             cannot be read, or lacks what was paid.
     """
     site, certificate = job.site(name), None
-    if card := _card(job, name):
+    if card := _card(job.path, name):
         certificate = card.privacy
     if certificate is None or not certificate.router_steps:
         if site.privacy and site.privacy.router:
@@ -221,7 +219,7 @@ def settle_site(job: Job, name: str) -> None:
 
     Nothing happens where there is no certificate, or where another run is still to take the site over.
     """
-    card = _card(job, name)
+    card = _card(job.path, name)
     if card and card.privacy and job.main is None:
         settle(ledger_of(job, name), card.privacy.id)
 
@@ -232,7 +230,7 @@ def _paid_model(job: Job, name: str, fingerprint: str) -> Certificate | None:
     Raises:
         RunError: the ledger does not have what was paid for the model, so that it is not the whole of what was spent.
     """
-    card, path, folder = _card(job, name), ledger_of(job, name), job.path / "sites" / name
+    card, path, folder = _card(job.path, name), ledger_of(job, name), job.path / "sites" / name
     if card is None or card.privacy is None:
         return None
     paid = _check_paid(path, read_entries(path), card.privacy, folder)
@@ -253,15 +251,11 @@ def _check_paid(path: Path, entries: Sequence[Entry], proof: Certificate, folder
 
 def has_certificate(job: Job, name: str) -> bool:
     """Tell whether a model with a certificate stands in the site's folder, which may have been paid for."""
-    card = _card(job, name)
+    card = _card(job.path, name)
     return card is not None and card.privacy is not None
 
 
-def _card(job: Job, name: str) -> SiteRecord | None:
-    return _read_card(job.path, name)
-
-
-def _read_card(folder: Path, name: str) -> SiteRecord | None:
+def _card(folder: Path, name: str) -> SiteRecord | None:
     file = folder / "sites" / name / "card.json"
     return read_record(file, SiteRecord, remedy="remove it, and train the site again")
 
