@@ -9,7 +9,8 @@ lie. Only poisoned pairs need their sites trained anew. The attack `absent` is t
 liars gone. What is measured is kept, and the same command goes on where it stopped.
 
     <out>/<recipe>/<attack>-<liars>/<seed>/     a run folder: compare/<method>.json, and cpu.json, seconds a cell
-    <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, %, mean over seeds ± half its 95 % t-interval
+    <out>/<recipe>/liars.md, liars.svg          in-domain accuracy, %, mean over seeds ± half its 95 % t-interval;
+                                                of captions how often a judge prefers them to the base's
 
     python benchmarks/quality/liars.py --canaries     how many canaries find a liar, and how often an alarm is false
     python benchmarks/quality/liars.py --contradictions     the same of sites that others contradict, by simulation
@@ -36,7 +37,7 @@ from accord.errors import AccordError, DataWarning, RunError
 from accord.evaluation.figures import breakdown_curves
 from accord.evaluation.intervals import half_width
 from accord.evaluation.markdown import markdown_table
-from accord.evaluation.table import CIDER, macro
+from accord.evaluation.table import PREFERRED, macro
 from accord.methods import check_methods, needed
 from accord.pipeline.bench import measure_base
 from accord.pipeline.cells import cells_of, in_domain
@@ -137,20 +138,20 @@ def measure(recipe: Recipe, folder: Path, trained: Path, methods: Sequence[str])
 
 
 def read(folder: Path, in_domain: Sequence[str] | None) -> Found:
-    """Return what is measured, in per cent (CIDEr of captions as it is), by attack, method, liars and seed.
+    """Return what is measured, in per cent, by attack, method, liars and seed.
 
     Args:
         folder: a recipe's.
-        in_domain: the question types that a site holds, whose accuracies are averaged; None for captions.
+        in_domain: the question types that a site holds, whose accuracies are averaged; None for captions, where it is
+            how often they are preferred to the base's.
     """
     found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for place in sorted(folder.glob("*-*/*")):
         attack, _, liars = place.parent.name.rpartition("-")
         for cell in cells_of(place) if place.name.isdecimal() else []:
-            types = [CIDER] if in_domain is None else in_domain
-            value = macro(cell, types)
+            value = macro(cell, [PREFERRED] if in_domain is None else in_domain)
             if value is not None:
-                found[attack][cell.method][int(liars)][cell.seed] = value * (1 if in_domain is None else 100)
+                found[attack][cell.method][int(liars)][cell.seed] = 100 * value
     return found
 
 

@@ -349,9 +349,11 @@ def plan(
     settings = import_methods(load_recipe(recipe))
     say(describe(settings, given, elsewhere=engine is EngineName.flare))
     if check:
+        from accord.methods import find_method
         from accord.stages.data_check import check_data
 
-        found = check_data(settings)
+        sites, names = [site.name for site in settings.sites], dict.fromkeys([settings.method, *settings.compare])
+        found = check_data(settings, [find_method(name, sites).check_data for name in names])
         say(f"\n{found}")
         if found.problems:
             raise typer.Exit(2)

@@ -21,14 +21,14 @@ def test_liars_of_a_smaller_number_are_among_those_of_a_larger_one():
     assert liars.lying(RECIPE, attack, 0) == RECIPE
 
 
-def cell(folder, attack, n, seed, method, right):
+def cell(folder, attack, n, seed, method, right, **columns):
     place = folder / f"{attack}-{n}" / str(seed)
     (place / "compare").mkdir(parents=True, exist_ok=True)
     stages = place / "stages.json"
     done = json.loads(stages.read_text())["done"] if stages.exists() else []
     stages.write_text(json.dumps({"done": [*done, f"compare {method}"]}))
     measured = {
-        "test": {"colour": [right, 10], "shape": [5, 10], "nobody's": [0, 10]},
+        "test": columns or {"colour": [right, 10], "shape": [5, 10], "nobody's": [0, 10]},
         "traffic": [],
         "seconds": 1.0,
         "role": "competes",
@@ -52,6 +52,11 @@ def test_a_report_of_cells(tmp_path):
     assert (tmp_path / "liars.md").read_text() == text + "\n"
     drawn = (tmp_path / "liars.svg").read_text()
     assert drawn.startswith("<svg") and "near-constant" in drawn and "sites that lie" in drawn
+
+
+def test_captions_are_measured_by_how_often_they_are_preferred(tmp_path):
+    cell(tmp_path, "honest", 0, 1, "average", 0, **{"CIDEr-D": [30, 100], "preferred to base": [54.5, 100]})
+    assert liars.read(tmp_path, None) == {"honest": {"average": {0: {1: pytest.approx(54.5)}}}}
 
 
 def test_a_cell_needs_trained_sites(tmp_path):

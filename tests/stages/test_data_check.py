@@ -199,3 +199,20 @@ def test_rows_that_cannot_be_used_are_a_problem(write, monkeypatch, capsys):
         warnings.simplefilter("error")
         status, said = check(path, monkeypatch, capsys)
     assert status == 2 and "problem:" in said and "is a URL, and nothing is fetched" in said
+
+
+def test_what_hidden_questions_lack(write, monkeypatch, capsys):
+    """The server has five labelled questions of type a; prompts are first all of type c, then of types a and b."""
+    methods = 'method = "canary"\ncompare = ["canary-mean"]\n'
+    splits = ("base", "private", "public", "dev", "test")
+    path = write(split=lambda n: splits[n % 5], question_type=lambda n: "c" if n % 5 == 2 else "a")
+    without = path.read_text()
+    assert check(path, monkeypatch, capsys)[0] == 0
+    path.write_text(methods + without)
+    status, said = check(path, monkeypatch, capsys)
+    assert status == 2 and said.count("the server has 5 labelled questions, and none of a type that the") == 1
+    write(split=lambda n: splits[n % 5], question_type=lambda n: "ab"[n // 5 % 2] if n % 5 == 2 else "a")
+    path.write_text(methods + without)
+    status, said = check(path, monkeypatch, capsys)
+    assert status == 0 and said.count("no hidden question is of the types 'b', which the alignment asks") == 1
+    assert "the server has 5 questions for canaries, and 300 steps ask 900: from step 2 on no site is watched" in said

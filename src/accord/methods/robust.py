@@ -124,7 +124,29 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
         RunError: the record cannot be read or written.
     """
     config, recipe = CANARIES.of(job.recipe), job.recipe
-    base = job.questions.get("base", [])
+    unseen, wanted = _unseen(job), config.per_step * recipe.alignment.steps
+    key = _key(job)
+    asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
+    pool = _with_wrong_answers(job, asked) if asked else []
+    _tell_what_is_missing(job, [canary.kind for canary in pool])
+    return Canaries(pool, [site.name for site in recipe.sites], config, key=key, spread=_spread(recipe))
+
+
+def check_canaries(job: Job) -> None:
+    """Tell before a run what its canaries lack; a record and questions without a wrong answer may leave fewer.
+
+    Raises:
+        DataError: the server has no labelled question for one.
+
+    Warns:
+        DataWarning: there are too few, or none of a type that the alignment asks, or several domains share a type.
+    """
+    _tell_what_is_missing(job, [q.question_type for q in _unseen(job)])
+
+
+def _unseen(job: Job) -> list[Question]:
+    """Return what may become canaries: labelled questions that the alignment could ask, and that no site has seen."""
+    recipe, base = job.recipe, job.questions.get("base", [])
     types = {q.question_type for q in job.prompts}  # another one would give itself away, and tell nothing of these
     alike = [q for q in base if q.question_type in types and recipe.prompts.wants(q)]
     shown = set[str]()
@@ -134,33 +156,35 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
             shown |= {q.id for q in auxiliary_questions(job)}
     unseen = [q for q in alike if q.id not in shown]
     _warn_of_shared_types([*unseen, *job.prompts])
-    wanted = config.per_step * recipe.alignment.steps
-    key = _key(job)
-    asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
-    pool = _with_wrong_answers(job, asked) if asked else []
-    if 0 < len(pool) < wanted:
+    return unseen
+
+
+def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
+    """Warn where canaries of these types are too few, or of too few types; where there is none, raise DataError."""
+    config, steps = CANARIES.of(job.recipe), job.recipe.alignment.steps
+    wanted = config.per_step * steps
+    if not kinds:
+        raise DataError(
+            f"the server has {len(job.questions.get('base', []))} labelled questions, and none of a type that the "
+            "alignment asks, and that no site has seen, makes a canary; give the source more questions of the split "
+            "'base', or choose a method without canaries"
+        )
+    if len(kinds) < wanted:
         warnings.warn(
-            f"the server has {len(pool)} questions for canaries, and {recipe.alignment.steps} steps ask {wanted}: from "
-            f"step {len(pool) // config.per_step + 1} on no site is watched, and trust stays as it is; give the source "
+            f"the server has {len(kinds)} questions for canaries, and {steps} steps ask {wanted}: from step "
+            f"{len(kinds) // config.per_step + 1} on no site is watched, and trust stays as it is; give the source "
             "more questions of the split 'base', or lower canaries.per_step",
             DataWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    if not pool:
-        raise DataError(
-            f"the server has {len(base)} labelled questions, and none of a type that the alignment asks, and that no "
-            "site has seen, makes a canary; give the source more questions of the split 'base', or choose a method "
-            "without canaries"
-        )
-    if blind := types - {canary.kind for canary in pool}:
+    if blind := {q.question_type for q in job.prompts} - {*kinds}:
         warnings.warn(
             f"no hidden question is of the types {', '.join(map(repr, sorted(blind)))}, which the alignment asks: a "
             "site that lies about these alone is not found; give the source labelled questions of these types, of the "
             "split 'base'",
             DataWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Canaries(pool, [site.name for site in recipe.sites], config, key=key, spread=_spread(recipe))
 
 
 def _with_wrong_answers(job: Job, asked: Sequence[Question]) -> list[Canary]:
@@ -256,6 +280,7 @@ def _method(defence: Defence, about: str) -> Method:
         needs=frozenset(needs),
         tables=(ROBUST, CANARIES) if defence.canaries else (ROBUST,),
         asks=_everyone,
+        check_data=check_canaries if defence.canaries else lambda job: None,
         reward=partial(robust_reward, defence=defence),
         findings=who_is_trusted if defence.canaries else lambda job, stage, sites: {},
     )

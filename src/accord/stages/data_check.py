@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,12 +54,18 @@ class DataCheck:
             try:
                 yield
             except AccordError as error:
-                self.problems.append(str(error))
-        self.warnings += [str(each.message) for each in caught if issubclass(each.category, DataWarning)]
+                self.problems = [*dict.fromkeys([*self.problems, str(error)])]
+        told = [str(each.message) for each in caught if issubclass(each.category, DataWarning)]
+        self.warnings = [*dict.fromkeys([*self.warnings, *told])]  # two methods may lack the same
 
 
-def check_data(recipe: Recipe) -> DataCheck:
-    """Read a recipe's data and return what is wrong with it."""
+def check_data(recipe: Recipe, methods: Iterable[Callable[[Job], None]] = ()) -> DataCheck:
+    """Read a recipe's data and return what is wrong with it.
+
+    Args:
+        recipe: its questions, its sites' pairs and its policy.
+        methods: what its methods look for in the server's questions (`Method.check_data`).
+    """
     found, job = DataCheck(), Job(recipe, cast(Run, None), quiet=True)
     with found.noting():
         for name, questions in job.questions.items():
@@ -82,6 +88,9 @@ def check_data(recipe: Recipe) -> DataCheck:
                 found.lines += [_counted(f"site {name}", questions)] if questions else []
         if not found.problems:
             check_sites(job)
+    for lacks in methods:
+        with found.noting():
+            lacks(job)
     with found.noting():
         if not recipe.captions and Path(locate(recipe.policy.checkpoint)).is_dir():
             text = too_long(recipe, job.questions, load_tokenizer(recipe.policy.checkpoint), least=0)
