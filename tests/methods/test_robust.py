@@ -45,9 +45,10 @@ def open_run(ask, tmp_path):
         prompts=("colour", "number"),
         preferences=recipe.preferences,
         steps=STEPS,
+        balanced=True,
     ):
         tables = {CANARIES.name: CanaryConfig(record=str(record))}
-        alignment = replace(recipe.alignment, steps=steps)
+        alignment = replace(recipe.alignment, steps=steps, balanced=balanced)
         asked = replace(recipe, seed=seed, tables=tables, preferences=preferences, alignment=alignment)
         run = Run.resume(tmp_path / name, 'name = "x"\n') if resumed else None
         with run or Run.create(tmp_path / name, 'name = "x"\n', seed=0) as folder:
@@ -86,6 +87,15 @@ def test_a_pool_is_drawn_by_the_seed_types_in_turn(open_run):
     assert set(texts(first)) != set(texts(other)) and not all(
         any(f"number {n}?" in text for n in range(12)) for text in texts(first)
     )
+
+
+def test_a_rare_type_is_as_rare_among_canaries(open_run):
+    """Three of four prompts ask about colours. Canaries that do so less often would be known by their type."""
+    asked = ("colour", "number", "colour", "colour")
+    with open_run(prompts=asked, balanced=False) as work:
+        assert [canary.kind for canary in canaries_of(work).pool] == ["colour", "colour", "number", "colour"] * 3
+    with open_run("other", prompts=asked) as work:
+        assert [canary.kind for canary in canaries_of(work).pool] == ["colour", "number"] * 6
 
 
 def test_only_types_that_the_alignment_asks_become_canaries(open_run):

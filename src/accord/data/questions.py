@@ -304,10 +304,15 @@ def together(subjects: Iterable[Sequence[Subject]], identify: Callable[[Subject]
     return [root(own[0]) for own in keys]
 
 
-def in_turn(queues: Iterable[Iterable[T]], count: int) -> list[T]:
-    """Return the first `count` of what queues hold, one from each in turn; those that are empty are passed over."""
-    rounds = itertools.zip_longest(*([(item,) for item in queue] for queue in queues), fillvalue=())
-    return list(itertools.islice((item for each in rounds for one in each for item in one), count))
+def in_turn(queues: Sequence[Iterable[T]], count: int, shares: Sequence[float] | None = None) -> list[T]:
+    """Return the first `count` of what queues hold, one from each in turn; those that are empty are passed over.
+
+    With `shares` above 0 a queue's turn comes as often as its share says, the n-th at (n − ½) / share (Sainte-Laguë).
+    """
+    shares = shares or [1.0] * len(queues)
+    turns = zip(queues, shares, strict=True)
+    placed = [((n + 0.5) / share, item) for queue, share in turns for n, item in enumerate(queue)]
+    return [item for _, item in sorted(placed, key=lambda each: each[0])[:count]]
 
 
 def uniform(purpose: str, seed: int, *parts: str) -> float:

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
+from accord.alignment.difficulty import type_shares
 from accord.alignment.reward import FederatedReward, PerGroup
 from accord.data.negatives import NegativeMix
 from accord.data.questions import in_turn
@@ -110,7 +111,7 @@ def _spread(recipe: Recipe) -> float:
 
 
 def canaries_of(job: Job, stage: str = "align") -> Canaries:
-    """Return an alignment's canaries: as many labelled questions as its steps take, types in turn, drawn by the key.
+    """Return an alignment's canaries: as many labelled questions as its steps take, drawn by the key.
 
     Where `canaries.record` names a file, none that another alignment has noted there is among them. Types of the
     prompts that no canary is of are told.
@@ -126,10 +127,11 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     config, recipe = CANARIES.of(job.recipe), job.recipe
     unseen, wanted = _unseen(job), config.per_step * recipe.alignment.steps
     key = _key(job)
-    asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(unseen, wanted, key)
+    asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(job, unseen, wanted, key)
     pool = _with_wrong_answers(job, asked) if asked else []
     _tell_what_is_missing(job, [canary.kind for canary in pool])
-    return Canaries(pool, [site.name for site in recipe.sites], config, key=key, spread=_spread(recipe))
+    names = [site.name for site in recipe.sites]
+    return Canaries(pool, names, config, key=key, spread=_spread(recipe), shares=_shares(job))
 
 
 def check_canaries(job: Job) -> None:
@@ -206,13 +208,19 @@ def _with_wrong_answers(job: Job, asked: Sequence[Question]) -> list[Canary]:
     ]
 
 
-def _drawn(questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
-    """Draw as many as are wanted, types in turn."""
+def _drawn(job: Job, questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
+    """Draw as many as are wanted, types as often as the alignment asks them."""
+    shares = _shares(job)
     by_kind = defaultdict(list)
     for q in questions:
         by_kind[q.question_type].append(q)
-    generator = random.Random(f"{key} pool")
-    return in_turn([generator.sample(by_kind[kind], len(by_kind[kind])) for kind in sorted(by_kind)], wanted)
+    generator, kinds = random.Random(f"{key} pool"), sorted(by_kind)
+    queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in kinds]
+    return in_turn(queues, wanted, [shares[kind] for kind in kinds])
+
+
+def _shares(job: Job) -> dict[str, float]:
+    return type_shares(job.prompts, balanced=job.recipe.alignment.balanced)
 
 
 def _on_record(job: Job, stage: str, questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
@@ -222,7 +230,7 @@ def _on_record(job: Job, stage: str, questions: Sequence[Question], wanted: int,
 
     def draw(others: Collection[str]) -> list[str]:
         free = [q for name, q in by_key.items() if name not in others]
-        return [keys[q.id] for q in _drawn(free, wanted, key)]
+        return [keys[q.id] for q in _drawn(job, free, wanted, key)]
 
     record = Path(CANARIES.of(job.recipe).record).expanduser()
     own, others = reserve(record, f"{job.run.tag} {stage}", draw)

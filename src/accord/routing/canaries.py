@@ -261,6 +261,8 @@ class Canaries:
         config: how many, and what is made of them.
         key: of their order, places and candidates; a site that knows it can tell which they are.
         spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
+        shares: of every type among the questions that the alignment asks; by default types come in turn. Were a type
+            more frequent among canaries, it would tell them apart.
     """
 
     def __init__(
@@ -271,13 +273,15 @@ class Canaries:
         *,
         key: int | str,
         spread: float = 0.0,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         by_kind: dict[str, list[Canary]] = {}
         for canary in pool:
             by_kind.setdefault(canary.kind, []).append(canary)
         generator = random.Random(key)
-        queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in sorted(by_kind)]
-        self.pool = in_turn(queues, len(pool))  # types in turn, as far as there are some of each
+        kinds = sorted(by_kind)
+        queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in kinds]
+        self.pool = in_turn(queues, len(pool), [shares[kind] for kind in kinds] if shares else None)
         self.config = config
         self.key = key
         self.trust = Trust(sites, by_kind, config, spread=spread)
