@@ -9,6 +9,7 @@ The result is how often an answer of the aligned policy beats one of the untrain
 untrained one, and 98 for a mean 3 along u_d.
 """
 
+import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from accord.attacks.scores import Attack, Liar
 from accord.federation.messages import ScoreItem, ScoreRange, ScoreRequest, Turn
-from accord.routing.canaries import CanaryConfig, Trust, share_below
+from accord.routing.canaries import LEFT_OUT, CanaryConfig, Trust, share_below
 from accord.routing.fusion import Fusion
 from accord.routing.robust import capped
 
@@ -53,6 +54,7 @@ def align(
     known: Tensor | None = None,
     canaries: bool = False,
     leave_out: bool = True,
+    left_out: float | None = LEFT_OUT,
     cap: float = 1.0,
     seed: int = 0,
     honest_only: bool = False,
@@ -61,7 +63,8 @@ def align(
     """Align against `sites` of which the first `liars` lie; a trigger is a prompt in eight, of any domain.
 
     Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. With
-    canaries `leave_out` takes the weight of those whom others contradict on prompts alone.
+    canaries `leave_out` takes the weight of those whom others contradict on prompts alone, and `left_out` is what a
+    canary that a site leaves unanswered counts; None for nothing.
     """
     generator = torch.Generator().manual_seed(seed)
     c = cosines(sites) if known is None else known
@@ -101,7 +104,10 @@ def align(
                 right = int((answers @ truth[domain]).argmax())
                 scores = judged(domain, answers, words="canary ")
                 for k, column in enumerate(scores.T.tolist()):
-                    trust.learn(str(k), str(domain), share_below(column, right))
+                    answered = not math.isnan(column[right])
+                    share = share_below(column, right) if answered else left_out
+                    if share is not None:
+                        trust.learn(str(k), str(domain), share)
                 trust.compare(str(domain), scores, hidden=True)
         groups, drawn = [], []
         for n in range(PROMPTS):

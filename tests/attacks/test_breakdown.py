@@ -201,6 +201,21 @@ def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
     assert shares[0] < 0.1 * DOMAINS and shares[1] > DOMAINS / 3
 
 
+def test_a_site_that_leaves_canaries_unanswered_has_no_weight():
+    """Two of five are silent at canaries and flip elsewhere.
+
+    Were silence no evidence they would keep a newcomer's trust, and cost twice as much.
+    """
+    silent = Attack("flip", spares=1.0, declines=True)
+    on, off = (
+        torch.stack(align(**ALONE, attack=silent, liars=2, left_out=each).weights[-5:]).mean(dim=0)[:2].sum() / DOMAINS
+        for each in (0.5, None)
+    )
+    assert on < 0.05 < 0.1 < off
+    clean, counted, ignored = wins(ALONE), wins(ALONE, silent, 2), wins(ALONE, silent, 2, left_out=None)
+    assert clean - ignored > 2 > 1.5 > clean - counted
+
+
 def test_two_that_recognise_all_canaries_are_found_by_those_whom_they_contradict():
     """Two of five sites that all know every domain: no weight is left to them, and where nobody is left out a third.
 

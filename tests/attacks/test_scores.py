@@ -1,5 +1,6 @@
 """What a lying site sends, by hand, and that a recipe's key makes one of a site of one's own."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -65,6 +66,8 @@ def test_a_trigger_a_sleeper_and_a_site_that_knows_canaries():
     known = frozenset([key_of(item("a"))])
     assert told(ATTACKS["off-canary"], labelled=known) == [0.5, 2.0]
     assert told(ATTACKS["off-canary"]) == approx([1.5, 0.0])
+    assert told(ATTACKS["off-canary-silent"], labelled=known) == approx([math.nan, math.nan], nan_ok=True)
+    assert told(ATTACKS["off-canary-silent"]) == approx([1.5, 0.0])
 
 
 def test_liars_that_recognise_half_of_the_labelled_questions_recognise_the_same_ones():
@@ -114,6 +117,8 @@ def test_a_recipe_makes_a_site_lie():
         Attack("affine", shift=float("-inf"))
     with pytest.raises(RecipeError, match=r"'poison' lies in its pairs alone, which spares = 0\.5 does not touch"):
         Attack("poison", target="circle", spares=0.5)
+    with pytest.raises(RecipeError, match=r"declines leaves unanswered what spares names, and spares is 0; add"):
+        Attack("flip", declines=True)
 
 
 def test_poison_makes_the_target_preferred_in_a_share_of_the_questions(prefer):

@@ -188,11 +188,23 @@ def test_a_run_goes_on_where_it_stopped(square):
 
 
 def test_an_absence_is_no_evidence(square):
-    """A site that is gone, and one without a finite score for the item."""
+    """A site that is gone, and one without a finite score for any item."""
     canaries = Canaries(pool(square), ("a", "b"), CONFIG, key=0)
     mixed, hidden = canaries.mix(requests(square))
     canaries.learn(hidden, {"a": [None] * len(mixed["a"].items)})
     assert not canaries.trust.counts.any()
+
+
+def test_a_canary_that_is_left_out_of_an_answer_is_half_right(square):
+    """Site a answers ordinary questions and no canary, and b nothing at all, which is no evidence."""
+    canaries = Canaries(pool(square), ("a", "b"), CONFIG, key=0)
+    mixed, hidden = canaries.mix(requests(square))
+    asked = len(mixed["a"].items)
+    places = {each.position for each in hidden["a"]}
+    given = [None if n in places else [0.0] * len(item.candidates) for n, item in enumerate(mixed["a"].items)]
+    canaries.learn(hidden, {"a": given, "b": [None] * asked})
+    right, wrong = canaries.trust.counts[0, 0, 0]  # of a, over all types, in the short memory
+    assert right == wrong > 0 and not canaries.trust.counts[:, 1].any()
 
 
 def test_how_often_an_alarm_is_false():

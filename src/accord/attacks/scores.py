@@ -14,9 +14,9 @@
 
 Any of them may be kept for a time or a place: `trigger` lies only where the question has these words (a backdoor),
 `after` only after a share of the run's steps (a sleeper). `spares` is honest on a share of the server's labelled
-questions (canaries and anchors), which the site recognises. All lies are clipped to the agreed range, for a reply
-beyond it is not used; and all are drawn from the seed and the candidate alone, so that a candidate's lie is the same at
-each query.
+questions (canaries and anchors), which the site recognises; with `declines` it leaves them unanswered. All lies are
+clipped to the agreed range, for a reply beyond it is not used; and all are drawn from the seed and the candidate alone,
+so that a candidate's lie is the same at each query.
 
 A recipe turns a site of its own into a liar by a key of the site's table, as `attack = { kind = "flip" }`.
 
@@ -60,6 +60,7 @@ class Attack:
     trigger: str = ""  # lie only where the question has these words
     after: float = 0.0  # lie only after this share of the run's steps
     spares: float = 0.0  # never lie on this share of the server's labelled questions, the same for all liars
+    declines: bool = False  # leave those that `spares` names unanswered, in place of an honest answer
 
     def __post_init__(self) -> None:
         """Refuse shares that are none, lies that are no numbers, and settings without an effect or an answer.
@@ -80,6 +81,10 @@ class Attack:
                     f"an attack of kind 'poison' lies in its pairs alone, which {name} = {value} does not touch; take "
                     f"{name} out"
                 )
+        if self.declines and not self.spares:
+            raise RecipeError(
+                "declines leaves unanswered what spares names, and spares is 0; add spares = 1.0, or take declines out"
+            )
         if self.kind in ("target", "mimic", "poison") and not self.target:
             raise RecipeError(f'an attack of kind {self.kind!r} promotes an answer, got none; add target = "…"')
 
@@ -98,6 +103,7 @@ ATTACKS: Final[Mapping[str, Attack]] = {
     "off-canary": Attack("flip", spares=1.0),
     "off-canary-most": Attack("flip", spares=0.75),
     "off-canary-half": Attack("flip", spares=0.5),
+    "off-canary-silent": Attack("flip", spares=1.0, declines=True),
     "poison": Attack("poison", target="circle"),
     "absent": Attack("absent"),
 }
@@ -144,19 +150,20 @@ class Liar:
             ReplyError: the site gives no answer.
         """
         self.asked += 1
-        pairs = zip(request.items, scores, strict=True)
-        return [self._item(item, own) if self._lies(item) else list(own) for item, own in pairs]
+        return [self._told(item, own) for item, own in zip(request.items, scores, strict=True)]
 
-    def _lies(self, item: ScoreItem) -> bool:
+    def _told(self, item: ScoreItem, own: Sequence[float]) -> list[float]:
         attack = self.attack
         if attack.kind == "poison" or self.asked <= self.honest:
-            return False
+            return list(own)
         if attack.trigger and not _has(from_turns(item.prompt), attack.trigger):
-            return False
+            return list(own)
         key = key_of(item)
-        return not (key in self.labelled and uniform("recognised", self.seed, key) < attack.spares)
+        if key in self.labelled and uniform("recognised", self.seed, key) < attack.spares:
+            return [math.nan] * len(own) if attack.declines else list(own)
+        return self._lie(item, own)
 
-    def _item(self, item: ScoreItem, scores: Sequence[float]) -> list[float]:
+    def _lie(self, item: ScoreItem, scores: Sequence[float]) -> list[float]:
         if self.attack.kind == "absent":
             raise ReplyError("this site was told to give no answer")
         lie = _LIES[self.attack.kind]

@@ -1,7 +1,8 @@
 """Hidden questions whose better answer the server knows: they tell which site is right, and when one turns.
 
     canary       one of the server's labelled questions: its right answer among wrong ones, in an ordinary score request
-    p ∈ [0, 1]   the share of the wrong answers that a site ranks below the right one, a tie counting half
+    p ∈ [0, 1]   the share of the wrong answers that a site ranks below the right one, a tie counting half; ½ where it
+                 does not answer it and answers others of the request
     memory n     S ← (1 − 1/n) S + p,  F ← (1 − 1/n) F + (1 − p)       of each site and question type; n = 16 and 64
     m_n          (3 + S) / (5 + S + F)                                  mean of the posterior Beta(3 + S, 2 + F)
     m            min(m_16, m_64)                                        quick to lose, slow to gain
@@ -65,6 +66,10 @@ NEWCOMER: Final = math.log(PRIOR[0] / PRIOR[1])
 
 ALL: Final = ""
 """The type that every canary counts for: where a question's own type has none, it tells whom not to hear."""
+
+
+LEFT_OUT: Final = 0.5
+"""p of a canary that a site leaves unanswered while it answers others of the request."""
 
 
 @dataclass(frozen=True)
@@ -333,16 +338,28 @@ class Canaries:
         return msgspec.structs.replace(request, images=images, items=items), hidden
 
     def learn(self, hidden: Mapping[str, Sequence[Hidden]], given: Mapping[str, Scores]) -> None:
-        """Learn from the sites' scores of requests that `mix` returned; an absence is no evidence."""
+        """Learn from the sites' scores of requests that `mix` returned.
+
+        The absence of a site is no evidence. A canary left out of a reply that has other answers counts as half right:
+        else a liar that recognises it would keep a newcomer's trust.
+        """
+        present = {site for site, of_site in given.items() if self._answers_others(hidden.get(site, ()), of_site)}
         for same in zip(*hidden.values(), strict=True):  # one canary at all sites
             told = dict(zip(hidden, same, strict=True))
             columns = [self._told(told.get(site), given.get(site)) for site in self.trust.sites]
             for site, scores in zip(self.trust.sites, columns, strict=True):
                 if scores is not None:
                     self.trust.learn(site, same[0].kind, share_below(scores, 0))
+                elif site in told and site in present:
+                    self.trust.learn(site, same[0].kind, LEFT_OUT)
             nothing = [math.nan] * len(same[0].order)
             answers = torch.tensor([column or nothing for column in columns], dtype=torch.double).T
             self.trust.compare(same[0].kind, answers, hidden=True)
+
+    @staticmethod
+    def _answers_others(hidden: Sequence[Hidden], given: Scores) -> bool:
+        places = {each.position for each in hidden}
+        return any(scores is not None for place, scores in enumerate(given) if place not in places)
 
     @staticmethod
     def _told(hidden: Hidden | None, given: Scores | None) -> list[float] | None:
