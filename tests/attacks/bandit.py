@@ -56,6 +56,7 @@ def align(
     leave_out: bool = True,
     left_out: float | None = LEFT_OUT,
     cap: float = 1.0,
+    routed: Tensor | None = None,
     seed: int = 0,
     honest_only: bool = False,
     unclipped: bool = False,
@@ -64,7 +65,7 @@ def align(
 
     Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. With
     canaries `leave_out` takes the weight of those whom others contradict on prompts alone, and `left_out` is what a
-    canary that a site leaves unanswered counts; None for nothing.
+    canary that a site leaves unanswered counts; None for nothing. `routed` `[K]` is what a router gives the sites.
     """
     generator = torch.Generator().manual_seed(seed)
     c = cosines(sites) if known is None else known
@@ -118,6 +119,8 @@ def align(
             if canaries:
                 trust.compare(str(domain), scores, hidden=False)
             weights = trust.weights([str(domain)]).float() if canaries else torch.ones(1, sites)
+            if routed is not None:
+                weights = weights * routed
             if honest_only:
                 weights = weights * (torch.arange(sites) >= liars)
             groups.append((scores, weights.expand(G, -1)))

@@ -201,6 +201,19 @@ def test_two_that_recognise_half_of_the_canaries_gain_nothing(clean):
     assert shares[0] < 0.1 * DOMAINS and shares[1] > DOMAINS / 3
 
 
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_a_liar_that_the_router_follows_is_held_by_the_cap_alone(rule):
+    """One site of five has four fifths of the routing weight, and a secret order of its own; no canaries.
+
+    What it takes is less than nine points with the cap, and more than twenty without. Honest sites lose nothing by it.
+    """
+    routed = torch.tensor([0.8, 0.05, 0.05, 0.05, 0.05])
+    how = {"fuse": Ranks(rule, SPREAD), "routed": routed}
+    held, free = (wins(how, Attack("collude"), 1, cap=cap) for cap in (0.5, 1.0))
+    clean, uncapped = (wins(how, cap=cap) for cap in (0.5, 1.0))
+    assert clean > 98 and clean >= uncapped and clean - held < 9 and clean - free > 20
+
+
 def test_a_site_that_leaves_canaries_unanswered_has_no_weight():
     """Two of five are silent at canaries and flip elsewhere.
 

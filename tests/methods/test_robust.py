@@ -5,15 +5,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 from pytest import approx
 from safetensors.torch import save
 
 from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.evaluation.summary import TrustSummary
-from accord.methods.robust import CANARIES, canaries_of, who_is_trusted
+from accord.federation.messages import ScoreRange
+from accord.methods.robust import CANARIES, METHODS, ROBUST, canaries_of, who_is_trusted
 from accord.recipe import Preferences, Recipe, SiteConfig
 from accord.routing.canaries import CanaryConfig
+from accord.routing.robust import RobustConfig
 from accord.runs import Run, write_atomic
 from accord.stages.alignment import memory_file
 from accord.stages.job import Job
@@ -191,6 +194,21 @@ def test_a_type_of_two_domains_is_told(open_run):
         canaries_of(work)
     with open_run("other", domain=lambda n: ("rooms", "shapes")[n % 2]) as work:
         canaries_of(work)  # a type of its own for each: warnings are errors
+
+
+@pytest.mark.parametrize("name", ["rank-mean", "canary-average"])
+def test_a_recipes_cap_and_spread_are_those_of_its_reward(open_run, monkeypatch, name):
+    """By 4 % of a range of 1 a site that differs by 0.02 has no opinion, and by the default of 1 % it has one."""
+    made = []
+    monkeypatch.setattr("accord.methods.robust.federated_reward", lambda *_, per_group, **__: made.append(per_group))
+    for table in ({}, {ROBUST.name: RobustConfig(spread=0.04, cap=0.25)}):
+        with open_run(str(len(made))) as work:
+            work.recipe = replace(work.recipe, scores=ScoreRange(0.0, 1.0), tables={**work.recipe.tables, **table})
+            METHODS[name].reward(work)
+    scores, weights = torch.tensor([[0.5], [0.52], [0.52], [0.5]]), torch.ones(4, 1)
+    default, given = (each.fusion(scores, weights) for each in made)
+    assert default.isfinite().all() and not given.nan_to_num().any()
+    assert [each.cap for each in made] == [0.5, 0.25]
 
 
 def test_sites_are_compared_by_the_opinions_that_ranks_have(open_run):

@@ -12,6 +12,7 @@ from accord.federation.engine import InProcessEngine
 from accord.models.load import LoraSettings, load_model, save_model
 from accord.recipe import Policy, Recipe, Routing
 from accord.runs import read_lines
+from accord.runs.failures import failures_of
 from accord.stages import alignment
 from accord.stages.alignment import federated_reward, greedy, remembered, run_grpo
 from accord.stages.routing import constant_router
@@ -173,6 +174,25 @@ class Counter:
 
     def load_state_dict(self, state, /):
         self.calls = int(state["calls"])
+
+
+@pytest.mark.filterwarnings("ignore:prompt:accord.errors.DataWarning")
+def test_a_prompt_on_which_the_reward_fails_does_not_end_a_run(job, ask, llava):
+    """Of four questions one has a reward that raises: three failures later it is parked, and all steps are done."""
+    settings = AlignmentConfig(steps=8, prompts_per_step=2, group_size=2, max_completion_length=2, evaluate_every=0)
+    job.recipe = replace(job.recipe, policy=Policy(llava), alignment=settings)
+    poison = ask(9, text="poison?")
+    job.questions = {"dev": [ask(0)], "public": [*(ask(n) for n in range(1, 4)), poison]}
+
+    def reward(prompts, completions, **_):
+        if any("poison" in str(prompt) for prompt in prompts):
+            raise ValueError("no such word")
+        return [float(len(c[0]["content"])) for c in completions]
+
+    with job.doing("align"):
+        run_grpo(job, "align", reward)
+    assert [record["step"] for record in read_lines(job.path / "metrics.jsonl") if "reward" in record] == [*range(1, 9)]
+    assert set(failures_of(job.path)) == {poison.id} and failures_of(job.path)[poison.id].parked
 
 
 def test_what_a_reward_has_learnt_is_kept_in_the_end(job, ask, llava):
