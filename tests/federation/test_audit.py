@@ -1,7 +1,10 @@
 """The audit of a training's updates: each poisoning is named, and nobody who is honest."""
 
+import json
 import warnings
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,13 @@ from accord.federation.aggregation import Aggregation, Update
 from accord.federation.audit import Audit, Finding
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import begin, finish
+from accord.recipe import SiteConfig
 from accord.routing.fit import fit_router, router_audit
 from accord.routing.router import RouterConfig, RouterNetwork, client_id_loss
+from accord.runs import read_lines
+from accord.stages import routing
+from accord.stages.routing import train_router
+from accord.types import texts_of
 
 D, SITES = 8, ("a", "b", "c", "d", "e")
 CONFIG = RouterConfig(
@@ -114,6 +122,39 @@ def test_two_of_five_are_named():
     found = audit()
     told(hostile(router_sites(), ["d", "e"], sign_flip), found)
     assert {site for site, each in found.findings.items() if each.named} == {"d", "e"}
+
+
+class Encoder:
+    """Hidden states of a question by the letter that it ends with: its site's own."""
+
+    features = D
+    model = SimpleNamespace(device=torch.device("cpu"))
+
+    def __call__(self, prompts, images, completions):
+        hidden, mask = zip(
+            *(states(SITES.index(texts_of(turns[-1])[-1][-1]), 1, seed=n) for n, turns in enumerate(prompts)),
+            strict=True,
+        )
+        return torch.cat(hidden), torch.cat(mask)
+
+
+def test_a_runs_router_is_audited_and_what_was_found_is_in_its_records(job, ask, monkeypatch):
+    """By the run's own questions; one of five sends the opposite of what the others teach."""
+    sites = tuple(SiteConfig(name, "accord/idefics3", question_types=(name,)) for name in SITES)
+    job.recipe = replace(job.recipe, sites=sites, router=replace(CONFIG, audit=8))
+    asked = [ask(n, question_type=SITES[n % 5], text=f"what is {SITES[n % 5]}") for n in range(40)]
+    job.questions = {"base": asked, "dev": []}
+    vars(job)["encoder"] = Encoder()
+    engine = InProcessEngine(hostile(router_sites(), ["e"], sign_flip))
+    monkeypatch.setattr(routing, "open_federation", lambda *_, **__: engine)
+    monkeypatch.setattr(routing, "routing_accuracy", lambda *_: 0.5)
+    with pytest.warns(DataWarning, match="site e: the router is no better at the server's labelled questions"):
+        train_router(job)
+    rounds = [line for line in read_lines(job.path / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in rounds] == [*range(1, 7)] and set(rounds[0]["taught"]) == {*SITES}
+    assert rounds[-1]["taught"]["e"] < 0 < min(rounds[-1]["taught"][name] for name in SITES[:4])
+    measured = json.loads((job.path / "router" / "measured.json").read_text())
+    assert {name for name, each in measured["audit"].items() if each.get("named")} == {"e"}
 
 
 @pytest.mark.filterwarnings("error")
