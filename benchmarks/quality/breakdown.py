@@ -314,12 +314,12 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
                 attack = replace(attack, trigger=options.trigger) if attack.trigger else attack
                 liars = {
                     site.name: Liar(
-                        attack,
+                        site.attack,
                         judged.limits,
                         seed=recipe.seed,
                         site=site.name,
                         steps=options.steps,
-                        labelled=labelled if attack.spares else frozenset(),
+                        labelled=labelled if site.attack.spares else frozenset(),
                     )
                     for site in lying(recipe, attack, n).sites
                     if site.attack is not None
