@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from accord.attacks.scores import Attack
+from accord.errors import DataWarning
 from accord.flare.engine import FlareEngine
 from accord.flare.frames import site_socket, socket_folder
 from accord.flare.service import SiteService, open_site_folder
+from accord.methods import robust
 from accord.pipeline import execute
 from accord.recipe_file import dump_recipe, load_recipe
 from accord.runs import Run
@@ -85,6 +88,30 @@ def test_abstention_is_the_same_on_every_engine(recipe, in_process, site_folders
     assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
     for file in ("policy/model.safetensors", "kept/site/means/class-means.safetensors"):
         assert (there / file).read_bytes() == (here / file).read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:the server has:accord.errors.DataWarning")
+def test_hidden_questions_find_the_same_over_flare(recipe, in_process, site_folders, tmp_path, sockets, monkeypatch):
+    """One of three sites flips, and its trust over FLARE is what it is in one process by the run's secret key."""
+    settings = replace(load_recipe(recipe), method="canary-average")
+    lies = (replace(site, attack=Attack("flip") if site.name == "shape" else None) for site in settings.sites)
+    settings = replace(settings, sites=tuple(lies))
+    here, there = tmp_path / "here", tmp_path / "there"
+    folders = {name: shutil.copytree(folder, tmp_path / "own" / name) for name, folder in site_folders.items()}
+    for folder in folders.values():
+        (folder / "recipe.toml").write_text(dump_recipe(settings))
+    with pytest.warns(DataWarning, match="canaries.record names no file, and the sites are other organisations'"):
+        simulate(settings, folders, there, sockets)
+    secret = (there / "canaries.key").read_text()
+    monkeypatch.setattr(robust, "_key", lambda job: secret)
+    align_here(settings, in_process, here)
+    assert at_the_server(there) == at_the_server(here) and len(at_the_server(there)) > 8
+    assert (there / "policy/model.safetensors").read_bytes() == (here / "policy/model.safetensors").read_bytes()
+    found = json.loads((there / "summary.json").read_text())
+    assert found["trust"] == json.loads((here / "summary.json").read_text())["trust"]
+    assert found["trust"]["canaries"] == 18 and set(found["trust"]["sites"]) == {site.name for site in settings.sites}
+    assert secret not in "".join(file.read_text() for folder in folders.values() for file in folder.rglob("*.jsonl"))
 
 
 def test_fedgrpo_is_the_same_on_every_engine(recipe, in_process, site_folders, tmp_path, sockets):

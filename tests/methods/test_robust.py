@@ -160,6 +160,16 @@ def test_two_runs_of_one_record_share_no_canary_and_a_resumed_one_goes_on_with_i
     assert [len(line["keys"]) for line in lines] == [12, 12, 12] and record.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.filterwarnings("error")
+def test_without_a_record_other_organisations_may_see_a_canary_again(open_run, tmp_path):
+    with open_run() as work, pytest.warns(DataWarning, match=r"a later run may ask the same .* add record = \"/absol"):
+        work.engine = object()
+        canaries_of(work)
+    with open_run("other", record=tmp_path / "asked.jsonl") as work:
+        work.engine = object()
+        canaries_of(work)
+
+
 def test_few_that_are_left_are_told_and_none_is_an_error(open_run, tmp_path):
     """Of 20 a first run takes 12, a second the 8 that are left, and a third has none."""
     record = tmp_path / "asked.jsonl"

@@ -123,10 +123,20 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     Raises:
         DataError: the server has no labelled question left for one.
         RunError: the record cannot be read or written.
+
+    Warns:
+        DataWarning: there are too few, or of too few types, or no record keeps them out of the sites' later runs.
     """
     config, recipe = CANARIES.of(job.recipe), job.recipe
     unseen, wanted = _unseen(job), config.per_step * recipe.alignment.steps
     key = _key(job)
+    if job.engine is not None and not config.record:
+        warnings.warn(
+            "canaries.record names no file, and the sites are other organisations': a later run may ask the same hidden "
+            'questions, which a site that kept them recognises; add record = "/absolute/path" to [canaries]',
+            DataWarning,
+            stacklevel=2,
+        )
     asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(job, unseen, wanted, key)
     pool = _with_wrong_answers(job, asked) if asked else []
     _tell_what_is_missing(job, [canary.kind for canary in pool])
