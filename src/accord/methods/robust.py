@@ -132,8 +132,8 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     key = _key(job)
     if job.engine is not None and not config.record:
         warnings.warn(
-            "canaries.record names no file, and the sites are other organisations': a later run may ask the same hidden "
-            'questions, which a site that kept them recognises; add record = "/absolute/path" to [canaries]',
+            "canaries.record names no file, and the sites are other organisations': a later run may ask the same "
+            'hidden questions, which a site that kept them recognises; add record = "/absolute/path" to [canaries]',
             DataWarning,
             stacklevel=2,
         )
