@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from accord.attacks.scores import Attack
+from accord.errors import DataWarning
 from accord.routing.fusion import group_relative, mixture
 from accord.routing.robust import Ranks
 from attacks.bandit import DOMAINS, HOME, align
@@ -123,10 +124,11 @@ def test_t6_two_of_five_collude(clean):
 def test_t7_two_of_five_turn_after_two_fifths_of_the_run(clean):
     """Within 2 points; the median alone loses more than 3. Their weight falls below 5 %, after the turn at step 16.
 
-    40 steps have 120 canaries of four types.
+    40 steps have 120 canaries of four types. An alarm is raised.
     """
     attack = Attack("flip", after=0.4)
-    result = align(**ON, attack=attack, liars=2)
+    with pytest.warns(DataWarning, match="site 0 ranks the server's hidden questions worse than chance"):
+        result = align(**ON, attack=attack, liars=2)
     assert result.wins > clean - 2
     before, after = result.weights[15], torch.stack(result.weights[-5:]).mean(dim=0)
     assert before[:2].sum(dim=0).mean() > 0.2 and after[:2].sum(dim=0).mean() < 0.05
