@@ -178,7 +178,11 @@ def test_a_server_sends_and_receives_and_may_refuse():
         def receive(self, site, examples, state):
             if site == "b":
                 raise ReplyError("not you")
-            self.heard += ((site, examples, state),)
+            self.held = site, examples, state
+
+        def keep(self, sites, where):
+            assert [*sites] == [self.held[0]]
+            self.heard += (self.held,)
 
     def answer(request):
         return UpdateReply(request.id, adding(1.0)(request).change, 7, 1.0, b"heard " + request.state)

@@ -1,3 +1,6 @@
+import contextlib
+
+import msgspec
 import pytest
 import torch
 from pytest import approx
@@ -7,7 +10,7 @@ from torch import tensor
 from accord.attacks.updates import hostile, huge
 from accord.data.images import load_image
 from accord.errors import CheckpointError, DataError, DataWarning, RecipeError, RunError
-from accord.federation.aggregation import Aggregation
+from accord.federation.aggregation import Aggregation, length_of
 from accord.federation.engine import InProcessEngine
 from accord.federation.local import Averaging
 from accord.federation.messages import UpdateReply, UpdateRequest
@@ -138,6 +141,7 @@ def test_the_servers_control_variate_by_hand():
     seen = [load(server.send())["w"].item()]
     for site, n, value in (("a", 1, 1.0), ("b", 3, 5.0), ("a", 1, 9.0)):
         server.receive(site, n, to_bytes({"w": tensor(value)}))
+        server.keep([site], "round 1")
         seen.append(load(server.send())["w"].item())
     assert seen == [0.0, 1.0, 4.0, 6.0]
 
@@ -294,12 +298,54 @@ def test_an_adapter_that_breaks_the_model_is_left_out(adapted, ask):
 
 
 def test_a_huge_control_variate_is_shortened():
-    """1, 2 and 3e38 of one example each: five times the median is 10, so c = 13 / 3. Unbounded, it is 1e38."""
+    """1, 2 and 3e38 of one example each: five times the median is 10, so c = 13 / 3. Unbounded, it is 1e38.
 
-    def mean(bound):
+    Where c's update was not used, neither is that: (1 + 2) / 2.
+    """
+
+    def mean(bound, used="abc"):
         server = ControlVariates({"w": tensor(0.0)}, bound)
         for site, value in (("a", 1.0), ("b", 2.0), ("c", 3e38)):
             server.receive(site, 1, to_bytes({"w": tensor(value)}))
+        server.keep(used, "round 1 of the fedit")
         return load(server.send())["w"].item()
 
-    assert mean(5.0) == approx(13 / 3) and mean(0.0) == approx(1e38)
+    with pytest.warns(DataWarning, match=r"c sent a control variate 1\.5e\+38 times as long as the median of"):
+        assert mean(5.0) == approx(13 / 3)
+    assert mean(0.0) == approx(1e38) and mean(5.0, used="ab") == approx(1.5)
+
+
+def test_a_sites_control_variate_is_held_to_the_bound_of_the_averaging(adapted, ask):
+    """c sends 100 for all of its c_k. Bounded, the c of round 2 is (1 + 1 + 5) / 3 times the longer honest c_k at most.
+
+    Unbounded it is 33 in every place.
+    """
+    heard = []
+
+    def watched(site):
+        def answer(request):
+            heard.append((load(request.state), reply := site(request)))
+            return reply
+
+        return answer
+
+    def lying(site):
+        def answer(request):
+            reply = site(request)
+            state = {name: torch.full_like(c, 100.0) for name, c in load(reply.state).items()}
+            return msgspec.structs.replace(reply, state=to_bytes(state))
+
+        return answer
+
+    for bound in (5.0, 0.0):
+        averaging = Aggregation(bound=bound)
+        config = Averaging(rounds=2, local_steps=1, batch_size=1, learning_rate=1e-4, aggregation=averaging)
+        model, processor = adapted()
+        sites = {name: watched(LocalSupervised(model, processor, [ask(0)], config, scaffold())) for name in "abc"}
+        heard.clear()
+        with pytest.warns(DataWarning) if bound else contextlib.nullcontext() as told:
+            train_supervised(InProcessEngine(sites | {"c": lying(sites["c"])}), model, config, scaffold(), seed=0)
+        assert not bound or {str(each.message)[:30] for each in told} == {"site c sent a control variate "}
+        honest = max(length_of(load(reply.state)) for _, reply in heard[:2])
+        shared = length_of(heard[3][0])
+        assert 0 < shared < 7 / 3 * honest if bound else shared > 1000 * honest

@@ -172,6 +172,8 @@ def late_rounds(
         if merged is None:
             continue
         current, stepped = merged, True
+        if server:
+            server.keep(losses, where)
         measure |= {site: measured[site] for site in losses}
         early |= {site: max(lengths[site], early.get(site, 0.0)) for site in losses}
         suspect = max(losses, key=lengths.__getitem__)

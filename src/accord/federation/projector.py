@@ -22,7 +22,7 @@ has sent nothing.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -157,6 +157,9 @@ class SameBase:
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
         """Take nothing."""
+
+    def keep(self, sites: Collection[str], where: str) -> None:
+        """Keep nothing."""
 
 
 class LocalProjector:

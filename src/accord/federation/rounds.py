@@ -52,12 +52,16 @@ class Server(Protocol):
         ...
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
-        """Take what came from `site` beside its weights.
+        """Hold what came from `site` beside its update, until `keep`.
 
         Raises:
             ReplyError: it cannot be used; the site sits out this round.
             CheckpointError: likewise.
         """
+        ...
+
+    def keep(self, sites: Collection[str], where: str) -> None:
+        """Take what these sites sent last, whose updates made the step of round `where`; of others nothing counts."""
         ...
 
 
@@ -153,6 +157,8 @@ def federated_rounds(
         shortened = {used[k]: times for k, times in getattr(aggregate, "shortened", {}).items()}
         tell_shortened(shortened, lengths, f"round {t + 1} of the {task}")
         longest = max(lengths, key=lengths.__getitem__)
+        if server:
+            server.keep(used, f"round {t + 1} of the {task}")
         on_replies(t + 1, {site: replied[site][0] for site in used})
         on_round(t + 1, sum(replied[site][0].loss for site in used) / len(used))
     return current
@@ -241,13 +247,16 @@ def combine(
     return merged, broken
 
 
-def tell_shortened(times: Mapping[str, float], lengths: Mapping[str, float], where: str) -> None:
+def tell_shortened(
+    times: Mapping[str, float], lengths: Mapping[str, float], where: str, *, what: str = "an update"
+) -> None:
     """Warn of updates that were shortened.
 
     Args:
         times: how many times the median each of them had, infinite where the median has no length.
         lengths: of all that were compared, by site.
         where: the rounds in which they were sent.
+        what: one of them.
     """
     if math.inf in times.values():
         still = [site for site, length in lengths.items() if not length]
@@ -261,7 +270,7 @@ def tell_shortened(times: Mapping[str, float], lengths: Mapping[str, float], whe
         if math.isinf(multiple):
             continue
         warnings.warn(
-            f"site {site} sent an update {multiple:.3g} times as long as the median of {where}, and it was shortened; "
+            f"site {site} sent {what} {multiple:.3g} times as long as the median of {where}, and it was shortened; "
             + ("look at that site" if len(lengths) > 2 else "of two sites either may be wrong: look at both"),
             DataWarning,
             stacklevel=3,

@@ -17,7 +17,7 @@ option II. The average of the factors A and B is not the average of the updates 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final, Literal
@@ -30,11 +30,11 @@ from transformers import PreTrainedModel, set_seed
 from accord.data.images import load_images
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, RecipeError, check_least, check_positive
-from accord.federation.aggregation import BOUND, Update, bounded, mean, shares
+from accord.federation.aggregation import BOUND, Update, bounded, length_of, lower_median, mean, shares, too_long
 from accord.federation.engine import Engine
 from accord.federation.local import Averaging, begin, finish, take_steps
 from accord.federation.messages import Task, UpdateReply, UpdateRequest
-from accord.federation.rounds import Server, federated_rounds
+from accord.federation.rounds import Server, federated_rounds, tell_shortened
 from accord.federation.rules import LocalRule, Plain, Proximal
 from accord.federation.site import LocalUpdate
 from accord.federation.weights import probe_of, read_weights, set_trainable_weights, to_bytes, trainable_weights
@@ -113,13 +113,15 @@ class ControlVariates:
 
     Differs: sites send c_k⁺ and not c_k⁺ − c_k, so that c stays the mean of the c_k when a reply is lost; and the mean
     is weighted by n_k, as that of the weights is, and over the sites heard so far. A c_k that is much longer than the
-    others' is shortened as an update is, by `bound` (`accord.federation.aggregation`): c is in every site's steps.
+    others' is shortened as an update is, by `bound` (`accord.federation.aggregation`), and its sender named: c is in
+    every site's steps. The c_k of a site whose update was not used is not, either.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], bound: float = BOUND) -> None:
         self.bound = bound
         self.zero = {name: torch.zeros_like(w) for name, w in weights.items()}
         self.sites: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        self.held: dict[str, tuple[int, dict[str, Tensor]]] = {}
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -136,12 +138,21 @@ class ControlVariates:
         return to_bytes({name: c.to(self.zero[name].dtype) for name, c in self.mean.items()})
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
-        """Keep c_k of `site`.
+        """Hold c_k of `site`.
 
         Raises:
             CheckpointError: it has not the names, shapes and types of the weights.
         """
-        self.sites[site] = examples, read_weights(state, self.zero)
+        self.held[site] = examples, read_weights(state, self.zero)
+
+    def keep(self, sites: Collection[str], where: str) -> None:
+        """Keep c_k of these sites, and warn of those that are shortened."""
+        self.sites |= {site: self.held[site] for site in sites}
+        if self.bound:
+            lengths = {site: length_of(own) for site, (_, own) in self.sites.items()}
+            long = too_long(lengths, self.bound, lower_median([*lengths.values()]))
+            new = {site: times for site, times in long.items() if site in sites}
+            tell_shortened(new, lengths, where, what="a control variate")
 
 
 def fedavg() -> Algorithm:

@@ -25,7 +25,7 @@ learned tells whose *domain* an answer belongs to; it does not predict which rew
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import msgspec
@@ -155,12 +155,17 @@ class _Counted:
 
     def __init__(self, sites: Sequence[str]) -> None:
         self.examples = dict.fromkeys(sites, 0)
+        self.held: dict[str, int] = {}
 
     def send(self) -> bytes:
         return b""
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
-        self.examples[site] += examples
+        self.held[site] = examples
+
+    def keep(self, sites: Collection[str], where: str) -> None:
+        for site in sites:
+            self.examples[site] += self.held[site]
 
 
 def fit_router(
