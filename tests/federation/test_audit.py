@@ -118,6 +118,17 @@ def test_a_named_site_is_left_out_where_that_is_wanted():
     assert all(torch.equal(weight, without.state_dict()[name]) for name, weight in left_out.state_dict().items())
 
 
+def test_a_site_that_is_left_out_later_on_is_never_chosen():
+    """Honest in the first round, and named after a later one: a prior of these rounds alone would favour it."""
+    found, honest, poisoning = audit(), router_sites(), hostile(router_sites(), ["e"], sign_flip)
+    found.leaves_out = True
+    sleeper = poisoning | {"e": lambda request: (poisoning if request.round else honest)["e"](request)}
+    with pytest.warns(DataWarning, match="site e: the router is no better"):
+        network = trained(sleeper, found)
+    assert 1 < found.findings["e"].named < CONFIG.rounds
+    assert network.examples == (16 * CONFIG.rounds,) * 4 + (0,)
+
+
 def test_two_of_five_are_named():
     found = audit()
     told(hostile(router_sites(), ["d", "e"], sign_flip), found)

@@ -13,7 +13,7 @@ from accord.alignment.grpo import AlignmentConfig
 from accord.errors import DataError, DataWarning, RecipeError, RunError
 from accord.evaluation.summary import TrustSummary
 from accord.federation.messages import ScoreRange
-from accord.methods.robust import CANARIES, METHODS, ROBUST, canaries_of, who_is_trusted
+from accord.methods.robust import CANARIES, METHODS, ROBUST, canaries_of, check_canaries, who_is_trusted
 from accord.recipe import Preferences, Recipe, SiteConfig
 from accord.routing.canaries import CanaryConfig
 from accord.routing.robust import RobustConfig
@@ -101,6 +101,14 @@ def test_a_rare_type_is_as_rare_among_canaries(open_run):
         assert [canary.kind for canary in canaries_of(work).pool] == ["colour", "number"] * 6
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_rarest_type_has_a_canary(open_run):
+    """One of forty prompts, where twelve canaries are taken: a site that lies about it alone is asked once."""
+    with open_run(prompts=("number", *["colour"] * 39), balanced=False) as work:
+        check_canaries(work)
+        assert [canary.kind for canary in canaries_of(work).pool].count("number") == 1
+
+
 def test_only_types_that_the_alignment_asks_become_canaries(open_run):
     """A number among prompts about colours would be seen at once; of shapes the server knows nothing, and is told."""
     with open_run(prompts=("colour",)) as work:
@@ -161,13 +169,15 @@ def test_two_runs_of_one_record_share_no_canary_and_a_resumed_one_goes_on_with_i
 
 
 @pytest.mark.filterwarnings("error")
-def test_without_a_record_other_organisations_may_see_a_canary_again(open_run, tmp_path):
+def test_without_a_record_other_organisations_may_see_a_canary_again(open_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("accord.methods.robust.run_grpo", lambda *_, **__: None)
+    monkeypatch.setattr("accord.methods.robust.federated_reward", lambda *_, **__: None)
     with open_run() as work, pytest.warns(DataWarning, match=r"a later run may ask the same .* add record = \"/absol"):
         work.engine = object()
-        canaries_of(work)
+        METHODS["canary"].align(work, "align")
     with open_run("other", record=tmp_path / "asked.jsonl") as work:
         work.engine = object()
-        canaries_of(work)
+        METHODS["canary"].align(work, "align")
 
 
 def test_few_that_are_left_are_told_and_none_is_an_error(open_run, tmp_path):

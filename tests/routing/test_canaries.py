@@ -196,15 +196,20 @@ def test_an_absence_is_no_evidence(square):
 
 
 def test_a_canary_that_is_left_out_of_an_answer_is_half_right(square):
-    """Site a answers ordinary questions and no canary, and b nothing at all, which is no evidence."""
+    """Site a answers ordinary questions and no canary, and b nothing at all, which is no evidence.
+
+    Where b answers the canaries, a could have: its two are half right. Where nobody does, the questions are at fault.
+    """
     canaries = Canaries(pool(square), ("a", "b"), CONFIG, key=0)
     mixed, hidden = canaries.mix(requests(square))
     asked = len(mixed["a"].items)
     places = {each.position for each in hidden["a"]}
     given = [None if n in places else [0.0] * len(item.candidates) for n, item in enumerate(mixed["a"].items)]
     canaries.learn(hidden, {"a": given, "b": [None] * asked})
+    assert not canaries.trust.counts.any()
+    canaries.learn(hidden, {"a": given, "b": [[0.0] * len(item.candidates) for item in mixed["b"].items]})
     right, wrong = canaries.trust.counts[0, 0, 0]  # of a, over all types, in the short memory
-    assert right == wrong > 0 and not canaries.trust.counts[:, 1].any()
+    assert right == wrong > 0
 
 
 def test_how_often_an_alarm_is_false():

@@ -16,6 +16,7 @@ option II. The average of the factors A and B is not the average of the updates 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -151,8 +152,8 @@ class ControlVariates:
         if self.bound:
             lengths = {site: length_of(own) for site, (_, own) in self.sites.items()}
             long = too_long(lengths, self.bound, lower_median([*lengths.values()]))
-            new = {site: times for site, times in long.items() if site in sites}
-            tell_shortened(new, lengths, where, what="a control variate")
+            new = {site: times for site, times in long.items() if site in sites and math.isfinite(times)}
+            tell_shortened(new, lengths, f"the control variates up to {where}", what="a control variate")
 
 
 def fedavg() -> Algorithm:

@@ -78,7 +78,8 @@ class Method:
         scores: the form in which it asks for scores: clipped to a range, None for unclipped, "raw" for not even
             standardised; by default as the recipe says, which is the one form that other organisations' sites send.
         check: refuses a recipe by which it cannot be done, before anything is trained.
-        check_data: tells what it lacks of the server's own questions, for `accord plan --check`: it warns or raises.
+        check_data: tells what it lacks of the server's own questions, for `accord plan --check`: it warns or raises an
+            AccordError. No run is open, so that the job has no folder.
         tables: its own tables in a recipe.
         steps: how many steps or rounds its stage takes, of a recipe; by default GRPO's.
         asks: how many sites judge one completion of GRPO, of a recipe; 0 where none is asked.

@@ -74,6 +74,13 @@ class Defence:
 def robust(job: Job, stage: str, *, defence: Defence) -> Aligned:
     """Align by the fused ranks or scores; what is fused is divided by a step's deviation (`accord.routing.robust`)."""
     known = canaries_of(job, stage) if defence.canaries else None
+    if known is not None and job.engine is not None and not CANARIES.of(job.recipe).record:
+        warnings.warn(
+            "canaries.record names no file, and the sites are other organisations': a later run may ask the same "
+            'hidden questions, which a site that kept them recognises; add record = "/absolute/path" to [canaries]',
+            DataWarning,
+            stacklevel=2,
+        )
     settings = replace(job.recipe.alignment, scale_rewards="batch")
     return run_grpo(
         job,
@@ -125,18 +132,11 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
         RunError: the record cannot be read or written.
 
     Warns:
-        DataWarning: there are too few, or of too few types, or no record keeps them out of the sites' later runs.
+        DataWarning: there are too few, or of too few types.
     """
     config, recipe = CANARIES.of(job.recipe), job.recipe
-    unseen, wanted = _unseen(job), config.per_step * recipe.alignment.steps
+    unseen, wanted = _unseen(job), _wanted(recipe)
     key = _key(job)
-    if job.engine is not None and not config.record:
-        warnings.warn(
-            "canaries.record names no file, and the sites are other organisations': a later run may ask the same "
-            'hidden questions, which a site that kept them recognises; add record = "/absolute/path" to [canaries]',
-            DataWarning,
-            stacklevel=2,
-        )
     asked = _on_record(job, stage, unseen, wanted, key) if config.record else _drawn(job, unseen, wanted, key)
     pool = _with_wrong_answers(job, asked) if asked else []
     _tell_what_is_missing(job, [canary.kind for canary in pool])
@@ -153,7 +153,8 @@ def check_canaries(job: Job) -> None:
     Warns:
         DataWarning: there are too few, or none of a type that the alignment asks, or several domains share a type.
     """
-    _tell_what_is_missing(job, [q.question_type for q in _unseen(job)])
+    drawn = _drawn(job, _unseen(job), _wanted(job.recipe), key=0)
+    _tell_what_is_missing(job, [q.question_type for q in drawn])
 
 
 def _unseen(job: Job) -> list[Question]:
@@ -173,8 +174,7 @@ def _unseen(job: Job) -> list[Question]:
 
 def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
     """Warn where canaries of these types are too few, or of too few types; where there is none, raise DataError."""
-    config, steps = CANARIES.of(job.recipe), job.recipe.alignment.steps
-    wanted = config.per_step * steps
+    steps, wanted = job.recipe.alignment.steps, _wanted(job.recipe)
     if not kinds:
         raise DataError(
             f"the server has {len(job.questions.get('base', []))} labelled questions, and none of a type that the "
@@ -184,7 +184,7 @@ def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
     if len(kinds) < wanted:
         warnings.warn(
             f"the server has {len(kinds)} questions for canaries, and {steps} steps ask {wanted}: from step "
-            f"{len(kinds) // config.per_step + 1} on no site is watched, and trust stays as it is; give the source "
+            f"{len(kinds) * steps // wanted + 1} on no site is watched, and trust stays as it is; give the source "
             "more questions of the split 'base', or lower canaries.per_step",
             DataWarning,
             stacklevel=3,
@@ -230,7 +230,14 @@ def _drawn(job: Job, questions: Sequence[Question], wanted: int, key: int | str)
 
 
 def _shares(job: Job) -> dict[str, float]:
-    return type_shares(job.prompts, balanced=job.recipe.alignment.balanced)
+    """Return how often each type is drawn: as often as it is asked, but one canary of each at least."""
+    asked = type_shares(job.prompts, balanced=job.recipe.alignment.balanced)
+    return {kind: max(share, 1 / _wanted(job.recipe)) for kind, share in asked.items()}
+
+
+def _wanted(recipe: Recipe) -> int:
+    """Return how many canaries an alignment takes."""
+    return CANARIES.of(recipe).per_step * recipe.alignment.steps
 
 
 def _on_record(job: Job, stage: str, questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
@@ -298,7 +305,7 @@ def _method(defence: Defence, about: str) -> Method:
         needs=frozenset(needs),
         tables=(ROBUST, CANARIES) if defence.canaries else (ROBUST,),
         asks=_everyone,
-        check_data=check_canaries if defence.canaries else lambda job: None,
+        check_data=check_canaries if defence.canaries else Method.check_data,
         reward=partial(robust_reward, defence=defence),
         findings=who_is_trusted if defence.canaries else lambda job, stage, sites: {},
     )

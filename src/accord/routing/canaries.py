@@ -2,7 +2,7 @@
 
     canary       one of the server's labelled questions: its right answer among wrong ones, in an ordinary score request
     p ∈ [0, 1]   the share of the wrong answers that a site ranks below the right one, a tie counting half; ½ where it
-                 does not answer it and answers others of the request
+                 does not answer it, but others of the request, and another site does
     memory n     S ← (1 − 1/n) S + p,  F ← (1 − 1/n) F + (1 − p)       of each site and question type; n = 16 and 64
     m_n          (3 + S) / (5 + S + F)                                  mean of the posterior Beta(3 + S, 2 + F)
     m            min(m_16, m_64)                                        quick to lose, slow to gain
@@ -67,9 +67,8 @@ NEWCOMER: Final = math.log(PRIOR[0] / PRIOR[1])
 ALL: Final = ""
 """The type that every canary counts for: where a question's own type has none, it tells whom not to hear."""
 
-
 LEFT_OUT: Final = 0.5
-"""p of a canary that a site leaves unanswered while it answers others of the request."""
+"""p of a canary that a site leaves unanswered, while it answers others of the request and another site answers it."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +266,7 @@ class Canaries:
         key: of their order, places and candidates; a site that knows it can tell which they are.
         spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
         shares: of every type among the questions that the alignment asks; by default types come in turn. Were a type
-            more frequent among canaries, it would tell them apart.
+            more frequent among canaries, it would tell them apart, as it does once there are none left of another.
     """
 
     def __init__(
@@ -340,8 +339,9 @@ class Canaries:
     def learn(self, hidden: Mapping[str, Sequence[Hidden]], given: Mapping[str, Scores]) -> None:
         """Learn from the sites' scores of requests that `mix` returned.
 
-        The absence of a site is no evidence. A canary left out of a reply that has other answers counts as half right:
-        else a liar that recognises it would keep a newcomer's trust.
+        The absence of a site is no evidence, and neither is a canary that nobody answers. One that another site
+        answers, left out of a reply that has other answers, counts as half right: else a liar that recognises it would
+        keep a newcomer's trust.
         """
         present = {site for site, of_site in given.items() if self._answers_others(hidden.get(site, ()), of_site)}
         for same in zip(*hidden.values(), strict=True):  # one canary at all sites
@@ -350,7 +350,7 @@ class Canaries:
             for site, scores in zip(self.trust.sites, columns, strict=True):
                 if scores is not None:
                     self.trust.learn(site, same[0].kind, share_below(scores, 0))
-                elif site in told and site in present:
+                elif site in told and site in present and any(columns):
                     self.trust.learn(site, same[0].kind, LEFT_OUT)
             nothing = [math.nan] * len(same[0].order)
             answers = torch.tensor([column or nothing for column in columns], dtype=torch.double).T

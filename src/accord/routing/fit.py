@@ -151,21 +151,20 @@ def pace(sites: int) -> float:
 
 
 class _Counted:
-    """Count what each site trained on: a `Server` that sends nothing beside the weights."""
+    """Count what each site trained on, and which were heard: a `Server` that sends nothing beside the weights."""
 
     def __init__(self, sites: Sequence[str]) -> None:
         self.examples = dict.fromkeys(sites, 0)
-        self.held: dict[str, int] = {}
+        self.heard = set[str]()
 
     def send(self) -> bytes:
         return b""
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
-        self.held[site] = examples
+        self.examples[site] += examples
 
     def keep(self, sites: Collection[str], where: str) -> None:
-        for site in sites:
-            self.examples[site] += self.held[site]
+        self.heard.update(sites)
 
 
 def fit_router(
@@ -211,7 +210,9 @@ def fit_router(
         on_round=on_round,
     )
     set_trainable_weights(network, weights)
-    network.examples = tuple(counted.examples.values())
+    # A site that is left out has no prior: one of its few rounds, divided out, would send it more than others get.
+    heard = counted.heard - (audit.left_out if audit is not None else set())
+    network.examples = tuple(n if site in heard else 0 for site, n in counted.examples.items())
     return network.eval()
 
 
