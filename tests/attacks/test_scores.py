@@ -111,7 +111,7 @@ def test_a_recipe_makes_a_site_lie():
     assert 'target = "circle"' in dump_recipe(recipe)
     with pytest.raises(RecipeError, match=r"promotes an answer, got none; add target"):
         replace(recipe.sites[0].attack, target="")
-    with pytest.raises(RecipeError, match="after of an attack must be at most 1, got 2"):
+    with pytest.raises(RecipeError, match="after of an attack is a share, at most 1, got 2"):
         Attack(after=2)
     with pytest.raises(RecipeError, match="shift of an attack must be finite, got -inf: a score that is not"):
         Attack("affine", shift=float("-inf"))

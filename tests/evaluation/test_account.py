@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -84,8 +85,12 @@ def test_a_hacked_reward(make_summary: Callable[..., Summary]) -> None:
     assert "reward hacking" in account.warnings[0]
 
 
-def test_a_fall_without_a_risen_reward_is_not_called_hacking(make_summary: Callable[..., Summary]) -> None:
-    account = tell(make_summary(evaluation=_evaluation(_two(60, 60), _two(20, 60))), [])
+@pytest.mark.parametrize("scale", [0.0, 1e-8], ids=["still", "centred in every group"])
+def test_a_fall_without_a_risen_reward_is_not_called_hacking(
+    make_summary: Callable[..., Summary], scale: float
+) -> None:
+    metrics = [replace(row, reward=scale * (row.reward or 0.0)) for row in RISING]
+    account = tell(make_summary(evaluation=_evaluation(_two(60, 60), _two(20, 60))), metrics)
     assert account.verdict.startswith("Accuracy fell")
     assert not any("hacking" in warning for warning in account.warnings)
 

@@ -71,7 +71,7 @@ class Attack:
         check_least(self, spread=0, bias=0, share=0, after=0, spares=0)
         for name, share in (("share", self.share), ("after", self.after), ("spares", self.spares)):
             if share > 1:
-                raise RecipeError(f"{name} of an attack must be at most 1, got {share}; lower it")
+                raise RecipeError(f"{name} of an attack is a share, at most 1, got {share}; lower it")
         for name in ("scale", "shift"):
             if not math.isfinite(value := getattr(self, name)):
                 raise RecipeError(f"{name} of an attack must be finite, got {value}: a score that is not is no answer")

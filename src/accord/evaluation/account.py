@@ -18,6 +18,9 @@ from accord.evaluation.trace import MetricsRow
 _MANY_ABSENCES = 0.05
 """Share of unanswered messages above which the report warns."""
 
+_CENTRED = 1e-6
+"""What rounding makes of a reward whose mean over every group is 0, as that of `canary-average`: it cannot rise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Account:
@@ -222,7 +225,7 @@ def _warnings(summary: Summary, metrics: Sequence[MetricsRow]) -> list[str]:
     before, after = evaluation.base, evaluation.aligned
     found = []
     gain = reward_change(metrics)
-    if before is not None and gain is not None and gain > 0 and after.macro < before.macro:
+    if before is not None and gain is not None and gain > _CENTRED and after.macro < before.macro:
         clear = macro_direction(before, after) < 0
         found.append(
             f"The reward rose by {gain:.2f} while accuracy went from {percent(before.macro)} "

@@ -176,10 +176,11 @@ def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
     """Warn where canaries of these types are too few, or of too few types; where there is none, raise DataError."""
     steps, wanted = job.recipe.alignment.steps, _wanted(job.recipe)
     if not kinds:
+        asked = ", ".join(sorted({q.question_type for q in job.prompts}))
         raise DataError(
             f"the server has {len(job.questions.get('base', []))} labelled questions, and none of a type that the "
-            "alignment asks, and that no site has seen, makes a canary; give the source more questions of the split "
-            "'base', or choose a method without canaries"
+            f"alignment asks ({asked}) is left for a canary: anchors, and what canaries.record has, are none; "
+            "give the source more questions of these types, of the split 'base', or choose a method without canaries"
         )
     if len(kinds) < wanted:
         warnings.warn(
