@@ -111,6 +111,8 @@ def test_a_recipe_makes_a_site_lie():
     assert 'target = "circle"' in dump_recipe(recipe)
     with pytest.raises(RecipeError, match=r"promotes an answer, got none; add target"):
         replace(recipe.sites[0].attack, target="")
+    with pytest.raises(RecipeError, match="after = 1 of an attack is the whole run: the site would never lie"):
+        Attack("flip", after=1.0)
     with pytest.raises(RecipeError, match="after of an attack is a share, at most 1, got 2"):
         Attack(after=2)
     with pytest.raises(RecipeError, match="shift of an attack must be finite, got -inf: a score that is not"):

@@ -8,7 +8,7 @@ import pytest
 
 from accord.data.easy_vqa import load_easy_vqa
 from accord.errors import DataError, RunError
-from accord.recipe import EncoderConfig, Policy, Source
+from accord.recipe import EncoderConfig, Policy, Prompts, Source
 from accord.runs import Run
 from accord.stages.alignment import memory_file
 from accord.stages.job import load_questions, scalars
@@ -27,6 +27,13 @@ def test_sources_are_joined_by_split(vqa):
     assert {split: [q.domain for q in items] for split, items in questions.items()} == {
         split: ["x-ray", "indoor"] for split in SPLITS
     }
+
+
+def test_prompts_of_a_type_that_no_public_question_has(job, ask):
+    job.recipe = replace(job.recipe, prompts=Prompts(question_types=("color",)))
+    job.questions = {"public": [ask(0, question_type="colour"), ask(1, question_type="shape", domain="toys")]}
+    with pytest.raises(DataError, match=r"no public question is of 'color', and they are of colour, toys/shape; corr"):
+        _ = job.prompts
 
 
 def test_a_domain_can_be_renamed_and_types_carry_it(vqa):

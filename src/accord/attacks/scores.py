@@ -72,6 +72,8 @@ class Attack:
         for name, share in (("share", self.share), ("after", self.after), ("spares", self.spares)):
             if share > 1:
                 raise RecipeError(f"{name} of an attack is a share, at most 1, got {share}; lower it")
+        if self.after == 1:
+            raise RecipeError("after = 1 of an attack is the whole run: the site would never lie; lower it")
         for name in ("scale", "shift"):
             if not math.isfinite(value := getattr(self, name)):
                 raise RecipeError(f"{name} of an attack must be finite, got {value}: a score that is not is no answer")

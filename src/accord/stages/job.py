@@ -223,7 +223,12 @@ class Job:
         chosen = self.recipe.prompts
         found = [q for q in self.questions["public"] if chosen.wants(q)]
         if not found:
-            raise DataError(f"no public question is of {chosen}; correct domains and question_types in [prompts]")
+            there = sorted({f"{q.domain}/{q.question_type}".lstrip("/") for q in self.questions["public"]})
+            wanted = ", ".join(map(repr, (*chosen.domains, *chosen.question_types)))
+            raise DataError(
+                f"no public question is of {wanted or 'any type'}, and they are of "
+                f"{', '.join(there) or 'none'}; correct domains and question_types in [prompts]"
+            )
         return found
 
     @cached_property
