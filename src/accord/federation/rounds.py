@@ -52,7 +52,7 @@ class Server(Protocol):
         ...
 
     def receive(self, site: str, examples: int, state: bytes, /) -> None:
-        """Hold what came from `site` beside its update, until `keep`.
+        """Take in what came from `site` beside its update; whether that counts, `keep` tells.
 
         Raises:
             ReplyError: it cannot be used; the site sits out this round.
@@ -61,7 +61,7 @@ class Server(Protocol):
         ...
 
     def keep(self, sites: Collection[str], where: str) -> None:
-        """Take what these sites sent last, whose updates made the step of round `where`; of others nothing counts."""
+        """Learn whose updates made the step of round `where`: what these sites sent last counts, and no other's."""
         ...
 
 

@@ -29,8 +29,7 @@ from typing import Final, Literal
 from accord.alignment.difficulty import type_shares
 from accord.alignment.reward import FederatedReward, PerGroup
 from accord.data.negatives import NegativeMix
-from accord.data.questions import in_turn
-from accord.data.sampling import sample_questions
+from accord.data.sampling import draw_kinds, sample_questions
 from accord.errors import DataError, DataWarning
 from accord.evaluation.summary import TrustSummary
 from accord.federation.answering import question_key
@@ -174,7 +173,7 @@ def _unseen(job: Job) -> list[Question]:
 
 def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
     """Warn where canaries of these types are too few, or of too few types; where there is none, raise DataError."""
-    steps, wanted = job.recipe.alignment.steps, _wanted(job.recipe)
+    per_step, wanted = CANARIES.of(job.recipe).per_step, _wanted(job.recipe)
     if not kinds:
         asked = ", ".join(sorted({q.question_type for q in job.prompts}))
         raise DataError(
@@ -184,8 +183,8 @@ def _tell_what_is_missing(job: Job, kinds: Sequence[str]) -> None:
         )
     if len(kinds) < wanted:
         warnings.warn(
-            f"the server has {len(kinds)} questions for canaries, and {steps} steps ask {wanted}: from step "
-            f"{len(kinds) * steps // wanted + 1} on no site is watched, and trust stays as it is; give the source "
+            f"the server has {len(kinds)} questions for canaries, and {job.recipe.alignment.steps} steps ask {wanted}: "
+            f"from step {len(kinds) // per_step + 1} on no site is watched, and trust stays as it is; give the source "
             "more questions of the split 'base', or lower canaries.per_step",
             DataWarning,
             stacklevel=3,
@@ -221,13 +220,8 @@ def _with_wrong_answers(job: Job, asked: Sequence[Question]) -> list[Canary]:
 
 def _drawn(job: Job, questions: Sequence[Question], wanted: int, key: int | str) -> list[Question]:
     """Draw as many as are wanted, types as often as the alignment asks them."""
-    shares = _shares(job)
-    by_kind = defaultdict(list)
-    for q in questions:
-        by_kind[q.question_type].append(q)
-    generator, kinds = random.Random(f"{key} pool"), sorted(by_kind)
-    queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in kinds]
-    return in_turn(queues, wanted, [shares[kind] for kind in kinds])
+    generator = random.Random(f"{key} pool")
+    return draw_kinds(questions, [q.question_type for q in questions], wanted, generator, _shares(job))
 
 
 def _shares(job: Job) -> dict[str, float]:

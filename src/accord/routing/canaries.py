@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 
 from accord.data.images import image_bytes
-from accord.data.questions import in_turn
+from accord.data.sampling import draw_kinds
 from accord.errors import CheckpointError, DataWarning, RecipeError, check_least, check_positive
 from accord.federation.asking import Scores
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
@@ -279,16 +279,11 @@ class Canaries:
         spread: float = 0.0,
         shares: Mapping[str, float] | None = None,
     ) -> None:
-        by_kind: dict[str, list[Canary]] = {}
-        for canary in pool:
-            by_kind.setdefault(canary.kind, []).append(canary)
-        generator = random.Random(key)
-        kinds = sorted(by_kind)
-        queues = [generator.sample(by_kind[kind], len(by_kind[kind])) for kind in kinds]
-        self.pool = in_turn(queues, len(pool), [shares[kind] for kind in kinds] if shares else None)
+        kinds = [canary.kind for canary in pool]
+        self.pool = draw_kinds(pool, kinds, len(pool), random.Random(key), shares)
         self.config = config
         self.key = key
-        self.trust = Trust(sites, by_kind, config, spread=spread)
+        self.trust = Trust(sites, kinds, config, spread=spread)
         self.used = 0
         self.calls = 0
 
