@@ -8,7 +8,7 @@ import torch
 
 from accord.alignment.grpo import AlignmentConfig, align
 from accord.alignment.parking import Parking
-from accord.errors import DataError, DataWarning, ImageError, QuorumError, RunError
+from accord.errors import DataError, DataWarning, QuorumError, RunError
 from accord.models.load import load_model
 from accord.runs.failures import FAILURES, TRIES, failures_of, read_failures
 from accord.types import Question
@@ -140,16 +140,6 @@ def test_errors_of_the_run_are_passed_on_at_once(parking):
     with pytest.raises(RunError, match="q1 is poison"):
         parking.do(rows(0, 1), G, step)
     assert len(step.asked) == 1
-
-
-def test_an_image_that_cannot_be_read_is_a_failure(parking):
-    """As the data set hands it over: the error in the place of the image."""
-    given = rows(0, 1)
-    for each in given[G:]:
-        each["image"] = ImageError("no picture")
-    with pytest.warns(DataWarning, match="ImageError: no picture"):
-        said, _ = parking.do(given, G, Step())
-    assert said[:G] == ["q0"] * G and "q1" not in said
 
 
 def test_a_reason_cannot_steer_a_terminal(parking):

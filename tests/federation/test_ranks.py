@@ -219,6 +219,117 @@ def test_the_quorum_is_of_all_ranks(tmp_path):
     assert [list(asked) for asked in one["asked"]] == [["here", "there"], ["here", "there"], ["there"], ["there"]]
 
 
+PARKING = """
+from accord.alignment.parking import Parking
+from accord.errors import DataError
+from accord.federation.engine import ElsewhereError
+from accord.federation.ranks import Processes
+from accord.types import Question
+
+QUESTIONS = [Question(f"q{n}", None, f"question {n}", "a", "kind", "domain", "public") for n in range(12)]
+
+def row(asked):
+    return {"question_id": asked.id, "prompt": asked.text}
+
+def rows(*numbers):
+    return [row(QUESTIONS[n]) for n in numbers for _ in range(2)]
+
+class Step:
+    \"\"\"What each does by itself, then what both do together, and again.\"\"\"
+
+    def __init__(self, processes, *poison, error=ValueError, later=()):
+        self.processes, self.poison, self.error, self.later, self.asked = processes, poison, error, later, []
+
+    def __call__(self, given):
+        ids = [each["question_id"] for each in given]
+        self.asked.append(ids)
+
+        def look(poison):
+            if bad := [name for name in ids if name in poison]:
+                raise self.error(f"{bad[0]} is poison")
+
+        self.processes.agree(lambda: look(self.poison))
+        seen = self.processes.total([len(ids)])
+        self.processes.agree(lambda: look(self.later))
+        return ids, seen, torch.rand(1).item()
+
+processes = Processes()
+parking = Parking(QUESTIONS, row, out / "kept" / "failures.json", processes)
+mine = rows(0, 1, 2) if rank == 0 else rows(3, 4, 5)
+start()
+"""
+
+
+def test_two_ranks_leave_out_what_fails_in_either(tmp_path):
+    """q4 fails at rank 1, and q1 at rank 0 in a later part of the step: both are known to both, and told of by one."""
+    one, two = together(
+        tmp_path,
+        PARKING
+        + """
+with warnings.catch_warnings(record=True) as warned:
+    torch.manual_seed(0)
+    done = [parking.do(mine, 2, Step(processes, "q4", later=["q1"])) for _ in range(4)]
+again = Step(processes, "q4", later=["q1"])
+torch.manual_seed(0)
+parking.do(mine, 2, again)
+drawn = torch.rand(1).item()
+file = {n: f.tries for n, f in Parking(QUESTIONS, row, parking.file).failures.items()} if rank == 0 else {}
+end(
+    done=done, known={n: [f.tries, f.reason] for n, f in parking.failures.items()}, parked=sorted(parking.parked),
+    warned=[str(w.message) for w in warned], again=again.asked, drawn=drawn, file=file,
+)
+""",
+    )
+    assert one["known"] == two["known"] == {f"q{n}": [3, f"ValueError: q{n} is poison"] for n in (1, 4)}
+    assert one["parked"] == two["parked"] == ["q1", "q4"] and one["file"] == {"q1": 3, "q4": 3}
+    assert len(one["warned"]) == 6 and two["warned"] == []
+    assert len(one["again"]) == len(two["again"]) == 1  # what is parked is not tried
+    for own, poison, good in ((one, "q1", ("q0", "q2")), (two, "q4", ("q3", "q5"))):
+        assert all(seen == [12] for _, seen, _ in own["done"])
+        assert [(ids[0], ids[-1]) for ids, _, _ in own["done"]] == [good] * 4
+        assert not any(poison in ids or "q4" in ids for ids, _, _ in own["done"])
+    assert one["drawn"] == two["drawn"] and [d[2] for d in one["done"]] == [d[2] for d in two["done"]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "wrong"),
+    [
+        ("Step(processes, 'q4', error=RunError)", ["ElsewhereError", "RunError"]),
+        ("Step(processes, 'q0', 'q1', 'q2', 'q3', 'q4', 'q5', *(q.id for q in QUESTIONS))", ["ValueError"] * 2),
+        ("lambda given: processes.agree(lambda: crowded(given))", ["ElsewhereError", "DataError"]),
+        ("lambda given: alone(given)", ["DataError"] * 2),
+    ],
+    ids=["a run's error", "all fail", "no question explains it", "not agreed"],
+)
+def test_two_ranks_end_together_where_no_question_is_at_fault(tmp_path, steps, wrong):
+    """Neither waits for the other, and nothing is noted; what is not agreed on is not tried again."""
+    told = together(
+        tmp_path,
+        PARKING
+        + f"""
+tried = []
+
+def crowded(given):
+    tried.append(len(given))
+    if rank == 1 and len(given) > 2:
+        raise DataError("too many rows")
+
+def alone(given):
+    tried.append(len(given))
+    raise DataError("by itself")
+
+try:
+    parking.do(mine, 2, {steps})
+except Exception as error:
+    wrong = type(error).__name__
+end(wrong=wrong, tried=tried, failures=len(parking.failures))
+""",
+    )
+    assert [each["wrong"] for each in told] == wrong and [each["failures"] for each in told] == [0, 0]
+    if "alone" in steps:
+        assert [each["tried"] for each in told] == [[6], [6]]
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 TRAINING = """
@@ -320,6 +431,82 @@ def test_two_ranks_train_one_policy(tmp_path, llava):
         sampled = [sorted(set(rank["given"][step])) for rank in (one, two)]
         for _, candidates in requests.values():
             assert [sorted(each) for each in candidates] == sampled
+
+
+POISONED = """
+import gc, hashlib, os, random
+from accord.alignment.grpo import AlignmentConfig, align
+from accord.alignment.reward import FederatedReward
+from accord.data.images import image_bytes
+from accord.models.load import load_model
+from accord.types import Question
+from PIL import Image
+import io
+
+def picture(colour):
+    data = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(data, "PNG")
+    return data.getvalue()
+
+def question(name, image):
+    return Question(name, image, "what colour is it?", "red", "colour", "x", "public")
+
+class Odd(FederatedReward):
+    def group(self, prompts, completions, columns):
+        if "odd" in columns["question_id"]:
+            raise ValueError("no odd questions")
+        return super().group(prompts, completions, columns)
+
+def equal(prompts, images, completions):
+    return torch.full((sum(map(len, completions)), 2), 0.5)
+
+model, processor = load_model(os.environ["POLICY"], trainable=True)
+sites = {"here": scores, "there": scores}
+reward = Odd(OneConnection(Spy(sites) if rank == 0 else None, list(sites)), equal, mode="soft")
+good = [question(colour, picture(colour)) for colour in ("red", "blue", "green", "black")]
+records = []
+trained = align(
+    model, processor, [*good, question("torn", b"no picture"), question("odd", picture("white"))], reward,
+    AlignmentConfig(
+        steps=4, prompts_per_step=4, group_size=2, learning_rate=1e-3, max_completion_length=2, evaluate_every=0,
+        save_every=0,
+    ),
+    seed=0, out=out / "trainer", log=records.append,
+    failures=out / "failures.json" if os.environ["PARKING"] else None,
+)
+after = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained.parameters())).hexdigest()
+counts = {site: count.messages for (site, _), count in reward.engine.traffic.counts.items()}
+del model, trained, reward
+gc.collect()
+dist.barrier()
+end(after=after, records=records, counts=counts)
+"""
+
+
+@pytest.mark.usefixtures("ranks_alone")
+@pytest.mark.slow
+@pytest.mark.parametrize("parking", ["1", ""], ids=["left out", "not left out"])
+def test_poison_does_not_end_a_training_of_two_ranks(tmp_path, llava, parking):
+    """An image that is none, and a question on which the reward fails before it asks; not left out they end it."""
+    (tmp_path / "script.py").write_text(BEGIN + POISONED)
+    done = subprocess.run(
+        [*TORCHRUN, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "POLICY": llava, "OMP_NUM_THREADS": "1", "PARKING": parking, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    if not parking:
+        assert done.returncode != 0 and ("ImageError" in done.stderr or "no odd questions" in done.stderr)
+        return
+    assert done.returncode == 0, done.stderr[-5000:]
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["after"] == two["after"]
+    assert [record["step"] for record in one["records"]] == [1, 2, 3, 4]
+    assert set(json.loads((tmp_path / "failures.json").read_text())) == {"torn", "odd"}
+    assert [(r["failed"], r["parked"]) for r in one["records"]] == [(r["failed"], r["parked"]) for r in two["records"]]
+    assert one["records"][-1]["failed"] == 2 and done.stderr.count("was left out of a step") >= 2
 
 
 def test_one_process_is_rank_0_of_1(monkeypatch):

@@ -46,6 +46,7 @@ from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, DataWarning, RecipeError, check_least, check_positive
+from accord.federation.ranks import Processes
 from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.finetune import on_one_device
@@ -181,6 +182,18 @@ def finite(reward: RewardFunction) -> RewardFunction:
         return kept
 
     return checked
+
+
+def agreed(reward: RewardFunction, processes: Processes) -> RewardFunction:
+    """Return `reward`, which where it fails in one process fails in all; not if it is a coroutine's."""
+    if processes.count == 1 or inspect.iscoroutinefunction(reward):
+        return reward
+
+    @functools.wraps(reward, updated=())
+    def together(*args: object, **columns: object) -> list[float | None]:
+        return processes.agree(functools.partial(reward, *args, **columns))
+
+    return together
 
 
 def prompt_dataset(
@@ -522,8 +535,8 @@ def align(
         resume: continue from the newest checkpoint in `out`, which the caller has verified (`accord.runs.checkpoints`).
         encoder: what the reward's router reads completions with, if it does. Where it is the same model as the
             reference it is handed what the reference has computed.
-        failures: file that keeps which questions failed; with it they are left out (`accord.alignment.parking`), in one
-            process. None: what fails is raised.
+        failures: file that keeps which questions failed; with it they are left out (`accord.alignment.parking`), but by
+            several processes that have a policy in parts, or vLLM. None: what fails is raised.
 
     Raises:
         RecipeError: the adapter's `target_modules` fit nothing in the policy.
@@ -531,9 +544,9 @@ def align(
     dataset = functools.partial(prompt_dataset, processor=processor, keep_errors=failures is not None)
     count = config.steps * config.prompts_per_step
     data = dataset(questions, count, random.Random(seed), balanced=config.balanced)
-    parking = None
+    parking, processes = None, Processes()
     if failures is not None:
-        parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)
+        parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures, processes)
     extra: list[TrainerCallback] = [_Record(log), *callbacks]
     curve = _Curve(config.evaluate_every, measure, log) if measure is not None and config.evaluate_every else None
     extra += [curve] if curve else []
@@ -552,7 +565,7 @@ def align(
             rollout_rows=config.rollout_rows,
             objective=OBJECTIVES.get(config.loss),
             model=model,
-            reward_funcs=finite(reward),
+            reward_funcs=agreed(finite(reward), processes),
             args=arguments,
             train_dataset=data,
             processing_class=processor,

@@ -10,6 +10,10 @@ of whose questions none succeeds, nor others.
 
 The question that stands in for another depends on both alone, and a step that failed has drawn no random number: so a
 run that is resumed, and knows by its file what had failed, goes on as it would have.
+
+Several processes that share a step's questions do all this together: where one fails, all have failed, by
+`Processes.agree`, and each tries its own questions again beside the others'. What one process alone knows to have
+failed, while others wait for it, ends the run.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ import msgspec
 import torch
 
 from accord.errors import CheckpointError, DataWarning, QuorumError, RecipeError, RunError, printable
+from accord.federation.engine import ElsewhereError
+from accord.federation.ranks import Processes, rank_and_count
 from accord.runs import write_atomic
 from accord.runs.failures import TRIES, Failure, Failures, read_failures
 from accord.types import Question
@@ -33,6 +39,7 @@ MOST_WORDS: Final = 200
 
 Row: TypeAlias = dict[str, Any]
 Done = TypeVar("Done")
+_Reasons: TypeAlias = dict[int, Exception]
 
 
 class Parking:
@@ -42,15 +49,21 @@ class Parking:
         questions: those of the alignment.
         row_of: makes a row of the trainer's of a question.
         file: where what failed is kept, None for nowhere; what it holds is known from the start.
+        processes: those that share the questions of a step.
 
     Raises:
         RunError: the file is damaged.
     """
 
     def __init__(
-        self, questions: Sequence[Question], row_of: Callable[[Question], Row], file: Path | None = None
+        self,
+        questions: Sequence[Question],
+        row_of: Callable[[Question], Row],
+        file: Path | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.questions, self.row_of, self.file = questions, row_of, file
+        self.processes = processes or Processes()
         self.failures: Failures = read_failures(file) if file is not None else {}
 
     @property
@@ -69,26 +82,46 @@ class Parking:
         groups = [list(rows[n : n + group]) for n in range(0, len(rows), group)]
         groups = [self._replaced(each, self.parked) for each in groups]
         failed: dict[str, Exception] = {}
-        unexplained = 0
+        unexplained, again = 0, False
         while True:
             try:
                 done = _undrawn(step, groups)
                 break
-            except (RunError, RecipeError, CheckpointError):
-                raise
             except Exception as error:
-                found = _failing(step, groups, error)
+                if not self.processes.agreed(error) or self._anywhere(_ends_the_run(error)):
+                    raise
+                found = self._failing(step, groups, error)
                 failed |= {_name(groups[n][0]): reason for n, reason in found.items()}
                 replaced = [self._replaced(each, failed) for each in groups]
-                none_left = any(replaced[n] is groups[n] for n in found)
-                unexplained += not found or len(found) == len(groups) or none_left
-                hopeless = isinstance(error, QuorumError) and 1 < len(groups) == len(found)  # no question is at fault
+                none_left = self._anywhere(any(replaced[n] is groups[n] for n in found))
+                fails, tried = self.processes.total([len(found), len(groups)])
+                unexplained += fails in (0, tried) or none_left
+                hopeless = isinstance(error, QuorumError) and 1 < fails == tried  # no question is at fault
                 if unexplained == TRIES or hopeless:
                     raise
-                groups = replaced
-        if failed:
-            self._note(failed)
+                groups, again = replaced, True
+        if again:
+            self._note({name: printable(f"{type(e).__name__}: {e}")[:MOST_WORDS] for name, e in failed.items()})
         return done
+
+    def _anywhere(self, so: bool) -> bool:
+        return self.processes.total([so])[0] > 0
+
+    def _failing(self, step: Callable[[list[Row]], object], groups: Sequence[list[Row]], error: Exception) -> _Reasons:
+        """Return which of groups that fail together fail alone, and why: halves are tried, and halves of those."""
+        if len(groups) == 1:
+            return {} if isinstance(error, ElsewhereError) else {0: error}
+        found: _Reasons = {}
+        middle = len(groups) // 2
+        for first, part in ((0, groups[:middle]), (middle, groups[middle:])):
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                try:
+                    _undrawn(step, part)
+                except Exception as reason:
+                    if not self.processes.agreed(reason):
+                        raise
+                    found |= {first + n: why for n, why in self._failing(step, part, reason).items()}
+        return found
 
     def _replaced(self, rows: list[Row], failed: Collection[str]) -> list[Row]:
         """Return rows of another question if this one has failed: the first that has not, in an order of its own."""
@@ -103,18 +136,22 @@ class Parking:
         row = self.row_of(other)
         return [dict(row) for _ in rows]
 
-    def _note(self, failed: Mapping[str, Exception]) -> None:
-        for name, error in failed.items():
+    def _note(self, failed: Mapping[str, str]) -> None:
+        """Count what failed in any process, the same in all; the first tells and keeps it."""
+        first = rank_and_count()[0] == 0
+        for told in self.processes.gather(msgspec.json.encode(failed), everywhere=True):
+            failed = {**msgspec.json.decode(told, type=dict[str, str]), **failed}
+        for name, reason in sorted(failed.items()):
             tries = self.failures[name].tries + 1 if name in self.failures else 1
-            reason = printable(f"{type(error).__name__}: {error}")[:MOST_WORDS]
             self.failures[name] = Failure(tries, reason)
             what = "is parked, and no longer tried" if tries >= TRIES else "was left out of a step"
-            warnings.warn(
-                f"prompt {printable(name)!r:.80} {what}: it failed {tries} of {TRIES} times ({reason})",
-                DataWarning,
-                stacklevel=2,
-            )
-        if self.file is not None:
+            if first:
+                warnings.warn(
+                    f"prompt {printable(name)!r:.80} {what}: it failed {tries} of {TRIES} times ({reason})",
+                    DataWarning,
+                    stacklevel=2,
+                )
+        if self.file is not None and first and failed:
             write_atomic(self.file, msgspec.json.format(msgspec.json.encode(self.failures)) + b"\n")
 
 
@@ -122,34 +159,17 @@ def _name(row: Row) -> str:
     return str(row["question_id"])
 
 
+def _ends_the_run(error: Exception) -> bool:
+    return isinstance(error, RunError | RecipeError | CheckpointError) and not isinstance(error, ElsewhereError)
+
+
 def _undrawn(step: Callable[[list[Row]], Done], groups: Sequence[list[Row]]) -> Done:
     """Do the step; if it fails, no random number has been drawn."""
     kept, cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
-        for group in groups:
-            for column in ("image", "images"):
-                if isinstance(error := group[0].get(column), Exception):  # it could not be read
-                    raise error
         return step([row for group in groups for row in group])
     except Exception:
         torch.set_rng_state(kept)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
         raise
-
-
-def _failing(
-    step: Callable[[list[Row]], object], groups: Sequence[list[Row]], error: Exception
-) -> dict[int, Exception]:
-    """Return which of groups that fail together fail alone, and why: halves of them are tried, and halves of those."""
-    if len(groups) == 1:
-        return {0: error}
-    found: dict[int, Exception] = {}
-    middle = len(groups) // 2
-    for first, part in ((0, groups[:middle]), (middle, groups[middle:])):
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            try:
-                _undrawn(step, part)
-            except Exception as reason:
-                found |= {first + n: why for n, why in _failing(step, part, reason).items()}
-    return found

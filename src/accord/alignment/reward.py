@@ -44,7 +44,7 @@ from accord.data.images import image_bytes, load_images, picture_key
 from accord.data.questions import normalise_answer
 from accord.errors import DataError, QuorumError, RunError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
-from accord.federation.engine import Engine
+from accord.federation.engine import Engine, agree
 from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRange, ScoreRequest, image_name, to_turns
 from accord.routing.canaries import Canaries, Hidden
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
@@ -227,9 +227,18 @@ class FederatedReward:
         self._end()
         if self.engine.processes > 1:
             return
-        query = self._with_canaries(self._route_and_query(self.group(prompts, completions, columns)))
+        query = self._ready(prompts, completions, columns)
         replies = ask_meanwhile(self.engine, query.requests, deadline=self.waiting.deadline)
         self._started = _Started(prompts, completions, query, replies)
+
+    def _ready(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Message]] | Sequence[str],
+        columns: Mapping[str, object],
+    ) -> ScoreQuery:
+        """Return what is to be asked of the sites about rows."""
+        return self._with_canaries(self._route_and_query(self.group(prompts, completions, columns)))
 
     def _end(self) -> _Started | None:
         """Return the question that is under way, which is so no longer; an engine carries one at a time."""
@@ -255,7 +264,7 @@ class FederatedReward:
         if started is not None and started.prompts is prompts and started.completions is completions:
             query, replies = started.query, started.replies.result()
         else:
-            query, replies = self._with_canaries(self._route_and_query(self.group(prompts, completions, columns))), None
+            query, replies = agree(self.engine.total, partial(self._ready, prompts, completions, columns)), None
         groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
         if self.canaries is not None:

@@ -23,13 +23,14 @@ fused head takes `shift_labels`; and the keys `prompt_ids`, `completion_ids` and
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from peft import PeftModel
@@ -44,7 +45,7 @@ from trl.trainer.utils import split_tensor_dict
 
 from accord.alignment.parking import Parking
 from accord.data.images import picture_key
-from accord.errors import CheckpointError, DataWarning, warn_once
+from accord.errors import CheckpointError, DataError, DataWarning, warn_once
 from accord.models.attention import skip_hidden, tell_alone, why_alone
 from accord.models.encoder import Encoder, StateKey, last_states, prompt_words, state_key
 from accord.models.inputs import Encoded, build_batch, chunks, completion_text, encode, join_images, taken_by
@@ -72,6 +73,7 @@ _STOCK_FIELDS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entro
 """What the stock log-probabilities take."""
 
 Row = dict[str, Any]
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         *args: as `GRPOTrainer`.
         shared_prefix: False for a full row of every completion.
         encoder: a frozen encoder of the same weights as the reference; it is handed the reference's hidden states.
-        parking: leaves out questions on which a step fails, in one process; None lets it fail.
+        parking: leaves out questions on which a step fails; None lets it fail, and so do several processes that
+            compute one forward pass together, or have vLLM.
         rollout_rows: completions that are sampled at once; 0 for as many as one forward pass has in training.
         objective: the loss, beside which the KL term to the reference stays; None for TRL's.
         **settings: as `GRPOTrainer`.
@@ -165,7 +168,10 @@ class SharedPrefixTrainer(GRPOTrainer):
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
-        self._parking, self._rollout_rows, self._objective = parking, rollout_rows, objective
+        in_step = self.accelerator.num_processes > 1 and (sharded or self.use_vllm)  # also where each is by itself
+        self._parking = None if in_step else parking
+        self._tries = False  # whether a step is being done that may fail
+        self._rollout_rows, self._objective = rollout_rows, objective
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
         self._prompts: dict[str, _Prompts] = {}  # by mode: an evaluation may come between two updates on one batch
@@ -187,14 +193,21 @@ class SharedPrefixTrainer(GRPOTrainer):
         told = copy.deepcopy(self._metrics)  # what failed, or was tried by itself, leaves nothing there
 
         def step(rows: list[Row]) -> dict[str, Any]:
-            self._metrics = copy.deepcopy(told)
-            return self._completions(rows)
+            self._metrics, self._tries = copy.deepcopy(told), True
+            try:
+                return self._completions(rows)
+            finally:
+                self._tries = False
 
         done = self._parking.do(inputs, cast(int, self.num_generations), step)
         if self._parking.failures:
             self._metrics["train"]["failed"].append(len(self._parking.failures))
             self._metrics["train"]["parked"].append(len(self._parking.parked))
         return done
+
+    def _by_itself(self, work: Callable[[], Done]) -> Done:
+        """Do what each process does by itself between what all do together; if it fails in one, it does in all."""
+        return self._parking.processes.agree(work) if self._parking is not None and self._tries else work()
 
     def _completions(self, inputs: list[Row]) -> dict[str, Any]:
         stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
@@ -203,7 +216,7 @@ class SharedPrefixTrainer(GRPOTrainer):
             self._encoder.remember({}, [])
         if not self._hides:
             return stock(inputs)
-        self._bare, self._prompt_of = _distinct(inputs)
+        self._bare, self._prompt_of = self._by_itself(lambda: _distinct(inputs))
         self._first = [self._prompt_of.index(p) for p in range(max(self._prompt_of) + 1)]
         output = stock(self._bare)
         if self._hides:
@@ -218,6 +231,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         stock: Callable[..., tuple[list[list[int]], Any, dict[str, Any]]] = super()._tokenize_prompts
         if not self._hides:
             return stock(prompts)
+        return self._by_itself(lambda: self._encoded(stock, prompts))
+
+    def _encoded(self, stock: Callable[..., Any], prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         distinct = [prompts[first] for first in self._first]
         if isinstance(distinct[0], str):  # no conversation: without a template, and without an image
             encoded = [Encoded(list(ids)) for ids in stock(distinct)[0]]
@@ -254,7 +270,8 @@ class SharedPrefixTrainer(GRPOTrainer):
             fields: dict[str, Any] = prompts.take(self._prompt_of)
             for name in prompts.encoded[0].kinds:
                 fields[name] = [prompts.encoded[p].kinds[name] for p in self._prompt_of]
-            return stock(prompt_ids, pictures if any(pictures) else None, fields, num_generations)
+            given = (prompt_ids, pictures if any(pictures) else None, fields, num_generations)
+            return self._by_itself(lambda: stock(*given))
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -265,18 +282,19 @@ class SharedPrefixTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            said = self._sample(without_adapter(model), prompts, sampling)
+            noise = self._noise(len(self._prompt_of), cast(int, sampling.max_new_tokens), model.device)
+            said = self._by_itself(lambda: self._sample(without_adapter(model), prompts, sampling, noise))
         return said, None
 
-    def _sample(self, model: PreTrainedModel, prompts: _Prompts, sampling: GenerationConfig) -> list[list[int]]:
-        """Sample a completion for every row, `rollout_rows` at once."""
+    def _sample(
+        self, model: PreTrainedModel, prompts: _Prompts, sampling: GenerationConfig, noise: Tensor
+    ) -> list[list[int]]:
+        """Sample a completion for every row, `rollout_rows` at once, by its row of uniform numbers."""
         at_once = self._rollout_rows or self.args.per_device_train_batch_size
         rows: list[list[int]] = [[] for _ in prompts.ids]
         for row, p in enumerate(self._prompt_of):
             rows[p].append(row)
         said: dict[int, list[int]] = {}
-        length = cast(int, sampling.max_new_tokens)
-        noise = self._noise(len(self._prompt_of), length, model.device)
         for span in chunks([len(those) for those in rows], at_once):
             asked = range(len(rows))[span]
             types = None if prompts.token_types is None else prompts.token_types[span]
@@ -395,11 +413,11 @@ class SharedPrefixTrainer(GRPOTrainer):
             if self._shares and id(model) not in self._checked:
                 self._check(model, *rows, batch_size)
             if self._shares and not compute_aux_loss:
-                return (*self._packed(model, *rows, batch_size, entropy=compute_entropy), None)
+                packed = functools.partial(self._packed, model, *rows, batch_size, entropy=compute_entropy)
+                return (*self._by_itself(packed), None)
             images = {**images, **self._full_rows(self._prompts[self._mode], input_ids, logits_to_keep)}
-        return cast(
-            tuple[Tensor, Tensor | None, Tensor | None], stock(model, *rows, batch_size=batch_size, **told, **images)
-        )
+        full = functools.partial(stock, model, *rows, batch_size=batch_size, **told, **images)
+        return cast(tuple[Tensor, Tensor | None, Tensor | None], self._by_itself(full))
 
     def _full_rows(self, prompts: _Prompts, input_ids: Tensor, keep: int) -> dict[str, Any]:
         """Return the image arguments of the stock method, an image for every row."""
@@ -560,11 +578,14 @@ class SharedPrefixTrainer(GRPOTrainer):
         model.eval()  # dropout would make any two passes differ
         self._prompts = {"train": prompts[mode], "eval": prompts[mode]}
         images = self._full_rows(prompts[mode], input_ids, keep)
+        stock = super()._get_per_token_logps_and_entropies
+
+        def both() -> tuple[Tensor, Tensor]:
+            full, _, _ = stock(model, input_ids, attention_mask, keep, batch_size=size, **images)
+            return full, self._packed(model, input_ids, attention_mask, keep, size, entropy=False)[0]
+
         with torch.no_grad():
-            full, _, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, keep, batch_size=size, **images
-            )
-            shared, _ = self._packed(model, input_ids, attention_mask, keep, size, entropy=False)
+            full, shared = self._by_itself(both)
         self._prompts = prompts
         model.train(training)
         shown = attention_mask[:, -keep:]
@@ -610,7 +631,14 @@ def _turns(prompt: Any) -> Prompt:
 
 
 def _images(row: Mapping[str, Any]) -> list[Image]:
-    """Return the images of a row: from its columns, or from its prompt's blocks."""
+    """Return the images of a row: from its columns, or from its prompt's blocks.
+
+    Raises:
+        DataError: one cannot be read; the data set hands over why, in its place.
+    """
+    for column in ("image", "images"):
+        if isinstance(error := row.get(column), DataError):
+            raise error
     if row.get("images") is not None:
         return list(row["images"])
     if row.get("image") is not None:

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
-from accord.errors import ReplyError
+from accord.errors import ReplyError, RunError
 from accord.federation.endpoint import Endpoint
 from accord.federation.messages import (
     Absence,
@@ -92,6 +92,33 @@ class Engine(Protocol):
     def total(self, values: Sequence[float]) -> Sequence[float]:
         """Return the sum of each value over the processes that ask together."""
         ...
+
+
+Done = TypeVar("Done")
+
+
+class ElsewhereError(RunError):
+    """Another process of the run failed at what each does by itself."""
+
+
+def agree(total: Callable[[Sequence[float]], Sequence[float]], work: Callable[[], Done]) -> Done:
+    """Return `work()`, which each process does by itself; where it fails in one, it fails in all, and nobody waits.
+
+    Args:
+        total: adds values up over the processes, as `Engine.total`.
+        work: what is done; it speaks to no other process.
+
+    Raises:
+        ElsewhereError: it failed in another process alone.
+    """
+    failed: Exception | None = None
+    try:
+        done = work()
+    except Exception as error:
+        failed = error
+    if total([float(failed is not None)])[0]:
+        raise failed or ElsewhereError("another process of this run failed, and says at what")
+    return done
 
 
 class Outbox:

@@ -12,15 +12,16 @@ launched with others, and the others wait until it begins to align.
 
 Between ranks travels MessagePack in byte tensors, in a group of its own over gloo: torch.distributed's collectives for
 objects pickle, and a backend of GPUs would want the bytes there. Every rank takes part in every question, also with
-nothing to ask, or the others wait for it.
+nothing to ask, or the others wait for it. What a rank does by itself in between, and may fail at, it does by
+`Processes.agree`: all go on, or all fail.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import msgspec
 import torch
@@ -30,7 +31,7 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
-from accord.federation.engine import Engine, Traffic, kind_of
+from accord.federation.engine import Engine, Traffic, agree, kind_of
 from accord.federation.messages import (
     Absence,
     AnswerReply,
@@ -65,6 +66,78 @@ def rank_and_count() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+Done = TypeVar("Done")
+
+
+class Processes:
+    """What the ranks of a training tell each other, in a group over gloo; one that is alone tells itself."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._agreed: Exception | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of ranks."""
+        return rank_and_count()[1]
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Return the sum of each value over the ranks, the same on all of them."""
+        if self.count == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(summed, group=self._ranks())
+        return cast(list[float], summed.tolist())
+
+    def agree(self, work: Callable[[], Done]) -> Done:
+        """Return `work()`, or fail on all ranks, as `accord.federation.engine.agree`."""
+        try:
+            return agree(self.total, work)
+        except Exception as error:
+            self._agreed = error
+            raise
+
+    def agreed(self, error: Exception) -> bool:
+        """Return whether all ranks have failed where this one has; else the others go on, or wait for it."""
+        return self.count == 1 or error is self._agreed
+
+    def gather(self, data: bytes, *, everywhere: bool = False) -> list[bytes]:
+        """Return every rank's bytes on rank 0, nothing elsewhere; or on all ranks."""
+        rank, count = rank_and_count()
+        if count == 1:
+            return [data]
+        group = self._ranks()
+        sizes = torch.zeros(count, dtype=torch.int64)
+        sizes[rank] = len(data)
+        dist.all_reduce(sizes, group=group)
+        longest = int(sizes.max())
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count)] if everywhere or rank == 0 else None
+        if everywhere:
+            dist.all_gather(parts, _padded(data, longest), group=group)
+        else:
+            dist.gather(_padded(data, longest), parts, dst=0, group=group)
+        return [_cut(part, size) for part, size in zip(parts or (), sizes, strict=False)]
+
+    def scatter(self, parts: Sequence[bytes]) -> bytes:
+        """Return this rank's share of what rank 0 hands out, one for each rank."""
+        group, (rank, count) = self._ranks(), rank_and_count()
+        sizes = torch.tensor([len(data) for data in parts] if rank == 0 else [0] * count)
+        dist.broadcast(sizes, src=0, group=group)
+        longest = int(sizes.max())
+        own = torch.empty(longest, dtype=torch.uint8)
+        dist.scatter(own, [_padded(data, longest) for data in parts] if rank == 0 else None, src=0, group=group)
+        return _cut(own, sizes[rank])
+
+    def _ranks(self) -> dist.ProcessGroup:
+        if self._group is None:  # not before the first question: by then the trainer has started torch.distributed
+            if not dist.is_initialized():
+                raise RunError(
+                    "torch.distributed has not started; ask when the trainer is made, and use `accelerate launch`"
+                )
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
+        return self._group
 
 
 LAUNCHER: Final = (
@@ -148,7 +221,7 @@ class OneConnection:
             raise RunError(f"the engine reaches {list(engine.sites)}, not {list(sites)}; name its sites in its order")
         self.traffic = Traffic() if engine is None else engine.traffic
         self._engine, self._sites = engine, tuple(sites)
-        self._group: dist.ProcessGroup | None = None
+        self._processes = Processes()
 
     @property
     def sites(self) -> Sequence[str]:
@@ -158,7 +231,7 @@ class OneConnection:
     @property
     def processes(self) -> int:
         """The number of ranks."""
-        return rank_and_count()[1]
+        return self._processes.count
 
     def ask(self, requests: Mapping[str, Request], *, deadline: float | None = None) -> dict[str, Reply | Absence]:
         """Ask together with all other ranks; return the answers to this one's requests.
@@ -173,55 +246,25 @@ class OneConnection:
                     f"several processes together ask for scores and answers only, got a {type(request).__name__}; "
                     "do what asks for it before, in one process"
                 )
-        asked = self._gather(msgspec.msgpack.encode(requests))
+        asked = self._processes.gather(msgspec.msgpack.encode(requests))
         answers: list[Answers] = []
         if self._engine is not None:
             try:
                 answers = _ask(self._engine, [_requests.decode(data) for data in asked], deadline)
             except Exception as error:
-                self._scatter([Answers({}, {}, str(error) or type(error).__name__) for _ in asked])
+                self._hand_out([Answers({}, {}, str(error) or type(error).__name__) for _ in asked])
                 raise
-        own = _answers.decode(self._scatter(answers))
+        own = self._hand_out(answers)
         if own.problem:
             raise RunError(f"rank 0 could not ask the sites: {own.problem}")
         return {**own.replies, **own.absences}
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over the ranks, the same on all of them."""
-        summed = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(summed, group=self._ranks())
-        return cast(list[float], summed.tolist())
+        return self._processes.total(values)
 
-    def _ranks(self) -> dist.ProcessGroup:
-        if self._group is None:  # not before the first question: by then the trainer has started torch.distributed
-            if not dist.is_initialized():
-                raise RunError(
-                    "torch.distributed has not started; ask when the trainer is made, and use `accelerate launch`"
-                )
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))
-        return self._group
-
-    def _gather(self, data: bytes) -> list[bytes]:
-        """Return every rank's bytes on rank 0, nothing elsewhere."""
-        group, (rank, count) = self._ranks(), rank_and_count()
-        sizes = torch.zeros(count, dtype=torch.int64)
-        sizes[rank] = len(data)
-        dist.all_reduce(sizes, group=group)
-        longest = int(sizes.max())
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(count)] if rank == 0 else None
-        dist.gather(_padded(data, longest), parts, dst=0, group=group)
-        return [_cut(part, size) for part, size in zip(parts or (), sizes, strict=False)]
-
-    def _scatter(self, answers: Sequence[Answers]) -> bytes:
-        """Return this rank's share of what rank 0 hands out, one for each rank."""
-        group, (rank, count) = self._ranks(), rank_and_count()
-        encoded = [msgspec.msgpack.encode(each) for each in answers]
-        sizes = torch.tensor([len(data) for data in encoded] if rank == 0 else [0] * count)
-        dist.broadcast(sizes, src=0, group=group)
-        longest = int(sizes.max())
-        own = torch.empty(longest, dtype=torch.uint8)
-        dist.scatter(own, [_padded(data, longest) for data in encoded] if rank == 0 else None, src=0, group=group)
-        return _cut(own, sizes[rank])
+    def _hand_out(self, answers: Sequence[Answers]) -> Answers:
+        return _answers.decode(self._processes.scatter([msgspec.msgpack.encode(each) for each in answers]))
 
 
 def _ask(engine: Engine, by_rank: Sequence[Mapping[str, WithImages]], deadline: float | None) -> list[Answers]:

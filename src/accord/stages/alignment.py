@@ -269,7 +269,7 @@ def run_grpo(
             ],
             resume=resume,
             encoder=encoder,
-            failures=failures_file(job.path, stage) if together is None else None,
+            failures=failures_file(job.path, stage),
         )
     if memory is not None:
         write_atomic(memory_file(job.path, stage), _to_bytes(memory))
