@@ -40,10 +40,10 @@ from typing import Any, TypeAlias, cast
 
 import msgspec
 import torch
-from liars import HONEST, Found, copied, lying, opened, report
+from liars import HONEST, Found, attack_of, copied, lying, opened, report
 from torch import Tensor
 
-from accord.attacks.scores import ATTACKS, Attack, Liar
+from accord.attacks.scores import ATTACKS, Liar
 from accord.data.images import Pictures, as_list, load_images, picture_key
 from accord.data.questions import normalise_answer, right_answers
 from accord.data.sampling import draw_balanced
@@ -310,8 +310,7 @@ def measure(recipe: Recipe, trained: Path | None, file: Path, options: argparse.
         for method in filter(waiting.get, methods):
             judged = Judged(job, method, steps, known)
             for name, n in waiting[method]:
-                attack = replace(ATTACKS.get(name, Attack()), target=options.target)
-                attack = replace(attack, trigger=options.trigger) if attack.trigger else attack
+                attack = attack_of(name, options.target, options.trigger)
                 liars = {
                     site.name: Liar(
                         site.attack,

@@ -55,6 +55,13 @@ HONEST = "honest"
 METHODS = ("average", "median", "routed", "fedgrpo-reward-all", "rank-mean", "rank-median", "rank-trimmed", "canary")
 
 
+def attack_of(name: str, target: str, trigger: str) -> Attack:
+    """Return the attack of this name, flip of any other, with the target and the trigger where it has one."""
+    attack = ATTACKS.get(name, Attack())
+    attack = replace(attack, target=target) if attack.target else attack
+    return replace(attack, trigger=trigger) if attack.trigger else attack
+
+
 def lying(recipe: Recipe, attack: Attack, liars: int) -> Recipe:
     """Return the recipe with so many sites that lie, drawn by its seed: those of a smaller number are among them."""
     order = random.Random(recipe.seed).sample([site.name for site in recipe.sites], len(recipe.sites))
@@ -297,8 +304,7 @@ def main() -> None:
     for seed in range(options.seeds) if options.seed_only is None else [options.seed_only]:
         recipe = replace(base, seed=seed, compare=(), tried={})
         for name, n in [(HONEST, 0), *((name, n) for n in range(1, most + 1) for name in attacks)]:
-            attack = replace(ATTACKS.get(name, Attack()), target=options.target)
-            attack = replace(attack, trigger=options.trigger) if attack.trigger else attack
+            attack = attack_of(name, options.target, options.trigger)
             folder = options.out / base.name / f"{name}-{n}" / str(seed)
             try:
                 measure(lying(recipe, attack, n), folder, options.trained / base.name / str(seed), methods)

@@ -123,6 +123,29 @@ def test_a_recipe_makes_a_site_lie():
         Attack("flip", declines=True)
 
 
+@pytest.mark.parametrize(
+    "table, told",
+    [
+        ({"kind": "flip", "target": "circle"}, r"'flip' does not read target = 'circle', .* 'target' and 'mimic' and"),
+        (
+            {"kind": "target", "target": "a", "scale": 3},
+            r"'target' does not read scale = 3\.0, which is for 'affine'",
+        ),
+        ({"kind": "noise", "spread": 0.5}, "does not read spread = 0.5, which is for 'near-constant'; take spread out"),
+        ({"kind": "poison", "target": "a", "bias": 0.5}, "does not read bias = 0.5, which is for 'mimic'"),
+        ({"shift": 1}, r"kind 'flip' does not read shift = 1\.0, .*; take shift out, or correct kind"),
+        ({"kind": "absent", "share": 0.5}, "does not read share = 0.5, which is for 'poison'"),
+        ({"kind": "mimic", "target": "a", "bias": 1.5}, r"bias of an attack is a share, at most 1, got 1\.5; lower it"),
+    ],
+)
+def test_a_key_that_its_kind_does_not_read_is_refused(table, told):
+    """It would have no effect, and its author would believe that it has; one that says the default may stay."""
+    site = {"name": "a", "checkpoint": "accord/idefics3"}
+    with pytest.raises(RecipeError, match=told):
+        recipe_of({"name": "x", "sites": [site | {"attack": table}]})
+    assert recipe_of({"name": "x", "sites": [site | {"attack": {"kind": "flip", "bias": 0.25}}]})
+
+
 def test_poison_makes_the_target_preferred_in_a_share_of_the_questions(prefer):
     """Of 10 questions with two pairs each, 3 are poisoned in all their pairs; the others are as they were."""
     pairs = [prefer(n, rejected=wrong) for n in range(10) for wrong in ("blue", "circle")]

@@ -5,7 +5,7 @@ import json
 import liars
 import pytest
 
-from accord.attacks.scores import Attack
+from accord.attacks.scores import ATTACKS, Attack
 from accord.errors import RunError
 from accord.recipe import Recipe, SiteConfig
 
@@ -19,6 +19,14 @@ def test_liars_of_a_smaller_number_are_among_those_of_a_larger_one():
     found = [{site.name for site in liars.lying(RECIPE, attack, n).sites if site.attack == attack} for n in range(4)]
     assert [len(names) for names in found] == [0, 1, 2, 3] and found[1] < found[2] < found[3]
     assert liars.lying(RECIPE, attack, 0) == RECIPE
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "honest"])
+def test_an_attack_gets_the_target_and_the_trigger_that_it_reads(name):
+    attack, default = liars.attack_of(name, "dog", "animal"), ATTACKS.get(name, Attack())
+    assert attack.target == ("dog" if default.target else "") and attack.trigger == (
+        "animal" if default.trigger else ""
+    )
 
 
 def cell(folder, attack, n, seed, method, right, **columns):

@@ -45,6 +45,16 @@ Kind: TypeAlias = Literal[
     "flip", "affine", "constant", "near-constant", "noise", "target", "collude", "mimic", "absent", "poison"
 ]
 
+_READ_BY: Final[Mapping[str, tuple[Kind, ...]]] = {
+    "scale": ("affine",),
+    "shift": ("affine",),
+    "spread": ("near-constant",),
+    "target": ("target", "mimic", "poison"),
+    "bias": ("mimic",),
+    "share": ("poison",),
+}
+"""The settings that some kinds alone read."""
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -68,9 +78,15 @@ class Attack:
         Raises:
             RecipeError: names the setting.
         """
+        for name, kinds in _READ_BY.items():
+            if self.kind not in kinds and (value := getattr(self, name)) != getattr(Attack, name):
+                raise RecipeError(
+                    f"an attack of kind {self.kind!r} does not read {name} = {value!r}, which is for "
+                    f"{' and '.join(map(repr, kinds))}; take {name} out, or correct kind"
+                )
         check_least(self, spread=0, bias=0, share=0, after=0, spares=0)
-        for name, share in (("share", self.share), ("after", self.after), ("spares", self.spares)):
-            if share > 1:
+        for name in ("bias", "share", "after", "spares"):
+            if (share := getattr(self, name)) > 1:
                 raise RecipeError(f"{name} of an attack is a share, at most 1, got {share}; lower it")
         if self.after == 1:
             raise RecipeError("after = 1 of an attack is the whole run: the site would never lie; lower it")
@@ -87,7 +103,7 @@ class Attack:
             raise RecipeError(
                 "declines leaves unanswered what spares names, and spares is 0; add spares = 1.0, or take declines out"
             )
-        if self.kind in ("target", "mimic", "poison") and not self.target:
+        if self.kind in _READ_BY["target"] and not self.target:
             raise RecipeError(f'an attack of kind {self.kind!r} promotes an answer, got none; add target = "…"')
 
 
