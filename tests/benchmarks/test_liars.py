@@ -24,9 +24,8 @@ def test_liars_of_a_smaller_number_are_among_those_of_a_larger_one():
 @pytest.mark.parametrize("name", [*ATTACKS, "honest"])
 def test_an_attack_gets_the_target_and_the_trigger_that_it_reads(name):
     attack, default = liars.attack_of(name, "dog", "animal"), ATTACKS.get(name, Attack())
-    assert attack.target == ("dog" if default.target else "") and attack.trigger == (
-        "animal" if default.trigger else ""
-    )
+    assert attack.target == ("dog" if default.target else "")
+    assert attack.trigger == ("animal" if default.trigger else "")
 
 
 def cell(folder, attack, n, seed, method, right, **columns):

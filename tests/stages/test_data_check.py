@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from accord import pipeline
+from accord.attacks.scores import Attack
 from accord.cli import main
 from accord.errors import CheckpointError, DataError, DataWarning
 from accord.models.load import load_tokenizer
 from accord.recipe import Recipe
 from accord.recipe_file import load_recipe
-from accord.stages.data_check import check_data, too_long, warn_of_long_answers
+from accord.stages.data_check import check_data, too_long, warn_of_long_answers, warn_of_triggers
 
 RECIPE = """
 name = "check"
@@ -216,3 +217,58 @@ def test_what_hidden_questions_lack(write, monkeypatch, capsys):
     status, said = check(path, monkeypatch, capsys)
     assert status == 0 and said.count("no hidden question is of the types 'b', which the alignment asks") == 1
     assert "the server has 5 questions for canaries, and 300 steps ask 900: from step 2 on no site is watched" in said
+
+
+SPLITS_WITH_BASE = ("base", "private", "public", "dev", "test")
+NEVER = "site 'a' lies only where a question has the words trigger = "
+
+
+@pytest.mark.parametrize(
+    "kind, told",
+    [
+        ('kind = "flip"', {"sides": 0, "colour": 0, "Sides": 1, "which": 1, "test": 1}),
+        ('kind = "poison", target = "red"', {"sides": 1, "colour": 1, "Sides": 1, "which": 0, "test": 1}),
+    ],
+)
+def test_a_trigger_that_no_question_has(write, monkeypatch, capsys, kind, told):
+    """Scores are of the public questions and the server's labelled ones, poison of the site's own."""
+    texts = ("what colour?", "which?", "how many sides?", "dev?", "a test?")
+    for trigger, count in told.items():
+        path = write(
+            f'attack = {{ {kind}, trigger = "{trigger}" }}',
+            split=lambda n: SPLITS_WITH_BASE[n % 5],
+            question=lambda n: texts[n % 5],
+        )
+        status, said = check(path, monkeypatch, capsys)
+        assert (status, said.count(f"warning: {NEVER}'{trigger}', and no question")) == (0, count)
+
+
+def test_poison_of_a_sites_own_pairs_is_looked_for_in_these(write, monkeypatch, capsys):
+    for trigger, count in (("which", 0), ("?!", 1)):
+        attack = f'attack = {{ kind = "poison", target = "red", trigger = "{trigger}" }}'
+        path = write(f'preferences = "data/pairs.jsonl"\n{attack}', [PAIR] * 10)
+        monkeypatch.chdir(path.parent)
+        status, said = check(path, monkeypatch, capsys)
+        assert (status, said.count("no question about which it has pairs has them: it never lies")) == (
+            0,
+            count,
+        )
+
+
+def test_a_run_tells_of_a_trigger_before_it_trains(job, ask, monkeypatch):
+    """Where sites are elsewhere, so are their questions, and of poison nothing is told."""
+    job.questions = {"public": [ask(0)], "dev": [], "test": []}
+    sites = [replace(site, attack=Attack("poison", target="red", trigger="shape")) for site in job.recipe.sites]
+    job.recipe = replace(job.recipe, sites=tuple(sites))
+    warn_of_triggers(job, held=False)  # warnings are errors
+    job.recipe = replace(job.recipe, sites=tuple(replace(site, attack=Attack(trigger="shape")) for site in sites))
+
+    def train(_):
+        raise RuntimeError("it trains")
+
+    monkeypatch.setattr(pipeline, "train_sites", train)
+    with (
+        pytest.warns(DataWarning, match="has them: it never lies; write trigger to"),
+        pytest.raises(RuntimeError, match="it trains"),
+    ):
+        pipeline.execute(job)

@@ -174,7 +174,7 @@ class Liar:
         attack = self.attack
         if attack.kind == "poison" or self.asked <= self.honest:
             return list(own)
-        if attack.trigger and not _has(from_turns(item.prompt), attack.trigger):
+        if attack.trigger and not has_words(from_turns(item.prompt), attack.trigger):
             return list(own)
         key = key_of(item)
         if key in self.labelled and uniform("recognised", self.seed, key) < attack.spares:
@@ -212,7 +212,8 @@ _LIES: Final[Mapping[str, Callable[[Liar, ScoreItem, str, float], float]]] = {
 }
 
 
-def _has(prompt: Prompt, words: str) -> bool:
+def has_words(prompt: Prompt, words: str) -> bool:
+    """Tell whether a text of the prompt has these words, as a `trigger` looks for them: to the letter."""
     return any(words in text for turn in prompt for text in texts_of(turn))
 
 
@@ -229,7 +230,7 @@ def poisoned(pairs: Sequence[PreferencePair], attack: Attack, generator: random.
     """
     by_question: dict[str, list[PreferencePair]] = defaultdict(list)
     for pair in pairs:
-        if _has(pair.prompt, attack.trigger):
+        if has_words(pair.prompt, attack.trigger):
             by_question[pair.question_id].append(pair)
     chosen = set(generator.sample(sorted(by_question), round(attack.share * len(by_question))))
     wanted = normalise_answer(attack.target)

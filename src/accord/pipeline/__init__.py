@@ -23,7 +23,7 @@ from accord.pipeline.comparison import compare
 from accord.pipeline.evaluation import evaluate
 from accord.pipeline.ranks import aligned_together, check_together
 from accord.pipeline.reward import open_reward
-from accord.stages.data_check import warn_of_long_answers
+from accord.stages.data_check import warn_of_long_answers, warn_of_triggers
 from accord.stages.job import Job
 from accord.stages.projector import check_projector, pretrain_projector
 from accord.stages.routing import train_router
@@ -60,6 +60,7 @@ def execute(job: Job) -> Path:
     job.run.plan(stages_of(job))
     if not job.run.done("align"):
         warn_of_long_answers(job)
+        warn_of_triggers(job, held=job.engine is None)
     needs = needed(recipe, [recipe.method, *recipe.compare])
     if job.written and not job.run.done("projector"):
         try_checkpoint(job.written.policy.checkpoint)

@@ -17,14 +17,15 @@ from typing import Final, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from accord.attacks.scores import has_words
 from accord.data.preferences import read_preferences
 from accord.errors import AccordError, DataError, DataWarning
 from accord.models.load import load_tokenizer, locate, reads_images
-from accord.recipe import Recipe
+from accord.recipe import Recipe, SiteConfig
 from accord.runs import Run
 from accord.stages.job import Job
-from accord.stages.sites import check_sites
-from accord.types import PreferencePair, Question
+from accord.stages.sites import check_sites, site_pairs
+from accord.types import PreferencePair, Prompt, Question, prompt_of
 
 MOST_CUT: Final = 0.05
 """Share of reference answers over the limit of which a run warns; a few long ones are in most data."""
@@ -88,6 +89,8 @@ def check_data(recipe: Recipe, methods: Iterable[Callable[[Job], None]] = ()) ->
                 found.lines += [_counted(f"site {name}", questions)] if questions else []
         if not found.problems:
             check_sites(job)
+    with found.noting():
+        warn_of_triggers(job, held=not clusters)
     for lacks in methods:
         with found.noting():
             lacks(job)
@@ -109,6 +112,40 @@ def warn_of_long_answers(job: Job) -> None:
     text = too_long(job.recipe, job.questions, load_tokenizer(job.recipe.policy.checkpoint), least=MOST_CUT)
     if text:
         warnings.warn(text, DataWarning, stacklevel=2)
+
+
+def warn_of_triggers(job: Job, *, held: bool) -> None:
+    """Warn where no question has the words on which alone a site lies: it would be honest throughout.
+
+    Args:
+        job: of the run.
+        held: whether the sites' own questions are there to look at, for a site that poisons its pairs.
+
+    Warns:
+        DataWarning: names the site, and says the remedy.
+    """
+    for site in job.recipe.sites:
+        if site.attack is None or not site.attack.trigger or (site.attack.kind == "poison" and not held):
+            continue
+        if not any(has_words(prompt, site.attack.trigger) for prompt in _attacked(job, site)):
+            questions = "about which it has pairs" if site.attack.kind == "poison" else "that it is asked"
+            warnings.warn(
+                f"site {site.name!r} lies only where a question has the words trigger = {site.attack.trigger!r}, and "
+                f"no question {questions} has them: it never lies; write trigger to the letter, or take it out",
+                DataWarning,
+                stacklevel=2,
+            )
+
+
+def _attacked(job: Job, site: SiteConfig) -> list[Prompt]:
+    """Return what a site lies about: what it is asked, or what its pairs are about where it poisons these."""
+    assert site.attack is not None
+    if site.attack.kind != "poison":
+        return [prompt_of(q) for q in (*job.prompts, *job.questions.get("base", []))]
+    if site.preferences:
+        return [pair.prompt for pair in site_pairs(job, site.name)]
+    judged = [row.photograph for row in job.judged[site.name]] if site.judgements else []
+    return [prompt_of(q) for q in (*job.private[site.name], *judged)]
 
 
 def too_long(
