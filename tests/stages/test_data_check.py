@@ -211,12 +211,18 @@ def test_what_hidden_questions_lack(write, monkeypatch, capsys):
     assert check(path, monkeypatch, capsys)[0] == 0
     path.write_text(methods + without)
     status, said = check(path, monkeypatch, capsys)
+    assert "hidden questions" not in said
     assert status == 2 and said.count("the server has 5 labelled questions, and none of a type that the") == 1
     write(split=lambda n: splits[n % 5], question_type=lambda n: "ab"[n // 5 % 2] if n % 5 == 2 else "a")
     path.write_text(methods + without)
     status, said = check(path, monkeypatch, capsys)
     assert status == 0 and said.count("no hidden question is of the types 'b', which the alignment asks") == 1
     assert "the server has 5 questions for canaries, and 300 steps ask 900: from step 2 on no site is watched" in said
+    assert said.count("  hidden questions     5 at most, of 900 that the steps ask: a 5, b 0\n") == 1
+    path.write_text(methods + without.replace("[alignment]\n", "[alignment]\nsteps = 1\n"))
+    assert (
+        "  hidden questions     3 at most, of 3 that the steps ask: a 3, b 0\n" in check(path, monkeypatch, capsys)[1]
+    )
 
 
 SPLITS_WITH_BASE = ("base", "private", "public", "dev", "test")

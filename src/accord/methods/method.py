@@ -78,8 +78,9 @@ class Method:
         scores: the form in which it asks for scores: clipped to a range, None for unclipped, "raw" for not even
             standardised; by default as the recipe says, which is the one form that other organisations' sites send.
         check: refuses a recipe by which it cannot be done, before anything is trained.
-        check_data: tells what it lacks of the server's own questions, for `accord plan --check`: it warns or raises an
-            AccordError. No run is open, so that the job has no folder.
+        check_data: returns what it takes of the server's own questions, for `accord plan --check`: a line, or an empty
+            one. What it lacks of them it tells by a warning or an AccordError. No run is open, so that the job has no
+            folder.
         tables: its own tables in a recipe.
         steps: how many steps or rounds its stage takes, of a recipe; by default GRPO's.
         asks: how many sites judge one completion of GRPO, of a recipe; 0 where none is asked.
@@ -102,7 +103,7 @@ class Method:
     needs: frozenset[Need] = frozenset()
     scores: ScoreRange | Literal["recipe", "raw"] | None = "recipe"
     check: Callable[[Recipe], None] = lambda recipe: None
-    check_data: Callable[[Job], None] = lambda job: None
+    check_data: Callable[[Job], str] = lambda job: ""
     tables: tuple[Table[DataclassInstance], ...] = ()
     steps: Callable[[Recipe], int] = lambda recipe: recipe.alignment.steps
     asks: Callable[[Recipe], int] = lambda recipe: 0

@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 import secrets
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -143,8 +143,11 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     return Canaries(pool, names, config, key=key, spread=_spread(recipe), shares=_shares(job))
 
 
-def check_canaries(job: Job) -> None:
+def check_canaries(job: Job) -> str:
     """Tell before a run what its canaries lack; a record and questions without a wrong answer may leave fewer.
+
+    Returns:
+        How many labelled questions become canaries, by type, in a line.
 
     Raises:
         DataError: the server has no labelled question for one.
@@ -154,6 +157,10 @@ def check_canaries(job: Job) -> None:
     """
     drawn = _drawn(job, _unseen(job), _wanted(job.recipe), key=0)
     _tell_what_is_missing(job, [q.question_type for q in drawn])
+    kinds = Counter({q.question_type: 0 for q in job.prompts})
+    kinds.update(q.question_type for q in drawn)
+    named = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+    return f"{'hidden questions':<20} {len(drawn)} at most, of {_wanted(job.recipe)} that the steps ask: {named}"
 
 
 def _unseen(job: Job) -> list[Question]:

@@ -60,12 +60,12 @@ class DataCheck:
         self.warnings = [*dict.fromkeys([*self.warnings, *told])]  # two methods may lack the same
 
 
-def check_data(recipe: Recipe, methods: Iterable[Callable[[Job], None]] = ()) -> DataCheck:
+def check_data(recipe: Recipe, methods: Iterable[Callable[[Job], str]] = ()) -> DataCheck:
     """Read a recipe's data and return what is wrong with it.
 
     Args:
         recipe: its questions, its sites' pairs and its policy.
-        methods: what its methods look for in the server's questions (`Method.check_data`).
+        methods: what its methods take of the server's questions, and lack (`Method.check_data`).
     """
     found, job = DataCheck(), Job(recipe, cast(Run, None), quiet=True)
     with found.noting():
@@ -91,9 +91,11 @@ def check_data(recipe: Recipe, methods: Iterable[Callable[[Job], None]] = ()) ->
             check_sites(job)
     with found.noting():
         warn_of_triggers(job, held=not clusters)
-    for lacks in methods:
+    taken: list[str] = []
+    for check in methods:
         with found.noting():
-            lacks(job)
+            taken.append(check(job))
+    found.lines += [line for line in dict.fromkeys(taken) if line]  # two methods may take the same
     with found.noting():
         if not recipe.captions and Path(locate(recipe.policy.checkpoint)).is_dir():
             text = too_long(recipe, job.questions, load_tokenizer(recipe.policy.checkpoint), least=0)
