@@ -101,10 +101,21 @@ def test_accuracy_by_type_is_drawn_as_the_report_draws_it(tmp_path):
     curve = [{"stage": "align", "step": n, "accuracy_macro": mean, "accuracy": by} for n, mean, by in points]
     records = [{"stage": "router", "step": 1, "accuracy": 0.9}, *REWARDS, *curve]
     glance = look(write_run(tmp_path / "run", done=["site colour", "router"], records=records, lock=HERE))
+    assert shown(glance)[-1].strip() == "on dev questions"
     lines = [line for line in shown(glance) if "%" in line]
     assert lines[0].split() == ["accuracy", "mean", "over", "types", "━" * 10, "25%", "→", "50%", "▁██"]
     assert lines[1].split() == ["colour", "━" * 15, "25%", "→", "75%", "▁▅█"]
     assert lines[2].split()[-3:] == ["━" * 5, "25%", "▄"] and "\x1b" not in lines[2] and len(lines) == 3
+
+
+def test_whom_hidden_questions_trust(tmp_path):
+    """As at the last step that says it; a name cannot steer the terminal, and other methods have no such line."""
+    told = [{"colour": 0.5, "a\x1b[2J": 0.5}, {"colour": 1.0, "a\x1b[2J": 0.0}]
+    records = [{"stage": "align", "step": n + 1, "reward": 0.5, "trust": trust} for n, trust in enumerate(told)]
+    glance = look(write_run(tmp_path / "run", records=[*records, {"stage": "align", "step": 3, "reward": 0.5}]))
+    assert shown(glance)[-1] == "trust     colour 100%, a?[2J 0% of all sites' trust, by hidden questions"
+    other = look(write_run(tmp_path / "other", records=REWARDS))
+    assert not any(line.startswith("trust") for line in shown(other))
 
 
 def test_the_trend_goes_from_the_least_to_the_greatest():

@@ -29,6 +29,7 @@ class MetricsRow:
     kl: float | None = None
     accuracy_macro: float | None = None
     accuracy: float | Mapping[str, float | None] | None = None
+    trust: Mapping[str, float | None] | None = None  # each site's share of all sites', by hidden questions
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ It reads files of the run folder and nothing else, so that it can neither stop a
 
     recipe.toml      the run's name
     stages.json      the stages, how many steps each takes, and which are done; timings.jsonl: how long they took
-    metrics.jsonl    the steps of the others, their rewards, and accuracy on dev questions as the report draws it; its
-                     time of change is that of the last step
+    metrics.jsonl    the steps of the others, their rewards, whom hidden questions trust, and accuracy on dev questions
+                     as the report draws it; its time of change is that of the last step
     federation.json  the sites (`accord.flare.state`)
 
     time left = (steps − step) · (time of the last step − begin of the stage) / step
@@ -191,6 +191,9 @@ def _rows(glance: Glance, now: float, before: Glance | None) -> Iterator[tuple[s
         last = glance.trained[-1]
         kl = "" if last.kl is None else f", KL {last.kl:.3f}"
         yield "reward", Text(f"{rewards[-1]:.3f} {blocks(rewards)} {last.stage}, step {last.step}{kl}")
+        if trusted := next((row.trust for row in reversed(glance.trained) if row.trust), None):
+            shares = (f"{printable(site)} {share:.0%}" for site, share in trusted.items() if share is not None)
+            yield "trust", Text(f"{', '.join(shares)} of all sites' trust, by hidden questions")
     if glance.measured:
         yield "accuracy", _accuracy(glance.measured)
     if glance.finished:
@@ -214,6 +217,7 @@ def _accuracy(measured: Sequence[MetricsRow]) -> Table:
             Text(f"{since} {shares[-1]:.0%}".strip(), justify="right"),
             Text(blocks(shares)),
         )
+    table.add_row(Text("on dev questions", style="dim"))
     return table
 
 
