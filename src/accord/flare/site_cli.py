@@ -125,12 +125,15 @@ def site_status(
     by: Annotated[Grouping | None, typer.Option("--by", help="what was asked by day (UTC), or by run")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values, by day unless --by says run")] = False,
 ) -> None:
-    """Show what a site was asked so far, what privacy it has spent, and whether it is there."""
+    """Show what a site was asked so far, whether it is there, and what privacy it has spent: status 1 if not known."""
     from accord.flare.ledger import Sum, read_ledger, status, sums
 
     found = status(folder)
     if by is None and not csv:
-        Console(highlight=False).print(Group(_page(found), _rows(*_paid(folder))))
+        paid, known = _paid(folder)
+        Console(highlight=False).print(Group(_page(found), _rows(*paid)))
+        if not known:
+            raise typer.Exit(1)
         return
     column: By = "run" if by is Grouping.run else "day"
     table = [(name, *asdict(total).values()) for name, total in sums(read_ledger(folder), column).items()]
@@ -236,17 +239,18 @@ def _page(status: Status) -> Table:
     )
 
 
-def _paid(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield of every site of the folder what guarantee its model carries, and what is spent of its budget."""
+def _paid(folder: Path) -> tuple[list[tuple[str, str]], bool]:
+    """Return what guarantee the model of every site of the folder carries, what is spent, and whether all is known."""
     from accord.recipe_file import load_recipe
     from accord.stages.private import spending_of
 
+    rows: list[tuple[str, str]] = []
     try:
         sites = [s for s in load_recipe(folder / "recipe.toml").sites if (folder / "sites" / s.name).is_dir()]
-        for site in sites:
-            yield f"privacy of {site.name}", _guarantee(spending_of(site, folder))
+        rows += ((f"privacy of {site.name}", _guarantee(spending_of(site, folder))) for site in sites)
     except AccordError as error:
-        yield "privacy", f"not known: {error}"
+        return [*rows, ("privacy", f"not known: {error}")], False
+    return rows, True
 
 
 def _guarantee(spent: Spending | None) -> str:
