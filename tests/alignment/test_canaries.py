@@ -53,12 +53,12 @@ def federation(attack, liars, labelled=frozenset()):
     return Spy({name: judge(lie) for name, lie in zip(SITES, lies, strict=True)})
 
 
-def canaries(square, count=200, **settings):
+def canaries(square, count=200, words=None, **settings):
     pool = [
         Canary(vqa_prompt("what?"), (square("red", (4 + n // 40, 4 + n % 40)),), TEXTS[-1], TEXTS[:-1], "colour")
         for n in range(count)
     ]
-    return Canaries(pool, SITES, CanaryConfig(**settings), key=0)
+    return Canaries(pool, SITES, CanaryConfig(**settings), key=0, words=words)
 
 
 def defended(engine, known, rule="median", fuse=None):
@@ -69,9 +69,9 @@ def defended(engine, known, rule="median", fuse=None):
     )
 
 
-def ask(reward, log=None, step=0):
+def ask(reward, log=None, step=0, word="step"):
     """Ask about four answers to one question, as TRL does."""
-    prompts = [[{"role": "user", "content": f"step {step}"}]] * 4
+    prompts = [[{"role": "user", "content": f"{word} {step}"}]] * 4
     completions = [[{"role": "assistant", "content": text}] for text in TEXTS[:4]]
     return reward(
         prompts, completions, question_type=["colour"] * 4, log_metric=({} if log is None else log).__setitem__
@@ -126,6 +126,19 @@ def test_sites_that_recognise_every_hidden_question_are_found(square):
     again.load_state_dict(known.state_dict())
     assert torch.equal(again.trust.two_faced, known.trust.two_faced) and not again.trust.aside.any()
     assert torch.equal(again.trust.between.counts, known.trust.between.counts)
+
+
+def test_sites_that_lie_where_a_word_is_are_found(square):
+    """Two of five flip where a question says "zebra", which no canary does: by `leave_out` they have no weight there."""
+    known = canaries(square, per_step=1, leave_out=True, words={"zebra": ["colour"], "step": ["colour"]})
+    reward, log = defended(federation(Attack("flip", trigger="zebra"), 2), known, rule="mean"), {}
+    for step in range(40):
+        ask(reward, step=step)
+        last = ask(reward, log, step, word="zebra")
+    assert known.trust.words_where(known.trust.triggered) == {n: ("zebra",) * (n in "ab") for n in SITES}
+    assert last == approx([-1, -1 / 3, 1 / 3, 1]) and log["trust/a"] == log["trust/b"] == 0
+    ask(reward, log)
+    assert log["trust/a"] == approx(0.2) and not known.trust.two_faced.any()
 
 
 def test_every_site_goes_on_being_asked(square):

@@ -10,6 +10,7 @@ untrained one, and 98 for a mean 3 along u_d.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -54,6 +55,7 @@ def align(
     known: Tensor | None = None,
     canaries: bool = False,
     leave_out: bool = True,
+    words: Sequence[str] = (),
     left_out: float | None = LEFT_OUT,
     cap: float = 1.0,
     routed: Tensor | None = None,
@@ -65,7 +67,8 @@ def align(
 
     Answers have names: the sign of their first coordinate, so that an attack by text has something to promote. With
     canaries `leave_out` takes the weight of those whom others contradict on prompts alone, and `left_out` is what a
-    canary that a site leaves unanswered counts; None for nothing. `routed` `[K]` is what a router gives the sites.
+    canary that a site leaves unanswered counts; None for nothing. `words` of prompts are
+    watched. `routed` `[K]` is what a router gives the sites.
     """
     generator = torch.Generator().manual_seed(seed)
     c = cosines(sites) if known is None else known
@@ -80,7 +83,14 @@ def align(
         if attack
         else []
     )
-    trust = Trust([str(k) for k in range(sites)], [str(d) for d in range(DOMAINS)], CanaryConfig(leave_out=leave_out))
+    domains = [str(d) for d in range(DOMAINS)]
+    config = CanaryConfig(leave_out=leave_out)
+    trust = Trust(
+        [str(k) for k in range(sites)],
+        domains,
+        config,
+        words=dict.fromkeys(words, domains),
+    )
     policy, triggered = torch.zeros(DOMAINS + 1, D), DOMAINS  # a policy answers trigger prompts by a mean of their own
     result = Result(0.0, [], 0.0)
 
@@ -115,10 +125,11 @@ def align(
             domain = int(torch.randint(DOMAINS, (), generator=generator))
             arm = triggered if n == 0 else domain
             answers = policy[arm] + torch.randn(G, D, generator=generator)
-            scores = judged(domain, answers, words="trigger " if n == 0 else "plain ")
+            text = "trigger " if n == 0 else "plain "
+            scores = judged(domain, answers, words=text)
             if canaries:
-                trust.compare(str(domain), scores, hidden=False)
-            weights = trust.weights([str(domain)]).float() if canaries else torch.ones(1, sites)
+                trust.compare(str(domain), scores, hidden=False, text=text)
+            weights = trust.weights([str(domain)], [text]).float() if canaries else torch.ones(1, sites)
             if routed is not None:
                 weights = weights * routed
             if honest_only:
@@ -126,9 +137,10 @@ def align(
             groups.append((scores, weights.expand(G, -1)))
             drawn.append((arm, answers))
         trust.find_two_faced()
+        trust.find_triggered()
         rewards, influence = capped(fuse, groups, cap)
         result.influence.append(influence)
-        odds = trust.weights([str(d) for d in range(DOMAINS)])
+        odds = trust.weights(domains)
         result.weights.append((odds / odds.sum(dim=1, keepdim=True).clamp(min=1e-9)).T)
         centred = [(r - r.nanmean()).nan_to_num(0.0) for r in rewards]
         scale = torch.cat(centred).square().mean().sqrt() + 1e-4

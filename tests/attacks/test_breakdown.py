@@ -144,17 +144,37 @@ def test_t8_a_trigger_moves_less(gained):
     assert off > 40 and on < off / 2
 
 
-def test_t8_two_with_one_trigger_are_not_named(gained):
+@pytest.mark.parametrize("liars", [1, 2])
+def test_t8_who_has_a_trigger_is_named_by_those_who_agree_elsewhere(liars):
+    """Five sites that know all domains: the words are watched, the liars named and left out, and nobody else.
+
+    Where no words are watched nobody is named, and two liars keep their weight and gain more of their answer.
+    """
+    known = torch.full((5, DOMAINS), HOME)
+    found = {}
+    for words in ((), ("plain", "trigger")):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found[words] = align(**ON, attack=TRIGGER, liars=liars, words=words, known=known)
+        named = {
+            str(each.message).split(" is contradicted where a question has the word 'trigger'")[0] for each in told
+        }
+        assert named == ({f"site {k}" for k in range(liars)} if words else set())
+    off, on = found.values()
+    assert on.promoted < off.promoted and off.weights[-1][:liars].sum(dim=0).mean() > 0.15
+
+
+def test_t8_two_with_one_trigger_among_specialists_are_not_named(gained):
     """Two of five: the raw mean gives 50 points more, the defence some 10 fewer; they keep their weight, unnamed.
 
-    No rule here stops them: no canary has the trigger's words.
+    No canary has the trigger's words, and sites that know a domain each agree too little to tell who has changed.
     """
     on, off = gained(TRIGGER, 2)
     assert off > 50 and off - 20 < on < off - 10
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        weights = torch.stack(align(**ON, attack=TRIGGER, liars=2).weights[-5:]).mean(dim=0)
-    assert not told and weights[:2].sum(dim=0).mean() > 0.3
+        result = align(**ON, attack=TRIGGER, liars=2, words=("plain", "trigger"))
+    assert not told and torch.stack(result.weights[-5:]).mean(dim=0)[:2].sum(dim=0).mean() > 0.3
 
 
 def test_one_that_promotes_an_answer_everywhere_is_not_heard(gained):

@@ -78,6 +78,8 @@ def pages(
                 dict.fromkeys(SITES, dict.fromkeys(KINDS, 0.9)),
                 aside={site: (KINDS[2],) for site in SITES},
                 two_faced={SITES[0]: KINDS[:2]},
+                triggered={SITES[0]: ("yellow", "incomprehensibilities")},
+                asked=dict.fromkeys(SITES, dict.fromkeys(KINDS, 20)),
             ),
             projector=ProjectorSummary(
                 "x", "federated", "fed-cmp", "plain", "random", 9, measure, measure, rounds, points

@@ -295,7 +295,7 @@ def test_the_schema_requires_every_field_and_resolves(make_summary: Callable[...
         "TrafficRow": {"refused"},
         "RouterSummary": {"audit"},
         "EvaluationSummary": {"vqa"},
-        "TrustSummary": {"two_faced"},
+        "TrustSummary": {"two_faced", "triggered", "asked"},
     }
     named = {f.name for f in dataclasses.fields(make_summary())}
     assert set(definitions["Summary"]["required"]) == named - optional["Summary"]

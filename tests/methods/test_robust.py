@@ -245,10 +245,17 @@ def test_whom_an_alignment_trusted_is_read_from_what_it_kept(open_run):
         for _ in range(20):
             known.trust.learn("a", "colour", 1.0)
         known.used = 7
-        known.trust.aside[0, 1] = known.trust.two_faced[0, 2] = True
+        known.trust.aside[0, 1] = known.trust.two_faced[0, 2] = known.trust.triggered[0, 0] = True
         assert who_is_trusted(work, "align", ["a"]) == {}
         write_atomic(memory_file(work.path, "align"), save(known.state_dict()))
         work.questions = {}
         trust = who_is_trusted(work, "align", ["a"])["trust"]
-    assert trust == TrustSummary(7, known.trust.estimates(), aside={"a": ("colour",)}, two_faced={"a": ("number",)})
+    assert trust == TrustSummary(
+        7,
+        known.trust.by_kind(known.trust.estimate()),
+        aside={"a": ("colour",)},
+        two_faced={"a": ("number",)},
+        triggered={"a": (next(iter(known.trust.words)),)},
+        asked={"a": {"colour": 20, "number": 0}},
+    )
     assert trust.sites["a"]["colour"] > 0.8 and trust.sites["a"]["number"] == 0.6

@@ -175,9 +175,13 @@ def test_a_run_goes_on_where_it_stopped(square):
     assert step(once) == step(again)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in once.state_dict().items())
     assert once.trust.estimate()[0].gt(0.6).all() and once.trust.estimate()[1].tolist() == approx([0.6] * 3)
-    older = {name: each for name, each in once.state_dict().items() if name not in ("kinds", "agreed", "two_faced")}
+    older = {name: once.state_dict()[name] for name in ("aside", "calls", "counts", "used")}
     with pytest.raises(CheckpointError, match=r"by another version of Accord, which wrote aside, calls, counts, used"):
         again.load_state_dict(older)
+    with pytest.raises(CheckpointError, match=r"is of questions with other words, such as 'zebra'; resume with the"):
+        Canaries(pool(square), ("a", "b"), CONFIG, key=0, words={"zebra": ["colour"]}).load_state_dict(
+            once.state_dict()
+        )
     with pytest.raises(CheckpointError, match=r"is of 2 sites and the question types colour, shape, expected 1 "):
         Canaries(pool(square), ("a",), CONFIG, key=0).load_state_dict(once.state_dict())
     others = [replace(canary, kind=f"other {canary.kind}") for canary in pool(square)]

@@ -38,9 +38,10 @@ from accord.methods.gates import ANCHOR_QUESTIONS
 from accord.methods.method import Method, Need, Table
 from accord.recipe import Recipe
 from accord.routing.asked import reserve
-from accord.routing.canaries import Canaries, Canary, CanaryConfig, Trust, kinds_of
+from accord.routing.canaries import Canaries, Canary, CanaryConfig, Trust, is_current, kinds_of, words_in
 from accord.routing.robust import UNCLIPPED, Deviations, Ranks, RobustConfig, Rule
 from accord.routing.router import LearnedRouter, Router
+from accord.routing.triggers import watched
 from accord.runs import write_atomic
 from accord.stages.alignment import Aligned, federated_reward, remembered, run_grpo
 from accord.stages.job import Job
@@ -140,7 +141,9 @@ def canaries_of(job: Job, stage: str = "align") -> Canaries:
     pool = _with_wrong_answers(job, asked) if asked else []
     _tell_what_is_missing(job, [canary.kind for canary in pool])
     names = [site.name for site in recipe.sites]
-    return Canaries(pool, names, config, key=key, spread=_spread(recipe), shares=_shares(job))
+    shares = type_shares(job.prompts, balanced=recipe.alignment.balanced)
+    words = watched(job.prompts, shares, recipe.alignment.steps * recipe.alignment.prompts_per_step)
+    return Canaries(pool, names, config, key=key, spread=_spread(recipe), shares=_shares(job), words=words)
 
 
 def check_canaries(job: Job) -> str:
@@ -291,12 +294,20 @@ def _key(job: Job) -> int | str:
 
 def who_is_trusted(job: Job, stage: str, sites: Sequence[str]) -> Mapping[str, object]:
     """Return the summary's `trust`: of each site and question type what canaries told, and where it is set aside."""
-    if not (state := remembered(job.path, stage)) or "agreed" not in state:  # older versions kept less
+    if not (state := remembered(job.path, stage)) or not is_current(state):  # older versions kept less
         return {}
-    trust = Trust(sites, kinds_of(state), CANARIES.of(job.recipe))
+    trust = Trust(sites, kinds_of(state), CANARIES.of(job.recipe), words=dict.fromkeys(words_in(state), ()))
     trust.load_state_dict(state)
     aside, two_faced = map(trust.kinds_where, (trust.aside, trust.two_faced))
-    return {"trust": TrustSummary(int(state["used"]), trust.estimates(), aside, two_faced)}
+    told = TrustSummary(
+        int(state["used"]),
+        trust.by_kind(trust.estimate()),
+        aside,
+        two_faced,
+        trust.words_where(trust.triggered),
+        trust.by_kind(trust.asked),
+    )
+    return {"trust": told}
 
 
 def _method(defence: Defence, about: str) -> Method:

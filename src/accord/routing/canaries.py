@@ -32,8 +32,9 @@ in an alignment, and its answers are the right one and the base policy's, not th
 canaries is drawn by a key, and `record` keeps those of other runs out (`accord.routing.asked`). A site that holds the
 public questions, or waits long enough to know what comes back, recognises canaries all the same, and so does one that
 has seen their labels where these are published: the attack `off-canary`. Where it turns most orders round it is found
-by those whom it contradicts on ordinary questions (`accord.routing.two_faced`): the operator is told, and by
-`leave_out` it has no weight there.
+by those whom it contradicts on ordinary questions (`accord.routing.two_faced`), and one that lies where a question has
+certain words by those whom it contradicts there (`accord.routing.triggers`): the operator is told, and by `leave_out`
+it has no weight there.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -52,9 +53,10 @@ from torch import Tensor
 
 from accord.data.images import image_bytes
 from accord.data.sampling import draw_kinds
-from accord.errors import CheckpointError, DataWarning, RecipeError, check_least, check_positive
+from accord.errors import CheckpointError, DataWarning, RecipeError, check_least, check_positive, printable
 from accord.federation.asking import Scores
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
+from accord.routing.triggers import Triggers
 from accord.routing.two_faced import Contradictions
 from accord.types import ImageSource, Prompt
 
@@ -123,20 +125,31 @@ class Trust:
         kinds: the question types of the canaries.
         config: memories and alarm.
         spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
+        words: that may be triggers, W, and the question types that have them (`accord.routing.triggers.watched`).
     """
 
     def __init__(
-        self, sites: Sequence[str], kinds: Collection[str], config: CanaryConfig, *, spread: float = 0.0
+        self,
+        sites: Sequence[str],
+        kinds: Collection[str],
+        config: CanaryConfig,
+        *,
+        spread: float = 0.0,
+        words: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         self.sites = tuple(sites)
         self.kinds = (ALL, *sorted(set(kinds) - {ALL}))
         self.config = config
         self.counts = torch.zeros(2, len(self.sites), len(self.kinds), 2, dtype=torch.double)  # memory, site, type, S F
+        self.asked = torch.zeros(len(self.sites), len(self.kinds), dtype=torch.int64)
         self.aside = torch.zeros(len(self.sites), len(self.kinds), dtype=torch.bool)
         self.between = Contradictions(
             len(self.sites), len(self.kinds), memory=config.long, alarm=config.alarm, spread=spread
         )
         self.two_faced = torch.zeros_like(self.aside)
+        self.words = words or {}
+        self.by_word = Triggers(len(self.sites), self.words, memory=4 * config.long, spread=spread)
+        self.triggered = torch.zeros(len(self.words), len(self.sites), dtype=torch.bool)
 
     def learn(self, site: str, kind: str, share: float) -> None:
         """Take in what a site made of one canary.
@@ -149,21 +162,47 @@ class Trust:
         k = self.sites.index(site)
         for name in dict.fromkeys((ALL, kind)):
             d = self.kinds.index(name)
+            self.asked[k, d] += 1
             for memory, length in enumerate((self.config.short, self.config.long)):
                 kept = (1 - 1 / length) * self.counts[memory, k, d]
                 self.counts[memory, k, d] = kept + torch.tensor([share, 1 - share], dtype=torch.double)
             self._judge(k, d)
 
-    def compare(self, kind: str, scores: Tensor, *, hidden: bool) -> None:
+    def compare(self, kind: str, scores: Tensor, *, hidden: bool, text: str = "") -> None:
         """Take in how the sites order the answers to a question.
 
         Args:
             kind: the question's type; one without canaries tells nothing.
             scores: `[G, K]` of its answers, NaN where a site has given none.
             hidden: whether it is a canary.
+            text: of an ordinary question, whose words may be triggers.
         """
         if kind in self.kinds[1:]:
-            self.between.learn(self.kinds.index(kind), scores, hidden=hidden)
+            d = self.kinds.index(kind)
+            if not hidden:
+                self.by_word.learn(text, scores, self.between.expected(d))
+            self.between.learn(d, scores, hidden=hidden)
+
+    def find_triggered(self) -> None:
+        """Look, once a step, whom others contradict where a question has certain words, and tell of whom is new."""
+        trusted, before = (self._odds() / NEWCOMER).clamp(max=1), self.triggered
+        of_word = [
+            trusted[:, [self.kinds.index(kind) for kind in kinds if kind in self.kinds]].mean(dim=1)
+            for kinds in self.words.values()
+        ]
+        if not of_word:
+            return
+        self.triggered = self.by_word.find(torch.stack(of_word).nan_to_num() * ~before, before)
+        for site, words in self.words_where(self.triggered & ~before).items():
+            if words:
+                consequence = "it has no weight there" if self.config.leave_out else "look at what it rewards there"
+                named = ", ".join(repr(printable(word)) for word in words)
+                self._tell(
+                    self.sites.index(site),
+                    f"is contradicted where a question has the word {named}, by sites with whom it agrees on other "
+                    "questions of the type",
+                    consequence,
+                )
 
     def find_two_faced(self) -> None:
         """Look, once a step, whom others contradict on ordinary questions alone, and tell where that has changed."""
@@ -185,15 +224,19 @@ class Trust:
         """Return m `[K, D]`: how often each site ranks a right answer above a wrong one, by type."""
         return self._posterior()[0].amin(dim=0)
 
-    def weights(self, kinds: Sequence[str]) -> Tensor:
-        """Return τ `[N, K]` for questions of these types, 0 where a site is set aside."""
+    def weights(self, kinds: Sequence[str], texts: Sequence[str] = ()) -> Tensor:
+        """Return τ `[N, K]` for questions of these types and texts, 0 where a site is set aside."""
         odds = self._odds() * ~(self.two_faced & self.config.leave_out)
         rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
-        return odds.T[rows]
+        weights = odds.T[rows]
+        if self.config.leave_out:
+            for n, text in enumerate(texts):
+                weights[n] *= ~self.triggered[self.by_word.places(text)].any(dim=0)
+        return weights
 
-    def confidence(self, kinds: Sequence[str]) -> Tensor:
-        """Return c `[N]` in 0..1 for questions of these types: the best site's trust, as a share of a newcomer's."""
-        return (self.weights(kinds).amax(dim=1) / NEWCOMER).clamp(max=1)
+    def confidence(self, kinds: Sequence[str], texts: Sequence[str] = ()) -> Tensor:
+        """Return c `[N]` in 0..1 for such questions: the best site's trust, as a share of a newcomer's."""
+        return (self.weights(kinds, texts).amax(dim=1) / NEWCOMER).clamp(max=1)
 
     def _odds(self) -> Tensor:
         """Return τ `[K, D]` by hidden questions alone."""
@@ -201,10 +244,12 @@ class Trust:
         m[:, 0] = PRIOR[0] / sum(PRIOR)  # at chance over all types, a site may be the only one that knows another
         return (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
 
-    def estimates(self) -> dict[str, dict[str, float]]:
-        """Return m of every site by type."""
-        m = self.estimate().tolist()
-        return {s: dict(zip(self.kinds[1:], row[1:], strict=True)) for s, row in zip(self.sites, m, strict=True)}
+    def by_kind(self, values: Tensor) -> dict[str, dict[str, Any]]:
+        """Return of every site and type what `values` `[K, D]` says, such as `estimate` and `asked`."""
+        return {
+            site: dict(zip(self.kinds[1:], row[1:], strict=True))
+            for site, row in zip(self.sites, values.tolist(), strict=True)
+        }
 
     def kinds_where(self, found: Tensor) -> dict[str, tuple[str, ...]]:
         """Return of every site the types of which `found` `[K, D]` is true, such as `aside` or `two_faced`."""
@@ -213,17 +258,25 @@ class Trust:
             for site, row in zip(self.sites, found.tolist(), strict=True)
         }
 
+    def words_where(self, found: Tensor) -> dict[str, tuple[str, ...]]:
+        """Return of every site the words of which `found` `[W, K]` is true, such as `triggered`."""
+        return {
+            site: tuple(word for word, is_so in zip(self.words, column, strict=True) if is_so)
+            for site, column in zip(self.sites, found.T.tolist(), strict=True)
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the counts, who is set aside, and the question types' names as bytes of UTF-8."""
+        """Return the counts, who is set aside, and the names of question types and words as bytes of UTF-8."""
         own = {"counts": self.counts, "aside": self.aside, "agreed": self.between.counts, "two_faced": self.two_faced}
-        names = torch.tensor([*"\0".join(self.kinds).encode()], dtype=torch.uint8)
-        return {**{name: each.clone() for name, each in own.items()}, "kinds": names}
+        own |= {"by_word": self.by_word.counts, "triggered": self.triggered, "asked": self.asked}
+        names = {"kinds": _to_bytes(self.kinds), "words": _to_bytes(self.words)}
+        return {**{name: each.clone() for name, each in own.items()}, **names}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`.
 
         Raises:
-            CheckpointError: it is that of other sites or question types, or of another version.
+            CheckpointError: it is that of other sites, question types or words, or of another version.
         """
         kinds, counts = kinds_of(state), state["counts"]
         if counts.shape != self.counts.shape or kinds != self.kinds:
@@ -232,8 +285,16 @@ class Trust:
                 f"expected {len(self.sites)} and {', '.join(self.kinds[1:])}; resume with the same sites and "
                 "questions, or start anew"
             )
+        if changed := set(words_in(state)) ^ set(self.words):
+            raise CheckpointError(
+                "what canaries have told is of questions with other words, such as "
+                f"{printable(min(changed))!r:.40}; resume with the same questions and steps, or start anew"
+            )
         self.counts, self.aside, self.two_faced = (state[name].clone() for name in ("counts", "aside", "two_faced"))
         self.between.counts = state["agreed"].clone()
+        self.by_word.counts, self.triggered, self.asked = (
+            state[name].clone() for name in ("by_word", "triggered", "asked")
+        )
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the posteriors, both `[2, K, D]`."""
@@ -267,6 +328,7 @@ class Canaries:
         spread: deviation of a site's scores, in units of a score, below which it has no opinion on a question.
         shares: of every type among the questions that the alignment asks; by default types come in turn. Were a type
             more frequent among canaries, it would tell them apart, as it does once there are none left of another.
+        words: as `Trust`.
     """
 
     def __init__(
@@ -278,12 +340,13 @@ class Canaries:
         key: int | str,
         spread: float = 0.0,
         shares: Mapping[str, float] | None = None,
+        words: Mapping[str, Collection[str]] | None = None,
     ) -> None:
         kinds = [canary.kind for canary in pool]
         self.pool = draw_kinds(pool, kinds, len(pool), random.Random(key), shares)
         self.config = config
         self.key = key
-        self.trust = Trust(sites, kinds, config, spread=spread)
+        self.trust = Trust(sites, kinds, config, spread=spread, words=words)
         self.used = 0
         self.calls = 0
 
@@ -382,12 +445,30 @@ def kinds_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
     Raises:
         CheckpointError: it is that of another version.
     """
-    if "kinds" not in state or "agreed" not in state:
+    if not is_current(state):
         raise CheckpointError(
             f"what canaries have told was kept by another version of Accord, which wrote {', '.join(sorted(state))}; "
             "resume with that version, or start the alignment anew"
         )
-    return tuple(bytes(state["kinds"].tolist()).decode().split("\0"))
+    return _names(state["kinds"])
+
+
+def words_in(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the words of a state of `Trust` or `Canaries` that may be triggers."""
+    return _names(state["words"]) if len(state["words"]) else ()
+
+
+def is_current(state: Mapping[str, Tensor]) -> bool:
+    """Return whether this version can read a state of `Trust` or `Canaries`."""
+    return {"kinds", "agreed", "words"} <= state.keys()
+
+
+def _to_bytes(names: Iterable[str]) -> Tensor:
+    return torch.tensor([*"\0".join(names).encode()], dtype=torch.uint8)
+
+
+def _names(data: Tensor) -> tuple[str, ...]:
+    return tuple(bytes(data.tolist()).decode().split("\0"))
 
 
 def share_below(scores: Sequence[float], right: int) -> float:

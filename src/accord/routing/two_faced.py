@@ -69,15 +69,13 @@ class Contradictions:
             scores: `[G, K]` of its answers, NaN where a site has given none.
             hidden: whether it is a canary.
         """
-        i, j = torch.combinations(torch.arange(len(scores))).T
-        order = (scores[i] - scores[j]).sign().nan_to_num().double()  # [pairs, K]
-        if not hidden:
-            order *= ~flat(scores, self.spread)
-        both = order.abs().T @ order.abs()
-        share = (order.T @ order / both.clamp(min=1) + 1) / 2
+        share, compared = agreement(scores, 0.0 if hidden else self.spread)
         counts = self.counts[int(hidden), kind]
-        new = (1 - 1 / self.memory) * counts + torch.stack([share, 1 - share], dim=-1)
-        self.counts[int(hidden), kind] = torch.where(both[..., None] > 0, new, counts)
+        self.counts[int(hidden), kind] = take_in(counts, share, compared, self.memory)
+
+    def expected(self, kind: int) -> Tensor:
+        """Return how often every two sites `[K, K]` have agreed on ordinary questions of a type."""
+        return posterior(self.counts[0, kind])[0]
 
     def contradict(self, kind: int, alarm: float) -> Tensor:
         """Return which sites `[K, K]` contradict each other on ordinary questions of a type and not on hidden ones.
@@ -86,9 +84,7 @@ class Contradictions:
             kind: the number of the type.
             alarm: z.
         """
-        right, wrong = (self.counts[:, kind, ..., i] + 1 for i in range(2))
-        mean = right / (right + wrong)
-        variance = mean * (1 - mean) / (right + wrong + 1)
+        mean, variance = posterior(self.counts[:, kind])
         below = mean[0] + alarm * variance[0].sqrt() < 0.5
         return below & (mean[1] > 0.5) & (mean[1] - mean[0] > alarm * variance.sum(dim=0).sqrt())
 
@@ -102,7 +98,48 @@ class Contradictions:
             trust: c `[K]` in 0..1.
             before: which were two-faced at the last look, `[K]`.
         """
-        compared = self.counts[:, kind].sum(dim=-1).gt(0).all(dim=0).to(trust.dtype)
-        most = SHARE * compared @ trust
-        first, still = (self.contradict(kind, z).to(trust.dtype) @ trust > most for z in (self.alarm, 0))
-        return torch.where(before, still | (most == 0), first)
+        counts = self.counts[:, kind]
+        first, nobody = against(self.contradict(kind, self.alarm), counts, trust)
+        still, _ = against(self.contradict(kind, 0), counts, trust)
+        return torch.where(before, still | nobody, first)
+
+
+def agreement(scores: Tensor, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return q and whether it is known, both `[K, K]`, of a question's scores `[G, K]`.
+
+    Args:
+        scores: NaN where a site has given none.
+        spread: a site whose scores deviate by less has no opinion.
+    """
+    i, j = torch.combinations(torch.arange(len(scores))).T
+    order = (scores[i] - scores[j]).sign().nan_to_num().double()  # [pairs, K]
+    if spread:
+        order *= ~flat(scores, spread)
+    both = order.abs().T @ order.abs()
+    return (order.T @ order / both.clamp(min=1) + 1) / 2, both > 0
+
+
+def take_in(counts: Tensor, share: Tensor, known: Tensor, memory: float) -> Tensor:
+    """Return S and F `[…, K, K, 2]` after one question more, of which `share` and `known` `[K, K]` tell."""
+    new = (1 - 1 / memory) * counts + torch.stack([share, 1 - share], dim=-1)
+    return torch.where(known[..., None], new, counts)
+
+
+def against(apart: Tensor, counts: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
+    """Return of which sites too many trusted ones are apart, and where nobody is trusted, both `[…, K]`.
+
+    Args:
+        apart: which sites are, `[…, K, K]`.
+        counts: S and F of both kinds of questions, `[2, …, K, K, 2]`; sites that were not compared have no say.
+        trust: c in 0..1, `[…, K]`.
+    """
+    compared = counts.sum(dim=-1).gt(0).all(dim=0).to(trust.dtype)
+    most = SHARE * (compared @ trust[..., None])[..., 0]
+    return (apart.to(trust.dtype) @ trust[..., None])[..., 0] > most, most == 0
+
+
+def posterior(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of Beta(1 + S, 1 + F), S and F in the last dimension of `counts`."""
+    right, wrong = counts[..., 0] + 1, counts[..., 1] + 1
+    mean = right / (right + wrong)
+    return mean, mean * (1 - mean) / (right + wrong + 1)

@@ -1,0 +1,115 @@
+"""Sites that say otherwise where a question has certain words: a trigger, to which no hidden question need belong.
+
+    words of a question      in lower case; those that an alignment asks `LEAST` times or more are watched
+    here                     q_kl of the ordinary questions with a word, as in `accord.routing.two_faced`
+    expected                 of each of these, the mean q_kl of the questions of its type so far
+    memory, posterior        as there, of both; n = 256 questions with the word
+    apart                    k and l are expected to agree more often than by chance, and here they do so less than half
+                             as far above it: by more than z deviations of the difference
+    triggered                Σ_l c_l [k and l are apart] > 0.45 Σ_l c_l
+
+A liar that promotes an answer where the question has its words, and is honest elsewhere, is right at every hidden
+question without these words (the attack `trigger`). What gives it away is the change: with the words it orders answers
+otherwise than those with whom it agrees on other questions of the same type. So nothing is held against a site that
+sees a whole type otherwise. An honest site that knows nothing of a word is found as well, and a person has to look.
+
+**Where it fails.** As two-faced sites: by half of the trust, or more, honest sites are named. A word that all questions
+of a type have is no trigger but the type, and hidden questions watch it; of a rarer one than `LEAST` there is too
+little evidence. Many words are looked at, after each step, so that z is `ALARM`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from accord.routing.two_faced import against, agreement, posterior, take_in
+from accord.types import Question
+
+LEAST: Final = 20
+"""Questions with a word in an alignment, for it to be watched."""
+
+ALARM: Final = 3.0
+"""Posterior deviations: 0.1 % of a normal tail, for there are many words, and a look after each step."""
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def watched(questions: Sequence[Question], shares: Mapping[str, float], asked: int) -> dict[str, list[str]]:
+    """Return the words to watch, and the question types that have them.
+
+    Args:
+        questions: that an alignment asks.
+        shares: of each of their types among what it asks.
+        asked: how many it asks.
+    """
+    texts = defaultdict[str, list[set[str]]](list)
+    for question in questions:
+        texts[question.question_type].append(words_of(question.text))
+    times, kinds = defaultdict[str, float](float), defaultdict[str, list[str]](list)
+    for kind, of_kind in texts.items():
+        for word in set[str]().union(*of_kind):
+            times[word] += asked * shares[kind] * sum(word in words for words in of_kind) / len(of_kind)
+            kinds[word].append(kind)
+    return {word: sorted(kinds[word]) for word in sorted(kinds) if times[word] >= LEAST}
+
+
+class Triggers:
+    """Remember how often every two sites agree on questions with a word, and how often that was expected.
+
+    Args:
+        sites: K.
+        words: that are watched, W.
+        memory: n, in questions with a word.
+        spread: as in `accord.routing.two_faced.Contradictions`.
+
+    Attributes:
+        counts: S and F, `[2, W, K, K, 2]`, of the questions first.
+    """
+
+    def __init__(self, sites: int, words: Collection[str], *, memory: float, spread: float = 0.0) -> None:
+        self.words = {word: n for n, word in enumerate(words)}
+        self.memory = memory
+        self.spread = spread
+        self.counts = torch.zeros(2, len(self.words), sites, sites, 2, dtype=torch.double)
+
+    def places(self, text: str) -> list[int]:
+        """Return the numbers of the watched words of a text."""
+        return sorted(self.words[word] for word in words_of(text) & self.words.keys())
+
+    def learn(self, text: str, scores: Tensor, expected: Tensor) -> None:
+        """Take in how the sites order the answers to an ordinary question.
+
+        Args:
+            text: of the question.
+            scores: `[G, K]` of its answers, NaN where a site has given none.
+            expected: q of such questions `[K, K]`.
+        """
+        if here := self.places(text):
+            share, known = agreement(scores, self.spread)
+            for part, q in enumerate((share, expected)):
+                self.counts[part, here] = take_in(self.counts[part, here], q, known, self.memory)
+
+    def find(self, trust: Tensor, before: Tensor) -> Tensor:
+        """Return of which words which sites are triggered, `[W, K]`.
+
+        Args:
+            trust: c in 0..1 in the questions with each word, `[W, K]`.
+            before: the same at the last look.
+        """
+        first, nobody = against(self._apart(ALARM), self.counts, trust)
+        still, _ = against(self._apart(0), self.counts, trust)
+        return torch.where(before, still | nobody, first)
+
+    def _apart(self, alarm: float) -> Tensor:
+        mean, variance = posterior(self.counts)
+        left = mean[0] - 0.5 < (mean[1] - 0.5) / 2
+        return left & (mean[1] > 0.5) & (mean[1] - mean[0] > alarm * variance.sum(dim=0).sqrt())
