@@ -4,19 +4,24 @@ import pytest
 import torch
 
 from accord.errors import DataError
-from accord.rewards.accounting import Mechanism, epsilon_of
+from accord.rewards.accounting import Mechanism, epsilon_of, label_mechanism
 from accord.rewards.audit import (
     agreement,
+    apart,
     canaries,
+    draw_bits,
     epsilon_bound,
+    guess_bound,
     leak,
     lira,
     margins,
     one_run,
+    presence,
     surrogate,
 )
 from accord.rewards.noise import SecretNoise
 from accord.rewards.private import Privacy, Sigmas, private_head
+from accord.rewards.private_labels import draw_flips, label_head
 
 SITE = Privacy(dimensions=0, steps=60, sampling=0.3, learning_rate=8.0)
 ENOUGH = Sigmas(gradient=8.0, projection=0.0, standardisation=0.0)
@@ -79,6 +84,52 @@ def test_the_audit_believes_an_honest_build_and_catches_a_sabotaged_one():
     site, planted = pairs(50, features=400, seed=1), pairs(200, features=400, seed=2)
     assert one_run(site, planted, training(ENOUGH), seed=0) <= STATED
     assert one_run(site, planted, training(Sigmas(0, 0, 0)), seed=0) > STATED
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_the_audit_believes_honest_labels_and_catches_those_that_are_never_flipped(stages):
+    """T20, short: which answer of a canary won is guessed from its margin."""
+    privacy = Privacy(epsilon=1.0, unit="label", dimensions=0, steps=60, stages=stages)
+    told, planted, first = label_mechanism(privacy), pairs(200, features=400, seed=2), draw_bits(200, seed=0)
+
+    def bound(flip):
+        noise = SecretNoise(bytes(32))
+        turned = draw_flips(200, flip, noise) ^ ~first
+        noisy = torch.where(turned[:, None, None], planted.flip(1), planted)
+        return guess_bound(margins(label_head(noisy, told.flip, privacy, noise), planted), first)
+
+    assert bound(told.flip) <= epsilon_of([told], 0.0) < bound(0.0)
+
+
+def test_a_bound_from_guesses_by_hand():
+    """Of 20 canaries 2, 4 and 20 are guessed. With all right the 20 say most: p²⁰ = 0.05/3; a score of none says 0."""
+    inside = draw_bits(20, seed=0)
+    inside[:10], inside[10:] = True, False
+    p = (0.05 / 3) ** (1 / 20)
+    assert guess_bound(torch.arange(20.0).flip(0), inside) == pytest.approx(math.log(p / (1 - p)), abs=1e-6)
+    assert guess_bound(torch.arange(20.0), inside) == 0
+    assert 0.4 < draw_bits(1000, seed=1).double().mean() < 0.6
+
+
+def test_presence_by_hand():
+    """Gradients (2, 0) and (3, 4), of directions a and b with ab = 0.6; a sum of 1 a and 3 b is (2.8, 2.4).
+
+    Without a ridge least squares gives 1 and 3 back; a large one leaves the products, (2.8, 3.6) / λ.
+    """
+    gradients = torch.tensor([[2.0, 0.0], [3.0, 4.0]])
+    seen = torch.tensor([2.8, 2.4])
+    assert presence(seen, gradients, ridge=0.0).tolist() == pytest.approx([1, 3], abs=1e-5)
+    assert (1e6 * presence(seen, gradients, ridge=1e6)).tolist() == pytest.approx([2.8, 3.6], abs=1e-4)
+
+
+def test_gradients_that_are_apart_are_chosen():
+    """Three of one direction and one of another, whose products are 0.71: of two chosen it is one; lengths say nothing.
+
+    The third is again one that was not chosen.
+    """
+    rows = torch.tensor([[1.0, 0.0], [5.0, 0.0], [0.1, 0.0], [1.0, 1.0]])
+    assert 3 in apart(rows, 2).tolist()
+    assert len(set(apart(rows, 3).tolist())) == 3
 
 
 def test_canaries_are_answers_of_the_site_with_labels_by_lot():

@@ -6,6 +6,7 @@ import torch
 from pytest import approx
 from safetensors.torch import load
 from torch import tensor
+from torch.nn.utils import parameters_to_vector
 
 from accord.errors import DataError
 from accord.federation.aggregation import Aggregation
@@ -13,6 +14,8 @@ from accord.federation.messages import UpdateReply, UpdateRequest
 from accord.federation.weights import to_bytes, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.load import load_model
+from accord.rewards.accounting import Mechanism, epsilon_of
+from accord.rewards.audit import draw_bits, guess_bound, presence
 from accord.rewards.noise import SecretNoise
 from accord.routing.fit import LocalRouterTraining
 from accord.routing.private_fit import Answers, Guarantee, clipped_sum, digest_of, pair_gradients, private_steps
@@ -133,6 +136,27 @@ def test_what_overflows_on_one_answer_counts_for_nothing(value):
     total = clipped_sum(network, hidden, mask, torch.arange(3), torch.arange(3), 0, 0.1)
     others = clipped_sum(network, hidden, mask, torch.arange(3), tensor([0, 2]), 0, 0.1)
     assert total.isfinite().all() and (total - others).norm() <= 0.1 + 1e-9
+
+
+def test_the_audit_believes_an_honest_router_and_catches_one_without_noise():
+    """T20, short: 200 canaries beside 20 pairs, guessed by how present their gradients are in what 60 steps change."""
+    torch.manual_seed(0)
+    network = RouterNetwork(400, 2, replace(SMALL, heads=1)).train()
+    hidden = torch.randn(440, 2, 400, generator=torch.Generator().manual_seed(1))
+    mask, inside, before = torch.ones(440, 2, dtype=torch.bool), draw_bits(200, seed=0), network.to_bytes()
+    gradients = pair_gradients(network, hidden, mask, torch.arange(220), 0)
+    rows = torch.cat([inside, torch.ones(20, dtype=torch.bool)]).repeat_interleave(2)
+    begun = parameters_to_vector(network.parameters()).detach()
+
+    def bound(sigma):
+        network.from_bytes(before)
+        settings = replace(GUARANTEE, sampling=0.05, sigma=sigma)
+        unit, noise = torch.arange(int(rows.sum()) // 2), SecretNoise(bytes(32))
+        private_steps(network, hidden[rows], mask[rows], unit, 0, settings, noise, steps=60, rate=1e-4)
+        moved = parameters_to_vector(network.parameters()).detach() - begun
+        return guess_bound(presence(-moved, gradients)[:200], inside)
+
+    assert bound(1.5) <= epsilon_of([Mechanism(1.5, 0.05, 60)], 1e-6) < bound(0.0)
 
 
 def test_a_digest_is_of_all_that_an_answer_depends_on():

@@ -1,15 +1,19 @@
-"""Attacks on a private head that would find a lie in its certificate; all on cached features, in seconds.
+"""Attacks on what was trained privately that would find a lie in its certificate; of a head in seconds.
 
     LiRA          which pairs were members: is the margin of pair i, R(c_i) − R(r_i), likelier under shadow heads that
                   trained on it than under those that did not?   Λ_i = log N(m_i; in) − log N(m_i; out)
-    one run       canary pairs, each trained on with probability ½; guess from the margins which were. Where v of r
+    one run       canary pairs, each trained on with probability ½; guess from a score which were. Where v of r
                   guesses are right, and (ε, δ) held, that many would be right with probability at most that of
-                  Binomial(r, e^ε / (1 + e^ε)), so that the largest ε at which it is below 5 % is a lower bound
+                  Binomial(r, e^ε / (1 + e^ε)), so that the largest ε at which it is below 5 % is a lower bound.
+                  The score is a canary's margin, or, where the sum ĝ of all noisy gradients is seen, its presence
+                  in it: m = argmin |ĝ − Gᵀ m|² + λ |m|², with each unit's own clipped gradient a row of G.
+                  Of labels what is guessed is not which canaries were in, but which of their answers won
     extraction    a surrogate head that is fitted to every reply of a run, exact, in 8 bits, or ranks alone
 
 Sources: Carlini et al. 2022 (arXiv 2112.03570, algorithm 1, with one variance for all pairs); Steinke, Nasr and
 Jagielski 2023 (arXiv 2305.08846, theorem 5.2). Differs: the theorem's term in δ,
-at most 2 m δ for m canaries (4e-4 of 200 at 1e-6), is left out; a whole training is audited, projection included.
+at most 2 m δ for m canaries (4e-4 of 200 at 1e-6), is left out; a whole training is audited, projection included; an
+auditor who sees gradients knows those of all units, and guesses by least squares.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 
 from accord.errors import DataError
+from accord.rewards.private import to_sphere
 
 Training: TypeAlias = Callable[[Tensor, int], Tensor]
 """Features of pairs `[N, 2, D]` and the number of a training → a head `[D]`; every number has its own randomness."""
@@ -123,11 +128,69 @@ def epsilon_bound(right: int, guesses: int, confidence: float = 0.95) -> float:
     return low
 
 
-def one_run(features: Tensor, planted: Tensor, train: Training, *, seed: int, confidence: float = 0.95) -> float:
-    """Audit one training: return a lower bound of its ε, with canaries beside the site's own pairs.
+def draw_bits(count: int, seed: int) -> Tensor:
+    """Return what an audit guesses, `[M]`: whether each of so many canaries is in, each with probability ½."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed)) < 0.5
 
-    The canaries of the largest and the smallest margins are guessed to be in and out, at numbers that were fixed
+
+def guess_bound(scores: Tensor, inside: Tensor, confidence: float = 0.95) -> float:
+    """Return a lower bound of ε, by guesses from any score that is higher for canaries that are in.
+
+    The canaries of the largest and the smallest scores are guessed to be in and out, at numbers that were fixed
     before: a tenth and a quarter of all, and all; the bound is the best of the three, each at a third of the error.
+
+    Args:
+        scores: of the canaries, `[M]`; computed without `inside`.
+        inside: of `draw_bits`, `[M]`.
+        confidence: of the bound.
+    """
+    order = scores.argsort(descending=True)
+    best = 0.0
+    for guesses in (len(scores) // 10, len(scores) // 4, len(scores)):
+        half = guesses // 2
+        right = int(inside[order[:half]].sum()) + int((~inside[order[len(order) - half :]]).sum())
+        best = max(best, epsilon_bound(right, 2 * half, 1 - (1 - confidence) / 3))
+    return best
+
+
+def presence(seen: Tensor, gradients: Tensor, ridge: float = 0.1) -> Tensor:
+    """Return how much of each unit's gradient is in a sum of gradients, `[U]`, by least squares.
+
+    Args:
+        seen: ĝ, summed over all steps, `[Ψ]`, up to a factor.
+        gradients: of every unit that may be in it, `[U, Ψ]`; each is scaled to length 1, as long as a clipped one.
+        ridge: λ, which keeps gradients that are nearly in each other's span from being told by noise.
+    """
+    rows = to_sphere(gradients.double())
+    solved: Tensor = torch.linalg.solve(rows @ rows.T + ridge * torch.eye(len(rows)).double(), rows @ seen.double())
+    return solved
+
+
+def apart(gradients: Tensor, count: int) -> Tensor:
+    """Return which so many units' gradients are the least in each other's span, `[count]`: those make good canaries.
+
+    Each is the one that is farthest from the span of those before, by a Cholesky factorisation with pivots.
+
+    Args:
+        gradients: of the units to choose from, `[U, Ψ]`; only their directions count.
+        count: how many.
+    """
+    rows = to_sphere(gradients)
+    products = (rows @ rows.T).double()
+    left, factor, chosen = products.diagonal().clone(), products.new_zeros(len(rows), count), []
+    for n in range(count):
+        best = int(left.argmax())
+        factor[:, n] = (products[:, best] - factor[:, :n] @ factor[best, :n]) / left[best].clamp_min(1e-12).sqrt()
+        left -= factor[:, n].square()
+        chosen.append(best)
+        left[chosen] = -torch.inf
+    return torch.tensor(chosen)
+
+
+def one_run(features: Tensor, planted: Tensor, train: Training, *, seed: int, confidence: float = 0.95) -> float:
+    """Audit one training of a head: return a lower bound of its ε, with canaries beside the site's own pairs.
+
+    What is trained otherwise is audited by `draw_bits` and `guess_bound` around it.
 
     Args:
         features: of the site's pairs, `[N, 2, D]`.
@@ -136,16 +199,8 @@ def one_run(features: Tensor, planted: Tensor, train: Training, *, seed: int, co
         seed: of which canaries are in.
         confidence: of the bound.
     """
-    generator = torch.Generator().manual_seed(seed)
-    inside = torch.rand(len(planted), generator=generator) < 0.5
-    found = margins(train(torch.cat([features, planted[inside]]), seed), planted)
-    order = found.argsort(descending=True)
-    best = 0.0
-    for guesses in (len(planted) // 10, len(planted) // 4, len(planted)):
-        half = guesses // 2
-        right = int(inside[order[:half]].sum()) + int((~inside[order[len(order) - half :]]).sum())
-        best = max(best, epsilon_bound(right, 2 * half, 1 - (1 - confidence) / 3))
-    return best
+    inside = draw_bits(len(planted), seed)
+    return guess_bound(margins(train(torch.cat([features, planted[inside]]), seed), planted), inside, confidence)
 
 
 Replies: TypeAlias = Literal["exact", "8 bits", "ranks"]
