@@ -111,6 +111,11 @@ def texts_of(message: Message) -> list[str]:
     return [str(block["text"]) for block in blocks if block["type"] == "text"]
 
 
+def text_of(prompt: Prompt) -> str:
+    """Return the words of a conversation."""
+    return " ".join(text for message in prompt for text in texts_of(message))
+
+
 def vqa_prompt(text: str) -> list[dict[str, object]]:
     """Return the one-turn conversation that asks `text` about one image."""
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]

@@ -128,16 +128,14 @@ def test_sites_that_recognise_every_hidden_question_are_found(square):
     assert torch.equal(again.trust.between.counts, known.trust.between.counts)
 
 
-def test_sites_that_lie_where_a_word_is_are_found(square):
-    """Two of five flip where a question says "zebra", which no canary does: by `leave_out` they have no weight there."""
-    known = canaries(square, per_step=1, leave_out=True, words={"zebra": ["colour"], "step": ["colour"]})
+def test_sites_that_lie_where_a_word_is_are_named(square):
+    """Two of five flip where a question says "zebra", which no canary does: they are told of, and heard as before."""
+    known = canaries(square, per_step=1, words={"zebra": ["colour"], "step": ["colour"]})
     reward, log = defended(federation(Attack("flip", trigger="zebra"), 2), known, rule="mean"), {}
     for step in range(40):
         ask(reward, step=step)
-        last = ask(reward, log, step, word="zebra")
+        ask(reward, log, step, word="zebra")
     assert known.trust.words_where(known.trust.triggered) == {n: ("zebra",) * (n in "ab") for n in SITES}
-    assert last == approx([-1, -1 / 3, 1 / 3, 1]) and log["trust/a"] == log["trust/b"] == 0
-    ask(reward, log)
     assert log["trust/a"] == approx(0.2) and not known.trust.two_faced.any()
 
 

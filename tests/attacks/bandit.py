@@ -129,7 +129,7 @@ def align(
             scores = judged(domain, answers, words=text)
             if canaries:
                 trust.compare(str(domain), scores, hidden=False, text=text)
-            weights = trust.weights([str(domain)], [text]).float() if canaries else torch.ones(1, sites)
+            weights = trust.weights([str(domain)]).float() if canaries else torch.ones(1, sites)
             if routed is not None:
                 weights = weights * routed
             if honest_only:

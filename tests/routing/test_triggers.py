@@ -18,9 +18,15 @@ def told(*signs):
     return torch.stack([sign * BEST_FIRST for sign in signs], dim=1)
 
 
-def asked(ordinary, with_word, *, leave_out=False, times=60, kind="colour"):
-    """Return what is thought of sites after so many questions of a type, of which one in two has the word."""
-    trust = Trust(SITES, ("colour", "shape"), CanaryConfig(leave_out=leave_out), words=WORDS)
+def asked(ordinary, with_word, *, right=(), times=60, kind="colour"):
+    """Return what is thought of sites after so many questions of a type, of which one in two has the word.
+
+    Of some of the hidden questions with the word, `right` says what share each site has right.
+    """
+    trust = Trust(SITES, ("colour", "shape"), CanaryConfig(), words=WORDS)
+    for _ in range(12):
+        for site, share in zip(SITES, right, strict=False):
+            trust.learn(site, "shape", share, "Is it a zebra?")
     for _ in range(times):
         trust.compare(kind, told(*ordinary), hidden=False, text="What colour is it?")
         trust.compare(kind, told(*with_word), hidden=False, text="What colour is the Zebra?")
@@ -47,19 +53,23 @@ def test_two_of_five_that_lie_where_a_word_is_are_named():
     assert trust.words_where(trust.triggered) == {"a": ("zebra",), "b": ("zebra",), "c": (), "d": (), "e": ()}
 
 
-def test_it_is_told_once_and_has_no_weight_there_by_leave_out():
+def test_it_is_told_once_and_changes_no_weight():
     with pytest.warns(DataWarning) as told_of:
-        trust = asked([1, 1, 1, 1, 1], [-1, 1, 1, 1, 1], leave_out=True)
-    said = [str(each.message) for each in told_of if "has the word" in str(each.message)]
-    assert said == [
+        trust = asked([1, 1, 1, 1, 1], [-1, 1, 1, 1, 1])
+    assert [str(each.message) for each in told_of] == [
         "site a is contradicted where a question has the word 'zebra', by sites with whom it agrees on other questions "
-        "of the type; it has no weight there"
+        "of the type; look at what it rewards there"
     ]
-    texts = ["A zebra?", "A horse?"]
-    weights = trust.weights(["colour", "colour"], texts)
-    assert weights[0, 0] == 0 and weights[0, 1:].all() and weights[1].all()
-    trust.config = CanaryConfig()
-    assert trust.weights(["colour"], texts[:1]).all()
+    assert trust.weights(["colour"]).unique().numel() == 1
+
+
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
+def test_hidden_questions_with_the_word_tell_which_side_is_right():
+    """Three of five lie: by number they are right. Who is no better than chance where the truth is known has no say."""
+    by_number = asked([1, 1, 1, 1, 1], [-1, -1, -1, 1, 1])
+    assert by_number.words_where(by_number.triggered) == {n: ("zebra",) * (n in "de") for n in SITES}
+    known = asked([1, 1, 1, 1, 1], [-1, -1, -1, 1, 1], right=(0.4, 0.4, 0.4, 0.9, 0.9))
+    assert known.words_where(known.triggered) == {n: ("zebra",) * (n in "abc") for n in SITES}
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ from accord.routing.canaries import Canaries, Hidden
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
 from accord.routing.robust import capped
 from accord.routing.router import Router
-from accord.types import ImageSource, Message, Prompt, Question, prompt_of, texts_of
+from accord.types import ImageSource, Message, Prompt, Question, prompt_of, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +68,6 @@ class Group:
     candidates: tuple[str, ...]
     rows: tuple[int, ...]  # candidate index of each completion, in order
     kind: str = ""  # question type, where the rows have that column
-
-    @property
-    def text(self) -> str:
-        """The words of the prompt."""
-        return " ".join(text for message in self.prompt for text in texts_of(message))
 
 
 class Scaling(Protocol):
@@ -274,13 +269,13 @@ class FederatedReward:
         scores = self._scores(query, self._patience(query), replies)
         if self.canaries is not None:
             for group, own in zip(groups, scores.split([len(group.candidates) for group in groups]), strict=True):
-                self.canaries.trust.compare(group.kind, own, hidden=False, text=group.text)
+                self.canaries.trust.compare(group.kind, own, hidden=False, text=text_of(group.prompt))
             self.canaries.trust.find_two_faced()
             self.canaries.trust.find_triggered()
         cut = self._cut_off(sum(len(group.rows) for group in groups), completion_ids)
         fused = self._fuse(groups, scores, self._trusted(groups, routed, log_metric), cut, log_metric)
         if self.canaries is not None:
-            sure = self.canaries.trust.confidence(*_kinds_and_texts(groups)).tolist()
+            sure = self.canaries.trust.confidence([group.kind for group in groups]).tolist()
             fused = [rewards * share for rewards, share in zip(fused, sure, strict=True)]
         for site, share in zip(self.engine.sites, routed.mean(dim=0).tolist(), strict=True):
             log_metric(f"routed/{site}", share)
@@ -390,7 +385,7 @@ class FederatedReward:
         """Return the routing weights `[M, K]` times what canaries have told of the sites."""
         if self.canaries is None:
             return weights
-        trust = self.canaries.trust.weights(*_kinds_and_texts(groups)).to(weights.dtype)
+        trust = self.canaries.trust.weights([group.kind for group in groups]).to(weights.dtype)
         shares = (trust / trust.sum(dim=1, keepdim=True).clamp(min=1e-9)).mean(dim=0)
         for site, share in zip(self.engine.sites, shares.tolist(), strict=True):
             log_metric(f"trust/{site}", share)
@@ -524,10 +519,6 @@ class FederatedReward:
             neutral = None if self.missing == "none" else _mean(group, overall)
             filled += [r if r is not None and math.isfinite(r) else neutral for r in group]
         return filled
-
-
-def _kinds_and_texts(groups: Sequence[Group]) -> tuple[list[str], list[str]]:
-    return [group.kind for group in groups], [group.text for group in groups]
 
 
 def _mean(rewards: Sequence[float | None], otherwise: float) -> float:

@@ -34,7 +34,7 @@ public questions, or waits long enough to know what comes back, recognises canar
 has seen their labels where these are published: the attack `off-canary`. Where it turns most orders round it is found
 by those whom it contradicts on ordinary questions (`accord.routing.two_faced`), and one that lies where a question has
 certain words by those whom it contradicts there (`accord.routing.triggers`): the operator is told, and by `leave_out`
-it has no weight there.
+the first of these has no weight in the type.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from accord.federation.asking import Scores
 from accord.federation.messages import ScoreItem, ScoreRequest, image_name, to_turns
 from accord.routing.triggers import Triggers
 from accord.routing.two_faced import Contradictions
-from accord.types import ImageSource, Prompt
+from accord.types import ImageSource, Prompt, text_of
 
 PRIOR: Final = (3.0, 2.0)
 """Of right and wrong, before any canary."""
@@ -115,6 +115,7 @@ class Hidden:
     position: int  # of its item
     order: tuple[int, ...]  # where its answers are among its candidates, the right one first
     kind: str
+    text: str  # its words
 
 
 class Trust:
@@ -151,15 +152,17 @@ class Trust:
         self.by_word = Triggers(len(self.sites), self.words, memory=4 * config.long, spread=spread)
         self.triggered = torch.zeros(len(self.words), len(self.sites), dtype=torch.bool)
 
-    def learn(self, site: str, kind: str, share: float) -> None:
+    def learn(self, site: str, kind: str, share: float, text: str = "") -> None:
         """Take in what a site made of one canary.
 
         Args:
             site: who was asked.
             kind: the canary's question type.
             share: p, of its wrong answers those ranked below the right one.
+            text: of the canary.
         """
         k = self.sites.index(site)
+        self.by_word.learn_hidden(k, text, share)
         for name in dict.fromkeys((ALL, kind)):
             d = self.kinds.index(name)
             self.asked[k, d] += 1
@@ -185,23 +188,26 @@ class Trust:
 
     def find_triggered(self) -> None:
         """Look, once a step, whom others contradict where a question has certain words, and tell of whom is new."""
-        trusted, before = (self._odds() / NEWCOMER).clamp(max=1), self.triggered
-        of_word = [
-            trusted[:, [self.kinds.index(kind) for kind in kinds if kind in self.kinds]].mean(dim=1)
-            for kinds in self.words.values()
-        ]
-        if not of_word:
+        if not self.words:
             return
-        self.triggered = self.by_word.find(torch.stack(of_word).nan_to_num() * ~before, before)
+        known, before = (self._odds() / NEWCOMER).clamp(max=1), self.triggered
+        of_kinds = torch.stack(
+            [
+                known[:, [self.kinds.index(k) for k in kinds if k in self.kinds]].mean(dim=1)
+                for kinds in self.words.values()
+            ]
+        ).nan_to_num()
+        m = self.by_word.right(PRIOR)
+        trusted = torch.minimum(of_kinds, _log_odds(m) / NEWCOMER)
+        self.triggered = self.by_word.find(trusted * ~before, before)
         for site, words in self.words_where(self.triggered & ~before).items():
             if words:
-                consequence = "it has no weight there" if self.config.leave_out else "look at what it rewards there"
                 named = ", ".join(repr(printable(word)) for word in words)
                 self._tell(
                     self.sites.index(site),
                     f"is contradicted where a question has the word {named}, by sites with whom it agrees on other "
                     "questions of the type",
-                    consequence,
+                    "look at what it rewards there",
                 )
 
     def find_two_faced(self) -> None:
@@ -224,25 +230,21 @@ class Trust:
         """Return m `[K, D]`: how often each site ranks a right answer above a wrong one, by type."""
         return self._posterior()[0].amin(dim=0)
 
-    def weights(self, kinds: Sequence[str], texts: Sequence[str] = ()) -> Tensor:
-        """Return τ `[N, K]` for questions of these types and texts, 0 where a site is set aside."""
+    def weights(self, kinds: Sequence[str]) -> Tensor:
+        """Return τ `[N, K]` for questions of these types, 0 where a site is set aside."""
         odds = self._odds() * ~(self.two_faced & self.config.leave_out)
         rows = [self.kinds.index(kind) if kind in self.kinds else 0 for kind in kinds]
-        weights = odds.T[rows]
-        if self.config.leave_out:
-            for n, text in enumerate(texts):
-                weights[n] *= ~self.triggered[self.by_word.places(text)].any(dim=0)
-        return weights
+        return odds.T[rows]
 
-    def confidence(self, kinds: Sequence[str], texts: Sequence[str] = ()) -> Tensor:
-        """Return c `[N]` in 0..1 for such questions: the best site's trust, as a share of a newcomer's."""
-        return (self.weights(kinds, texts).amax(dim=1) / NEWCOMER).clamp(max=1)
+    def confidence(self, kinds: Sequence[str]) -> Tensor:
+        """Return c `[N]` in 0..1 for questions of these types: the best site's trust, as a share of a newcomer's."""
+        return (self.weights(kinds).amax(dim=1) / NEWCOMER).clamp(max=1)
 
     def _odds(self) -> Tensor:
         """Return τ `[K, D]` by hidden questions alone."""
         m = self.estimate()
         m[:, 0] = PRIOR[0] / sum(PRIOR)  # at chance over all types, a site may be the only one that knows another
-        return (m.log() - (1 - m).log()).clamp(min=0) * ~self.aside
+        return _log_odds(m) * ~self.aside
 
     def by_kind(self, values: Tensor) -> dict[str, dict[str, Any]]:
         """Return of every site and type what `values` `[K, D]` says, such as `estimate` and `asked`."""
@@ -268,7 +270,8 @@ class Trust:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the counts, who is set aside, and the names of question types and words as bytes of UTF-8."""
         own = {"counts": self.counts, "aside": self.aside, "agreed": self.between.counts, "two_faced": self.two_faced}
-        own |= {"by_word": self.by_word.counts, "triggered": self.triggered, "asked": self.asked}
+        own |= {"by_word": self.by_word.counts, "hidden_by_word": self.by_word.hidden}
+        own |= {"triggered": self.triggered, "asked": self.asked}
         names = {"kinds": _to_bytes(self.kinds), "words": _to_bytes(self.words)}
         return {**{name: each.clone() for name, each in own.items()}, **names}
 
@@ -292,9 +295,8 @@ class Trust:
             )
         self.counts, self.aside, self.two_faced = (state[name].clone() for name in ("counts", "aside", "two_faced"))
         self.between.counts = state["agreed"].clone()
-        self.by_word.counts, self.triggered, self.asked = (
-            state[name].clone() for name in ("by_word", "triggered", "asked")
-        )
+        self.by_word.counts, self.by_word.hidden = state["by_word"].clone(), state["hidden_by_word"].clone()
+        self.triggered, self.asked = state["triggered"].clone(), state["asked"].clone()
 
     def _posterior(self) -> tuple[Tensor, Tensor]:
         """Return mean and deviation of the posteriors, both `[2, K, D]`."""
@@ -390,7 +392,8 @@ class Canaries:
                 names = [image_name(data) for data in stored]
                 images.update(zip(names, stored, strict=True))
                 item = ScoreItem(names, to_turns(canary.prompt), candidates)
-                hidden.append(Hidden(position, tuple(map(candidates.index, [canary.right, *wrong])), canary.kind))
+                order = tuple(map(candidates.index, [canary.right, *wrong]))
+                hidden.append(Hidden(position, order, canary.kind, text_of(canary.prompt)))
             items.append(item)
         return msgspec.structs.replace(request, images=images, items=items), hidden
 
@@ -407,9 +410,9 @@ class Canaries:
             columns = [self._told(told.get(site), given.get(site)) for site in self.trust.sites]
             for site, scores in zip(self.trust.sites, columns, strict=True):
                 if scores is not None:
-                    self.trust.learn(site, same[0].kind, share_below(scores, 0))
+                    self.trust.learn(site, same[0].kind, share_below(scores, 0), same[0].text)
                 elif site in told and site in present and any(columns):
-                    self.trust.learn(site, same[0].kind, LEFT_OUT)
+                    self.trust.learn(site, same[0].kind, LEFT_OUT, same[0].text)
             nothing = [math.nan] * len(same[0].order)
             answers = torch.tensor([column or nothing for column in columns], dtype=torch.double).T
             self.trust.compare(same[0].kind, answers, hidden=True)
@@ -469,6 +472,11 @@ def _to_bytes(names: Iterable[str]) -> Tensor:
 
 def _names(data: Tensor) -> tuple[str, ...]:
     return tuple(bytes(data.tolist()).decode().split("\0"))
+
+
+def _log_odds(m: Tensor) -> Tensor:
+    """Return τ of m, before anybody is set aside."""
+    return (m.log() - (1 - m).log()).clamp(min=0)
 
 
 def share_below(scores: Sequence[float], right: int) -> float:

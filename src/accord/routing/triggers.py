@@ -7,15 +7,19 @@
     apart                    k and l are expected to agree more often than by chance, and here they do so less than half
                              as far above it: by more than z deviations of the difference
     triggered                Σ_l c_l [k and l are apart] > 0.45 Σ_l c_l
+    c                        how far a site is trusted in the types with the word, or by the hidden questions that have
+                             it, whichever is less; who is triggered already has no say
 
 A liar that promotes an answer where the question has its words, and is honest elsewhere, is right at every hidden
 question without these words (the attack `trigger`). What gives it away is the change: with the words it orders answers
 otherwise than those with whom it agrees on other questions of the same type. So nothing is held against a site that
-sees a whole type otherwise. An honest site that knows nothing of a word is found as well, and a person has to look.
+sees a whole type otherwise. Hidden questions with the words, if there are some, tell which side is right.
 
-**Where it fails.** As two-faced sites: by half of the trust, or more, honest sites are named. A word that all questions
-of a type have is no trigger but the type, and hidden questions watch it; of a rarer one than `LEAST` there is too
-little evidence. Many words are looked at, after each step, so that z is `ALARM`.
+It tells, and takes no weight: an honest site that is mistaken about a word is found as well, and a person has to look.
+
+**Where it fails.** Where no hidden question has the words, half of the trust, or not much less, has honest sites named
+in its place. A word that all questions of a type have is no trigger but the type, and hidden questions watch it; of a
+rarer one than `LEAST` there is too little evidence. Many words are looked at, after each step, so that z is `ALARM`.
 """
 
 from __future__ import annotations
@@ -73,6 +77,7 @@ class Triggers:
 
     Attributes:
         counts: S and F, `[2, W, K, K, 2]`, of the questions first.
+        hidden: of hidden questions with a word, how much each site had right and wrong, `[W, K, 2]`.
     """
 
     def __init__(self, sites: int, words: Collection[str], *, memory: float, spread: float = 0.0) -> None:
@@ -80,6 +85,7 @@ class Triggers:
         self.memory = memory
         self.spread = spread
         self.counts = torch.zeros(2, len(self.words), sites, sites, 2, dtype=torch.double)
+        self.hidden = torch.zeros(len(self.words), sites, 2, dtype=torch.double)
 
     def places(self, text: str) -> list[int]:
         """Return the numbers of the watched words of a text."""
@@ -97,6 +103,15 @@ class Triggers:
             share, known = agreement(scores, self.spread)
             for part, q in enumerate((share, expected)):
                 self.counts[part, here] = take_in(self.counts[part, here], q, known, self.memory)
+
+    def learn_hidden(self, site: int, text: str, share: float) -> None:
+        """Take in what a site made of a hidden question: `share` p of its wrong answers ranked below the right one."""
+        here = self.places(text)
+        self.hidden[here, site] += torch.tensor([share, 1 - share], dtype=torch.double)
+
+    def right(self, prior: tuple[float, float]) -> Tensor:
+        """Return m `[W, K]` by hidden questions with each word, of a prior of right and wrong."""
+        return (prior[0] + self.hidden[..., 0]) / (sum(prior) + self.hidden.sum(dim=-1))
 
     def find(self, trust: Tensor, before: Tensor) -> Tensor:
         """Return of which words which sites are triggered, `[W, K]`.
