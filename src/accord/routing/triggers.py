@@ -6,7 +6,7 @@
     memory, posterior        as there, of both; n = 256 questions with the word
     apart                    k and l are expected to agree more often than by chance, and here they do so less than half
                              as far above it: by more than z deviations of the difference
-    triggered                Σ_l c_l [k and l are apart] > 0.45 Σ_l c_l
+    triggered                Σ_l c_l [k and l are apart] > ½ Σ_l c_l, over the sites that were compared with k
     c                        how far a site is trusted in the types with the word, or by the hidden questions that have
                              it, whichever is less; who is triggered already has no say
 
@@ -17,7 +17,7 @@ sees a whole type otherwise. Hidden questions with the words, if there are some,
 
 It tells, and takes no weight: an honest site that is mistaken about a word is found as well, and a person has to look.
 
-**Where it fails.** Where no hidden question has the words, half of the trust, or not much less, has honest sites named
+**Where it fails.** Where no hidden question has the words, more than half of the trust has honest sites named
 in its place. A word that all questions of a type have is no trigger but the type, and hidden questions watch it; of a
 rarer one than `LEAST` there is too little evidence. Many words are looked at, after each step, so that z is `ALARM`.
 """
@@ -120,8 +120,8 @@ class Triggers:
             trust: c in 0..1 in the questions with each word, `[W, K]`.
             before: the same at the last look.
         """
-        first, nobody = against(self._apart(ALARM), self.counts, trust)
-        still, _ = against(self._apart(0), self.counts, trust)
+        first, nobody = against(self._apart(ALARM), self.counts, trust, 0.5)
+        still, _ = against(self._apart(0), self.counts, trust, 0.5)
         return torch.where(before, still | nobody, first)
 
     def _apart(self, alarm: float) -> Tensor:

@@ -99,8 +99,8 @@ class Contradictions:
             before: which were two-faced at the last look, `[K]`.
         """
         counts = self.counts[:, kind]
-        first, nobody = against(self.contradict(kind, self.alarm), counts, trust)
-        still, _ = against(self.contradict(kind, 0), counts, trust)
+        first, nobody = against(self.contradict(kind, self.alarm), counts, trust, SHARE)
+        still, _ = against(self.contradict(kind, 0), counts, trust, SHARE)
         return torch.where(before, still | nobody, first)
 
 
@@ -125,16 +125,17 @@ def take_in(counts: Tensor, share: Tensor, known: Tensor, memory: float) -> Tens
     return torch.where(known[..., None], new, counts)
 
 
-def against(apart: Tensor, counts: Tensor, trust: Tensor) -> tuple[Tensor, Tensor]:
+def against(apart: Tensor, counts: Tensor, trust: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Return of which sites too many trusted ones are apart, and where nobody is trusted, both `[…, K]`.
 
     Args:
         apart: which sites are, `[…, K, K]`.
         counts: S and F of both kinds of questions, `[2, …, K, K, 2]`; sites that were not compared have no say.
         trust: c in 0..1, `[…, K]`.
+        share: of the trust, beyond which they are too many.
     """
     compared = counts.sum(dim=-1).gt(0).all(dim=0).to(trust.dtype)
-    most = SHARE * (compared @ trust[..., None])[..., 0]
+    most = share * (compared @ trust[..., None])[..., 0]
     return (apart.to(trust.dtype) @ trust[..., None])[..., 0] > most, most == 0
 
 
