@@ -94,7 +94,7 @@ class PreferencePair:
     @property
     def subjects(self) -> tuple[Subject, ...]:
         """What it is about: its images, or the words of its prompt where there are none."""
-        return self.images or (" ".join(text for message in self.prompt for text in texts_of(message)),)
+        return self.images or (text_of(self.prompt),)
 
 
 def subjects_of(items: Iterable[Question | PreferencePair]) -> list[Subject]:

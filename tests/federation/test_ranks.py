@@ -452,9 +452,15 @@ def question(name, image):
     return Question(name, image, "what colour is it?", "red", "colour", "x", "public")
 
 class Odd(FederatedReward):
+    def _finish(self, rewards, texts, cut):
+        if "late" in self.asked:
+            raise ValueError("no late questions")
+        return super()._finish(rewards, texts, cut)
+
     def group(self, prompts, completions, columns):
         if "odd" in columns["question_id"]:
             raise ValueError("no odd questions")
+        self.asked = columns["question_id"]
         return super().group(prompts, completions, columns)
 
 def equal(prompts, images, completions):
@@ -466,7 +472,10 @@ reward = Odd(OneConnection(Spy(sites) if rank == 0 else None, list(sites)), equa
 good = [question(colour, picture(colour)) for colour in ("red", "blue", "green", "black")]
 records = []
 trained = align(
-    model, processor, [*good, question("torn", b"no picture"), question("odd", picture("white"))], reward,
+    model,
+    processor,
+    [*good, question("torn", b"no picture"), question("odd", picture("white")), question("late", picture("white"))],
+    reward,
     AlignmentConfig(
         steps=4, prompts_per_step=4, group_size=2, learning_rate=1e-3, max_completion_length=2, evaluate_every=0,
         save_every=0,
@@ -487,7 +496,7 @@ end(after=after, records=records, counts=counts)
 @pytest.mark.slow
 @pytest.mark.parametrize("parking", ["1", ""], ids=["left out", "not left out"])
 def test_poison_does_not_end_a_training_of_two_ranks(tmp_path, llava, parking):
-    """An image that is none, and a question on which the reward fails before it asks; not left out they end it."""
+    """An image that is none, and questions on which the reward fails, before it asks or after; else they end it."""
     (tmp_path / "script.py").write_text(BEGIN + POISONED)
     done = subprocess.run(
         [*TORCHRUN, str(tmp_path / "script.py"), str(tmp_path)],
@@ -504,9 +513,9 @@ def test_poison_does_not_end_a_training_of_two_ranks(tmp_path, llava, parking):
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one["after"] == two["after"]
     assert [record["step"] for record in one["records"]] == [1, 2, 3, 4]
-    assert set(json.loads((tmp_path / "failures.json").read_text())) == {"torn", "odd"}
+    assert set(json.loads((tmp_path / "failures.json").read_text())) == {"torn", "odd", "late"}
     assert [(r["failed"], r["parked"]) for r in one["records"]] == [(r["failed"], r["parked"]) for r in two["records"]]
-    assert one["records"][-1]["failed"] == 2 and done.stderr.count("was left out of a step") >= 2
+    assert one["records"][-1]["failed"] == 3 and done.stderr.count("was left out of a step") >= 3
 
 
 def test_one_process_is_rank_0_of_1(monkeypatch):

@@ -5,7 +5,7 @@ import torch
 
 from accord.errors import DataWarning
 from accord.routing.canaries import CanaryConfig, Trust
-from accord.routing.triggers import Triggers, watched, words_of
+from accord.routing.triggers import LEAST, MOST, Triggers, watched, words_of
 from accord.types import Question
 
 SITES = ("a", "b", "c", "d", "e")
@@ -97,6 +97,47 @@ def test_what_is_expected_is_that_of_the_type():
         trust.compare("colour", told(-1, 1, 1, 1, 1), hidden=False, text="zebra")
         trust.find_triggered()
     assert not trust.triggered.any()
+
+
+@pytest.mark.filterwarnings("ignore:site:accord.errors.DataWarning")
+@pytest.mark.parametrize("signs", [[-1, 1, 1, 1, 1], [1, 1, 1, -1, -1], [-1, 1, 1, torch.nan, torch.nan]])
+def test_it_is_over_where_the_sites_agree_again(signs):
+    trust = asked([1, 1, 1, 1, 1], signs)
+    assert trust.words_where(trust.triggered) == {n: ("zebra",) * (s == -1) for n, s in zip(SITES, signs, strict=True)}
+    for _ in range(300):
+        trust.compare("colour", told(1, 1, 1, 1, 1), hidden=False, text="zebra")
+        trust.find_triggered()
+    assert not trust.triggered.any()
+
+
+@pytest.mark.filterwarnings("error::accord.errors.DataWarning")
+def test_of_two_nobody_is_named():
+    """Neither is more than half of the trust."""
+    assert not asked([1, 1, torch.nan, torch.nan, torch.nan], [1, -1, torch.nan, torch.nan, torch.nan]).triggered.any()
+
+
+@pytest.mark.filterwarnings("error::accord.errors.DataWarning")
+def test_a_word_of_all_questions_is_no_trigger():
+    trust = Trust(SITES, ("colour",), CanaryConfig(), words=WORDS)
+    for _ in range(60):
+        trust.compare("colour", told(-1, 1, 1, 1, 1), hidden=False, text="zebra")
+        trust.find_triggered()
+    assert not trust.triggered.any()
+
+
+def test_the_most_frequent_words_are_watched_and_no_more():
+    questions = [question(n, f"common w{n}", "colour") for n in range(MOST + 100)]
+    assert len(found := watched(questions, {"colour": 1.0}, 100 * LEAST * MOST)) == MOST and "common" in found
+
+
+def test_without_words_nothing_is_looked_for():
+    trust = Trust(SITES, ("colour",), CanaryConfig())
+    trust.compare("colour", told(1, 1, 1, 1, 1), hidden=False, text="zebra")
+    trust.learn("a", "colour", 1.0, "zebra")
+    trust.find_triggered()
+    again = Trust(SITES, ("colour",), CanaryConfig())
+    again.load_state_dict(trust.state_dict())
+    assert again.words_where(again.triggered) == dict.fromkeys(SITES, ())
 
 
 def test_counts_by_hand():

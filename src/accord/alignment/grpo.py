@@ -46,7 +46,6 @@ from accord.data.images import image_bytes, load_image
 from accord.data.questions import normalise_answer
 from accord.data.sampling import draw_balanced
 from accord.errors import DataError, DataWarning, RecipeError, check_least, check_positive
-from accord.federation.ranks import Processes
 from accord.federation.weights import set_trainable_weights, trainable_weights
 from accord.models.encoder import Encoder
 from accord.models.finetune import on_one_device
@@ -182,18 +181,6 @@ def finite(reward: RewardFunction) -> RewardFunction:
         return kept
 
     return checked
-
-
-def agreed(reward: RewardFunction, processes: Processes) -> RewardFunction:
-    """Return `reward`, which where it fails in one process fails in all; not if it is a coroutine's."""
-    if processes.count == 1 or inspect.iscoroutinefunction(reward):
-        return reward
-
-    @functools.wraps(reward, updated=())
-    def together(*args: object, **columns: object) -> list[float | None]:
-        return processes.agree(functools.partial(reward, *args, **columns))
-
-    return together
 
 
 def prompt_dataset(
@@ -544,9 +531,9 @@ def align(
     dataset = functools.partial(prompt_dataset, processor=processor, keep_errors=failures is not None)
     count = config.steps * config.prompts_per_step
     data = dataset(questions, count, random.Random(seed), balanced=config.balanced)
-    parking, processes = None, Processes()
+    parking = None
     if failures is not None:
-        parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures, processes)
+        parking = Parking(questions, lambda question: dataset([question], 1, random.Random(0))[0], failures)
     extra: list[TrainerCallback] = [_Record(log), *callbacks]
     curve = _Curve(config.evaluate_every, measure, log) if measure is not None and config.evaluate_every else None
     extra += [curve] if curve else []
@@ -565,7 +552,7 @@ def align(
             rollout_rows=config.rollout_rows,
             objective=OBJECTIVES.get(config.loss),
             model=model,
-            reward_funcs=agreed(finite(reward), processes),
+            reward_funcs=finite(reward),
             args=arguments,
             train_dataset=data,
             processing_class=processor,

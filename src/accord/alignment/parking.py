@@ -12,8 +12,9 @@ The question that stands in for another depends on both alone, and a step that f
 run that is resumed, and knows by its file what had failed, goes on as it would have.
 
 Several processes that share a step's questions do all this together: where one fails, all have failed, by
-`Processes.agree`, and each tries its own questions again beside the others'. What one process alone knows to have
-failed, while others wait for it, ends the run.
+`accord.federation.engine.agree`, and each tries its own questions again beside the others'. What one process alone
+knows to have failed, while others wait for it, ends the run: between their questions to each other, or in a reward that
+is no federation's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import msgspec
 import torch
 
 from accord.errors import CheckpointError, DataWarning, QuorumError, RecipeError, RunError, printable
-from accord.federation.engine import ElsewhereError
+from accord.federation.engine import ElsewhereError, is_in_all
 from accord.federation.ranks import Processes, rank_and_count
 from accord.runs import write_atomic
 from accord.runs.failures import TRIES, Failure, Failures, read_failures
@@ -88,7 +89,7 @@ class Parking:
                 done = _undrawn(step, groups)
                 break
             except Exception as error:
-                if not self.processes.agreed(error) or self._anywhere(_ends_the_run(error)):
+                if not self._together(error) or self._anywhere(_ends_the_run(error)):
                     raise
                 found = self._failing(step, groups, error)
                 failed |= {_name(groups[n][0]): reason for n, reason in found.items()}
@@ -96,13 +97,16 @@ class Parking:
                 none_left = self._anywhere(any(replaced[n] is groups[n] for n in found))
                 fails, tried = self.processes.total([len(found), len(groups)])
                 unexplained += fails in (0, tried) or none_left
-                hopeless = isinstance(error, QuorumError) and 1 < fails == tried  # no question is at fault
+                hopeless = self._anywhere(isinstance(error, QuorumError)) and 1 < fails == tried  # no question's fault
                 if unexplained == TRIES or hopeless:
                     raise
                 groups, again = replaced, True
         if again:
             self._note({name: printable(f"{type(e).__name__}: {e}")[:MOST_WORDS] for name, e in failed.items()})
         return done
+
+    def _together(self, error: Exception) -> bool:
+        return self.processes.count == 1 or is_in_all(error)
 
     def _anywhere(self, so: bool) -> bool:
         return self.processes.total([so])[0] > 0
@@ -118,7 +122,7 @@ class Parking:
                 try:
                     _undrawn(step, part)
                 except Exception as reason:
-                    if not self.processes.agreed(reason):
+                    if not self._together(reason):
                         raise
                     found |= {first + n: why for n, why in self._failing(step, part, reason).items()}
         return found
@@ -137,7 +141,7 @@ class Parking:
         return [dict(row) for _ in rows]
 
     def _note(self, failed: Mapping[str, str]) -> None:
-        """Count what failed in any process, the same in all; the first tells and keeps it."""
+        """Count what failed in any process, alike in all; the first tells and keeps it, with a reason of its own."""
         first = rank_and_count()[0] == 0
         for told in self.processes.gather(msgspec.json.encode(failed), everywhere=True):
             failed = {**msgspec.json.decode(told, type=dict[str, str]), **failed}

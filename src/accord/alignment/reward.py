@@ -44,7 +44,7 @@ from accord.data.images import image_bytes, load_images, picture_key
 from accord.data.questions import normalise_answer
 from accord.errors import DataError, QuorumError, RunError
 from accord.federation.asking import Patience, Replies, Scores, ask_meanwhile, ask_scores
-from accord.federation.engine import Engine, agree
+from accord.federation.engine import Engine, agree, in_all
 from accord.federation.messages import MAX_SCORE, Judge, ScoreItem, ScoreRange, ScoreRequest, image_name, to_turns
 from accord.routing.canaries import Canaries, Hidden
 from accord.routing.fusion import Fusion, mixture, per_prompt, top1
@@ -265,8 +265,18 @@ class FederatedReward:
             query, replies = started.query, started.replies.result()
         else:
             query, replies = agree(self.engine.total, partial(self._ready, prompts, completions, columns)), None
-        groups, routed = query.groups, query.weights
         scores = self._scores(query, self._patience(query), replies)
+        return agree(self.engine.total, partial(self._rewards, query, scores, completion_ids, log_metric))
+
+    def _rewards(
+        self,
+        query: ScoreQuery,
+        scores: Tensor,
+        completion_ids: Sequence[Sequence[int]] | None,
+        log_metric: Callable[[str, float], None],
+    ) -> list[float | None]:
+        """Return the rewards of all rows from the sites' scores `[M, K]`."""
+        groups, routed = query.groups, query.weights
         if self.canaries is not None:
             for group, own in zip(groups, scores.split([len(group.candidates) for group in groups]), strict=True):
                 self.canaries.trust.compare(group.kind, own, hidden=False, text=text_of(group.prompt))
@@ -480,12 +490,13 @@ class FederatedReward:
             return ()
         if not waited_for:
             silent = [site for site in query.requests if not any(given.get(site, ()))]
-            raise QuorumError(
+            below = QuorumError(
                 f"{answered / asked:.0%} of what was asked has been answered, below the quorum of "
                 f"{self.waiting.quorum:.0%}, and no site may come back by waiting (those that failed or refused all: "
                 f"{', '.join(silent) or 'none'}); look at the sites' logs, limits and budgets, or lower "
                 "routing.quorum, and start again with --resume"
             )
+            raise in_all(below)
         return waited_for
 
     def _finish(self, rewards: list[float], texts: Sequence[str], cut: Sequence[bool]) -> list[float | None]:

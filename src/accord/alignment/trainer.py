@@ -168,8 +168,9 @@ class SharedPrefixTrainer(GRPOTrainer):
         for model in models if self._shares and not self.use_transformers_continuous_batching else ():
             skip_hidden(without_adapter(model))  # continuous batching knows only the names that it knows
         self._encoder, self._alike = encoder, cast(bool | None, None)
-        in_step = self.accelerator.num_processes > 1 and (sharded or self.use_vllm)  # also where each is by itself
-        self._parking = None if in_step else parking
+        # Then processes speak to each other within a forward pass, or a rollout, where none could fail alone.
+        joined = self.accelerator.num_processes > 1 and (sharded or self.use_vllm)
+        self._parking = None if joined else parking
         self._tries = False  # whether a step is being done that may fail
         self._rollout_rows, self._objective = rollout_rows, objective
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
@@ -571,23 +572,29 @@ class SharedPrefixTrainer(GRPOTrainer):
     def _check(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, size: int | None) -> None:
         """Compare with full rows on the first batch; share no longer if a log-probability differs."""
         self._checked.add(id(model))
-        if self._left_out(self._prompts[self._mode]):
+        left_out = torch.tensor([float(bool(self._left_out(self._prompts[self._mode])))], device=input_ids.device)
+        if self.accelerator.gather(left_out).any():
             return  # there are no full rows; what is computed was compared with stock transformers before the run
         training = model.training
         mode, prompts = self._mode, self._prompts
         model.eval()  # dropout would make any two passes differ
         self._prompts = {"train": prompts[mode], "eval": prompts[mode]}
-        images = self._full_rows(prompts[mode], input_ids, keep)
         stock = super()._get_per_token_logps_and_entropies
 
         def both() -> tuple[Tensor, Tensor]:
+            images = self._full_rows(prompts[mode], input_ids, keep)
             full, _, _ = stock(model, input_ids, attention_mask, keep, batch_size=size, **images)
             return full, self._packed(model, input_ids, attention_mask, keep, size, entropy=False)[0]
 
-        with torch.no_grad():
-            full, shared = self._by_itself(both)
-        self._prompts = prompts
-        model.train(training)
+        try:
+            with torch.no_grad():
+                full, shared = self._by_itself(both)
+        except Exception:
+            self._checked.discard(id(model))
+            raise
+        finally:
+            self._prompts = prompts
+            model.train(training)
         shown = attention_mask[:, -keep:]
         exact = self.accelerator.mixed_precision == "no"
         exact &= without_adapter(self.accelerator.unwrap_model(model)).dtype == torch.float32

@@ -231,7 +231,7 @@ class TrustSummary:
     aside: Mapping[str, tuple[str, ...]]  # question types in which a site ranked them worse than chance
     two_faced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # in which others contradict it elsewhere
     triggered: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # words with which others contradict it
-    asked: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)  # hidden questions that it answered
+    asked: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)  # hidden questions that told of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,9 +116,23 @@ def agree(total: Callable[[Sequence[float]], Sequence[float]], work: Callable[[]
         done = work()
     except Exception as error:
         failed = error
-    if total([float(failed is not None)])[0]:
-        raise failed or ElsewhereError("another process of this run failed, and says at what")
-    return done
+    try:
+        if total([float(failed is not None)])[0]:
+            raise in_all(failed or ElsewhereError("another process of this run failed; its own log says why"))
+        return done
+    finally:
+        del failed  # else it and this frame would keep each other, and all that the work held
+
+
+def in_all(error: Exception) -> Exception:
+    """Return an error that every process raises in this place, marked as such."""
+    error.in_all = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_in_all(error: Exception) -> bool:
+    """Return whether all processes have failed where this one has; else the others go on, or wait for it."""
+    return getattr(error, "in_all", False)
 
 
 class Outbox:

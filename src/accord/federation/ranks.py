@@ -76,7 +76,6 @@ class Processes:
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
-        self._agreed: Exception | None = None
 
     @property
     def count(self) -> int:
@@ -93,15 +92,7 @@ class Processes:
 
     def agree(self, work: Callable[[], Done]) -> Done:
         """Return `work()`, or fail on all ranks, as `accord.federation.engine.agree`."""
-        try:
-            return agree(self.total, work)
-        except Exception as error:
-            self._agreed = error
-            raise
-
-    def agreed(self, error: Exception) -> bool:
-        """Return whether all ranks have failed where this one has; else the others go on, or wait for it."""
-        return self.count == 1 or error is self._agreed
+        return agree(self.total, work)
 
     def gather(self, data: bytes, *, everywhere: bool = False) -> list[bytes]:
         """Return every rank's bytes on rank 0, nothing elsewhere; or on all ranks."""

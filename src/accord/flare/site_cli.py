@@ -125,7 +125,7 @@ def site_status(
     by: Annotated[Grouping | None, typer.Option("--by", help="what was asked by day (UTC), or by run")] = None,
     csv: Annotated[bool, typer.Option("--csv", help="comma-separated values, by day unless --by says run")] = False,
 ) -> None:
-    """Show what a site was asked so far, whether it is there, and what privacy it has spent: status 1 if not known."""
+    """Show what a site was asked so far, whether it is there, and its spent privacy; if that is not known, status 1."""
     from accord.flare.ledger import Sum, read_ledger, status, sums
 
     found = status(folder)

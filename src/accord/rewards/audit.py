@@ -174,7 +174,12 @@ def apart(gradients: Tensor, count: int) -> Tensor:
     Args:
         gradients: of the units to choose from, `[U, Ψ]`; only their directions count.
         count: how many.
+
+    Raises:
+        DataError: there are fewer units.
     """
+    if count > len(gradients):
+        raise DataError(f"{count} canaries cannot be chosen from {len(gradients)} units; give more, or lower count")
     rows = to_sphere(gradients)
     products = (rows @ rows.T).double()
     left, factor, chosen = products.diagonal().clone(), products.new_zeros(len(rows), count), []

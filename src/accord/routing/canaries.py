@@ -150,6 +150,9 @@ class Trust:
         self.two_faced = torch.zeros_like(self.aside)
         self.words = words or {}
         self.by_word = Triggers(len(self.sites), self.words, memory=4 * config.long, spread=spread)
+        self._kinds_of_words = torch.tensor(
+            [[float(kind in kinds) for kind in self.kinds] for kinds in self.words.values()], dtype=torch.double
+        )
         self.triggered = torch.zeros(len(self.words), len(self.sites), dtype=torch.bool)
 
     def learn(self, site: str, kind: str, share: float, text: str = "") -> None:
@@ -190,16 +193,10 @@ class Trust:
         """Look, once a step, whom others contradict where a question has certain words, and tell of whom is new."""
         if not self.words:
             return
-        known, before = (self._odds() / NEWCOMER).clamp(max=1), self.triggered
-        of_kinds = torch.stack(
-            [
-                known[:, [self.kinds.index(k) for k in kinds if k in self.kinds]].mean(dim=1)
-                for kinds in self.words.values()
-            ]
-        ).nan_to_num()
-        m = self.by_word.right(PRIOR)
-        trusted = torch.minimum(of_kinds, _log_odds(m) / NEWCOMER)
-        self.triggered = self.by_word.find(trusted * ~before, before)
+        before, known = self.triggered, (self._odds() / NEWCOMER).clamp(max=1)
+        of_kinds = self._kinds_of_words @ known.T / self._kinds_of_words.sum(dim=1, keepdim=True).clamp(min=1)
+        trust = torch.minimum(of_kinds, _log_odds(self.by_word.right(PRIOR)) / NEWCOMER)
+        self.triggered = self.by_word.find(trust, before)
         for site, words in self.words_where(self.triggered & ~before).items():
             if words:
                 named = ", ".join(repr(printable(word)) for word in words)

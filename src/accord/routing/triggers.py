@@ -8,7 +8,7 @@
                              as far above it: by more than z deviations of the difference
     triggered                Σ_l c_l [k and l are apart] > ½ Σ_l c_l, over the sites that were compared with k
     c                        how far a site is trusted in the types with the word, or by the hidden questions that have
-                             it, whichever is less; who is triggered already has no say
+                             it, whichever is less; who is triggered already has no say of others
 
 A liar that promotes an answer where the question has its words, and is honest elsewhere, is right at every hidden
 question without these words (the attack `trigger`). What gives it away is the change: with the words it orders answers
@@ -18,14 +18,16 @@ sees a whole type otherwise. Hidden questions with the words, if there are some,
 It tells, and takes no weight: an honest site that is mistaken about a word is found as well, and a person has to look.
 
 **Where it fails.** Where no hidden question has the words, more than half of the trust has honest sites named
-in its place. A word that all questions of a type have is no trigger but the type, and hidden questions watch it; of a
-rarer one than `LEAST` there is too little evidence. Many words are looked at, after each step, so that z is `ALARM`.
+in its place. Where half of a type's questions or more have a word, what is expected is what the
+word makes of it, and hidden questions of the type watch it. Of a word rarer than `LEAST` there is too little evidence,
+and more than `MOST` are not watched. A trigger that is no word, such as a sign or a part of one, is not looked for.
+Many words are looked at, after each step, so that z is `ALARM`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
@@ -37,6 +39,9 @@ from accord.types import Question
 
 LEAST: Final = 20
 """Questions with a word in an alignment, for it to be watched."""
+
+MOST: Final = 1000
+"""Words that are watched, the most frequent ones: what is remembered of each grows with the square of the sites."""
 
 ALARM: Final = 3.0
 """Posterior deviations: 0.1 % of a normal tail, for there are many words, and a look after each step."""
@@ -59,11 +64,12 @@ def watched(questions: Sequence[Question], shares: Mapping[str, float], asked: i
     for question in questions:
         texts[question.question_type].append(words_of(question.text))
     times, kinds = defaultdict[str, float](float), defaultdict[str, list[str]](list)
-    for kind, of_kind in texts.items():
-        for word in set[str]().union(*of_kind):
-            times[word] += asked * shares[kind] * sum(word in words for words in of_kind) / len(of_kind)
+    for kind, of_kind in sorted(texts.items()):
+        for word, count in Counter(word for words in of_kind for word in words).items():
+            times[word] += asked * shares[kind] * count / len(of_kind)
             kinds[word].append(kind)
-    return {word: sorted(kinds[word]) for word in sorted(kinds) if times[word] >= LEAST}
+    often = sorted(times, key=lambda word: (-times[word], word))[:MOST]
+    return {word: kinds[word] for word in sorted(often) if times[word] >= LEAST}
 
 
 class Triggers:
@@ -120,11 +126,9 @@ class Triggers:
             trust: c in 0..1 in the questions with each word, `[W, K]`.
             before: the same at the last look.
         """
-        first, nobody = against(self._apart(ALARM), self.counts, trust, 0.5)
-        still, _ = against(self._apart(0), self.counts, trust, 0.5)
-        return torch.where(before, still | nobody, first)
-
-    def _apart(self, alarm: float) -> Tensor:
         mean, variance = posterior(self.counts)
-        left = mean[0] - 0.5 < (mean[1] - 0.5) / 2
-        return left & (mean[1] > 0.5) & (mean[1] - mean[0] > alarm * variance.sum(dim=0).sqrt())
+        fallen = (mean[0] - 0.5 < (mean[1] - 0.5) / 2) & (mean[1] > 0.5)
+        far = mean[1] - mean[0] > ALARM * variance.sum(dim=0).sqrt()
+        first, _ = against(fallen & far, self.counts, trust * ~before, 0.5)
+        still, nobody = against(fallen, self.counts, trust, 0.5)
+        return torch.where(before, still | nobody, first)
