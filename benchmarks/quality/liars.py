@@ -289,6 +289,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DataWarning)  # of sites that are absent or set aside, at every step
+    warnings.filterwarnings("always", ".* is contradicted where a question has the word", DataWarning)
     if options.canaries or options.contradictions:
         print(canaries_needed() if options.canaries else contradictions_named())
         return
