@@ -62,3 +62,25 @@ def test_neither_does_what_nobody_foresaw(monkeypatch, capsys):
 def test_lines_and_tabs_stay():
     assert clean("a\tb\r\n\x1b[31mc\u2028") == "a\tb?\n?[31mc?"
     assert json.loads(clean(json.dumps({"a": ESCAPE}))) == {"a": ESCAPE}
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [(None, "this goes on where it was: cd "), ("0", "the launcher with the same command and --resume"), ("1", "")],
+)
+def test_what_a_stop_says_of_going_on(rank, said, tmp_path, monkeypatch, capsys):
+    """Of several processes one speaks, and its own command alone would not go on with all of them."""
+
+    def stop(*_args, **_options):
+        monkeypatch.delenv("RANK", raising=False)  # as the first process does
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("accord.cli.app", stop)
+    monkeypatch.setattr(sys, "argv", ["accord", "run", "recipe.toml", "--out", str(tmp_path)])
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = "".join(capsys.readouterr())
+    assert ended.value.code == 130 and said in told and bool(told) == bool(said)

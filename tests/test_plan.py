@@ -99,6 +99,8 @@ def test_a_plan_says_who_lies_by_the_recipe():
     """Whoever reads it must not take the trial for an honest federation."""
     honest, liar = SiteConfig("a", "accord/idefics3"), SiteConfig("b", "accord/idefics3", attack=Attack())
     assert "a trial: site b lies by the recipe's attack, flip\n" in describe(Recipe("trial", sites=(honest, liar)))
+    backdoor = replace(liar, attack=Attack("target", target="circle", trigger="zebra"))
+    assert "attack, target, where a question has 'zebra'\n" in describe(Recipe("trial", sites=(honest, backdoor)))
     assert "a trial" not in describe(Recipe("trial", sites=(honest,)))
 
 

@@ -109,6 +109,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no progress bars")]
 def main() -> None:
     """Run the command line."""
     _prepare()
+    rank = os.environ.get("RANK")  # under a launcher of several processes, of which the first takes it away later
     try:
         status = app(standalone_mode=False)  # Typer returns the status of its own exits, Ctrl-C's among them
         if status == 130:
@@ -116,6 +117,10 @@ def main() -> None:
         if status:
             raise SystemExit(status)
     except (KeyboardInterrupt, typer.Abort):
+        if rank is not None:
+            if rank == "0":
+                console.print("\nstopped; the launcher with the same command and --resume goes on where it was")
+            raise SystemExit(130) from None
         again = [*sys.argv]
         if sys.argv[1:2] in (["demo"], ["run"]) and "--resume" not in again:
             again.append("--resume")

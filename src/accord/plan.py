@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from accord.errors import CheckpointError
+from accord.attacks.scores import Attack
+from accord.errors import CheckpointError, printable
 from accord.federation.projector import ProjectorConfig
 from accord.footprint import (
     Footprint,
@@ -48,6 +49,11 @@ PHOTOGRAPH, SHAPES = 1_000_000, 64 * 64
 """Pixels of an image, where the data is not at hand, and of easy-VQA's."""
 
 
+def _lie(attack: Attack) -> str:
+    where = f", where a question has {printable(attack.trigger)!r}" if attack.trigger else ""
+    return f"{attack.kind}{where}"
+
+
 def describe(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = False) -> str:
     """Return the plan as text.
 
@@ -67,7 +73,7 @@ def describe(recipe: Recipe, gpus: Gpus | None = None, *, elsewhere: bool = Fals
         "questions",
         *[f"  {s.kind:<12} {s.path or WITHOUT_PATH.get(s.kind, '')}" for s in recipe.questions],
         "",
-        *[f"a trial: site {s.name} lies by the recipe's attack, {s.attack.kind}" for s in recipe.sites if s.attack],
+        *[f"a trial: site {s.name} lies by the recipe's attack, {_lie(s.attack)}" for s in recipe.sites if s.attack],
         f"{'stage':<22} {'checkpoint':<40} {'parameters':<36} weights, gradients and optimiser",
     ]
     names = [site.name for site in recipe.sites]

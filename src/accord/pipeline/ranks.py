@@ -39,8 +39,8 @@ def check_together(recipe: Recipe) -> None:
     for name in (recipe.method, *recipe.compare):
         if not find_method(name, [site.name for site in recipe.sites]).together:
             raise RecipeError(
-                f"the method {name!r} trains or learns more than the policy, which is one process's; leave it out, or "
-                "start `accord` without accelerate or torchrun"
+                f"the method {name!r} trains or learns more than the policy, or asks hidden questions, which is one "
+                "process's; leave it out, or start `accord` without accelerate or torchrun"
             )
 
 
