@@ -6,6 +6,7 @@ import torch
 from accord.errors import DataWarning
 from accord.routing.canaries import CanaryConfig, Trust
 from accord.routing.triggers import LEAST, MOST, Triggers, watched, words_of
+from accord.routing.two_faced import agreement
 from accord.types import Question
 
 SITES = ("a", "b", "c", "d", "e")
@@ -144,7 +145,8 @@ def test_counts_by_hand():
     """Of a question with two watched words both are told; absent sites change nothing of theirs."""
     triggers = Triggers(3, ["x", "y", "z"], memory=64)
     expected = torch.full((3, 3), 0.75).double()
-    triggers.learn("x and Y", torch.tensor([[1.0, 2.0, torch.nan], [0.0, 3.0, torch.nan]]), expected)
+    scores = torch.tensor([[1.0, 2.0, torch.nan], [0.0, 3.0, torch.nan]])
+    triggers.learn("x and Y", *agreement(scores), expected)
     assert triggers.counts[0, :, 0, 1].tolist() == [[0, 1], [0, 1], [0, 0]]
     assert triggers.counts[1, :, 0, 1].tolist() == [[0.75, 0.25], [0.75, 0.25], [0, 0]]
     assert not triggers.counts[:, :, 2].any() and not triggers.counts[:, 2].any()

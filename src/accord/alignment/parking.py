@@ -23,13 +23,13 @@ import random
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias
 
 import msgspec
 import torch
 
 from accord.errors import CheckpointError, DataWarning, QuorumError, RecipeError, RunError, printable
-from accord.federation.engine import ElsewhereError, is_in_all
+from accord.federation.engine import Done, ElsewhereError, is_in_all
 from accord.federation.ranks import Processes, rank_and_count
 from accord.runs import write_atomic
 from accord.runs.failures import TRIES, Failure, Failures, read_failures
@@ -39,7 +39,6 @@ MOST_WORDS: Final = 200
 """Characters of a reason."""
 
 Row: TypeAlias = dict[str, Any]
-Done = TypeVar("Done")
 _Reasons: TypeAlias = dict[int, Exception]
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -46,6 +46,8 @@ from trl.trainer.utils import split_tensor_dict
 from accord.alignment.parking import Parking
 from accord.data.images import picture_key
 from accord.errors import CheckpointError, DataError, DataWarning, warn_once
+from accord.federation.engine import Done
+from accord.federation.ranks import Processes
 from accord.models.attention import skip_hidden, tell_alone, why_alone
 from accord.models.encoder import Encoder, StateKey, last_states, prompt_words, state_key
 from accord.models.inputs import Encoded, build_batch, chunks, completion_text, encode, join_images, taken_by
@@ -73,7 +75,6 @@ _STOCK_FIELDS = set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entro
 """What the stock log-probabilities take."""
 
 Row = dict[str, Any]
-Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class SharedPrefixTrainer(GRPOTrainer):
         # Then processes speak to each other within a forward pass, or a rollout, where none could fail alone.
         joined = self.accelerator.num_processes > 1 and (sharded or self.use_vllm)
         self._parking = None if joined else parking
-        self._tries = False  # whether a step is being done that may fail
+        self._trying: Processes | None = None  # those that do a step which may fail, as long as they do
         self._rollout_rows, self._objective = rollout_rows, objective
         self._hides = False  # whether the images of the batch at hand are with us and not with TRL
         self._checked: set[int] = set()  # the policy and the reference, once either was compared
@@ -191,14 +192,15 @@ class SharedPrefixTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[Row]) -> dict[str, Any]:
         if self._parking is None or self._mode != "train":
             return self._completions(inputs)
-        told = copy.deepcopy(self._metrics)  # what failed, or was tried by itself, leaves nothing there
+        told, processes = copy.deepcopy(self._metrics), self._parking.processes
 
         def step(rows: list[Row]) -> dict[str, Any]:
-            self._metrics, self._tries = copy.deepcopy(told), True
+            self._metrics = copy.deepcopy(told)  # what failed, or was tried by itself, leaves nothing there
+            self._trying = processes
             try:
                 return self._completions(rows)
             finally:
-                self._tries = False
+                self._trying = None
 
         done = self._parking.do(inputs, cast(int, self.num_generations), step)
         if self._parking.failures:
@@ -208,7 +210,7 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _by_itself(self, work: Callable[[], Done]) -> Done:
         """Do what each process does by itself between what all do together; if it fails in one, it does in all."""
-        return self._parking.processes.agree(work) if self._parking is not None and self._tries else work()
+        return work() if self._trying is None else self._trying.agree(work)
 
     def _completions(self, inputs: list[Row]) -> dict[str, Any]:
         stock: Callable[..., dict[str, Any]] = super()._generate_and_score_completions
@@ -571,9 +573,9 @@ class SharedPrefixTrainer(GRPOTrainer):
 
     def _check(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int, size: int | None) -> None:
         """Compare with full rows on the first batch; share no longer if a log-probability differs."""
-        self._checked.add(id(model))
         left_out = torch.tensor([float(bool(self._left_out(self._prompts[self._mode])))], device=input_ids.device)
         if self.accelerator.gather(left_out).any():
+            self._checked.add(id(model))
             return  # there are no full rows; what is computed was compared with stock transformers before the run
         training = model.training
         mode, prompts = self._mode, self._prompts
@@ -589,9 +591,6 @@ class SharedPrefixTrainer(GRPOTrainer):
         try:
             with torch.no_grad():
                 full, shared = self._by_itself(both)
-        except Exception:
-            self._checked.discard(id(model))
-            raise
         finally:
             self._prompts = prompts
             model.train(training)
@@ -601,8 +600,8 @@ class SharedPrefixTrainer(GRPOTrainer):
         apart = ((full - shared).abs() * shown).float()
         mine = apart.max() if exact else apart.sum() / shown.sum().clamp(min=1)
         found = self.accelerator.gather(mine.reshape(1)).max().item()  # every process decides alike
-        if not self.accelerator.gather(shown.sum().reshape(1)).sum():
-            self._checked.discard(id(model))  # nothing was compared
+        if self.accelerator.gather(shown.sum().reshape(1)).sum():  # else nothing was compared
+            self._checked.add(id(model))
         allowed = TOLERANCE if exact else COARSE_TOLERANCE
         if not found <= allowed:
             if self._encoder is not None:

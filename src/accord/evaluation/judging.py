@@ -39,7 +39,7 @@ from accord.evaluation.summary import Accuracy, accuracy_by_image
 from accord.rewards.model import RewardModel
 from accord.rewards.train import pair_margins
 from accord.runs import write_atomic
-from accord.types import ImageSource, PreferencePair, texts_of
+from accord.types import ImageSource, PreferencePair, text_of
 from accord.version import VERSION
 
 BINS: Final = 5
@@ -172,7 +172,7 @@ def write_judging(path: Path, name: str, judging: Judging, pairs: Sequence[Prefe
     shown = [
         {
             "images": [_data_uri(source) for source in pairs[n].images],
-            "prompt": " ".join(text for message in pairs[n].prompt for text in texts_of(message)),
+            "prompt": text_of(pairs[n].prompt),
             "chosen": pairs[n].chosen,
             "rejected": pairs[n].rejected,
             "margin": judging.margins[n],

@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
 import msgspec
 import torch
@@ -31,7 +31,7 @@ from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from torch import Tensor
 
 from accord.errors import ReplyError, RunError
-from accord.federation.engine import Engine, Traffic, agree, kind_of
+from accord.federation.engine import Done, Engine, Traffic, agree, kind_of
 from accord.federation.messages import (
     Absence,
     AnswerReply,
@@ -66,9 +66,6 @@ def rank_and_count() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-Done = TypeVar("Done")
 
 
 class Processes:

@@ -149,7 +149,7 @@ class Trust:
         )
         self.two_faced = torch.zeros_like(self.aside)
         self.words = words or {}
-        self.by_word = Triggers(len(self.sites), self.words, memory=4 * config.long, spread=spread)
+        self.by_word = Triggers(len(self.sites), self.words, memory=4 * config.long)
         self._kinds_of_words = torch.tensor(
             [[float(kind in kinds) for kind in self.kinds] for kinds in self.words.values()], dtype=torch.double
         )
@@ -185,9 +185,10 @@ class Trust:
         """
         if kind in self.kinds[1:]:
             d = self.kinds.index(kind)
+            expected = self.between.expected(d)
+            share, known = self.between.learn(d, scores, hidden=hidden)
             if not hidden:
-                self.by_word.learn(text, scores, self.between.expected(d))
-            self.between.learn(d, scores, hidden=hidden)
+                self.by_word.learn(text, share, known, expected)
 
     def find_triggered(self) -> None:
         """Look, once a step, whom others contradict where a question has certain words, and tell of whom is new."""
@@ -252,16 +253,17 @@ class Trust:
 
     def kinds_where(self, found: Tensor) -> dict[str, tuple[str, ...]]:
         """Return of every site the types of which `found` `[K, D]` is true, such as `aside` or `two_faced`."""
-        return {
-            site: tuple(kind for kind, is_so in zip(self.kinds[1:], row[1:], strict=True) if is_so)
-            for site, row in zip(self.sites, found.tolist(), strict=True)
-        }
+        return self._where(self.kinds[1:], found[:, 1:])
 
     def words_where(self, found: Tensor) -> dict[str, tuple[str, ...]]:
         """Return of every site the words of which `found` `[W, K]` is true, such as `triggered`."""
+        return self._where(self.words, found.T)
+
+    def _where(self, names: Collection[str], found: Tensor) -> dict[str, tuple[str, ...]]:
+        """Return of every site the names of which `found` `[K, N]` is true."""
         return {
-            site: tuple(word for word, is_so in zip(self.words, column, strict=True) if is_so)
-            for site, column in zip(self.sites, found.T.tolist(), strict=True)
+            site: tuple(name for name, is_so in zip(names, row, strict=True) if is_so)
+            for site, row in zip(self.sites, found.tolist(), strict=True)
         }
 
     def state_dict(self) -> dict[str, Tensor]:

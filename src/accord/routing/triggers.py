@@ -34,7 +34,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from accord.routing.two_faced import against, agreement, posterior, take_in
+from accord.routing.two_faced import against, posterior, take_in
 from accord.types import Question
 
 LEAST: Final = 20
@@ -79,17 +79,15 @@ class Triggers:
         sites: K.
         words: that are watched, W.
         memory: n, in questions with a word.
-        spread: as in `accord.routing.two_faced.Contradictions`.
 
     Attributes:
         counts: S and F, `[2, W, K, K, 2]`, of the questions first.
         hidden: of hidden questions with a word, how much each site had right and wrong, `[W, K, 2]`.
     """
 
-    def __init__(self, sites: int, words: Collection[str], *, memory: float, spread: float = 0.0) -> None:
+    def __init__(self, sites: int, words: Collection[str], *, memory: float) -> None:
         self.words = {word: n for n, word in enumerate(words)}
         self.memory = memory
-        self.spread = spread
         self.counts = torch.zeros(2, len(self.words), sites, sites, 2, dtype=torch.double)
         self.hidden = torch.zeros(len(self.words), sites, 2, dtype=torch.double)
 
@@ -97,18 +95,18 @@ class Triggers:
         """Return the numbers of the watched words of a text."""
         return sorted(self.words[word] for word in words_of(text) & self.words.keys())
 
-    def learn(self, text: str, scores: Tensor, expected: Tensor) -> None:
-        """Take in how the sites order the answers to an ordinary question.
+    def learn(self, text: str, share: Tensor, known: Tensor, expected: Tensor) -> None:
+        """Take in how the sites agree on an ordinary question.
 
         Args:
             text: of the question.
-            scores: `[G, K]` of its answers, NaN where a site has given none.
+            share: q of it, as far as it is `known`, both `[K, K]` (`accord.routing.two_faced.agreement`).
+            known: whether two sites were compared.
             expected: q of such questions `[K, K]`.
         """
         if here := self.places(text):
-            share, known = agreement(scores, self.spread)
-            for part, q in enumerate((share, expected)):
-                self.counts[part, here] = take_in(self.counts[part, here], q, known, self.memory)
+            both = torch.stack([share, expected])[:, None]  # of every word alike
+            self.counts[:, here] = take_in(self.counts[:, here], both, known, self.memory)
 
     def learn_hidden(self, site: int, text: str, share: float) -> None:
         """Take in what a site made of a hidden question: `share` p of its wrong answers ranked below the right one."""

@@ -61,8 +61,8 @@ class Contradictions:
         self.spread = spread
         self.counts = torch.zeros(2, kinds, sites, sites, 2, dtype=torch.double)
 
-    def learn(self, kind: int, scores: Tensor, *, hidden: bool) -> None:
-        """Take in how the sites order the answers to a question.
+    def learn(self, kind: int, scores: Tensor, *, hidden: bool) -> tuple[Tensor, Tensor]:
+        """Take in how the sites order the answers to a question; return their `agreement` on it.
 
         Args:
             kind: the number of its type.
@@ -72,6 +72,7 @@ class Contradictions:
         share, compared = agreement(scores, 0.0 if hidden else self.spread)
         counts = self.counts[int(hidden), kind]
         self.counts[int(hidden), kind] = take_in(counts, share, compared, self.memory)
+        return share, compared
 
     def expected(self, kind: int) -> Tensor:
         """Return how often every two sites `[K, K]` have agreed on ordinary questions of a type."""
